@@ -1,0 +1,123 @@
+"""Task-batched LoRA: one forward pass of the backbone serves all tasks.
+
+Shape letters: T tasks, N examples, D input width, D' output width, R rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from metaloom.engine.adapters.base import BACKBONE, INIT, Adapter, broadcast_init
+from metaloom.errors import CapabilityError
+
+
+class LoraAdapter(Adapter):
+    """Low-rank fast weights beside the linear layers of a shared backbone.
+
+    `y = W x + (alpha / R) B A x` (Hu et al. 2021, "LoRA", section 4.1), W shared by the tasks,
+    A `[T, R, D]` and B `[T, D', R]` per task. Activations stay `[T * N, ...]`, so W runs its
+    ordinary kernels once; only the two thin products are per task. The model is not changed:
+    the products are added by forward hooks that live as long as one forward pass.
+
+    Args:
+        model: the backbone. Its own parameters stay where they are, unless `learn_backbone`.
+        targets: ends of module names ("qkv" matches "blocks.0.attention.qkv"), or "all-linear".
+        rank: R, at least 1.
+        alpha: scale; the product is multiplied by alpha / R.
+        learn_backbone: make every backbone parameter a meta-parameter (`backbone.<name>`).
+        generator: where the initial A (uniform, Kaiming with gain sqrt(5) as in the paper's code)
+            comes from; B starts at zero.
+
+    Raises:
+        CapabilityError: a target matches no linear layer; names those that there are.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        targets: Sequence[str] | Literal["all-linear"],
+        rank: int,
+        alpha: float,
+        learn_backbone: bool,
+        generator: torch.Generator,
+    ) -> None:
+        self._model = model
+        self._scale = alpha / rank
+        self._learn_backbone = learn_backbone
+        self._targets = _matching_linear_layers(model, targets)
+        self._initial: dict[str, Tensor] = {}
+        for name, layer in self._targets.items():
+            bound = 1.0 / math.sqrt(layer.in_features)
+            lora_a = torch.empty(rank, layer.in_features, dtype=layer.weight.dtype)
+            lora_a.uniform_(-bound, bound, generator=generator)
+            self._initial[f"{name}.lora_a"] = lora_a.to(layer.weight.device)
+            self._initial[f"{name}.lora_b"] = layer.weight.new_zeros(layer.out_features, rank)
+
+    def meta_parameters(self) -> dict[str, Tensor]:
+        meta = {INIT + name: value.clone() for name, value in self._initial.items()}
+        if self._learn_backbone:
+            for name, value in self._model.named_parameters():
+                meta[BACKBONE + name] = value.detach().clone()
+        return meta
+
+    def init(self, meta: Mapping[str, Tensor], num_tasks: int) -> dict[str, Tensor]:
+        return broadcast_init(meta, num_tasks)
+
+    def forward(self, meta: Mapping[str, Tensor], fast: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
+        num_tasks, num_examples = inputs.shape[:2]
+        backbone = {
+            name.removeprefix(BACKBONE): value for name, value in meta.items() if name.startswith(BACKBONE)
+        }
+        with self._attached(fast):
+            logits: Tensor = functional_call(self._model, backbone, (inputs.flatten(0, 1),), tie_weights=True)
+        return logits.view(num_tasks, num_examples, *logits.shape[1:])
+
+    @contextlib.contextmanager
+    def _attached(self, fast: Mapping[str, Tensor]) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for name, layer in self._targets.items():
+                product = _LoraProduct(fast[f"{name}.lora_a"], fast[f"{name}.lora_b"], self._scale)
+                stack.callback(layer.register_forward_hook(product).remove)
+            yield
+
+
+class _LoraProduct:
+    """A forward hook that adds `scale * B A x`, task by task."""
+
+    def __init__(self, lora_a: Tensor, lora_b: Tensor, scale: float) -> None:
+        self._lora_a, self._lora_b, self._scale = lora_a, lora_b, scale
+
+    def __call__(self, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        inputs = args[0].reshape(self._lora_a.shape[0], -1, args[0].shape[-1])  # [T, N * ..., D]
+        low_rank = torch.bmm(inputs, self._lora_a.transpose(1, 2))  # [T, N * ..., R]
+        update = torch.bmm(low_rank, self._lora_b.transpose(1, 2))  # [T, N * ..., D']
+        return output + self._scale * update.view(output.shape)
+
+
+def _matching_linear_layers(
+    model: nn.Module, targets: Sequence[str] | Literal["all-linear"]
+) -> dict[str, nn.Linear]:
+    linear = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    if targets == "all-linear":
+        # The output head is as wide as the vocabulary: an adapter there costs more than all others.
+        return {name: layer for name, layer in linear.items() if name.rpartition(".")[2] != "head"}
+    found: dict[str, nn.Linear] = {}
+    for target in targets:
+        matches = {
+            name: layer for name, layer in linear.items() if name == target or name.endswith(f".{target}")
+        }
+        if not matches:
+            endings = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+            raise CapabilityError(
+                f"adaptation.fast.targets: {target!r} matches no linear layer; this model has {endings}."
+            )
+        found |= matches
+    return {name: layer for name, layer in linear.items() if name in found}

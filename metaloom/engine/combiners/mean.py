@@ -1,0 +1,55 @@
+"""The mean of the tasks' meta-gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from metaloom.engine.hypergradients.base import MetaGradient, Tensors, add_
+from metaloom.engine.sharding.replicated import Replicated
+
+
+@dataclasses.dataclass(frozen=True)
+class Combined:
+    """One outer step's gradient and metrics, averaged over all tasks of all ranks."""
+
+    gradient: dict[str, Tensor]
+    metrics: dict[str, float]
+
+
+class Mean:
+    """Sums as it goes: no more memory than one gradient. The tasks are averaged once, at the end."""
+
+    def __init__(self, like: Tensors, sharding: Replicated) -> None:
+        self._like = like
+        self._sharding = sharding
+        self._reset()
+
+    def _reset(self) -> None:
+        self._sum = {name: torch.zeros_like(value) for name, value in self._like.items()}
+        self._metrics: dict[str, Tensor] = {name: torch.zeros((), dtype=torch.float64) for name in METRICS}
+
+    def add(self, part: MetaGradient) -> None:
+        """Takes in one micro-batch."""
+        add_(self._sum, part.gradient)
+        for name, value in {"meta_loss": part.losses, **part.metrics}.items():
+            self._metrics[name] += value.double().sum().cpu()
+
+    def combine(self, num_global: int) -> Combined:
+        """The mean over `num_global` tasks. Every rank must call: the one place where ranks meet.
+
+        Starts the next outer step's sums.
+        """
+        device = next(iter(self._sum.values())).device
+        metrics = {f"metrics/{name}": value.to(device) for name, value in self._metrics.items()}
+        total = self._sharding.sum_over_ranks(self._sum | metrics)
+        self._reset()
+        return Combined(
+            gradient={name: total[name] / num_global for name in self._sum},
+            metrics={name: float(total[f"metrics/{name}"]) / num_global for name in METRICS},
+        )
+
+
+METRICS = ("meta_loss", "loss_before", "loss_after", "accuracy_before", "accuracy_after")

@@ -1,0 +1,45 @@
+"""The whole graph of the unroll, differentiated once: the oracle."""
+
+from __future__ import annotations
+
+import torch
+
+from metaloom.engine.hypergradients.base import (
+    Hypergradient,
+    MetaGradient,
+    Tensors,
+    gradient_of,
+    query_losses,
+)
+from metaloom.engine.learner import TaskBatch
+from metaloom.engine.unroll import Unroll, leaves
+
+
+class Unrolled(Hypergradient):
+    """Exact. Keeps the graph of all K inner steps: fastest where memory allows, as nothing is
+    computed twice; peak memory grows by one step's graph per step. For long unrolls take
+    `rematerialized` or `mixed_mode`.
+    """
+
+    def meta_gradient(self, unroll: Unroll, meta: Tensors, batch: TaskBatch) -> MetaGradient:
+        theta = leaves(meta)
+        with torch.enable_grad():
+            fast, state = unroll.start(theta, batch.num_tasks)
+            fast = {
+                name: value if value.requires_grad else value.requires_grad_() for name, value in fast.items()
+            }
+            total, metrics = torch.zeros((), device=next(iter(meta.values())).device), {}
+            for step, weight in enumerate(unroll.step_weights):
+                if step > 0:
+                    fast, state = unroll.inner_step(theta, fast, state, batch, step - 1, create_graph=True)
+                if weight != 0.0:
+                    losses, at_step = query_losses(unroll, theta, fast, batch, step)
+                    total = total + weight * losses
+                    metrics |= at_step
+            if "loss_before" not in metrics:
+                with torch.no_grad():
+                    metrics |= query_losses(unroll, theta, unroll.start(theta, batch.num_tasks)[0], batch, 0)[
+                        1
+                    ]
+            gradient = gradient_of([total.sum()], theta)
+        return MetaGradient(gradient, total.detach().double(), metrics)

@@ -1,0 +1,160 @@
+"""The outer optimizer: what moves the meta-parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from metaloom.engine.inner_loops.rates import RATES
+from metaloom.errors import MetaloomError
+
+MAX_SKIPPED_IN_A_ROW = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class OuterSettings:
+    """How the meta-parameters are updated.
+
+    Attributes:
+        optimizer: `adam` is AdamW (decoupled weight decay); `sgd` has momentum `betas[0]`.
+        lr: learning rate of initialisations and backbone.
+        lr_rates: learning rate of the logarithms of learned inner rates.
+        warmup_steps: outer steps over which the learning rates rise linearly from 0.
+        decay: `cosine` to `final_ratio` at `num_steps`, or `constant`.
+        clip_norm: the largest global norm of the gradient, or None.
+        ema: decay of the exponential moving average of the meta-parameters, or None.
+    """
+
+    optimizer: Literal["adam", "sgd"]
+    lr: float
+    lr_rates: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    num_steps: int
+    warmup_steps: int
+    decay: Literal["cosine", "constant"]
+    final_ratio: float
+    clip_norm: float | None
+    ema: float | None
+
+
+class OuterOptimizer:
+    """Holds the meta-parameters, and the optimizer, schedule and moving average that follow them.
+
+    All state is a function of the gradients given, so equal gradients keep ranks equal.
+    """
+
+    def __init__(self, meta: Mapping[str, Tensor], settings: OuterSettings) -> None:
+        self.settings = settings
+        self.meta = {name: value.detach().clone() for name, value in meta.items()}
+        self.step = 0
+        self._skipped_in_a_row = 0
+        self._average = None if settings.ema is None else _copies(self.meta)
+        self._optimizer = _optimizer(self.meta, settings)
+
+    def update(self, gradient: Mapping[str, Tensor]) -> dict[str, float]:
+        """One outer step, or none where the gradient is not finite. Returns what to log.
+
+        Raises:
+            MetaloomError: the gradient was not finite ten times in a row.
+        """
+        # The gradient is the same on every rank, bit for bit, so every rank decides alike.
+        norm = torch.linalg.vector_norm(
+            torch.stack([torch.linalg.vector_norm(value) for value in gradient.values()])
+        )
+        factor = self.lr_factor(self.step)
+        self.step += 1
+        metrics = {"gradient_norm": float(norm), "outer_lr": factor * self.settings.lr}
+        if not math.isfinite(metrics["gradient_norm"]):
+            self._skipped_in_a_row += 1
+            if self._skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+                raise MetaloomError(
+                    f"outer step {self.step}: the meta-gradient was not finite {MAX_SKIPPED_IN_A_ROW} times in "
+                    "a row. Lower adaptation.rule.lr or outer.optimizer.lr, or set outer.clip_norm."
+                )
+            return metrics | {"skipped": 1.0}
+        self._skipped_in_a_row = 0
+        clip = self.settings.clip_norm
+        scale = 1.0 if clip is None else min(1.0, clip / (metrics["gradient_norm"] + 1e-12))
+        for group in self._optimizer.param_groups:
+            group["lr"] = factor * group["full_lr"]
+        for name, value in self.meta.items():
+            value.grad = gradient[name] * scale
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        if self._average is not None:
+            # Rises from 0 so that early averages are not held back at the initial values.
+            decay = min(self.settings.ema or 0.0, self.step / (self.step + 9.0))
+            for name, value in self._average.items():
+                value.lerp_(self.meta[name], 1.0 - decay)
+        return metrics | {"skipped": 0.0}
+
+    def lr_factor(self, step: int) -> float:
+        """What the learning rates are multiplied by at outer step `step`, counted from 0."""
+        settings = self.settings
+        if step < settings.warmup_steps:
+            return (step + 1) / (settings.warmup_steps + 1)
+        if settings.decay == "constant":
+            return 1.0
+        progress = (step - settings.warmup_steps) / max(1, settings.num_steps - settings.warmup_steps)
+        cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+        return settings.final_ratio + (1.0 - settings.final_ratio) * cosine
+
+    def evaluation_parameters(self) -> dict[str, Tensor]:
+        """The meta-parameters to evaluate and export: the moving average where there is one."""
+        return self.meta if self._average is None else self._average
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next update depends on: tensors by name, nested in plain dicts."""
+        names = list(self.meta)
+        states = self._optimizer.state_dict()["state"]
+        return {
+            "meta": dict(self.meta),
+            "average": {} if self._average is None else dict(self._average),
+            "optimizer": {names[position]: dict(states[position]) for position in states},
+            "step": self.step,
+            "skipped_in_a_row": self._skipped_in_a_row,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over what `state_dict` returned, for meta-parameters of the same names and shapes."""
+        with torch.no_grad():
+            for name, value in self.meta.items():
+                value.copy_(state["meta"][name])
+            for name, value in (self._average or {}).items():
+                value.copy_(state["average"][name])
+        self.step = int(state["step"])
+        self._skipped_in_a_row = int(state["skipped_in_a_row"])
+        current = self._optimizer.state_dict()
+        positions = {name: position for position, name in enumerate(self.meta)}
+        current["state"] = {
+            positions[name]: {
+                key: value.clone() if isinstance(value, Tensor) else value for key, value in entry.items()
+            }
+            for name, entry in state["optimizer"].items()
+        }
+        self._optimizer.load_state_dict(current)
+
+
+def _optimizer(meta: Mapping[str, Tensor], settings: OuterSettings) -> torch.optim.Optimizer:
+    # One group per parameter keeps the optimizer's order that of `meta`, whatever the kinds.
+    groups: list[dict[str, Any]] = []
+    for name, value in meta.items():
+        learns_a_rate = name.startswith(RATES)
+        lr = settings.lr_rates if learns_a_rate else settings.lr
+        # A rate's logarithm has no reason to be pulled towards 0, a rate of 1.
+        decay = 0.0 if learns_a_rate or value.ndim < 2 else settings.weight_decay
+        groups.append({"params": [value], "lr": lr, "full_lr": lr, "weight_decay": decay})
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.betas[0])
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, foreach=False)
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in tensors.items()}

@@ -1,0 +1,57 @@
+"""Meta-parameters on every rank; gradients cross ranks once per outer step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Replicated:
+    """Every rank holds all meta-parameters and its own share of the tasks.
+
+    Works without a process group too: one rank, no communication.
+    """
+
+    def __init__(self) -> None:
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+
+    def sum_over_ranks(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The sum of each tensor over all ranks. Every rank must call, with the same names and shapes.
+
+        One all-reduce per dtype, over one flat buffer; the result is the same on every rank, bit for bit.
+        """
+        if self.world_size == 1:
+            return dict(tensors)
+        summed: dict[str, Tensor] = {}
+        for dtype in sorted({value.dtype for value in tensors.values()}, key=str):
+            names = [name for name, value in tensors.items() if value.dtype == dtype]
+            flat = torch.cat([tensors[name].reshape(-1) for name in names])
+            dist.all_reduce(flat)
+            pieces = flat.split([tensors[name].numel() for name in names])
+            summed |= {
+                name: piece.view(tensors[name].shape) for name, piece in zip(names, pieces, strict=True)
+            }
+        return {name: summed[name] for name in tensors}
+
+    def broadcast(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copies rank 0's values into every rank's tensors. Every rank must call."""
+        if self.world_size > 1:
+            for value in tensors.values():
+                dist.broadcast(value, src=0)
+
+    def gather(self, values: list[object]) -> list[object]:
+        """All ranks' lists, joined in the order of ranks, on every rank. Every rank must call."""
+        if self.world_size == 1:
+            return values
+        parts: list[list[object]] = [[] for _ in range(self.world_size)]
+        dist.all_gather_object(parts, values)
+        return [value for part in parts for value in part]
+
+    def all_agree(self, value: bool) -> bool:
+        """True if `value` is true on every rank. Every rank must call."""
+        flags = self.sum_over_ranks({"disagree": torch.tensor([0 if value else 1])})
+        return int(flags["disagree"]) == 0

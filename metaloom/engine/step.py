@@ -1,0 +1,36 @@
+"""One outer step."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from metaloom.engine.algorithms.maml import Maml
+from metaloom.engine.combiners.mean import Mean
+from metaloom.engine.learner import TaskBatch
+from metaloom.engine.outer import OuterOptimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTasks:
+    """This rank's share of one outer step's tasks.
+
+    Attributes:
+        batch: this rank's tasks; None where there are fewer tasks than ranks.
+        num_global: tasks over all ranks.
+        micro_batch: how many tasks are differentiated side by side.
+    """
+
+    batch: TaskBatch | None
+    num_global: int
+    micro_batch: int
+
+    def micro_batches(self) -> list[TaskBatch]:
+        return [] if self.batch is None else self.batch.split(self.micro_batch)
+
+
+def outer_step(tasks: StepTasks, algorithm: Maml, combiner: Mean, outer: OuterOptimizer) -> dict[str, float]:
+    """Moves the meta-parameters by one step; returns what to log. Every rank must call."""
+    for batch in tasks.micro_batches():
+        combiner.add(algorithm.meta_gradient(outer.meta, batch))
+    combined = combiner.combine(tasks.num_global)  # the one place where ranks meet
+    return combined.metrics | outer.update(combined.gradient)

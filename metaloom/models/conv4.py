@@ -1,0 +1,59 @@
+"""The small convolutional network of the few-shot literature.
+
+Shape letters: N examples, D width, C classes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Conv4(nn.Module):
+    """Blocks of 3x3 convolution with stride 2, batch norm and ReLU, then a linear head.
+
+    The Omniglot network of Finn et al. 2017, section 5.2 (strided convolutions in place of
+    pooling), here with the mean over positions before the head. Batch norm always uses the
+    statistics of the examples at hand, as MAML does: predictions are transductive.
+
+    Args:
+        num_classes: C.
+        width: channels of each block.
+        num_blocks: each halves the image (28 -> 14 -> 7 -> 4 -> 2).
+        norm: `batch` or `none`.
+    """
+
+    def __init__(self, *, num_classes: int, width: int, num_blocks: int, norm: str) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            _Block(1 if index == 0 else width, width, norm=norm) for index in range(num_blocks)
+        )
+        self.head = nn.Linear(width, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits `[N, C]` of images `[N, 1, 28, 28]`."""
+        features = images
+        for block in self.blocks:
+            features = block(features)
+        logits: Tensor = self.head(features.mean(dim=(2, 3)))
+        return logits
+
+
+class _Block(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int, *, norm: str) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1, bias=norm == "none")
+        self.norm = (
+            nn.BatchNorm2d(out_channels, track_running_stats=False) if norm == "batch" else nn.Identity()
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        return F.relu(self.norm(self.conv(features)))
+
+
+def zero_head(model: Conv4) -> None:
+    """Starts the head at zero, so that no class is preferred before adaptation."""
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.head.bias.zero_()

@@ -1,0 +1,108 @@
+"""A small decoder-only transformer over bytes.
+
+Shape letters: N sequences, L tokens, D width, H heads, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+VOCABULARY = 256
+
+
+class Gpt(nn.Module):
+    """Pre-norm blocks, learned positions, GELU, no dropout (Radford et al. 2019, section 2.3).
+
+    Attention is written out, since fused kernels have neither a second derivative nor a
+    forward-mode rule.
+
+    Args:
+        num_layers: blocks.
+        width: D, a multiple of `num_heads`.
+        num_heads: H.
+        context_length: the longest sequence, tokens.
+        tied_embeddings: the head's weight is the embedding's.
+    """
+
+    def __init__(
+        self, *, num_layers: int, width: int, num_heads: int, context_length: int, tied_embeddings: bool
+    ) -> None:
+        super().__init__()
+        self.token_embedding = nn.Embedding(VOCABULARY, width)
+        self.position_embedding = nn.Embedding(context_length, width)
+        self.blocks = nn.ModuleList(_Block(width, num_heads) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, VOCABULARY, bias=False)
+        self.apply(_init_weights)
+        for name, weight in self.named_parameters():
+            if name.endswith(("proj.weight", "fc_out.weight")):
+                # Each block adds two terms to the residual stream: keep its variance near 1.
+                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * num_layers))
+        if tied_embeddings:
+            self.head.weight = self.token_embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits `[N, L, V]` of the next token, for tokens `[N, L]`."""
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        hidden = self.token_embedding(tokens) + self.position_embedding(positions)
+        for block in self.blocks:
+            hidden = block(hidden)
+        logits: Tensor = self.head(self.norm(hidden))
+        return logits
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.norm_attention = nn.LayerNorm(width)
+        self.attention = _CausalAttention(width, num_heads)
+        self.norm_mlp = nn.LayerNorm(width)
+        self.mlp = _Mlp(width)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = hidden + self.attention(self.norm_attention(hidden))
+        residual: Tensor = hidden + self.mlp(self.norm_mlp(hidden))
+        return residual
+
+
+class _CausalAttention(nn.Module):
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        N, L, D = hidden.shape
+        query, key, value = (
+            part.view(N, L, self.num_heads, D // self.num_heads).transpose(1, 2)
+            for part in self.qkv(hidden).split(D, dim=-1)
+        )
+        scores = query @ key.transpose(-2, -1) / math.sqrt(D // self.num_heads)
+        future = torch.ones(L, L, dtype=torch.bool, device=hidden.device).triu(1)
+        # A finite fill: -inf would give NaN under dual numbers.
+        weights = scores.masked_fill(future, torch.finfo(scores.dtype).min).softmax(dim=-1)
+        mixed: Tensor = self.proj((weights @ value).transpose(1, 2).reshape(N, L, D))
+        return mixed
+
+
+class _Mlp(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc_in = nn.Linear(width, 4 * width)
+        self.fc_out = nn.Linear(4 * width, width)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        projected: Tensor = self.fc_out(F.gelu(self.fc_in(hidden)))
+        return projected
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
