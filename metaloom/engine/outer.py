@@ -75,8 +75,8 @@ class OuterOptimizer:
             self._skipped_in_a_row += 1
             if self._skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
                 raise MetaloomError(
-                    f"outer step {self.step}: the meta-gradient was not finite {MAX_SKIPPED_IN_A_ROW} times in "
-                    "a row. Lower adaptation.rule.lr or outer.optimizer.lr, or set outer.clip_norm."
+                    f"outer step {self.step}: the meta-gradient was not finite {MAX_SKIPPED_IN_A_ROW} times "
+                    "in a row. Lower adaptation.rule.lr or outer.optimizer.lr, or set outer.clip_norm."
                 )
             return metrics | {"skipped": 1.0}
         self._skipped_in_a_row = 0

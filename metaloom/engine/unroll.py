@@ -65,7 +65,12 @@ class Unroll:
 
 def leaves(tensors: Tensors) -> dict[str, Tensor]:
     """The same values as fresh leaves that require gradients (no copy is made)."""
-    return {name: value.detach().requires_grad_() for name, value in tensors.items()}
+    return {name: leaf(value) for name, value in tensors.items()}
+
+
+def leaf(tensor: Tensor) -> Tensor:
+    """The same values as a fresh leaf that requires gradients (no copy is made)."""
+    return tensor.detach().requires_grad_()
 
 
 @dataclasses.dataclass(frozen=True)

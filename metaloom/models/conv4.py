@@ -44,9 +44,9 @@ class _Block(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, *, norm: str) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1, bias=norm == "none")
-        self.norm = (
-            nn.BatchNorm2d(out_channels, track_running_stats=False) if norm == "batch" else nn.Identity()
-        )
+        self.norm: nn.Module = nn.Identity()
+        if norm == "batch":
+            self.norm = nn.BatchNorm2d(out_channels, track_running_stats=False)
 
     def forward(self, features: Tensor) -> Tensor:
         return F.relu(self.norm(self.conv(features)))

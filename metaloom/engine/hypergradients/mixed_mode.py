@@ -40,20 +40,25 @@ def _tangents_of_gradient(
 ) -> dict[str, Tensor]:
     """`H t` under the fast weights' names and `M t` under `theta/<name>`, for tangents t of phi."""
     with forward_ad.dual_level(), torch.enable_grad():
-        # Clones: dual numbers refuse expanded primals, which phi_0 is.
-        duals = {
-            name: forward_ad.make_dual(value.detach().clone().requires_grad_(), tangents[name].detach())
-            for name, value in fast.items()
-        }
+        duals = {name: _dual(value, tangents[name]) for name, value in fast.items()}
         parameters = leaves(theta)
         losses, _ = unroll.learner.losses("support", parameters, duals, batch, step)
         grads = torch.autograd.grad(
             losses.sum(), [*duals.values(), *parameters.values()], allow_unused=True, materialize_grads=True
         )
         names = [*duals, *("theta/" + name for name in parameters)]
-        return {
-            name: torch.zeros_like(grad)
-            if (tangent := forward_ad.unpack_dual(grad).tangent) is None
-            else tangent
-            for name, grad in zip(names, grads, strict=True)
-        }
+        return {name: _tangent(grad) for name, grad in zip(names, grads, strict=True)}
+
+
+def _dual(primal: Tensor, tangent: Tensor) -> Tensor:
+    """A differentiable dual number. A copy, since primals must not be expanded, as phi_0 is."""
+    dual: Tensor = forward_ad.make_dual(  # type: ignore[no-untyped-call]
+        primal.detach().clone().requires_grad_(), tangent.detach()
+    )
+    return dual
+
+
+def _tangent(dual: Tensor) -> Tensor:
+    """The tangent of a dual number, zero where nothing dual reached it."""
+    tangent: Tensor | None = forward_ad.unpack_dual(dual).tangent  # type: ignore[no-untyped-call]
+    return torch.zeros_like(dual) if tangent is None else tangent

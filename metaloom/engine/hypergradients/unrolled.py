@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from metaloom.engine.hypergradients.base import (
     Hypergradient,
@@ -12,7 +13,7 @@ from metaloom.engine.hypergradients.base import (
     query_losses,
 )
 from metaloom.engine.learner import TaskBatch
-from metaloom.engine.unroll import Unroll, leaves
+from metaloom.engine.unroll import Unroll, leaf, leaves
 
 
 class Unrolled(Hypergradient):
@@ -25,21 +26,20 @@ class Unrolled(Hypergradient):
         theta = leaves(meta)
         with torch.enable_grad():
             fast, state = unroll.start(theta, batch.num_tasks)
-            fast = {
-                name: value if value.requires_grad else value.requires_grad_() for name, value in fast.items()
-            }
-            total, metrics = torch.zeros((), device=next(iter(meta.values())).device), {}
+            # Fast weights that no meta-parameter starts must still be differentiated inside.
+            fast = {n: value if value.requires_grad else leaf(value) for n, value in fast.items()}
+            metrics: dict[str, Tensor] = {}
+            if unroll.step_weights[0] == 0.0:
+                with torch.no_grad():
+                    metrics |= query_losses(unroll, theta, fast, batch, 0)[1]
+            terms = []
             for step, weight in enumerate(unroll.step_weights):
                 if step > 0:
                     fast, state = unroll.inner_step(theta, fast, state, batch, step - 1, create_graph=True)
                 if weight != 0.0:
                     losses, at_step = query_losses(unroll, theta, fast, batch, step)
-                    total = total + weight * losses
+                    terms.append(weight * losses.double())
                     metrics |= at_step
-            if "loss_before" not in metrics:
-                with torch.no_grad():
-                    metrics |= query_losses(unroll, theta, unroll.start(theta, batch.num_tasks)[0], batch, 0)[
-                        1
-                    ]
+            total = torch.stack(terms).sum(0)
             gradient = gradient_of([total.sum()], theta)
-        return MetaGradient(gradient, total.detach().double(), metrics)
+        return MetaGradient(gradient, total.detach(), metrics)

@@ -31,7 +31,7 @@ class Replicated:
             names = [name for name, value in tensors.items() if value.dtype == dtype]
             flat = torch.cat([tensors[name].reshape(-1) for name in names])
             dist.all_reduce(flat)
-            pieces = flat.split([tensors[name].numel() for name in names])
+            pieces = torch.split(flat, [tensors[name].numel() for name in names])
             summed |= {
                 name: piece.view(tensors[name].shape) for name, piece in zip(names, pieces, strict=True)
             }
