@@ -1,0 +1,181 @@
+"""Metrics as lines of JSON in the run folder: the record that is always there.
+
+Each line is one `log` call: {"step": 3, "time_s": 1700000000.123, "meta_loss": 1.25}. NaN and
+infinities are written as the strings "NaN", "Infinity", "-Infinity", so every line is strict JSON.
+"""
+
+import json
+import math
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO
+
+from metaloom.errors import TrackingError
+from metaloom.tracking.base import RESERVED_METRIC_NAMES, FinishStatus, MetricRecord, RunTracker
+
+
+def encode_number(value: float) -> float | str:
+    """The number itself, or a string for NaN and infinities, which JSON does not have."""
+    value = float(value)
+    if math.isnan(value):
+        return "NaN"
+    if math.isinf(value):
+        return "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def decode_number(value: float | str) -> float:
+    """Inverse of `encode_number`."""
+    return float(value)
+
+
+def _encode(record: MetricRecord) -> bytes:
+    fields: dict[str, float | str] = {"step": record.step, "time_s": record.time_s}
+    fields.update((name, encode_number(value)) for name, value in record.metrics.items())
+    return json.dumps(fields, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+def decode_line(line: bytes) -> MetricRecord:
+    """The record of one line.
+
+    Raises:
+        ValueError: the line is not one that `JsonlTracker` writes.
+    """
+    fields = json.loads(line)
+    if not isinstance(fields, dict) or not fields.keys() >= RESERVED_METRIC_NAMES:
+        raise ValueError("no object with `step` and `time_s`")
+    step, time_s = int(fields.pop("step")), float(fields.pop("time_s"))
+    try:
+        metrics = {name: decode_number(value) for name, value in fields.items()}
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+    return MetricRecord(step, time_s, metrics)
+
+
+def complete_lines(path: Path) -> Iterator[bytes]:
+    """The lines that were written to their end; a line torn by a killed process is left out."""
+    with path.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield line
+
+
+def read_metrics(path: Path) -> list[MetricRecord]:
+    """The records of a metrics file in the order of logging; a torn last line is left out.
+
+    Raises:
+        TrackingError: the file is missing, or a line of it is not a record.
+    """
+    records = []
+    try:
+        for number, line in enumerate(complete_lines(path), start=1):
+            try:
+                records.append(decode_line(line))
+            except ValueError as error:
+                raise TrackingError(
+                    f"{path}, line {number}: not a metrics record ({error}). Each line is the JSON of one "
+                    'logged step, {"step": 3, "time_s": ..., "meta_loss": ...}; remove the line.'
+                ) from error
+    except OSError as error:
+        raise TrackingError(
+            f"{path}: cannot be read ({error.strerror}). Metrics are in metrics.jsonl of a run folder."
+        ) from error
+    return records
+
+
+def truncate_from(path: Path, step: int) -> int:
+    """Drops the lines of `step` and later, and a torn last line; returns how many were dropped.
+
+    The file is replaced in one motion, so a process killed here leaves the old or the new file.
+    """
+    if not path.exists():
+        return 0
+    total, kept = 0, []
+    with path.open("rb") as file:
+        for line in file:
+            total += 1
+            if line.endswith(b"\n") and decode_line(line).step < step:
+                kept.append(line)
+    if len(kept) == total:
+        return 0
+    replacement = path.with_name(path.name + ".new")
+    with replacement.open("wb") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    replacement.replace(path)
+    return total - len(kept)
+
+
+class JsonlTracker(RunTracker):
+    """Appends one line per `log` call to `path`; each line is with the operating system on return.
+
+    Args:
+        path: the file, usually metrics.jsonl of the run folder; its folder is made.
+        first_step: the first outer step that this process will log, the step of the checkpoint
+            that it continued from, or 0. Lines of that step and later come from an attempt that
+            went further than its last checkpoint: `start` drops them, so that no step is there twice.
+
+    Artifacts from outside the folder of `path` are copied to `artifacts/` in it; others stay
+    where they are.
+    """
+
+    def __init__(self, path: Path, *, first_step: int = 0) -> None:
+        self._path = path
+        self._first_step = first_step
+        self._file: IO[bytes] | None = None
+
+    def start(
+        self,
+        *,
+        run_name: str,
+        params: Mapping[str, str],
+        tags: Mapping[str, str],
+        resume_id: str | None,
+    ) -> str:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            truncate_from(self._path, self._first_step)
+            self._file = self._path.open("ab")
+        except (OSError, ValueError) as error:
+            raise TrackingError(
+                f"{self._path}: metrics cannot be written there ({error}). The file holds JSON lines in a "
+                "writable folder; choose another run folder or move the file away."
+            ) from error
+        return resume_id or uuid.uuid4().hex
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        reserved = RESERVED_METRIC_NAMES & metrics.keys()
+        if reserved:
+            raise ValueError(
+                f"a metric cannot be called {sorted(reserved)[0]!r}: the name is part of the format"
+            )
+        if self._file is None:
+            raise RuntimeError("log() needs a tracker that was started and is not finished")
+        self._file.write(_encode(MetricRecord(step, round(time.time(), 3), dict(metrics))))
+        self._file.flush()
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        home = self._path.parent.resolve()
+        if path.resolve().is_relative_to(home):
+            return
+        target = home / "artifacts" / folder / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+
+    def flush(self, timeout_s: float) -> bool:
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+        return True
+
+    def finish(self, status: FinishStatus) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def describe(self) -> str:
+        return str(self._path)
