@@ -1,0 +1,253 @@
+"""The rules that relate several values of a recipe to each other.
+
+A rule yields `(path, text)` for each place where it is broken. It is called also with recipes
+that have other mistakes: a value that could not be read raises `Unreadable` when a rule
+looks at it, and that rule alone is passed over. Rules that need the data's index are
+checked where the data is opened.
+"""
+
+from collections.abc import Callable, Iterator
+
+from metaloom.recipe.credentials import has_credentials
+from metaloom.recipe.schema import (
+    Conv4Model,
+    FullFast,
+    GlyphsData,
+    GPTModel,
+    LoRAFast,
+    MLflowTracking,
+    Recipe,
+    StdlibData,
+)
+
+Broken = Iterator[tuple[str, str]]
+NUM_FACES = 12
+
+
+class Unreadable(Exception):
+    """A rule looked at a value that has been reported already."""
+
+
+class UnreadableValue:
+    """Stands for a value that could not be read: any look at it raises `Unreadable`."""
+
+    def _refuse(self, *_: object) -> bool:
+        raise Unreadable
+
+    __getattr__ = __eq__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
+    __add__ = __radd__ = __mod__ = __rmod__ = __bool__ = __contains__ = __iter__ = __hash__ = _refuse
+
+
+def heads_divide_the_width(recipe: Recipe) -> Broken:
+    model = recipe.model
+    if isinstance(model, GPTModel) and model.width % model.num_heads:
+        yield (
+            "model.width",
+            f"{model.width}; must be a multiple of model.num_heads = {model.num_heads}, "
+            f"for example {max(1, round(model.width / model.num_heads)) * model.num_heads}",
+        )
+
+
+def model_reads_the_data(recipe: Recipe) -> Broken:
+    if isinstance(recipe.model, Conv4Model) and not isinstance(recipe.data, GlyphsData):
+        yield (
+            "model.kind",
+            f"conv4 reads images, and data.kind = {recipe.data.kind} gives text; "
+            "set model.kind to gpt, or data.kind to glyphs",
+        )
+    if isinstance(recipe.model, GPTModel) and not isinstance(recipe.data, StdlibData):
+        yield (
+            "model.kind",
+            f"gpt reads text, and data.kind = {recipe.data.kind} gives images; "
+            "set model.kind to conv4, or data.kind to stdlib",
+        )
+
+
+def pretrain_needs_gpt(recipe: Recipe) -> Broken:
+    if recipe.pretrain is not None and not isinstance(recipe.model, GPTModel):
+        yield (
+            "pretrain",
+            f"only for model.kind = gpt, and model.kind is {recipe.model.kind}; set pretrain to null",
+        )
+
+
+def pretrain_warmup_ends(recipe: Recipe) -> Broken:
+    pretrain = recipe.pretrain
+    if pretrain is not None and pretrain.warmup_steps >= pretrain.num_steps:
+        yield (
+            "pretrain.warmup_steps",
+            f"{pretrain.warmup_steps}; must be less than pretrain.num_steps = {pretrain.num_steps}",
+        )
+
+
+def pretrain_splits_differ(recipe: Recipe) -> Broken:
+    if recipe.pretrain is not None:
+        yield from _repeated("pretrain.splits", recipe.pretrain.splits)
+
+
+def lora_needs_gpt(recipe: Recipe) -> Broken:
+    if isinstance(recipe.adaptation.fast, LoRAFast) and not isinstance(recipe.model, GPTModel):
+        yield (
+            "adaptation.fast.kind",
+            f"lora adapts linear layers of model.kind = gpt, and model.kind is {recipe.model.kind}; "
+            "set adaptation.fast to full",
+        )
+
+
+def lora_targets_differ(recipe: Recipe) -> Broken:
+    fast = recipe.adaptation.fast
+    if isinstance(fast, LoRAFast) and isinstance(fast.targets, tuple):
+        yield from _repeated("adaptation.fast.targets", fast.targets)
+
+
+def rehearsal_needs_stdlib(recipe: Recipe) -> Broken:
+    if recipe.adaptation.rehearsal is not None and not isinstance(recipe.data, StdlibData):
+        yield (
+            "adaptation.rehearsal",
+            f"only data.kind = stdlib has a rehearsal split, and data.kind is {recipe.data.kind}; "
+            "set adaptation.rehearsal to null",
+        )
+
+
+def full_adaptation_has_no_backbone(recipe: Recipe) -> Broken:
+    if isinstance(recipe.adaptation.fast, FullFast) and recipe.algorithm.meta_parameters.backbone:
+        yield (
+            "algorithm.meta_parameters.backbone",
+            "true, but adaptation.fast = full adapts every weight and leaves no backbone; "
+            "set it to false (init learns all weights)",
+        )
+
+
+def something_is_learned(recipe: Recipe) -> Broken:
+    learned = recipe.algorithm.meta_parameters
+    if not (learned.init or learned.backbone):
+        yield (
+            "algorithm.meta_parameters",
+            "init and backbone are both false, so that no weight is learned; set one of them to true",
+        )
+
+
+def warmup_ends(recipe: Recipe) -> Broken:
+    warmup_steps, num_steps = recipe.outer.schedule.warmup_steps, recipe.outer.num_steps
+    if warmup_steps >= num_steps:
+        yield (
+            "outer.schedule.warmup_steps",
+            f"{warmup_steps}; must be less than outer.num_steps = {num_steps}",
+        )
+
+
+def sequences_fit_the_context(recipe: Recipe) -> Broken:
+    if (
+        isinstance(recipe.data, StdlibData)
+        and isinstance(recipe.model, GPTModel)
+        and recipe.data.sequence_length > recipe.model.context_length
+    ):
+        yield (
+            "data.sequence_length",
+            f"{recipe.data.sequence_length}; must be at most model.context_length = "
+            f"{recipe.model.context_length}; shorten the sequences or raise model.context_length",
+        )
+
+
+def faces_suffice(recipe: Recipe) -> Broken:
+    data = recipe.data
+    if isinstance(data, GlyphsData) and data.n_shot + data.n_query > NUM_FACES:
+        yield (
+            "data.n_query",
+            f"{data.n_query}; data.n_shot + data.n_query = {data.n_shot + data.n_query} must be "
+            f"at most {NUM_FACES}, the type faces of each glyph; lower one of them",
+        )
+
+
+def early_stopping_needs_validation(recipe: Recipe) -> Broken:
+    if recipe.validation.early_stopping is not None and recipe.validation.every_steps is None:
+        yield (
+            "validation.early_stopping",
+            "counts validations, and validation.every_steps is null, so there are none; "
+            "set validation.every_steps, or validation.early_stopping to null",
+        )
+
+
+def rates_exist_for_each_evaluation_step(recipe: Recipe) -> Broken:
+    if recipe.adaptation.rule.learned == "per_tensor_per_step" and recipe.evaluation.num_steps is not None:
+        trained, evaluated = recipe.adaptation.num_steps, recipe.evaluation.num_steps
+        if evaluated > trained:
+            yield (
+                "evaluation.num_steps",
+                f"{evaluated}; adaptation.rule.learned = per_tensor_per_step has rates for "
+                f"adaptation.num_steps = {trained} steps only; lower it, or learn per_tensor rates",
+            )
+
+
+def pretrained_baseline_needs_pretrain(recipe: Recipe) -> Broken:
+    if "pretrained" in (recipe.evaluation.baselines or ()) and recipe.pretrain is None:
+        yield (
+            "evaluation.baselines",
+            "'pretrained' needs a pretrain section, and pretrain is null; remove it from the list",
+        )
+
+
+def baselines_differ(recipe: Recipe) -> Broken:
+    yield from _repeated("evaluation.baselines", recipe.evaluation.baselines or ())
+
+
+def tracking_uri_has_no_secret(recipe: Recipe) -> Broken:
+    tracking = recipe.tracking
+    if isinstance(tracking, MLflowTracking) and tracking.uri is not None and has_credentials(tracking.uri):
+        yield (
+            "tracking.uri",
+            "holds a user name, password or token (not shown), and a recipe is stored with each run; "
+            "remove it, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, "
+            "or MLFLOW_TRACKING_TOKEN, in the environment",
+        )
+
+
+def data_url_has_no_secret(recipe: Recipe) -> Broken:
+    if has_credentials(recipe.data.url):
+        yield (
+            "data.url",
+            "holds a user name, password or token (not shown), and a recipe is stored with each run; "
+            "remove it, and give the credentials in the file system's own settings or environment variables",
+        )
+
+
+RULES: tuple[Callable[[Recipe], Broken], ...] = (
+    heads_divide_the_width,
+    model_reads_the_data,
+    pretrain_needs_gpt,
+    pretrain_warmup_ends,
+    pretrain_splits_differ,
+    lora_needs_gpt,
+    lora_targets_differ,
+    rehearsal_needs_stdlib,
+    full_adaptation_has_no_backbone,
+    something_is_learned,
+    warmup_ends,
+    sequences_fit_the_context,
+    faces_suffice,
+    early_stopping_needs_validation,
+    rates_exist_for_each_evaluation_step,
+    pretrained_baseline_needs_pretrain,
+    baselines_differ,
+    tracking_uri_has_no_secret,
+    data_url_has_no_secret,
+)
+
+
+def broken_rules(recipe: Recipe) -> list[tuple[str, str]]:
+    """`(path, text)` of every broken rule among those whose values could all be read."""
+    broken: list[tuple[str, str]] = []
+    for rule in RULES:
+        try:
+            broken.extend(rule(recipe))
+        except Unreadable:
+            continue
+    return broken
+
+
+def _repeated(path: str, values: tuple[str, ...]) -> Broken:
+    seen: set[str] = set()
+    for value in values:
+        if value in seen:
+            yield path, f"'{value}' is listed twice; list it once"
+        seen.add(value)

@@ -1,0 +1,489 @@
+"""The sections of a recipe: everything that a run is made of, typed, immutable and described.
+
+Each section is one class. Where a section comes in several kinds, its key `kind` names
+the class. A class states the type and range of each value; what relates several values to
+each other is in `rules.py`, so that every broken rule can be reported at once.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+type_checked = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+FloatOrZero = Annotated[float, Field(ge=0)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: immutable, without unknown keys, without silent conversions."""
+
+    model_config = type_checked
+
+
+# ---------------------------------------------------------------- model
+
+
+class Conv4Model(Section):
+    """The convolutional network of the few-shot literature, for 28x28x1 images; n_way outputs."""
+
+    kind: Literal["conv4"] = Field(default="conv4", description="convolutional network for 28x28x1 images")
+    width: Count = Field(default=32, description="channels of each block")
+    num_blocks: int = Field(
+        default=4,
+        ge=1,
+        le=4,
+        description="blocks of convolution, norm, ReLU and 2x2 pooling (28 pixels allow 4)",
+    )
+    norm: Literal["batch", "none"] = Field(
+        default="batch", description="normalisation in each block: batch (statistics per task) or none"
+    )
+
+
+class GPTModel(Section):
+    """A decoder-only transformer over bytes: a vocabulary of 256."""
+
+    kind: Literal["gpt"] = Field(
+        default="gpt", description="decoder-only transformer over bytes (256 symbols)"
+    )
+    num_layers: Count = Field(default=4, description="transformer blocks")
+    width: Count = Field(default=128, description="width of the residual stream; a multiple of num_heads")
+    num_heads: Count = Field(default=4, description="attention heads per block")
+    context_length: Count = Field(default=128, description="most positions in one sequence, in bytes")
+    tied_embeddings: bool = Field(
+        default=True, description="whether the output head shares the embedding's weight"
+    )
+
+
+class Pretrain(Section):
+    """Ordinary training of the backbone before meta-training."""
+
+    num_steps: Count = Field(description="optimizer steps")
+    batch_size: Count = Field(description="sequences per step, over all ranks")
+    lr: PositiveFloat = Field(description="peak learning rate of AdamW")
+    warmup_steps: CountOrZero = Field(default=0, description="steps of linear warm-up; fewer than num_steps")
+    weight_decay: FloatOrZero = Field(
+        default=0.0, description="decoupled weight decay, per unit of learning rate"
+    )
+    splits: Annotated[tuple[Literal["train", "rehearsal"], ...], Field(min_length=1)] = Field(
+        default=("train", "rehearsal"), description="splits of the data trained on"
+    )
+
+
+# ---------------------------------------------------------------- adaptation
+
+
+class FullFast(Section):
+    """Every weight of the model is adapted, one copy per task."""
+
+    kind: Literal["full"] = Field(default="full", description="adapt every weight of the model")
+
+
+class LoRAFast(Section):
+    """A low-rank adapter beside chosen linear layers is adapted; the backbone is shared by all tasks."""
+
+    kind: Literal["lora"] = Field(default="lora", description="adapt low-rank matrices beside linear layers")
+    rank: Count = Field(default=8, description="rank of each adapter")
+    alpha: PositiveFloat = Field(
+        default=16.0, description="scale of the adapter: its product is times alpha / rank"
+    )
+    targets: Annotated[tuple[Text, ...], Field(min_length=1)] | Literal["all-linear"] = Field(
+        default="all-linear",
+        description="suffixes of the names of the linear layers that get an adapter, or all-linear for all",
+    )
+
+
+class SGDRule(Section):
+    """phi <- phi - lr * m, with m <- momentum * m + g + weight_decay * phi."""
+
+    kind: Literal["sgd"] = Field(default="sgd", description="stochastic gradient descent")
+    lr: PositiveFloat = Field(description="inner learning rate; the starting value where rates are learned")
+    momentum: BelowOne = Field(default=0.0, description="momentum, 0 for none")
+    weight_decay: FloatOrZero = Field(default=0.0, description="weight decay added to the inner gradient")
+    learned: Literal["none", "shared", "per_tensor", "per_tensor_per_step"] = Field(
+        default="none",
+        description="whether the inner rates are meta-parameters: none (fixed), shared (one for all), "
+        "per_tensor (one for each fast weight), per_tensor_per_step (and for each inner step)",
+    )
+
+
+class Rehearsal(Section):
+    """Data of the pre-training kind mixed into adaptation, so that the model forgets less."""
+
+    ratio: float = Field(
+        default=0.1,
+        gt=0,
+        lt=1,
+        description="weight of the rehearsal loss in each inner step; the support loss has the rest",
+    )
+    num_sequences: Count = Field(default=1, description="stretches of rehearsal data per inner step and task")
+
+
+class Adaptation(Section):
+    """How a model adapts to one task: what is fast, by which rule, for how many steps."""
+
+    fast: FullFast | LoRAFast = Field(
+        discriminator="kind", description="the fast weights: what a task adapts"
+    )
+    rule: SGDRule = Field(description="the inner update rule")
+    num_steps: Count = Field(description="inner steps K per task")
+    rehearsal: Rehearsal | None = Field(
+        default=None, description="rehearsal during adaptation; null for none"
+    )
+
+
+# ---------------------------------------------------------------- algorithm
+
+
+class UnrolledHypergradient(Section):
+    """Exact; keeps the graph of all inner steps: memory grows with K."""
+
+    kind: Literal["unrolled"] = Field(
+        default="unrolled", description="exact, through the whole graph; memory grows with K"
+    )
+
+
+class RematerializedHypergradient(Section):
+    """Exact; one snapshot per inner step, reverse over reverse within one step."""
+
+    kind: Literal["rematerialized"] = Field(
+        default="rematerialized", description="exact, one step's graph at a time, reverse over reverse"
+    )
+
+
+class MixedModeHypergradient(Section):
+    """Exact; one snapshot per inner step, forward over reverse within one step."""
+
+    kind: Literal["mixed_mode"] = Field(
+        default="mixed_mode", description="exact, one step's graph at a time, forward over reverse"
+    )
+
+
+class FirstOrderHypergradient(Section):
+    """Drops the second derivatives (FOMAML)."""
+
+    kind: Literal["first_order"] = Field(
+        default="first_order", description="approximate: second derivatives are dropped"
+    )
+
+
+Hypergradient = (
+    UnrolledHypergradient | RematerializedHypergradient | MixedModeHypergradient | FirstOrderHypergradient
+)
+
+
+class MetaParameters(Section):
+    """What the outer loop learns, besides the inner rates (see adaptation.rule.learned)."""
+
+    init: bool = Field(default=True, description="learn where the fast weights start")
+    backbone: bool = Field(
+        default=False, description="learn the weights that tasks share (only beside an adapter)"
+    )
+
+
+class MAMLAlgorithm(Section):
+    """Gradient of the query loss after adaptation (Finn et al. 2017)."""
+
+    kind: Literal["maml"] = Field(default="maml", description="model-agnostic meta-learning")
+    hypergradient: Hypergradient = Field(
+        default=RematerializedHypergradient(),
+        discriminator="kind",
+        description="how the gradient through the adaptation is computed",
+    )
+    step_weights: Literal["last", "uniform"] = Field(
+        default="last",
+        description="weights of the query losses after each inner step: the last only, or all alike",
+    )
+    meta_parameters: MetaParameters = Field(
+        default=MetaParameters(), description="what the outer loop learns"
+    )
+
+
+# ---------------------------------------------------------------- outer loop
+
+
+class AdamOptimizer(Section):
+    """Adam with decoupled weight decay."""
+
+    kind: Literal["adam"] = Field(default="adam", description="Adam with decoupled weight decay")
+    lr: PositiveFloat = Field(default=1e-3, description="peak learning rate")
+    betas: tuple[BelowOne, BelowOne] = Field(
+        default=(0.9, 0.999), description="decay of the first and second moments"
+    )
+    eps: PositiveFloat = Field(default=1e-8, description="added to the root of the second moment")
+    weight_decay: FloatOrZero = Field(
+        default=0.0, description="decoupled weight decay, per unit of learning rate"
+    )
+
+
+class SGDOptimizer(Section):
+    """Stochastic gradient descent with momentum."""
+
+    kind: Literal["sgd"] = Field(default="sgd", description="stochastic gradient descent")
+    lr: PositiveFloat = Field(description="peak learning rate")
+    momentum: BelowOne = Field(default=0.0, description="momentum, 0 for none")
+    weight_decay: FloatOrZero = Field(default=0.0, description="weight decay added to the gradient")
+
+
+class Schedule(Section):
+    """The outer learning rate over time: linear warm-up, then decay."""
+
+    warmup_steps: CountOrZero = Field(
+        default=0, description="outer steps of linear warm-up; fewer than outer.num_steps"
+    )
+    decay: Literal["cosine", "constant"] = Field(default="cosine", description="course after the warm-up")
+    final_ratio: float = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        description="learning rate at the end of a cosine decay, as a fraction of the peak",
+    )
+
+
+class Outer(Section):
+    """The outer loop: how many tasks and steps, and how theta is updated."""
+
+    num_steps: Count = Field(description="outer steps of the whole run")
+    tasks_per_step: Count = Field(description="tasks per outer step, over all ranks")
+    micro_batch: Count | None = Field(
+        default=None, description="tasks that one rank computes side by side; null for all of its tasks"
+    )
+    optimizer: AdamOptimizer | SGDOptimizer = Field(
+        default=AdamOptimizer(), discriminator="kind", description="the outer optimizer"
+    )
+    schedule: Schedule = Field(default=Schedule(), description="course of the outer learning rate")
+    clip_norm: PositiveFloat | None = Field(
+        default=None,
+        description="largest norm of the meta-gradient, longer ones are scaled down; null for no limit",
+    )
+    ema: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="decay per outer step of a running average of theta; null for none",
+    )
+
+
+# ---------------------------------------------------------------- data
+
+
+class Affine(Section):
+    """Random affine change of each image; every range is symmetric about no change."""
+
+    rotate_deg: float = Field(default=0.0, ge=0, le=180, description="largest rotation, in degrees")
+    shear_deg: float = Field(default=0.0, ge=0, le=45, description="largest shear, in degrees")
+    scale: BelowOne = Field(
+        default=0.0, description="largest relative change of size (0.1: 0.9 to 1.1 times)"
+    )
+    shift_px: float = Field(default=0.0, ge=0, le=14, description="largest shift along each side, in pixels")
+
+
+class GlyphsData(Section):
+    """Few-shot classification of glyphs, each drawn in several type faces."""
+
+    kind: Literal["glyphs"] = Field(default="glyphs", description="images of glyphs in 12 type faces")
+    url: Text = Field(description="folder or fsspec URL of the shards")
+    n_way: int = Field(default=5, ge=2, description="classes (glyphs) per task")
+    n_shot: Count = Field(default=1, description="support examples per class")
+    n_query: Count = Field(
+        default=5, description="query examples per class; with n_shot at most 12, the faces of a glyph"
+    )
+    affine: Affine | None = Field(
+        default=None, description="random affine change of each image; null for none"
+    )
+
+
+class StdlibData(Section):
+    """Next-byte prediction on the source of one module of Python's standard library per task."""
+
+    kind: Literal["stdlib"] = Field(default="stdlib", description="source text of Python's standard library")
+    url: Text = Field(description="folder or fsspec URL of the shards")
+    num_support: Count = Field(default=8, description="support sequences per task")
+    num_query: Count = Field(default=8, description="query sequences per task")
+    sequence_length: int = Field(
+        default=128, ge=2, description="bytes per sequence; at most model.context_length"
+    )
+
+
+# ---------------------------------------------------------------- machine
+
+
+class Precision(Section):
+    """Number formats."""
+
+    compute: Literal["float32", "bfloat16", "float64"] = Field(
+        default="float32", description="format of the forward and backward passes"
+    )
+
+
+class ReplicatedSharding(Section):
+    """Every rank holds all of theta; one all-reduce per outer step."""
+
+    kind: Literal["replicated"] = Field(
+        default="replicated", description="every rank holds all meta-parameters"
+    )
+
+
+class LocalLauncher(Section):
+    """Processes on this machine."""
+
+    kind: Literal["local"] = Field(default="local", description="processes on this machine")
+    num_processes: Count = Field(default=1, description="ranks")
+    threads_per_process: Count = Field(default=1, description="threads that each rank computes with")
+    timeout_s: PositiveFloat = Field(
+        default=600.0,
+        description="how long a collective waits for the other ranks before the run fails, in seconds",
+    )
+
+
+# ---------------------------------------------------------------- validation, evaluation
+
+
+class EarlyStopping(Section):
+    """Stop when the validation loss no longer improves."""
+
+    patience: Count = Field(description="validations in a row without improvement after which the run stops")
+    min_delta: FloatOrZero = Field(
+        default=0.0, description="smallest fall of the validation loss that counts"
+    )
+
+
+class Validation(Section):
+    """Episodes of the validation split, during training."""
+
+    every_steps: Count | None = Field(
+        default=None, description="outer steps between validations; null for none"
+    )
+    num_episodes: Count = Field(default=100, description="episodes per validation")
+    early_stopping: EarlyStopping | None = Field(
+        default=None, description="when to stop early; null for never"
+    )
+
+
+class Tuning(Section):
+    """Choice of the inner learning rate on validation episodes, the same search for every contender."""
+
+    rate_factors: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = Field(
+        default=(0.1, 0.3, 1.0, 3.0, 10.0),
+        description="inner rates tried, as multiples of adaptation.rule.lr",
+    )
+    num_episodes: Count = Field(default=50, description="validation episodes per rate tried")
+
+
+class OrdinaryTraining(Section):
+    """Ordinary (not meta-) training of the same model, for the baselines."""
+
+    lr: PositiveFloat = Field(default=1e-3, description="peak learning rate of AdamW")
+    batch_size: Count = Field(default=64, description="examples or sequences per step")
+    weight_decay: FloatOrZero = Field(
+        default=0.0, description="decoupled weight decay, per unit of learning rate"
+    )
+
+
+Baseline = Literal["random", "ordinary_equal_data", "ordinary_equal_compute", "pretrained"]
+
+
+class Evaluation(Section):
+    """Episodes of the test split, after training, against baselines."""
+
+    num_episodes: Count = Field(default=600, description="test episodes")
+    num_steps: Count | None = Field(default=None, description="inner steps; null for adaptation.num_steps")
+    tuning: Tuning = Field(default=Tuning(), description="choice of the inner learning rate")
+    baselines: tuple[Baseline, ...] | None = Field(
+        default=None,
+        description="what to compare with: random (untrained weights), ordinary_equal_data, "
+        "ordinary_equal_compute (ordinary training with as much data, or compute), pretrained (before "
+        "meta-training; needs pretrain); null for all that apply, [] for none",
+    )
+    ordinary: OrdinaryTraining = Field(
+        default=OrdinaryTraining(), description="ordinary training of the baselines"
+    )
+
+
+# ---------------------------------------------------------------- record
+
+
+class Checkpoint(Section):
+    """When checkpoints are written, besides the one at the end."""
+
+    every_steps: Count | None = Field(
+        default=None, description="outer steps between checkpoints; null: not by steps"
+    )
+    every_minutes: PositiveFloat | None = Field(
+        default=None, description="minutes between checkpoints; null: not by time"
+    )
+    keep_last: Count = Field(default=2, description="checkpoints kept; older ones are removed")
+
+
+class MLflowTracking(Section):
+    """Parameters, metrics and artifacts in an MLflow store."""
+
+    kind: Literal["mlflow"] = Field(default="mlflow", description="record the run with MLflow")
+    uri: Text | None = Field(
+        default=None,
+        description="tracking URI, without credentials (those are in "
+        "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD); null for MLFLOW_TRACKING_URI where set, "
+        "else a SQLite file in the run folder",
+    )
+    experiment: Text = Field(default="metaloom", description="name of the MLflow experiment")
+
+
+class NoTracking(Section):
+    """No tracking store; the run folder still has its own record."""
+
+    kind: Literal["none"] = Field(default="none", description="no tracking store")
+
+
+# ---------------------------------------------------------------- the recipe
+
+
+class Recipe(Section):
+    """Everything that a run is made of; `load_recipe` and `recipe_from_dict` make it and check its rules."""
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
+        max_length=100,
+        description="name of the run: letters, digits, '-', '_' and '.', the first a letter or digit",
+    )
+    seed: int = Field(
+        default=0, ge=0, le=2**32 - 1, description="every random draw of the run follows from it"
+    )
+    model: Conv4Model | GPTModel = Field(discriminator="kind", description="the network")
+    data: GlyphsData | StdlibData = Field(discriminator="kind", description="where the tasks come from")
+    pretrain: Pretrain | None = Field(
+        default=None,
+        description="ordinary training of the backbone before meta-training (gpt only); null for none",
+    )
+    adaptation: Adaptation = Field(description="how the model adapts to one task: the inner loop")
+    algorithm: MAMLAlgorithm = Field(
+        default=MAMLAlgorithm(), description="how the outer loop learns from adaptations"
+    )
+    outer: Outer = Field(description="the outer loop")
+    precision: Precision = Field(default=Precision(), description="number formats")
+    sharding: ReplicatedSharding = Field(
+        default=ReplicatedSharding(), description="how the meta-parameters lie on the ranks"
+    )
+    launcher: LocalLauncher = Field(default=LocalLauncher(), description="how the ranks are started")
+    validation: Validation = Field(default=Validation(), description="validation during training")
+    evaluation: Evaluation = Field(default=Evaluation(), description="evaluation after training")
+    checkpoint: Checkpoint = Field(default=Checkpoint(), description="when checkpoints are written")
+    tracking: MLflowTracking | NoTracking = Field(
+        default=MLflowTracking(), discriminator="kind", description="where the run is recorded"
+    )
+
+    @property
+    def evaluation_num_steps(self) -> int:
+        """Inner steps at evaluation: evaluation.num_steps, or adaptation.num_steps where that is null."""
+        return self.evaluation.num_steps or self.adaptation.num_steps
+
+    @property
+    def baselines(self) -> tuple[Baseline, ...]:
+        """The baselines to evaluate: evaluation.baselines, or all that apply where that is null."""
+        if self.evaluation.baselines is not None:
+            return self.evaluation.baselines
+        always: tuple[Baseline, ...] = ("random", "ordinary_equal_data", "ordinary_equal_compute")
+        return always if self.pretrain is None else (*always, "pretrained")
