@@ -1,0 +1,98 @@
+"""Random affine distortion of grey images, many at a time, in plain numpy."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Affine:
+    """How far a random distortion may go; each is drawn evenly between minus and plus its bound.
+
+    Args:
+        rotate_deg: rotation in degrees.
+        shear_deg: horizontal slant in degrees.
+        scale: relative size; 0.1 means from 1/1.1 to 1.1, evenly in the logarithm, per axis.
+        shift_px: shift in pixels, per axis. What is moved over the edge is lost.
+    """
+
+    rotate_deg: float = 0.0
+    shear_deg: float = 0.0
+    scale: float = 0.0
+    shift_px: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("rotate_deg", "shear_deg", "scale", "shift_px"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"Affine.{name} is {getattr(self, name)}; it must be 0 or more")
+        if self.shear_deg >= 80:
+            raise ValueError(f"Affine.shear_deg is {self.shear_deg}; it must be below 80")
+
+    def distort(self, images: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
+        """Each image under its own random distortion about its centre, resampled bilinearly.
+
+        Args:
+            images: float32 [N, H, W]; outside of an image is 0.
+
+        Returns:
+            float32 [N, H, W]; exactly the images if all bounds are 0.
+        """
+        draws = rng.uniform(-1.0, 1.0, size=(6, len(images))).astype(np.float32)
+        angle = draws[0] * np.float32(math.radians(self.rotate_deg))
+        slant = np.tan(draws[1] * np.float32(math.radians(self.shear_deg)))
+        scale_y, scale_x = np.exp(draws[2:4] * np.float32(math.log1p(self.scale)))
+        shift_y, shift_x = draws[4:6] * np.float32(self.shift_px)
+        # Output to input: undo the shift, rotate back, undo slant and scale.
+        cos, sin = np.cos(angle), np.sin(angle)
+        matrix = np.stack(
+            [
+                np.stack([cos / scale_y, -sin / scale_y], -1),
+                np.stack([(sin + slant * cos) / scale_x, (cos - slant * sin) / scale_x], -1),
+            ],
+            -2,
+        )
+        return resample(images, matrix, np.stack([shift_y, shift_x], -1))
+
+
+def resample(
+    images: NDArray[np.float32], matrix: NDArray[np.float32], shift: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """out[n, p] = image[n] at `matrix[n] @ (p - centre - shift[n]) + centre`, bilinear, 0 outside.
+
+    Args:
+        images: float32 [N, H, W].
+        matrix: float32 [N, 2, 2], acts on (y, x).
+        shift: float32 [N, 2], pixels (y, x).
+
+    Returns:
+        float32 [N, H, W].
+    """
+    N, H, W = images.shape
+    centre_y, centre_x = np.float32((H - 1) / 2), np.float32((W - 1) / 2)
+    from_y = (np.arange(H, dtype=np.float32) - centre_y)[None, :, None] - shift[:, 0, None, None]
+    from_x = (np.arange(W, dtype=np.float32) - centre_x)[None, None, :] - shift[:, 1, None, None]
+    y = matrix[:, 0, 0, None, None] * from_y + matrix[:, 0, 1, None, None] * from_x + centre_y
+    x = matrix[:, 1, 0, None, None] * from_y + matrix[:, 1, 1, None, None] * from_x + centre_x
+    # One pixel of zeros before and two after: every neighbour of a clipped coordinate exists.
+    padded = np.zeros((N, H + 3, W + 3), np.float32)
+    padded[:, 1 : H + 1, 1 : W + 1] = images
+    np.clip(y + 1, 0, H + 1, out=y)
+    np.clip(x + 1, 0, W + 1, out=x)
+    row, column = y.astype(np.int32), x.astype(np.int32)
+    y -= row
+    x -= column
+    base = (np.arange(N, dtype=np.int32) * ((H + 3) * (W + 3)))[:, None, None] + row * (W + 3) + column
+    flat = padded.reshape(-1)
+    above: NDArray[np.float32] = flat[base]
+    above += x * (flat[base + 1] - above)
+    base += W + 3
+    below = flat[base]
+    below += x * (flat[base + 1] - below)
+    below -= above
+    below *= y
+    above += below
+    return above
