@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -28,9 +28,11 @@ SIZE_PX = 28
 FONT_SIZE_PX = 20  # capitals are 15 px high; of about 1950 characters, eight are wider than the image
 
 # Two characters are twins if in any one face, at the best of nine offsets (-1, 0, 1 px on each axis),
-# |a - b| < TWIN_DISTANCE * min(|a|, |b|), Euclidean over the pixels. 0.3 is where pairs that differ by
-# a small accent or a serif end, and pairs that differ by a stroke begin.
-TWIN_DISTANCE = 0.3
+# |a - b| < limit * min(|a|, |b|), Euclidean over the pixels. Up to 0.3, pairs differ by a small accent or a
+# serif; from there on by a stroke. Across splits the limit is wider, so that a Cyrillic or Greek letter which
+# a reader would take for a slightly odd Latin one is gone too.
+TWIN_LIMIT = 0.3
+TWIN_LIMIT_ACROSS_SPLITS = 0.4
 
 SPLIT_OF_SCRIPT = {"CYRILLIC": "validation", "GREEK": "test", "ARMENIAN": "test", "GEORGIAN": "test"}
 SPLITS = ("train", "validation", "test")
@@ -135,7 +137,7 @@ def make_glyphs(*, max_classes_per_split: int | None = None) -> Glyphs:
         characters.append(character)
         images.append(np.stack([image for image in drawn if image is not None]))
     stack = np.stack(images)
-    kept = without_twins(stack)
+    kept = without_twins(distances(stack), [split_of(c) for c in characters])
     if max_classes_per_split is not None:
         first = set(_shortlist([characters[row] for row in kept], max_classes_per_split))
         kept = [row for row in kept if characters[row] in first]
@@ -165,22 +167,25 @@ def render(font: ImageFont.FreeTypeFont, character: str) -> NDArray[np.uint8] | 
     return image
 
 
-def without_twins(images: NDArray[np.uint8]) -> list[int]:
+def without_twins(distance: NDArray[np.float32], splits: Sequence[str]) -> list[int]:
     """Rows to keep, in order: each row that is not the twin of a row kept before it.
 
     Args:
-        images: uint8 [C, faces, H, W].
+        distance: float32 [C, C], as `distances` gives it.
+        splits: the split of each row.
     """
-    alike = twins(images)
+    names = np.array(splits)
+    same = names[:, None] == names[None, :]
+    alike = distance < np.where(same, np.float32(TWIN_LIMIT), np.float32(TWIN_LIMIT_ACROSS_SPLITS))
     kept: list[int] = []
-    for row in range(len(images)):
+    for row in range(len(distance)):
         if not alike[row, kept].any():
             kept.append(row)
     return kept
 
 
-def twins(images: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Which pairs look alike in at least one face (see TWIN_DISTANCE), [C, C], symmetric.
+def distances(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """How unlike each pair is in the face where it is most alike (see TWIN_LIMIT), float32 [C, C].
 
     Pixels are halved to 0..127, so that every sum of products is an integer below 2**24 and exact in
     float32: the answer does not depend on the machine's order of summation.
@@ -189,7 +194,7 @@ def twins(images: NDArray[np.uint8]) -> NDArray[np.bool_]:
         images: uint8 [C, faces, H, W].
     """
     C, num_faces, H, W = images.shape
-    alike = np.zeros((C, C), np.bool_)
+    least = np.full((C, C), np.inf, np.float32)
     # The offset (-dy, -dx) is the transpose of (dy, dx), so five of the nine are enough.
     offsets = [(0, 0), (0, 1), (1, -1), (1, 0), (1, 1)]
     for face in range(num_faces):
@@ -199,13 +204,13 @@ def twins(images: NDArray[np.uint8]) -> NDArray[np.bool_]:
         squares = np.einsum("cp,cp->c", flat, flat)
         best = np.full((C, C), -np.inf, np.float32)  # the largest product of the two images over the offsets
         for dy, dx in offsets:
-            moved = np.roll(framed, (dy, dx), axis=(1, 2)).reshape(C, -1)
-            product = flat @ moved.T
+            product = flat @ np.roll(framed, (dy, dx), axis=(1, 2)).reshape(C, -1).T
             np.maximum(best, product, out=best)
             np.maximum(best, product.T, out=best)
-        distance = squares[:, None] + squares[None, :] - 2 * best
-        alike |= distance < np.float32(TWIN_DISTANCE**2) * np.minimum(squares[:, None], squares[None, :])
-    return alike
+        apart = squares[:, None] + squares[None, :] - 2 * best
+        apart /= np.minimum(squares[:, None], squares[None, :])
+        np.minimum(least, apart, out=least)
+    return np.sqrt(np.maximum(least, 0))
 
 
 def split_samples(glyphs: Glyphs) -> dict[str, SplitSamples]:
@@ -266,8 +271,3 @@ def _shortlist(characters: list[str], num_per_split: int) -> list[str]:
             room[split_of(character)] -= 1
             chosen.append(character)
     return chosen
-
-
-def counts(splits: Mapping[str, SplitSamples]) -> int:
-    """The number of samples that `split_samples` will give."""
-    return sum(len(split.classes) for split in splits.values()) * len(face_files())

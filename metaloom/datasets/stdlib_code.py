@@ -98,8 +98,8 @@ def split_modules(modules: Sequence[Module]) -> dict[str, list[Module]]:
     """The modules of each split, sorted by path; all modules of one top-level name are in one split.
 
     Packages are taken by size (powers of two, larger ones first), then by the sha256 of their names; each
-    goes to the split that lacks most, bytes and modules counting alike. So the few large packages train, the shares
-    come out close, and who is where depends on the corpus alone.
+    goes to the split that lacks most, bytes and modules counting alike. So the few large packages train,
+    the shares come out close, and who is where depends on the corpus alone.
     """
     packages: dict[str, list[Module]] = {}
     for module in modules:

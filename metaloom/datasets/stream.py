@@ -69,9 +69,10 @@ class EpisodeStream(Iterator[tuple[int, list[Episode]]]):
                 item = self._ready.popleft()
                 self._changed.notify_all()
                 return item
-            error = self._error or StopIteration()
-            self._error = None
-        raise error
+            error, self._error = self._error, None
+        if error is not None:
+            raise error
+        raise StopIteration
 
     def close(self) -> None:
         """Ends the thread, and with it the stream; may be called more than once."""
@@ -93,18 +94,9 @@ class EpisodeStream(Iterator[tuple[int, list[Episode]]]):
     def _draw_steps(self) -> None:
         try:
             step = self._next_step
-            while self._stop_step is None or step < self._stop_step:
-                with self._changed:
-                    self._changed.wait_for(lambda: len(self._ready) < self._read_ahead or self._finished)
-                    if self._finished:
-                        return
+            while (self._stop_step is None or step < self._stop_step) and self._wait_for_room():
                 first = step * self._tasks_per_step
-                episodes = [self._source.episode(first + i) for i in self._slice]
-                with self._changed:
-                    if self._finished:
-                        return
-                    self._ready.append((step, episodes))
-                    self._changed.notify_all()
+                self._add(step, [self._source.episode(first + i) for i in self._slice])
                 step += 1
         except BaseException as error:  # whatever it is, the consumer must hear of it
             with self._changed:
@@ -113,4 +105,16 @@ class EpisodeStream(Iterator[tuple[int, list[Episode]]]):
         finally:
             with self._changed:
                 self._finished = True
+                self._changed.notify_all()
+
+    def _wait_for_room(self) -> bool:
+        """True when another step may be drawn, False when the stream is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._ready) < self._read_ahead or self._finished)
+            return not self._finished
+
+    def _add(self, step: int, episodes: list[Episode]) -> None:
+        with self._changed:
+            if not self._finished:
+                self._ready.append((step, episodes))
                 self._changed.notify_all()
