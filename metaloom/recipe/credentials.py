@@ -4,7 +4,7 @@ import re
 
 # A password may hold unescaped '/' and '@', so anything up to the last '@' counts. A lone user name
 # before '@' is a token in http, but the container in abfss://container@account.
-_USER = re.compile(r"://.*:.*@|^https?://[^/?#]*@", re.DOTALL | re.IGNORECASE)
+_USER = re.compile(r"://.*:.*@|^https?://[^/?]*@", re.DOTALL | re.IGNORECASE)
 _WORDS = "password|passwd|pwd|token|secret|signature|credential|sig|api_?key"
 _PARAMETER = re.compile(rf"[?&;][^=&;]*(?:{_WORDS})=.*", re.DOTALL | re.IGNORECASE)
 

@@ -1,0 +1,907 @@
+"""Recipes: every rule is enforced, all mistakes are reported at once and in plain words, and views agree."""
+
+import copy
+import hashlib
+import json
+import re
+import string
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from metaloom.errors import RecipeError
+from metaloom.recipe import (
+    Difference,
+    GPTModel,
+    LoRAFast,
+    NoTracking,
+    Recipe,
+    SGDOptimizer,
+    UnrolledHypergradient,
+    differences,
+    dump_recipe,
+    flatten_recipe,
+    json_schema,
+    load_recipe,
+    recipe_digest,
+    recipe_from_dict,
+)
+from metaloom.recipe.credentials import has_credentials, without_credentials
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+
+GLYPHS = """\
+name: tiny
+model: {kind: conv4}
+data: {kind: glyphs, url: data/glyphs}
+adaptation:
+  fast: full
+  rule: {kind: sgd, lr: 0.4}
+  num_steps: 3
+outer: {num_steps: 100, tasks_per_step: 4}
+"""
+
+STDLIB = """\
+name: tiny
+model: {kind: gpt}
+data: {kind: stdlib, url: data/stdlib}
+adaptation:
+  fast: lora
+  rule: {kind: sgd, lr: 0.4}
+  num_steps: 3
+outer: {num_steps: 100, tasks_per_step: 4}
+"""
+
+Load = Callable[..., Recipe]
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Load:
+    """Loads a recipe from text, with overrides."""
+
+    def load_text(text: str, *overrides: str) -> Recipe:
+        path = tmp_path / "r.yaml"
+        path.write_text(text, encoding="utf-8")
+        return load_recipe(path, overrides)
+
+    return load_text
+
+
+def report(load: Load, text: str, *overrides: str) -> list[str]:
+    """The lines of the one error that a recipe raises, without its first."""
+    with pytest.raises(RecipeError) as caught:
+        load(text, *overrides)
+    head, *lines = str(caught.value).splitlines()
+    count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
+    assert head.endswith(f"r.yaml has {count}:")
+    return [line.strip() for line in lines]
+
+
+# ---------------------------------------------------------------- the ready recipes
+
+
+def test_there_are_three_recipes() -> None:
+    assert [path.stem for path in RECIPES] == ["glyphs-maml", "smoke", "stdlib-lora"]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_ready_recipe_is_valid_and_named_as_its_file(path: Path) -> None:
+    assert load_recipe(path).name == path.stem
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_dumped_recipe_reads_as_an_equal_one(path: Path, load: Load) -> None:
+    recipe = load_recipe(path)
+    dumped = dump_recipe(recipe)
+    again = load(dumped)
+    assert again == recipe
+    assert recipe_digest(again) == recipe_digest(recipe)
+    assert dump_recipe(again) == dumped
+
+
+def test_a_dump_spells_out_every_default(load: Load) -> None:
+    dumped = yaml.safe_load(dump_recipe(load(GLYPHS)))
+    assert dumped["outer"]["optimizer"] == {
+        "kind": "adam",
+        "lr": 1e-3,
+        "betas": [0.9, 0.999],
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+    }
+    assert dumped["algorithm"]["hypergradient"] == {"kind": "rematerialized"}
+    assert dumped["checkpoint"] == {"every_steps": None, "every_minutes": None, "keep_last": 2}
+
+
+@pytest.mark.parametrize("name", ["1e-3", "007", "1_000", "null", "true", "no", "2020-01-01", "0x1f", "1.5"])
+def test_text_that_looks_like_another_value_survives_a_dump(name: str, load: Load) -> None:
+    recipe = load(GLYPHS, f"name='{name}'")
+    assert recipe.name == name
+    assert load(dump_recipe(recipe)) == recipe
+
+
+# ---------------------------------------------------------------- reading values
+
+
+def test_a_number_in_exponent_form_is_a_float(load: Load) -> None:
+    assert load(GLYPHS.replace("lr: 0.4", "lr: 1e-3")).adaptation.rule.lr == 1e-3
+    assert load(GLYPHS, "adaptation.rule.lr=5E-1").adaptation.rule.lr == 0.5
+
+
+def test_a_whole_number_is_accepted_as_a_float(load: Load) -> None:
+    lr = load(GLYPHS, "adaptation.rule.lr=1").adaptation.rule.lr
+    assert isinstance(lr, float)
+    assert lr == 1.0
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            'seed="3"',
+            "seed: '3' is not a whole number; give a whole number of at least 0 and at most 4294967295",
+        ),
+        ("seed=true", "seed: true is not a whole number; give"),
+        ("seed=3.0", "seed: 3.0 is not a whole number; give"),
+        ("seed=", "seed: null is not a whole number; give"),
+        ("seed=-1", "seed: -1; must be at least 0 and at most 4294967295"),
+        ("adaptation.rule.lr=true", "adaptation.rule.lr: true is not a number; give a number greater than 0"),
+        (
+            "adaptation.rule.lr='0.1'",
+            "adaptation.rule.lr: '0.1' is not a number; give a number greater than 0",
+        ),
+        ("adaptation.rule.lr=.inf", "adaptation.rule.lr: inf is not a finite number; give a number greater"),
+        (
+            "adaptation.rule.lr=-.inf",
+            "adaptation.rule.lr: -inf is not a finite number; give a number greater",
+        ),
+        ("adaptation.rule.lr=.nan", "adaptation.rule.lr: nan is not a finite number; give a number greater"),
+        ("adaptation.rule.lr={a: 1}", "adaptation.rule.lr: a section is not a number; give"),
+        ("adaptation.rule.lr=0", "adaptation.rule.lr: 0; must be greater than 0"),
+        ("adaptation.rule.momentum=1", "adaptation.rule.momentum: 1; must be at least 0 and less than 1"),
+        (
+            "algorithm.meta_parameters.init=1",
+            "meta_parameters.init: 1 is not true or false; give true or false",
+        ),
+        (
+            "algorithm.meta_parameters.init=yes",
+            "meta_parameters.init: 'yes' is not true or false; give true or",
+        ),
+        ("name=3", "name: 3 is not text; give text made of at most 100 letters, digits, '-', '_' and '.'"),
+        ("name=a b", "name: 'a b'; must be made of at most 100 letters, digits, '-', '_' and '.', the first"),
+        ("data.url=''", "data.url: ''; must be not empty"),
+        ("outer.ema=1.0", r"outer.ema: 1.0; must be greater than 0 and less than 1 (or null)"),
+        ("outer.micro_batch=0", "outer.micro_batch: 0; must be at least 1 (or null)"),
+        ("outer.clip_norm=x", "outer.clip_norm: 'x' is not a number; give a number greater than 0 (or null)"),
+        (
+            "outer.optimizer.betas=[0.9]",
+            "betas: [0.9]; must be a list of 2, each a number of at least 0 and less",
+        ),
+        ("outer.optimizer.betas=[0.9, 1, 1]", "betas: [0.9, 1, 1]; must be a list of 2, each a number of at"),
+        ("outer.optimizer.betas=[0.9, 2]", "outer.optimizer.betas.1: 2; must be at least 0 and less than 1"),
+        (
+            "evaluation.tuning.rate_factors=[]",
+            "rate_factors: []; must be a non-empty list, each item a number gre",
+        ),
+        (
+            "evaluation.tuning.rate_factors=[1, x]",
+            "rate_factors.1: 'x' is not a number; give a number greater th",
+        ),
+        (
+            "evaluation.baselines=3",
+            "baselines: 3; must be a list, each item one of random, ordinary_equal_data",
+        ),
+        ("model.num_blocks=5", "model.num_blocks: 5; must be at least 1 and at most 4"),
+        ("data.n_way=1", "data.n_way: 1; must be at least 2"),
+        ("precision=float32", "precision: 'float32' is not a section; give a section of: compute"),
+        (
+            "validation.early_stopping=3",
+            "3 is not a section; give a section of: patience, min_delta (or null)",
+        ),
+        ("outer.optimizer=3", "outer.optimizer: 3 is not a section; give a section with kind: adam or sgd"),
+        ("seed=" + "9" * 5000, "(5002 characters) is not a whole number"),
+    ],
+)
+def test_a_value_of_the_wrong_type_or_range_is_refused_in_plain_words(
+    load: Load, override: str, message: str
+) -> None:
+    (line,) = report(load, GLYPHS, override)
+    assert line.startswith("(command line)")
+    assert message in line
+
+
+def test_a_list_of_targets_or_all_linear_is_accepted(load: Load) -> None:
+    fast = load(STDLIB, "adaptation.fast={kind: lora, targets: [qkv, proj]}").adaptation.fast
+    assert isinstance(fast, LoRAFast)
+    assert fast.targets == ("qkv", "proj")
+    assert load(STDLIB).adaptation.fast == LoRAFast(targets="all-linear")
+    (line,) = report(load, STDLIB, "adaptation.fast.targets=all_linear")
+    assert "adaptation.fast.targets: 'all_linear'; must be a non-empty list, each item text" in line
+    assert line.endswith("or 'all-linear'")
+
+
+@pytest.mark.parametrize("kind", ["unrolled", "rematerialized", "mixed_mode", "first_order"])
+def test_a_section_may_be_given_by_its_kind_alone(load: Load, kind: str) -> None:
+    short = load(GLYPHS, f"algorithm.hypergradient={kind}")
+    assert short.algorithm.hypergradient.kind == kind
+    assert short == load(GLYPHS, f"algorithm.hypergradient={{kind: {kind}}}")
+
+
+def test_a_section_without_a_kind_has_that_of_its_default(load: Load) -> None:
+    assert load(GLYPHS, "outer.optimizer.lr=0.01").outer.optimizer.kind == "adam"
+    assert load(GLYPHS, "launcher.num_processes=2").launcher.kind == "local"
+    (line,) = report(load, GLYPHS.replace("{kind: conv4}", "{width: 8}"))
+    assert line == "line 2  model.kind: missing; one of: conv4, gpt"
+
+
+# ---------------------------------------------------------------- keys and kinds
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "model.widht=3",
+            "model.widht: unknown key; did you mean 'width'? (model of kind conv4 has: kind, width",
+        ),
+        (
+            "outr.num_steps=3",
+            "outr: unknown key; did you mean 'outer'? (a recipe has: name, seed, model, data",
+        ),
+        (
+            "outer.schedul.decay=cosine",
+            "outer.schedul: unknown key; did you mean 'schedule'? (outer has: num_st",
+        ),
+        ("outer.zzz=3", "outer.zzz: unknown key; (outer has: num_steps, tasks_per_step"),
+        ("model.norm=bach", "model.norm: 'bach' is not one of batch, none; did you mean 'batch'?"),
+        ("model.norm=null", "model.norm: null is not one of batch, none; choose one of them"),
+        ("adaptation.rule.learned=per_tensr", "per_tensor, per_tensor_per_step; did you mean 'per_tensor'?"),
+        ("algorithm.hypergradient=unroled", "first_order; did you mean 'unrolled'?"),
+        ("algorithm.hypergradient.kind=mixed", "mixed_mode, first_order; did you mean 'mixed_mode'?"),
+        ("data.kind=glyps", "data.kind: 'glyps' is not one of glyphs, stdlib; did you mean 'glyphs'?"),
+        ("tracking=mlfow", "tracking: 'mlfow' is not one of mlflow, none; did you mean 'mlflow'?"),
+        ("sharding=zero", "sharding: 'zero' is not one of replicated; choose one of them"),
+        (
+            "evaluation.baselines=[randm]",
+            "evaluation.baselines.0: 'randm' is not one of random, ordinary_equal",
+        ),
+    ],
+)
+def test_an_unknown_key_or_kind_is_refused_with_the_likely_one(
+    load: Load, override: str, message: str
+) -> None:
+    (line,) = report(load, GLYPHS, override)
+    assert message in line
+
+
+def test_a_misspelt_required_key_is_one_problem_not_two(load: Load) -> None:
+    lines = report(load, GLYPHS.replace("num_steps: 3", "num_step: 3"))
+    assert [line.split(" (")[0] for line in lines] == [
+        "line 7  adaptation.num_step: unknown key; did you mean 'num_steps'?"
+    ]
+
+
+def test_a_misspelt_key_does_not_break_rules_by_its_default(load: Load) -> None:
+    lines = report(load, STDLIB, "model.context_lenght=512", "data.sequence_length=256")
+    assert len(lines) == 1
+
+
+def test_missing_keys_are_all_named() -> None:
+    with pytest.raises(RecipeError) as caught:
+        recipe_from_dict({"outer": {}}, source="a dictionary")
+    assert str(caught.value).splitlines() == [
+        "a dictionary has 6 problems:",
+        "  name: missing; give text made of at most 100 letters, digits, '-', '_' and '.', "
+        "the first a letter or digit",
+        "  model: missing; give a section with kind: conv4 or gpt",
+        "  data: missing; give a section with kind: glyphs or stdlib",
+        "  adaptation: missing; give a section with fast, rule, num_steps",
+        "  outer.num_steps: missing; give a whole number of at least 1",
+        "  outer.tasks_per_step: missing; give a whole number of at least 1",
+    ]
+
+
+def test_all_problems_come_at_once_each_with_its_line(load: Load) -> None:
+    text = """\
+name: all wrong
+model:
+  kind: conv4
+  widht: 32
+data:
+  kind: glyphs
+  url: data/glyphs
+  n_shot: 9
+  n_query: 5
+adaptation:
+  fast: full
+  rule:
+    kind: sgd
+    lr: fast
+  num_steps: 3
+outer:
+  num_steps: 10
+  tasks_per_step: 4
+  optimizer:
+    betas:
+      - 0.9
+      - 9
+  schedule:
+    warmup_steps: 10
+"""
+    assert report(load, text, "outer.tasks_per_step=0", "algorithm.meta_parameters.backbone=true") == [
+        "line 1          name: 'all wrong'; must be made of at most 100 letters, digits, '-', '_' and '.', "
+        "the first a letter or digit",
+        "line 4          model.widht: unknown key; did you mean 'width'? "
+        "(model of kind conv4 has: kind, width, num_blocks, norm)",
+        "line 9          data.n_query: 5; data.n_shot + data.n_query = 14 must be at most 12, the type faces "
+        "of each glyph; lower one of them",
+        "line 14         adaptation.rule.lr: 'fast' is not a number; give a number greater than 0",
+        "line 22         outer.optimizer.betas.1: 9; must be at least 0 and less than 1",
+        "line 24         outer.schedule.warmup_steps: 10; must be less than outer.num_steps = 10",
+        "(command line)  outer.tasks_per_step: 0; must be at least 1",
+        "(command line)  algorithm.meta_parameters.backbone: true, but adaptation.fast = full adapts every "
+        "weight and leaves no backbone; set it to false (init learns all weights)",
+    ]
+
+
+# ---------------------------------------------------------------- rules between values
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        (
+            STDLIB,
+            ["model.width=100", "model.num_heads=8"],
+            "model.width: 100; must be a multiple of model.num_heads = 8, for example 96",
+        ),
+        (
+            STDLIB,
+            ["model.context_length=64"],
+            "data.sequence_length: 128; must be at most model.context_length = 64; shorten the seq",
+        ),
+        (
+            STDLIB,
+            ["pretrain={num_steps: 10, batch_size: 4, lr: 1e-3, warmup_steps: 10}"],
+            "pretrain.warmup_steps: 10; must be less than pretrain.num_steps = 10",
+        ),
+        (
+            STDLIB,
+            ["pretrain={num_steps: 10, batch_size: 4, lr: 1e-3, splits: [train, train]}"],
+            "pretrain.splits: 'train' is listed twice; list it once",
+        ),
+        (STDLIB, ["adaptation.fast.targets=[a, b, a]"], "fast.targets: 'a' is listed twice; list it once"),
+        (
+            GLYPHS,
+            ["pretrain={num_steps: 10, batch_size: 4, lr: 1e-3}"],
+            "pretrain: only for model.kind = gpt, and model.kind is conv4; set pretrain to null",
+        ),
+        (
+            GLYPHS,
+            ["adaptation.fast=lora"],
+            "adaptation.fast.kind: lora adapts linear layers of model.kind = gpt, and model.kind is conv4; "
+            "set adaptation.fast to full",
+        ),
+        (
+            GLYPHS,
+            ["adaptation.rehearsal={}"],
+            "adaptation.rehearsal: only data.kind = stdlib has a rehearsal split, and data.kind is glyphs; "
+            "set adaptation.rehearsal to null",
+        ),
+        (
+            GLYPHS,
+            ["model=gpt"],
+            "model.kind: gpt reads text, and data.kind = glyphs gives images; set model.kind to conv4, or",
+        ),
+        (
+            GLYPHS,
+            ["data={kind: stdlib, url: data/stdlib}"],
+            "model.kind: conv4 reads images, and data.kind = stdlib gives text; set model.kind to gpt, or",
+        ),
+        (
+            GLYPHS,
+            ["algorithm.meta_parameters.backbone=true"],
+            "algorithm.meta_parameters.backbone: true, but adaptation.fast = full adapts every weight",
+        ),
+        (
+            STDLIB,
+            ["algorithm.meta_parameters.init=false"],
+            "algorithm.meta_parameters: init and backbone are both false, so that no weight is learned",
+        ),
+        (
+            GLYPHS,
+            ["outer.schedule.warmup_steps=100"],
+            "outer.schedule.warmup_steps: 100; must be less than outer.num_steps = 100",
+        ),
+        (
+            GLYPHS,
+            ["data.n_shot=8"],
+            "data.n_query: 5; data.n_shot + data.n_query = 13 must be at most 12, the type faces",
+        ),
+        (
+            GLYPHS,
+            ["validation.early_stopping.patience=3"],
+            "validation.early_stopping: counts validations, and validation.every_steps is null, so there are",
+        ),
+        (
+            GLYPHS,
+            ["adaptation.rule.learned=per_tensor_per_step", "evaluation.num_steps=4"],
+            "evaluation.num_steps: 4; adaptation.rule.learned = per_tensor_per_step has rates for "
+            "adaptation.num_steps = 3 steps only; lower it, or learn per_tensor rates",
+        ),
+        (
+            STDLIB,
+            ["evaluation.baselines=[random, pretrained]"],
+            "evaluation.baselines: 'pretrained' needs a pretrain section, and pretrain is null; remove it",
+        ),
+        (
+            GLYPHS,
+            ["evaluation.baselines=[random, random]"],
+            "evaluation.baselines: 'random' is listed twice; list it once",
+        ),
+        (
+            GLYPHS,
+            ["tracking.uri=https://user:word@host"],
+            "tracking.uri: holds a user name, password or token (not shown), and a recipe is stored with "
+            "each run; remove it, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
+        ),
+        (
+            GLYPHS,
+            ["data.url=s3://key:word@bucket/glyphs"],
+            "data.url: holds a user name, password or token (not shown), and a recipe is stored with "
+            "each run; remove it, and give the credentials in the file system's own settings",
+        ),
+    ],
+)
+def test_a_rule_between_values_is_enforced(load: Load, text: str, overrides: list[str], message: str) -> None:
+    (line,) = report(load, text, *overrides)
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides"),
+    [
+        (STDLIB, ["model.width=96", "model.num_heads=8"]),
+        (STDLIB, ["model.context_length=128"]),
+        (STDLIB, ["adaptation.rehearsal.ratio=0.5"]),
+        (STDLIB, ["adaptation.fast=full"]),
+        (STDLIB, ["algorithm.meta_parameters={init: false, backbone: true}"]),
+        (GLYPHS, ["data.n_shot=7"]),
+        (GLYPHS, ["outer.schedule.warmup_steps=99"]),
+        (GLYPHS, ["validation={every_steps: 5, early_stopping: {patience: 3}}"]),
+        (GLYPHS, ["adaptation.rule.learned=per_tensor", "evaluation.num_steps=4"]),
+        (GLYPHS, ["adaptation.rule.learned=per_tensor_per_step", "evaluation.num_steps=3"]),
+        (GLYPHS, ["evaluation.baselines=[]"]),
+    ],
+)
+def test_a_recipe_at_the_edge_of_a_rule_is_accepted(load: Load, text: str, overrides: list[str]) -> None:
+    load(text, *overrides)
+
+
+# Rules that look at an unreadable value must stay silent.
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model=3",
+        "data=3",
+        "adaptation=3",
+        "outer=3",
+        "algorithm=3",
+        "validation=3",
+        "evaluation=3",
+        "tracking=3",
+    ],
+)
+def test_a_rule_about_an_unreadable_value_is_passed_over(load: Load, override: str) -> None:
+    for text in (GLYPHS, STDLIB):
+        (line,) = report(load, text, override)
+        assert "is not a section" in line
+
+
+def test_values_that_follow_from_others(load: Load) -> None:
+    plain = load(STDLIB)
+    assert plain.evaluation_num_steps == 3
+    assert plain.baselines == ("random", "ordinary_equal_data", "ordinary_equal_compute")
+    pretrained = load(STDLIB, "pretrain={num_steps: 1, batch_size: 1, lr: 1}", "evaluation.num_steps=9")
+    assert pretrained.evaluation_num_steps == 9
+    assert pretrained.baselines[-1] == "pretrained"
+    assert load(STDLIB, "evaluation.baselines=[]").baselines == ()
+
+
+# ---------------------------------------------------------------- overrides
+
+
+def test_overrides_reach_absent_sections_null_sections_and_list_items(load: Load) -> None:
+    recipe = load(
+        GLYPHS + "validation: null\nevaluation: {baselines: [random, ordinary_equal_data]}\n",
+        "validation={every_steps: 5}",
+        "validation.early_stopping.patience=2",
+        "evaluation.baselines.1=ordinary_equal_compute",
+        "outer.optimizer=sgd",
+        "outer.optimizer.lr=0.5",
+        "algorithm.hypergradient.kind=unrolled",
+        "tracking=none",
+        "outer.num_steps=7",
+        "outer.num_steps=8",
+    )
+    assert recipe.validation.early_stopping is not None
+    assert recipe.validation.early_stopping.patience == 2
+    assert recipe.evaluation.baselines == ("random", "ordinary_equal_compute")
+    assert recipe.outer.optimizer == SGDOptimizer(lr=0.5)
+    assert recipe.algorithm.hypergradient == UnrolledHypergradient()
+    assert recipe.tracking == NoTracking()
+    assert recipe.outer.num_steps == 8
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "outer.num_steps",
+            "'outer.num_steps' is not an override; write key=value, for example outer.num_steps",
+        ),
+        ("=3", "'=3' is not an override; write key=value"),
+        ("outer..num_steps=3", "is not an override; write key=value"),
+        ("seed=[1", "seed: not YAML: while parsing a flow sequence"),
+        (
+            "outer={num_steps: 1, num_steps: 2}",
+            "outer.num_steps: given twice, first on (command line); keep one",
+        ),
+        ("seed.value=3", "seed.value: 0 has no parts; set seed itself"),
+        (
+            "evaluation.baselines.1=random",
+            "evaluation.baselines.1: no such item; the list has 1, numbered from 0",
+        ),
+        (
+            "evaluation.baselines.x=random",
+            "evaluation.baselines.x: no such item; the list has 1, numbered from 0",
+        ),
+        ("outer.optimizer.betas.0=0.5", "no list is given here to change an item of; set the whole list"),
+        ("seed=*anchor", "seed: not YAML: aliases are not allowed; write the value out"),
+    ],
+)
+def test_an_override_that_cannot_be_applied_is_refused(load: Load, override: str, message: str) -> None:
+    text = GLYPHS + "seed: 0\nevaluation: {baselines: [random]}\n"
+    lines = report(load, text, override)
+    assert any(line.startswith("(command line)") and message in line for line in lines)
+
+
+def test_an_overridden_value_is_no_longer_blamed_on_its_line(load: Load) -> None:
+    text = GLYPHS.replace("lr: 0.4", "lr: fast")
+    assert report(load, text)[0].startswith("line 6")
+    assert report(load, text, "adaptation.rule.lr=slow")[0].startswith("(command line)")
+    load(text, "adaptation.rule.lr=0.1")
+
+
+# ---------------------------------------------------------------- files that are not recipes
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "empty; a recipe has at least name, model, data, adaptation, outer"),
+        ("# nothing\n", "empty; a recipe has at least"),
+        ("- a\n- b\n", r"a recipe is a list of 'key: value' lines, not \['a', 'b'\]"),
+        ("maml", "a recipe is a list of 'key: value' lines, not 'maml'"),
+        ("a: 1\nb: [1\nc: 2\n", "line 3  not YAML: while parsing a flow sequence"),
+        ("a: 1\n\tb: 2\n", "line 2  not YAML: "),
+        ("a: 1\n--- \nb: 2\n", "line 2  not YAML: expected a single document"),
+        ("a: 1\nb: \x07\n", "line 2  not YAML: it holds a control character"),
+        ('a: "\\UFFFFFFFF"\n', "not YAML: it holds a character or version that does not exist"),
+        ("[" * 3000, "not a recipe: it is nested too deep"),
+        ("a: &x 1\nb: *x\n", "line 2  not YAML: aliases are not allowed; write the value out"),
+        (
+            "a: 1\nb: !!python/name:os.system x\n",
+            "line 2  b: the tag tag:yaml.org,2002:python/name:os.system is not",
+        ),
+        (
+            "a: 1\nb: !!int x\n",
+            "line 2  b: not a value of its tag tag:yaml.org,2002:int; write a plain value",
+        ),
+        ("a: 1\n[1]: 2\n", "line 2  a key must be a word, not a list or section"),
+        ("seed: 1\nname: a\nseed: 2\n", "line 3  seed: given twice, first on line 1; keep one of them"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(load: Load, text: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load(text)
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "smoke.yaml").write_text(GLYPHS)
+    with pytest.raises(RecipeError, match=r"smok\.yaml: no such file; did you mean .*smoke\.yaml\?"):
+        load_recipe(tmp_path / "smok.yaml")
+    with pytest.raises(RecipeError, match=r"zzz: no such file$"):
+        load_recipe(tmp_path / "zzz")
+    with pytest.raises(RecipeError, match="cannot be read: Is a directory"):
+        load_recipe(tmp_path)
+    with pytest.raises(RecipeError, match="cannot be read: "):
+        load_recipe("a\0b")
+    (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9\n")
+    with pytest.raises(RecipeError, match=r"latin\.yaml: not text in UTF-8 \(byte 9\)"):
+        load_recipe(str(tmp_path / "latin.yaml"))
+
+
+def test_a_byte_order_mark_is_no_problem(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("\ufeff" + GLYPHS, encoding="utf-8")
+    assert load_recipe(path).name == "tiny"
+
+
+# ---------------------------------------------------------------- credentials
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://user:{}@host/mlflow",
+        "https://{}@host",
+        "HTTPS://{}@host",
+        "postgresql://user:p/{}@host:5432/db",
+        "mysql+pymysql://user:p@{}@host/db",
+        "simplecache::https://user:{}@host/shards",
+        "https://host/shards?token={}",
+        "https://host/shards?a=b&X-Amz-Signature={}",
+        "postgresql://host/db?user=u&password={}",
+    ],
+)
+@pytest.mark.parametrize("secret", ["hunter2", "it's#\"here"])
+def test_a_secret_is_refused_and_not_echoed(load: Load, url: str, secret: str) -> None:
+    whole = url.format(secret)
+    assert has_credentials(whole)
+    places: list[dict[str, Any]] = [
+        {"tracking": {"kind": "mlflow", "uri": whole}},
+        {"tracking": whole},
+        {"tracking": {"kind": whole}},
+        {"tracking": {"uri": [whole]}},
+        {"tracking": {"uri": {"address": whole}}},
+        {"data": {"kind": "glyphs", "url": whole}},
+        {"seed": whole},
+        {"adaptation": whole},
+        {"evaluation": {"baselines": [whole]}},
+        {whole: 1},
+        {"tracking": {"password": secret}},
+    ]
+    for place in places:
+        with pytest.raises(RecipeError) as caught:
+            recipe_from_dict(yaml.safe_load(GLYPHS) | place, source="a dictionary")
+        assert secret not in str(caught.value)
+        assert caught.value.__cause__ is None
+    for override in (whole, f"tracking.uri=[{whole}", f"seed='{whole}", f"tracking.{whole}=3"):
+        with pytest.raises(RecipeError) as caught:
+            load(GLYPHS, override)
+        assert secret not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://localhost:5000",
+        "sqlite:////home/me@work/mlflow.db",
+        "abfss://container@account.dfs.core.windows.net/shards",
+        "simplecache::abfss://container@account.dfs.core.windows.net/shards",
+        "s3://bucket/shards",
+        "file:///data/shards",
+        "data/glyphs",
+        "databricks://profile",
+        "https://host/shards?version=3",
+        "postgresql://user@host/db",
+    ],
+)
+def test_a_url_without_a_secret_is_accepted(load: Load, url: str) -> None:
+    assert not has_credentials(url)
+    assert load(GLYPHS, f"data.url='{url}'", f"tracking.uri='{url}'").data.url == url
+
+
+def test_text_without_credentials_is_not_blotted() -> None:
+    assert without_credentials("'a: b', mail me@host") == "'***@host"  # rather too much
+    assert without_credentials("see http://host:80/a?b=c") == "see http://host:80/a?b=c"
+
+
+# ---------------------------------------------------------------- views
+
+
+def test_flattened_recipe_has_every_value_as_text(load: Load) -> None:
+    flat = flatten_recipe(load(STDLIB, "adaptation.fast.targets=[qkv, proj]"))
+    assert flat["adaptation.rule.lr"] == "0.4"
+    assert flat["adaptation.fast.targets"] == '["qkv", "proj"]'
+    assert flat["model.kind"] == "gpt"
+    assert flat["model.tied_embeddings"] == "true"
+    assert flat["pretrain"] == "null"
+    assert all(isinstance(value, str) for value in flat.values())
+
+
+def test_digest_is_stable_and_depends_on_the_values_alone(load: Load) -> None:
+    digest = recipe_digest(load(GLYPHS))
+    canonical = json.dumps(json.loads(load(GLYPHS).model_dump_json()), sort_keys=True, separators=(",", ":"))
+    assert digest == hashlib.sha256(canonical.encode()).hexdigest()
+    other_order = yaml.safe_dump(yaml.safe_load(GLYPHS), sort_keys=True)
+    assert recipe_digest(load(other_order)) == digest
+    assert recipe_digest(load(GLYPHS, "outer.clip_norm=1")) == recipe_digest(
+        load(GLYPHS, "outer.clip_norm=1.0")
+    )
+    assert recipe_digest(load(GLYPHS, "seed=1")) != digest
+
+
+def test_a_recipe_is_immutable_and_hashable(load: Load) -> None:
+    recipe = load(GLYPHS)
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.seed = 3
+    assert hash(recipe) == hash(load(GLYPHS))
+
+
+def test_given_values_are_not_changed() -> None:
+    values = yaml.safe_load(GLYPHS)
+    before = copy.deepcopy(values)
+    recipe_from_dict(values, source="a dictionary")
+    assert values == before
+
+
+def test_the_schema_describes_every_key() -> None:
+    schema = json_schema()
+    sections = {"Recipe": schema, **schema["$defs"]}
+    assert len(sections) > 30
+    for section in sections.values():
+        for key, field in section["properties"].items():
+            assert field.get("description"), f"{section['title']}.{key}"
+    optimizer = schema["$defs"]["Outer"]["properties"]["optimizer"]
+    assert optimizer["anyOf"][-1] == {"type": "string", "enum": ["adam", "sgd"]}
+
+
+def test_differences_tell_harmless_from_harmful(load: Load) -> None:
+    old = load(STDLIB)
+    new = load(
+        STDLIB,
+        "name=other",
+        "seed=1",
+        "model.width=64",
+        "data.url=elsewhere",
+        "data.num_query=9",
+        "adaptation.rehearsal.ratio=0.2",
+        "outer.tasks_per_step=8",
+        "outer.micro_batch=2",
+        "launcher.num_processes=4",
+        "validation.every_steps=5",
+        "tracking=none",
+    )
+    found = differences(old, new)
+    assert found[0] == Difference("name", "tiny", "other", harmful=False)
+    assert Difference("adaptation.rehearsal", "null", "absent", harmful=True) in found
+    assert Difference("adaptation.rehearsal.ratio", "absent", "0.2", harmful=True) in found
+    assert {difference.path for difference in found if difference.harmful} == {
+        "seed",
+        "model.width",
+        "data.num_query",
+        "adaptation.rehearsal",
+        "adaptation.rehearsal.ratio",
+        "adaptation.rehearsal.num_sequences",
+        "outer.tasks_per_step",
+    }
+    assert {difference.path for difference in found if not difference.harmful} == {
+        "name",
+        "data.url",
+        "outer.micro_batch",
+        "launcher.num_processes",
+        "validation.every_steps",
+        "tracking.kind",
+        "tracking.uri",
+        "tracking.experiment",
+    }
+    assert differences(old, old) == []
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "pretrain={num_steps: 1, batch_size: 1, lr: 1}",
+        "algorithm.step_weights=uniform",
+        "outer.optimizer.lr=0.1",
+        "outer.schedule.final_ratio=0.2",
+        "outer.clip_norm=1",
+        "outer.ema=0.9",
+        "precision.compute=float64",
+    ],
+)
+def test_a_change_of_what_a_run_computes_is_harmful(load: Load, override: str) -> None:
+    assert all(difference.harmful for difference in differences(load(STDLIB), load(STDLIB, override)))
+
+
+def test_more_outer_steps_are_harmful_only_where_the_rate_decays_towards_the_end(load: Load) -> None:
+    def harmful(decay: str) -> list[bool]:
+        old = load(GLYPHS, f"outer.schedule.decay={decay}")
+        new = load(GLYPHS, f"outer.schedule.decay={decay}", "outer.num_steps=200")
+        return [difference.harmful for difference in differences(old, new)]
+
+    assert harmful("cosine") == [True]
+    assert harmful("constant") == [False]
+
+
+def test_recipes_import_neither_torch_nor_other_parts() -> None:
+    program = (
+        "import sys, metaloom.recipe\n"
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules\n"
+        "parts = {name.split('.')[1] for name in sys.modules if name.startswith('metaloom.')}\n"
+        "assert parts == {'recipe', 'errors'}, parts\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+# ---------------------------------------------------------------- any input gives a Recipe or a RecipeError
+
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(
+        ["conv4", "gpt", "glyphs", "stdlib", "lora", "full", "sgd", "cosine", "none", 1, 8, 0.5]
+    )
+)
+keys = st.sampled_from(
+    sorted({"", "zzz", *(key.split(".")[-1] for key in flatten_recipe(load_recipe(RECIPES[-1])))})
+)
+junk = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=4),
+    max_leaves=12,
+)
+quietly = settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def is_recipe_or_error(make: Callable[[], Recipe]) -> None:
+    message = ""
+    try:
+        recipe = make()
+    except RecipeError as error:
+        message = str(error)
+    else:
+        assert recipe_from_dict(yaml.safe_load(dump_recipe(recipe)), source="its dump") == recipe
+    assert not re.search(r"pydantic|Input should|type=|\[Errno", message)
+
+
+@quietly
+@given(
+    path=st.sampled_from(sorted(flatten_recipe(load_recipe(RECIPES[-1])))),
+    depth=st.integers(1, 3),
+    value=junk,
+)
+def test_a_recipe_with_junk_anywhere_gives_a_recipe_or_an_error(path: str, depth: int, value: Any) -> None:
+    values = yaml.safe_load(dump_recipe(load_recipe(RECIPES[-1])))
+    around = values
+    *sections, last = path.split(".")[:depth]
+    for key in sections:
+        around = around[key]
+    around[last] = value
+    is_recipe_or_error(lambda: recipe_from_dict(values, source="junk"))
+
+
+@quietly
+@given(
+    text=st.text(alphabet=string.printable + "é\u2028\x85\x00", max_size=60),
+    where=st.integers(0, len(GLYPHS)),
+)
+def test_a_file_with_junk_anywhere_gives_a_recipe_or_an_error(load: Load, text: str, where: int) -> None:
+    is_recipe_or_error(lambda: load(GLYPHS[:where] + text + GLYPHS[where:]))
+    is_recipe_or_error(lambda: load(text))
+
+
+@quietly
+@given(override=st.text(alphabet="=.[]{}:,'\"!&*01e-+_~ \t" + "kindouterseed", max_size=30))
+def test_a_junk_override_gives_a_recipe_or_an_error(load: Load, override: str) -> None:
+    is_recipe_or_error(lambda: load(GLYPHS, override))
+    is_recipe_or_error(lambda: load(GLYPHS, "outer." + override))
+
+
+def test_the_models_have_the_documented_defaults() -> None:
+    assert GPTModel() == GPTModel(
+        num_layers=4, width=128, num_heads=4, context_length=128, tied_embeddings=True
+    )
