@@ -54,7 +54,7 @@ def dotted(path: KeyPath) -> str:
 
 
 # A number of more digits than any field allows stays text: Python refuses to convert thousands of them.
-_INT = r"[-+]?[0-9][0-9_]{0,40}|0x[0-9a-fA-F]{1,16}"
+_INT = r"[-+]?[0-9](?:_?[0-9]){0,40}|0x[0-9a-fA-F]{1,16}"
 _DIGITS = r"[-+]?(?:(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)"
 _FLOAT = rf"{_DIGITS}|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
 RESOLVERS = (

@@ -134,6 +134,11 @@ def test_a_number_in_exponent_form_is_a_float(load: Load) -> None:
     assert load(GLYPHS, "adaptation.rule.lr=5E-1").adaptation.rule.lr == 0.5
 
 
+def test_underscores_may_group_digits(load: Load) -> None:
+    assert load(GLYPHS, "outer.num_steps=10_000").outer.num_steps == 10_000
+    assert load(GLYPHS, "name=1_").name == "1_"
+
+
 def test_a_whole_number_is_accepted_as_a_float(load: Load) -> None:
     lr = load(GLYPHS, "adaptation.rule.lr=1").adaptation.rule.lr
     assert isinstance(lr, float)
