@@ -46,16 +46,28 @@ class Affine:
         slant = np.tan(draws[1] * np.float32(math.radians(self.shear_deg)))
         scale_y, scale_x = np.exp(draws[2:4] * np.float32(math.log1p(self.scale)))
         shift_y, shift_x = draws[4:6] * np.float32(self.shift_px)
-        # Output to input: undo the shift, rotate back, undo slant and scale.
-        cos, sin = np.cos(angle), np.sin(angle)
-        matrix = np.stack(
-            [
-                np.stack([cos / scale_y, -sin / scale_y], -1),
-                np.stack([(sin + slant * cos) / scale_x, (cos - slant * sin) / scale_x], -1),
-            ],
-            -2,
-        )
+        matrix = output_to_input(angle, slant, scale_y, scale_x)
         return resample(images, matrix, np.stack([shift_y, shift_x], -1))
+
+
+def output_to_input(
+    angle: NDArray[np.float32],
+    slant: NDArray[np.float32],
+    scale_y: NDArray[np.float32],
+    scale_x: NDArray[np.float32],
+) -> NDArray[np.float32]:
+    """The inverse of: scale, then slant (x -= slant * y), then rotate by [[cos, sin], [-sin, cos]] on (y, x).
+
+    Args:
+        angle: radians, [N]; the others likewise [N].
+
+    Returns:
+        float32 [N, 2, 2], acts on (y, x).
+    """
+    cos, sin = np.cos(angle), np.sin(angle)
+    to_y = np.stack([cos / scale_y, -sin / scale_y], -1)
+    to_x = np.stack([(sin + slant * cos) / scale_x, (cos - slant * sin) / scale_x], -1)
+    return np.stack([to_y, to_x], -2)
 
 
 def resample(

@@ -229,9 +229,11 @@ def split_samples(glyphs: Glyphs) -> dict[str, SplitSamples]:
 
 def source(*, max_classes_per_split: int | None = None) -> dict[str, Any]:
     """What decides the data: rules, versions and options."""
-    digest = hashlib.sha256(b"".join(file.read_bytes() for file in face_files())).hexdigest()
+    files = face_files()
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     return {
         "rules": RULES,
+        "faces": [file.stem for file in files],
         "fonts_sha256": digest,
         "freetype": features.version("freetype2"),
         "pillow": version("pillow"),

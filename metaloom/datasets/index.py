@@ -196,7 +196,7 @@ def shards_digest(shards: Sequence[ShardEntry]) -> str:
 
 
 def _remake(url: str) -> str:
-    return f"Make the data set again with `metaloom data make glyphs|stdlib {url}`, or copy it there again."
+    return f"Delete {url} and run `metaloom data make glyphs|stdlib {url}`, or copy the data set there again."
 
 
 def _parse(url: str, raw: Any) -> Index:
@@ -267,13 +267,23 @@ def _check(index: Index, where: str) -> None:
             columns += [member.offset, member.length, member.crc32]
         if any(len(column) != split.num_samples for column in columns):
             problems.append(f"split {split.name!r}: columns of different length")
-        elif split.num_samples and not 0 <= split.shard.min() <= split.shard.max() < len(index.shards):
+            continue
+        if not split.num_samples:
+            continue
+        if not 0 <= split.shard.min() <= split.shard.max() < len(index.shards):
             problems.append(f"split {split.name!r}: samples in shards that are not listed")
+            continue
+        ends = np.array([shard.num_bytes for shard in index.shards])[split.shard]
+        for member in split.members.values():
+            if (member.offset < 0).any() or (member.length < 0).any():
+                problems.append(f"split {split.name!r}: negative offsets or lengths")
+            elif (member.offset + member.length > ends).any():
+                problems.append(f"split {split.name!r}: samples beyond the end of their shards")
         if index.layout == "classes":
             number = split.attributes.get("class")
             if number is None or "variant" not in split.attributes:
                 problems.append(f"split {split.name!r}: no columns 'class' and 'variant'")
-            elif number.size and not 0 <= number.min() <= number.max() < len(split.classes):
+            elif not 0 <= number.min() <= number.max() < len(split.classes):
                 problems.append(f"split {split.name!r}: samples of classes that are not listed")
     if problems:
         raise StreamError(f"{where} is damaged: {'; '.join(problems)}. {_remake(index.url)}")

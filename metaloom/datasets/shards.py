@@ -226,7 +226,7 @@ class ShardReader:
         self.cache_limit_bytes = cache_limit_bytes
         self._cache: OrderedDict[tuple[str, int, str], NDArray[Any]] = OrderedDict()
         self._cached_bytes = 0
-        self._process = -1
+        self._process = os.getpid()
         self._lock = threading.Lock()
         self._filesystem: Any = None
         self._root = ""
