@@ -219,7 +219,7 @@ class DocumentEpisodes(EpisodeSource):
             if count < 1:
                 raise StreamError(f"data.{name} is {count}; it must be at least 1.")
         if num_rehearsal < 0:
-            raise StreamError(f"data.num_rehearsal is {num_rehearsal}; it must be at least 0.")
+            raise StreamError(f"num_rehearsal is {num_rehearsal}; it must be at least 0.")
         self._texts = _Documents(index, [split])
         self._split = split
         self._num_support, self._num_query, self._length = num_support, num_query, sequence_length
