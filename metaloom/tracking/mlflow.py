@@ -66,6 +66,13 @@ _ENVIRONMENT = {
 
 _FORBIDDEN_IN_KEY = re.compile(r"[^\w\-. :/]")
 
+# Words of network errors, which come at the end of long chains of quoted exceptions.
+_KNOWN_CAUSES = re.compile(
+    "Connection refused|Connection reset|Remote end closed connection|Name or service not known"
+    "|Temporary failure in name resolution|timed out|No route to host|Network is unreachable"
+    "|certificate verify failed"
+)
+
 # Error codes of requests that will never succeed, however often they are repeated.
 _REFUSALS = frozenset({"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST"})
 
@@ -338,7 +345,7 @@ class _Sender:
 
     def run(self) -> None:
         state = self.state
-        while True:
+        while not state.stop:
             try:
                 if not state.is_connected:
                     self._connect()
@@ -354,7 +361,7 @@ class _Sender:
                 self._note_failure(error)
             else:
                 self._note_success()
-            if state.stop or state.is_closed:
+            if state.is_closed:
                 return
             self._wait()
 
@@ -521,11 +528,7 @@ def _make_client(uri: str) -> "MlflowClient":
 def _describe_error(error: Exception) -> str:
     """One line for people, without credentials."""
     text = strip_credentials(str(error))
-    causes = re.findall(
-        r"Connection refused|Name or service not known|Temporary failure in name resolution"
-        r"|timed out|No route to host|Network is unreachable|certificate verify failed",
-        text,
-    )
+    causes = _KNOWN_CAUSES.findall(text)
     if causes:
         return str(causes[-1]).lower()
     text = (text.strip() or type(error).__name__).splitlines()[0]
