@@ -17,8 +17,8 @@ def adaptation_curve(
     """The query loss and accuracy of each task after 0 .. K adaptation steps.
 
     Returns:
-        `loss` (nats) and `accuracy`, each `[T, K + 1]`, float64; with rehearsal data also
-        `rehearsal_loss` `[T, 2]`, before and after: the rise is what was forgotten.
+        `loss` (nats) and `accuracy`, each `[T, K + 1]`, float64; with retention data also
+        `retention_loss` `[T, 2]`, before and after: the rise is what was forgotten.
     """
     snapshots = adapt(unroll, meta, batch, num_steps=num_steps)
     constants = {name: value.detach() for name, value in meta.items()}
@@ -27,10 +27,10 @@ def adaptation_curve(
         results = [unroll.learner.losses("query", constants, at.fast, batch, 0) for at in snapshots]
         curve["loss"] = torch.stack([losses.double() for losses, _ in results], dim=1)
         curve["accuracy"] = torch.stack([aux["accuracy"] for _, aux in results], dim=1)
-        if batch.rehearsal is not None:
+        if batch.retention is not None:
             ends = [
-                unroll.learner.losses("rehearsal", constants, at.fast, batch, 0)[0]
+                unroll.learner.losses("retention", constants, at.fast, batch, 0)[0]
                 for at in (snapshots[0], snapshots[-1])
             ]
-            curve["rehearsal_loss"] = torch.stack([losses.double() for losses in ends], dim=1)
+            curve["retention_loss"] = torch.stack([losses.double() for losses in ends], dim=1)
     return curve

@@ -19,7 +19,7 @@ from metaloom.engine.adapters.base import Adapter
 from metaloom.engine.precision import Precision
 
 Tensors = Mapping[str, Tensor]
-Objective = Literal["support", "query", "rehearsal"]
+Objective = Literal["support", "query", "retention"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +30,16 @@ class TaskBatch:
         numbers: the global episode number of each task, length T.
         support: `inputs` `[T, S, ...]` and `targets` `[T, S]` or `[T, S, L]`.
         query: the same with Q in place of S.
-        rehearsal: the same with the stretches of all inner steps, or None.
+        rehearsal: the same with the stretches that the inner steps rehearse, or None.
+        retention: the same with stretches of that kind that are not rehearsed: what forgetting
+            is measured on, or None.
     """
 
     numbers: tuple[int, ...]
     support: Tensors
     query: Tensors
     rehearsal: Tensors | None = None
+    retention: Tensors | None = None
 
     @property
     def num_tasks(self) -> int:
@@ -50,8 +53,8 @@ class TaskBatch:
         def cut(tensors: Tensors) -> dict[str, Tensor]:
             return {name: tensor[start:stop] for name, tensor in tensors.items()}
 
-        rehearsal = None if self.rehearsal is None else cut(self.rehearsal)
-        return TaskBatch(self.numbers[start:stop], cut(self.support), cut(self.query), rehearsal)
+        optional = (None if part is None else cut(part) for part in (self.rehearsal, self.retention))
+        return TaskBatch(self.numbers[start:stop], cut(self.support), cut(self.query), *optional)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +97,7 @@ class Learner:
 
         Args:
             objective: `support` (the inner loss, rehearsal mixed in), `query` (the meta-loss)
-                or `rehearsal` (all of a task's rehearsal data: what forgetting is measured on).
+                or `retention` (pre-training data that was not rehearsed).
             meta: meta-parameters by name, shared by the tasks.
             fast: fast weights by name, each `[T, ...]`.
             batch: the tasks' data.
@@ -105,9 +108,9 @@ class Learner:
         """
         if objective == "query":
             inputs, targets = batch.query["inputs"], batch.query["targets"]
-        elif objective == "rehearsal":
-            assert batch.rehearsal is not None, "the rehearsal objective needs rehearsal data"
-            inputs, targets = batch.rehearsal["inputs"], batch.rehearsal["targets"]
+        elif objective == "retention":
+            assert batch.retention is not None, "the retention objective needs data of its own"
+            inputs, targets = batch.retention["inputs"], batch.retention["targets"]
         else:
             inputs, targets = self._support(batch, step)
         with self.precision.autocast(inputs.device):

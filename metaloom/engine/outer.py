@@ -110,36 +110,38 @@ class OuterOptimizer:
         """The meta-parameters to evaluate and export: the moving average where there is one."""
         return self.meta if self._average is None else self._average
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that the next update depends on: tensors by name, nested in plain dicts."""
-        names = list(self.meta)
-        states = self._optimizer.state_dict()["state"]
-        return {
-            "meta": dict(self.meta),
-            "average": {} if self._average is None else dict(self._average),
-            "optimizer": {names[position]: dict(states[position]) for position in states},
-            "step": self.step,
-            "skipped_in_a_row": self._skipped_in_a_row,
-        }
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor that the next update depends on, by flat name: `meta/<name>`,
+        `average/<name>` and `optimizer/<name>/<state>`."""
+        tensors = {f"meta/{name}": value for name, value in self.meta.items()}
+        tensors |= {f"average/{name}": value for name, value in (self._average or {}).items()}
+        for name, value in self.meta.items():
+            state = self._optimizer.state.get(value, {})
+            tensors |= {f"optimizer/{name}/{key}": entry for key, entry in state.items() if entry is not None}
+        return tensors
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over what `state_dict` returned, for meta-parameters of the same names and shapes."""
+    def scalars(self) -> dict[str, int]:
+        """What the next update depends on besides tensors."""
+        return {"step": self.step, "skipped_in_a_row": self._skipped_in_a_row}
+
+    def load(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, int]) -> None:
+        """Takes over what `tensors` and `scalars` returned, for the same meta-parameters."""
         with torch.no_grad():
             for name, value in self.meta.items():
-                value.copy_(state["meta"][name])
-            for name, value in (self._average or {}).items():
-                value.copy_(state["average"][name])
-        self.step = int(state["step"])
-        self._skipped_in_a_row = int(state["skipped_in_a_row"])
-        current = self._optimizer.state_dict()
-        positions = {name: position for position, name in enumerate(self.meta)}
-        current["state"] = {
-            positions[name]: {
-                key: value.clone() if isinstance(value, Tensor) else value for key, value in entry.items()
-            }
-            for name, entry in state["optimizer"].items()
-        }
-        self._optimizer.load_state_dict(current)
+                value.copy_(tensors[f"meta/{name}"])
+                if self._average is not None:
+                    self._average[name].copy_(tensors[f"average/{name}"])
+                prefix = f"optimizer/{name}/"
+                self._optimizer.state[value] = {
+                    # torch keeps Adam's step count on the CPU, whatever the parameter's device.
+                    key.removeprefix(prefix): entry.clone()
+                    if key == prefix + "step"
+                    else entry.to(value.device)
+                    for key, entry in tensors.items()
+                    if key.startswith(prefix)
+                }
+        self.step = int(scalars["step"])
+        self._skipped_in_a_row = int(scalars["skipped_in_a_row"])
 
 
 def _optimizer(meta: Mapping[str, Tensor], settings: OuterSettings) -> torch.optim.Optimizer:

@@ -120,10 +120,11 @@ def full_adaptation_has_no_backbone(recipe: Recipe) -> Broken:
 
 def something_is_learned(recipe: Recipe) -> Broken:
     learned = recipe.algorithm.meta_parameters
-    if not (learned.init or learned.backbone):
+    if not (learned.init or learned.backbone or recipe.adaptation.rule.learned != "none"):
         yield (
             "algorithm.meta_parameters",
-            "init and backbone are both false, so that no weight is learned; set one of them to true",
+            "init and backbone are both false and adaptation.rule.learned is none, so that nothing is "
+            "learned; set one of them",
         )
 
 

@@ -255,6 +255,10 @@ class Outer(Section):
     optimizer: AdamOptimizer | SGDOptimizer = Field(
         default=AdamOptimizer(), discriminator="kind", description="the outer optimizer"
     )
+    lr_rates: PositiveFloat | None = Field(
+        default=None,
+        description="peak learning rate of the logarithms of learned inner rates; null for optimizer.lr",
+    )
     schedule: Schedule = Field(default=Schedule(), description="course of the outer learning rate")
     clip_norm: PositiveFloat | None = Field(
         default=None,

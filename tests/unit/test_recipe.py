@@ -417,7 +417,7 @@ outer:
         (
             STDLIB,
             ["algorithm.meta_parameters.init=false"],
-            "algorithm.meta_parameters: init and backbone are both false, so that no weight is learned",
+            "algorithm.meta_parameters: init and backbone are both false and adaptation.rule.learned is none",
         ),
         (
             GLYPHS,

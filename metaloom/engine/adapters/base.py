@@ -15,12 +15,13 @@ class Adapter(abc.ABC):
     """A model together with what is fast in it, for T tasks at a time.
 
     Meta-parameters are named `init.<fast weight>` (where adaptation starts) and
-    `backbone.<parameter>` (weights that all tasks share, when they are meta-learned).
+    `backbone.<parameter>` (weights that all tasks share); which of them are learned is up to
+    the caller: what `meta` lacks stays at the adapter's own value.
     """
 
     @abc.abstractmethod
-    def meta_parameters(self) -> dict[str, Tensor]:
-        """Fresh copies of the meta-parameters' initial values, by name."""
+    def meta_parameters(self, *, init: bool, backbone: bool) -> dict[str, Tensor]:
+        """Fresh copies of the initial values of what shall be learned, by name."""
 
     @abc.abstractmethod
     def init(self, meta: Mapping[str, Tensor], num_tasks: int) -> dict[str, Tensor]:
@@ -37,10 +38,12 @@ class Adapter(abc.ABC):
         """
 
 
-def broadcast_init(meta: Mapping[str, Tensor], num_tasks: int) -> dict[str, Tensor]:
-    """One copy of every `init.` meta-parameter per task (a view; its gradient sums over tasks)."""
-    return {
-        name.removeprefix(INIT): value.expand(num_tasks, *value.shape)
-        for name, value in meta.items()
-        if name.startswith(INIT)
-    }
+def broadcast_init(
+    initial: Mapping[str, Tensor], meta: Mapping[str, Tensor], num_tasks: int
+) -> dict[str, Tensor]:
+    """One copy of every initial value per task, from `meta` where it is learned.
+
+    The copies are views, so a gradient with respect to `meta` sums over tasks.
+    """
+    learned = {name: meta.get(INIT + name, value) for name, value in initial.items()}
+    return {name: value.expand(num_tasks, *value.shape) for name, value in learned.items()}

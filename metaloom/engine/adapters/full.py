@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from metaloom.engine.adapters.base import INIT, Adapter, broadcast_init
+from metaloom.errors import CapabilityError
 
 
 class FullAdapter(Adapter):
@@ -23,12 +24,15 @@ class FullAdapter(Adapter):
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        self._initial = {name: value.detach() for name, value in model.named_parameters()}
 
-    def meta_parameters(self) -> dict[str, Tensor]:
-        return {INIT + name: value.detach().clone() for name, value in self._model.named_parameters()}
+    def meta_parameters(self, *, init: bool, backbone: bool) -> dict[str, Tensor]:
+        if backbone:
+            raise CapabilityError("every weight is fast, so there is no backbone for tasks to share.")
+        return {INIT + name: value.clone() for name, value in self._initial.items()} if init else {}
 
     def init(self, meta: Mapping[str, Tensor], num_tasks: int) -> dict[str, Tensor]:
-        return broadcast_init(meta, num_tasks)
+        return broadcast_init(self._initial, meta, num_tasks)
 
     def forward(self, meta: Mapping[str, Tensor], fast: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
         per_task = [

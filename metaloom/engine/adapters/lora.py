@@ -27,11 +27,10 @@ class LoraAdapter(Adapter):
     the products are added by forward hooks that live as long as one forward pass.
 
     Args:
-        model: the backbone. Its own parameters stay where they are, unless `learn_backbone`.
+        model: the backbone.
         targets: ends of module names ("qkv" matches "blocks.0.attention.qkv"), or "all-linear".
         rank: R, at least 1.
         alpha: scale; the product is multiplied by alpha / R.
-        learn_backbone: make every backbone parameter a meta-parameter (`backbone.<name>`).
         generator: where the initial A (uniform, Kaiming with gain sqrt(5) as in the paper's code)
             comes from; B starts at zero.
 
@@ -46,12 +45,10 @@ class LoraAdapter(Adapter):
         targets: Sequence[str] | Literal["all-linear"],
         rank: int,
         alpha: float,
-        learn_backbone: bool,
         generator: torch.Generator,
     ) -> None:
         self._model = model
         self._scale = alpha / rank
-        self._learn_backbone = learn_backbone
         self._targets = _matching_linear_layers(model, targets)
         self._initial: dict[str, Tensor] = {}
         for name, layer in self._targets.items():
@@ -61,15 +58,16 @@ class LoraAdapter(Adapter):
             self._initial[f"{name}.lora_a"] = lora_a.to(layer.weight.device)
             self._initial[f"{name}.lora_b"] = layer.weight.new_zeros(layer.out_features, rank)
 
-    def meta_parameters(self) -> dict[str, Tensor]:
-        meta = {INIT + name: value.clone() for name, value in self._initial.items()}
-        if self._learn_backbone:
-            for name, value in self._model.named_parameters():
-                meta[BACKBONE + name] = value.detach().clone()
+    def meta_parameters(self, *, init: bool, backbone: bool) -> dict[str, Tensor]:
+        meta = {INIT + name: value.clone() for name, value in self._initial.items()} if init else {}
+        if backbone:
+            meta |= {
+                BACKBONE + name: value.detach().clone() for name, value in self._model.named_parameters()
+            }
         return meta
 
     def init(self, meta: Mapping[str, Tensor], num_tasks: int) -> dict[str, Tensor]:
-        return broadcast_init(meta, num_tasks)
+        return broadcast_init(self._initial, meta, num_tasks)
 
     def forward(self, meta: Mapping[str, Tensor], fast: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
         num_tasks, num_examples = inputs.shape[:2]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_Value = TypeVar("_Value")
 
 
 class Replicated:
@@ -43,11 +46,11 @@ class Replicated:
             for value in tensors.values():
                 dist.broadcast(value, src=0)
 
-    def gather(self, values: list[object]) -> list[object]:
+    def gather(self, values: list[_Value]) -> list[_Value]:
         """All ranks' lists, joined in the order of ranks, on every rank. Every rank must call."""
         if self.world_size == 1:
             return values
-        parts: list[list[object]] = [[] for _ in range(self.world_size)]
+        parts: list[list[_Value]] = [[] for _ in range(self.world_size)]
         dist.all_gather_object(parts, values)
         return [value for part in parts for value in part]
 

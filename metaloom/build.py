@@ -1,0 +1,191 @@
+"""From a recipe to the parts of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from metaloom.datasets import Episode
+from metaloom.engine.adapters.base import Adapter
+from metaloom.engine.adapters.full import FullAdapter
+from metaloom.engine.adapters.lora import LoraAdapter
+from metaloom.engine.algorithms.maml import Maml, step_weights
+from metaloom.engine.hypergradients import HYPERGRADIENTS
+from metaloom.engine.inner_loops.rates import Grain, Rates
+from metaloom.engine.inner_loops.sgd import Sgd
+from metaloom.engine.learner import Learner, Rehearsal, TaskBatch
+from metaloom.engine.outer import OuterSettings
+from metaloom.engine.precision import Precision
+from metaloom.engine.unroll import Unroll
+from metaloom.models.conv4 import Conv4
+from metaloom.models.gpt import Gpt
+from metaloom.recipe import (
+    AdamOptimizer,
+    Conv4Model,
+    FullFast,
+    GlyphsData,
+    OrdinaryTraining,
+    Pretrain,
+    Recipe,
+)
+from metaloom.sources import num_rehearsed
+
+
+def build_model(recipe: Recipe, device: torch.device, *, num_classes: int | None = None) -> nn.Module:
+    """The recipe's model with its initial weights, which follow from the recipe's seed.
+
+    Args:
+        num_classes: outputs of a classifier; the recipe's n_way where None.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        if isinstance(recipe.model, Conv4Model):
+            assert isinstance(recipe.data, GlyphsData)
+            model: nn.Module = Conv4(
+                num_classes=num_classes or recipe.data.n_way,
+                width=recipe.model.width,
+                num_blocks=recipe.model.num_blocks,
+                norm=recipe.model.norm,
+            )
+        else:
+            model = Gpt(
+                num_layers=recipe.model.num_layers,
+                width=recipe.model.width,
+                num_heads=recipe.model.num_heads,
+                context_length=recipe.model.context_length,
+                tied_embeddings=recipe.model.tied_embeddings,
+            )
+    return model.to(device, Precision(recipe.precision.compute).storage_dtype)
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+    """The model with some of its weights replaced, in place; the others stay as they are."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in weights:
+                parameter.copy_(weights[name])
+    return model
+
+
+def build_adapter(recipe: Recipe, model: nn.Module) -> Adapter:
+    """What is fast in a model."""
+    fast = recipe.adaptation.fast
+    if isinstance(fast, FullFast):
+        return FullAdapter(model)
+    return LoraAdapter(
+        model,
+        targets=fast.targets,
+        rank=fast.rank,
+        alpha=fast.alpha,
+        generator=torch.Generator().manual_seed(recipe.seed),
+    )
+
+
+def build_unroll(recipe: Recipe, adapter: Adapter, *, rate: float, grain: Grain) -> Unroll:
+    """The inner problem with a given rate, fixed or where learned rates start."""
+    adaptation = recipe.adaptation
+    rehearsal = adaptation.rehearsal
+    return Unroll(
+        learner=Learner(
+            adapter,
+            Precision(recipe.precision.compute),
+            None if rehearsal is None else Rehearsal(rehearsal.ratio, rehearsal.num_sequences),
+        ),
+        rule=Sgd(momentum=adaptation.rule.momentum, weight_decay=adaptation.rule.weight_decay),
+        rates=Rates(rate, grain, adaptation.num_steps),
+        step_weights=step_weights(recipe.algorithm.step_weights, adaptation.num_steps),
+    )
+
+
+def build_algorithm(recipe: Recipe, adapter: Adapter) -> Maml:
+    """The algorithm with the estimator of its hypergradient."""
+    rule = recipe.adaptation.rule
+    unroll = build_unroll(recipe, adapter, rate=rule.lr, grain=rule.learned)
+    return Maml(unroll, HYPERGRADIENTS[recipe.algorithm.hypergradient.kind]())
+
+
+def initial_meta(recipe: Recipe, unroll: Unroll) -> dict[str, Tensor]:
+    """The meta-parameters that the recipe learns, at their initial values."""
+    learned = recipe.algorithm.meta_parameters
+    adapter = unroll.learner.adapter
+    meta = adapter.meta_parameters(init=learned.init, backbone=learned.backbone)
+    fast = adapter.init({}, 1)
+    return meta | unroll.rates.meta_parameters(fast, next(iter(fast.values())))
+
+
+def outer_settings(recipe: Recipe) -> OuterSettings:
+    """The outer optimizer's settings."""
+    outer, optimizer, schedule = recipe.outer, recipe.outer.optimizer, recipe.outer.schedule
+    is_adam = isinstance(optimizer, AdamOptimizer)
+    return OuterSettings(
+        optimizer="adam" if is_adam else "sgd",
+        lr=optimizer.lr,
+        lr_rates=optimizer.lr if outer.lr_rates is None else outer.lr_rates,
+        betas=optimizer.betas if isinstance(optimizer, AdamOptimizer) else (optimizer.momentum, 0.0),
+        eps=optimizer.eps if isinstance(optimizer, AdamOptimizer) else 0.0,
+        weight_decay=optimizer.weight_decay,
+        num_steps=outer.num_steps,
+        warmup_steps=schedule.warmup_steps,
+        decay=schedule.decay,
+        final_ratio=schedule.final_ratio,
+        clip_norm=outer.clip_norm,
+        ema=outer.ema,
+    )
+
+
+def ordinary_settings(
+    training: Pretrain | OrdinaryTraining, *, num_steps: int, warmup_steps: int
+) -> OuterSettings:
+    """The optimizer's settings of an ordinary training: AdamW, warm-up, cosine to a tenth."""
+    return OuterSettings(
+        optimizer="adam",
+        lr=training.lr,
+        lr_rates=training.lr,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        weight_decay=training.weight_decay,
+        num_steps=num_steps,
+        warmup_steps=warmup_steps,
+        decay="cosine",
+        final_ratio=0.1,
+        clip_norm=1.0,
+        ema=None,
+    )
+
+
+def task_batch(
+    recipe: Recipe, episodes: Sequence[Episode], device: torch.device, *, num_steps: int
+) -> TaskBatch:
+    """Episodes side by side, in the recipe's precision.
+
+    Args:
+        num_steps: inner steps: the rehearsal data beyond what they read is for measuring retention.
+    """
+    dtype = Precision(recipe.precision.compute).storage_dtype
+
+    def stack(parts: Sequence[Mapping[str, np.ndarray]], rows: slice = slice(None)) -> dict[str, Tensor]:
+        stacked = {
+            name: torch.from_numpy(np.stack([part[name][rows] for part in parts])) for name in parts[0]
+        }
+        return {
+            name: value.to(device, dtype if value.is_floating_point() else None)
+            for name, value in stacked.items()
+        }
+
+    rehearsal = retention = None
+    if episodes[0].rehearsal is not None:
+        old = [episode.rehearsal for episode in episodes if episode.rehearsal is not None]
+        count = num_rehearsed(recipe, num_steps)
+        rehearsal = stack(old, slice(0, count)) if count > 0 else None
+        retention = stack(old, slice(count, None))
+        retention = retention if retention["inputs"].shape[1] > 0 else None
+    return TaskBatch(
+        numbers=tuple(episode.number for episode in episodes),
+        support=stack([episode.support for episode in episodes]),
+        query=stack([episode.query for episode in episodes]),
+        rehearsal=rehearsal,
+        retention=retention,
+    )

@@ -1,0 +1,230 @@
+"""A folder of checkpoints.
+
+    <root>/step-00000100/
+        __0_0.distcp, .metadata    tensors, in torch.distributed.checkpoint's format
+        manifest.json              written last and atomically; without it there is no checkpoint
+
+The manifest holds the format version, the step, everything that is not a tensor (`scalars`), the
+name, shape and dtype of every tensor, and the size and SHA-256 of every other file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from metaloom.errors import CheckpointError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds.
+
+    Attributes:
+        step: outer steps done.
+        tensors: by flat name.
+        scalars: plain JSON values by name.
+    """
+
+    step: int
+    tensors: dict[str, Tensor]
+    scalars: dict[str, Any]
+
+
+class CheckpointStore:
+    """Saves, finds, loads and prunes the checkpoints under one folder.
+
+    Args:
+        root: the folder; made on the first save.
+        keep_last: how many of the newest to keep; protected steps are kept besides.
+    """
+
+    def __init__(self, root: Path, *, keep_last: int = 2) -> None:
+        self.root = root
+        self._keep_last = keep_last
+
+    def save(self, checkpoint: Checkpoint, *, protect: frozenset[int] = frozenset()) -> Path:
+        """Writes a checkpoint and prunes old ones. Every rank must call, with the same tensors.
+
+        Args:
+            protect: steps that are not pruned (the best one, say).
+
+        Returns:
+            The checkpoint's folder.
+
+        Raises:
+            CheckpointError: the folder cannot be written; the cause is named.
+        """
+        folder = self._folder(checkpoint.step)
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        try:
+            if rank == 0:
+                # Left by a run that was killed while it wrote: without a manifest it is nothing.
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True)
+            _barrier()
+            save(
+                dict(checkpoint.tensors),
+                storage_writer=FileSystemWriter(folder),
+                no_dist=not dist.is_initialized(),
+            )
+            if rank == 0:
+                self._commit(folder, checkpoint)
+                self._prune(protect | {checkpoint.step})
+        except OSError as error:
+            raise CheckpointError(f"{folder}: the checkpoint cannot be written: {error}.") from error
+        _barrier()
+        return folder
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints that are complete, in rising order."""
+        return sorted(
+            int(path.parent.name.removeprefix("step-")) for path in self.root.glob(f"step-*/{MANIFEST}")
+        )
+
+    def load_newest(self, *, notes: list[str] | None = None) -> Checkpoint | None:
+        """The newest valid checkpoint, or None where there is none.
+
+        Args:
+            notes: takes one line for each checkpoint that was skipped, with the reason.
+        """
+        for step in reversed(self.steps()):
+            try:
+                return self.load(step)
+            except CheckpointError as error:
+                if notes is not None:
+                    notes.append(f"skipped: {error}")
+        return None
+
+    def load(self, step: int) -> Checkpoint:
+        """The checkpoint of one step.
+
+        Raises:
+            CheckpointError: it is missing, incomplete, of another format version, or its bytes are
+                not those that were written.
+        """
+        folder = self._folder(step)
+        manifest = read_manifest(folder)
+        for name, recorded in manifest["files"].items():
+            path = folder / name
+            if not path.is_file():
+                raise CheckpointError(f"{path} is missing, though the manifest lists it.")
+            size = path.stat().st_size
+            if size != recorded["bytes"]:
+                raise CheckpointError(f"{path} has {size} bytes, the manifest says {recorded['bytes']}.")
+            if _sha256(path) != recorded["sha256"]:
+                raise CheckpointError(f"{path}: the bytes are not those that were written (SHA-256 differs).")
+        tensors = {
+            name: torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]))
+            for name, entry in manifest["tensors"].items()
+        }
+        load(tensors, storage_reader=FileSystemReader(folder), no_dist=True)
+        return Checkpoint(step, tensors, manifest["scalars"])
+
+    def _folder(self, step: int) -> Path:
+        return self.root / f"step-{step:08d}"
+
+    def _commit(self, folder: Path, checkpoint: Checkpoint) -> None:
+        manifest = {
+            "format": "metaloom-checkpoint",
+            "version": FORMAT_VERSION,
+            "step": checkpoint.step,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "scalars": checkpoint.scalars,
+            "tensors": {
+                name: {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+                for name, value in checkpoint.tensors.items()
+            },
+            "files": {
+                path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+                for path in sorted(folder.iterdir())
+            },
+        }
+        write_json(folder / MANIFEST, manifest)
+
+    def _prune(self, protect: frozenset[int]) -> None:
+        for step in self.steps()[: -self._keep_last]:
+            if step not in protect:
+                folder = self._folder(step)
+                # The manifest goes first: what is half deleted is not taken for a checkpoint.
+                (folder / MANIFEST).unlink()
+                shutil.rmtree(folder)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of one checkpoint folder.
+
+    Raises:
+        CheckpointError: it is missing, not JSON, or of a format version that is not known here.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} holds no complete checkpoint ({MANIFEST} is missing).") from None
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.") from error
+    if manifest.get("format") != "metaloom-checkpoint" or manifest.get("version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format {manifest.get('format')!r} version {manifest.get('version')!r} is not known; "
+            f"this release reads version {FORMAT_VERSION}."
+        )
+    return manifest
+
+
+def require_same_tensors(
+    expected: Mapping[str, Tensor], found: Mapping[str, Tensor], *, source: Path
+) -> None:
+    """Checks that a checkpoint belongs to this model.
+
+    Raises:
+        CheckpointError: names or shapes differ; all differences are listed at once.
+    """
+    problems = [f"  {name}: in the model, not in the checkpoint" for name in expected if name not in found]
+    problems += [f"  {name}: in the checkpoint, not in the model" for name in found if name not in expected]
+    problems += [
+        f"  {name}: shape {list(found[name].shape)} in the checkpoint, {list(value.shape)} in the model"
+        for name, value in expected.items()
+        if name in found and found[name].shape != value.shape
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{source} belongs to another model ({len(problems)} differences):\n" + "\n".join(problems)
+        )
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes JSON so that readers see the old file or the whole new one."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()

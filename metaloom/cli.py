@@ -1,0 +1,290 @@
+"""The command line: `metaloom train | evaluate | data | recipe`.
+
+Everything that can be checked is checked here, before any process is started and without importing torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from metaloom import __version__
+from metaloom.errors import LaunchError, MetaloomError, RecipeError
+from metaloom.run_folder import RunFolder, new_run_path
+
+EXAMPLES = """\
+examples:
+  metaloom data make glyphs data/glyphs        write a built-in data set as shards
+  metaloom train recipes/glyphs-maml.yaml      meta-train
+  metaloom evaluate runs/glyphs-maml           adapt to tasks never seen, beside baselines
+
+exit codes: 0 done, 1 a fault of a process, 2 recipe, 3 data, 4 checkpoint, 5 launch or run folder,
+6 tracking store, 130 interrupted
+"""
+
+TRAIN_EXAMPLES = """\
+examples:
+  metaloom train recipes/glyphs-maml.yaml
+  metaloom train recipes/glyphs-maml.yaml data.n_way=20 outer.optimizer.lr=5e-4 --run runs/20-way
+  metaloom train recipes/smoke.yaml launcher.num_processes=1
+  metaloom train --resume runs/glyphs-maml
+"""
+
+EVALUATE_EXAMPLES = """\
+examples:
+  metaloom evaluate runs/glyphs-maml
+  metaloom evaluate runs/glyphs-maml evaluation.num_episodes=2000
+  metaloom evaluate runs/glyphs-maml 'evaluation.baselines=[random]'
+"""
+
+DATA_EXAMPLES = """\
+examples:
+  metaloom data make glyphs data/glyphs
+  metaloom data make stdlib data/stdlib
+  metaloom data make glyphs /tmp/small --max-per-split 30
+"""
+
+RECIPE_EXAMPLES = """\
+examples:
+  metaloom recipe check recipes/glyphs-maml.yaml data.n_way=10
+  metaloom recipe show recipes/glyphs-maml.yaml          every key, defaults spelled out
+  metaloom recipe schema > recipe.schema.json            for editors
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.run_command(arguments))
+    except MetaloomError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of a pipe has seen enough; nothing more can be written, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="metaloom",
+        description="Meta-training with exact hypergradients.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"metaloom {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    train = _command(commands, "train", "meta-train by a recipe, or resume a run", TRAIN_EXAMPLES)
+    train.add_argument("recipe", nargs="?", metavar="RECIPE", help="a YAML file (not needed with --resume)")
+    _add_overrides(train)
+    train.add_argument("--run", type=Path, metavar="DIR", help="folder of the new run (default: runs/NAME)")
+    train.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run where it stopped")
+    train.set_defaults(run_command=_train)
+
+    evaluate = _command(commands, "evaluate", "evaluate a run on tasks never seen", EVALUATE_EXAMPLES)
+    evaluate.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    _add_overrides(evaluate)
+    evaluate.set_defaults(run_command=_evaluate)
+
+    data = _command(commands, "data", "make data sets", DATA_EXAMPLES)
+    data_commands = data.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    make = _command(data_commands, "make", "write a built-in data set as webdataset shards", DATA_EXAMPLES)
+    make.add_argument("name", choices=("glyphs", "stdlib"), help="which data set")
+    make.add_argument("directory", metavar="DIR", help="folder for its shards")
+    make.add_argument(
+        "--max-per-split", type=int, metavar="N", help="at most N classes or modules per split (a small set)"
+    )
+    make.set_defaults(run_command=_data_make)
+
+    recipe = _command(commands, "recipe", "check, show or describe recipes", RECIPE_EXAMPLES)
+    recipe_commands = recipe.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    check = _command(
+        recipe_commands, "check", "check a recipe and its data, and start nothing", RECIPE_EXAMPLES
+    )
+    show = _command(recipe_commands, "show", "print a recipe with every default spelled out", RECIPE_EXAMPLES)
+    for command, function in ((check, _recipe_check), (show, _recipe_show)):
+        command.add_argument("recipe", metavar="RECIPE", help="a YAML file")
+        _add_overrides(command)
+        command.set_defaults(run_command=function)
+    schema = _command(recipe_commands, "schema", "print the JSON schema of recipes", RECIPE_EXAMPLES)
+    schema.set_defaults(run_command=_recipe_schema)
+    return parser
+
+
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, purpose: str, examples: str
+) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=purpose,
+        description=purpose[0].upper() + purpose[1:] + ".",
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="changes to the recipe, such as outer.num_steps=50"
+    )
+
+
+# Imports stand inside the commands, so that `metaloom --help` is quick.
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from metaloom.recipe import load_recipe
+
+    if arguments.resume is not None:
+        return _resume(arguments)
+    if arguments.recipe is None:
+        raise RecipeError("no recipe was named: give a YAML file, or --resume RUN to go on with a run.")
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    _check_data(recipe)
+    folder = RunFolder(arguments.run or new_run_path(recipe.name))
+    folder.create()
+    _write_recipe(recipe, folder.recipe)
+    return _launch("train", recipe, folder, folder.recipe)
+
+
+def _resume(arguments: argparse.Namespace) -> int:
+    from metaloom.recipe import differences, load_recipe
+
+    folder = RunFolder(arguments.resume)
+    folder.require()
+    if arguments.run is not None:
+        raise LaunchError("--run names a new run's folder and --resume an existing one: give one of them.")
+    # With --resume the first argument may already be an override.
+    overrides = list(arguments.overrides)
+    source = arguments.recipe
+    if source is not None and "=" in source:
+        overrides.insert(0, source)
+        source = None
+    old = load_recipe(folder.recipe)
+    new = load_recipe(source or folder.recipe, overrides)
+    changes = differences(old, new)
+    harmful = [change for change in changes if change.harmful]
+    if harmful:
+        lines = "\n".join(f"  {change.path}: {change.old} in the run, {change.new} now" for change in harmful)
+        raise RecipeError(
+            f"{folder.path} cannot be resumed with these changes, since it would not be the same run:\n"
+            f"{lines}\nLeave them out, or start a new run (without --resume)."
+        )
+    for change in changes:
+        print(f"changed: {change.path}: {change.old} -> {change.new}")
+    _check_data(new)
+    _write_recipe(new, folder.recipe)
+    return _launch("train", new, folder, folder.recipe)
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from metaloom.recipe import differences, load_recipe
+
+    folder = RunFolder(arguments.run)
+    folder.require()
+    old = load_recipe(folder.recipe)
+    recipe = load_recipe(folder.recipe, arguments.overrides)
+    harmful = [change.path for change in differences(old, recipe) if change.harmful]
+    if harmful:
+        raise RecipeError(
+            f"an evaluation cannot change what was trained: {', '.join(harmful)}. "
+            "Keys of the sections evaluation and launcher can be changed."
+        )
+    _check_data(recipe)
+    if not folder.checkpoints("meta").is_dir():
+        raise LaunchError(
+            f"{folder.path} has no checkpoint yet: train it with `metaloom train --resume {folder.path}`."
+        )
+    _write_recipe(recipe, folder.evaluation_recipe)
+    return _launch("evaluate", recipe, folder, folder.evaluation_recipe)
+
+
+def _launch(job: str, recipe: object, folder: RunFolder, recipe_path: Path) -> int:
+    from metaloom.launchers.local import launch
+    from metaloom.recipe import Recipe
+
+    assert isinstance(recipe, Recipe)
+    return launch(
+        [job, str(folder.path), "--recipe", str(recipe_path)],
+        num_processes=recipe.launcher.num_processes,
+        threads_per_process=recipe.launcher.threads_per_process,
+        log_dir=folder.logs,
+    )
+
+
+def _check_data(recipe: object) -> None:
+    """Opens the recipe's data: every shard is there and whole in size, and has what is asked for.
+
+    Raises:
+        StreamError: something is missing, truncated or too small.
+    """
+    from metaloom.datasets import Index
+    from metaloom.recipe import Recipe
+    from metaloom.sources import require_episodes
+
+    assert isinstance(recipe, Recipe)
+    index = Index.load(recipe.data.url)
+    index.verify_sizes()
+    require_episodes(recipe, index)
+
+
+def _write_recipe(recipe: object, path: Path) -> None:
+    from metaloom.recipe import Recipe, dump_recipe
+
+    assert isinstance(recipe, Recipe)
+    path.write_text(dump_recipe(recipe), encoding="utf-8")
+
+
+def _data_make(arguments: argparse.Namespace) -> int:
+    from metaloom.datasets import make_dataset
+    from metaloom.tracking.console import make_console
+
+    console = make_console()
+    with console.phase(f"make {arguments.name}", total=None, unit="sample") as phase:
+        made = make_dataset(
+            arguments.name,
+            arguments.directory,
+            max_per_split=arguments.max_per_split,
+            progress=lambda done, total: phase.advance(done - phase.num_done),
+        )
+    console.table(
+        f"{arguments.name} in {arguments.directory}" + ("" if made.created else " (was already there)"),
+        ("split", "classes", "samples"),
+        [
+            (split, str(made.num_classes.get(split, "")), str(count))
+            for split, count in made.num_samples.items()
+        ],
+    )
+    return 0
+
+
+def _recipe_check(arguments: argparse.Namespace) -> int:
+    from metaloom.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    _check_data(recipe)
+    print(f"{arguments.recipe}: no mistakes found")
+    return 0
+
+
+def _recipe_show(arguments: argparse.Namespace) -> int:
+    from metaloom.recipe import dump_recipe, load_recipe
+
+    print(dump_recipe(load_recipe(arguments.recipe, arguments.overrides)), end="")
+    return 0
+
+
+def _recipe_schema(arguments: argparse.Namespace) -> int:
+    from metaloom.recipe import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+    return 0

@@ -1,0 +1,454 @@
+"""How well a run's result adapts to tasks never seen, beside the baselines that a sceptic asks for."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from metaloom.build import (
+    build_adapter,
+    build_algorithm,
+    build_model,
+    build_unroll,
+    initial_meta,
+    load_weights,
+    ordinary_settings,
+    task_batch,
+)
+from metaloom.checkpoints import Checkpoint, CheckpointStore
+from metaloom.checkpoints.store import write_json
+from metaloom.datasets import ClassSamples, EpisodeSource, slice_for_rank
+from metaloom.engine.evaluation import adaptation_curve
+from metaloom.engine.learner import bits_per_byte, cross_entropy
+from metaloom.engine.precision import Precision
+from metaloom.engine.unroll import Unroll
+from metaloom.errors import CheckpointError
+from metaloom.job import Job, Place, open_job
+from metaloom.ordinary import train_ordinary
+from metaloom.recipe import GlyphsData, Recipe, StdlibData
+from metaloom.sources import episode_source, num_rehearsed, ordinary_samples
+from metaloom.tracking import read_metrics
+from metaloom.tracking.report import EvaluationSummary, MethodResult, summary_rows, write_report
+
+ORDINARY_WARMUP_SHARE = 0.05
+MAX_GRID_EXTENSIONS = 4
+
+MetaTensors = dict[str, Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """Something to adapt: a starting point with its inner rates.
+
+    Attributes:
+        name: in tables and plots.
+        unroll: how it adapts.
+        meta: its meta-parameters, trained or not.
+        inner_rate: its rates, in words.
+        training: what was spent on it, in words.
+    """
+
+    name: str
+    unroll: Unroll
+    meta: MetaTensors
+    inner_rate: str
+    training: str
+
+
+@dataclasses.dataclass(frozen=True)
+class EpisodeCurve:
+    """What adaptation did on one episode.
+
+    Attributes:
+        task: what the episode is clustered by.
+        metric: after 0 .. K steps.
+        retention: loss on data that was not rehearsed, before and after; None where there is none.
+    """
+
+    task: str
+    metric: tuple[float, ...]
+    retention: tuple[float, float] | None
+
+
+def evaluate(recipe: Recipe, place: Place) -> None:
+    """Evaluates a run on its test split and leaves a table, a page and a record in the run folder.
+
+    Trains the ordinary baselines first, unless an earlier evaluation has left them. Every rank must call.
+
+    Raises:
+        CheckpointError: the run has no checkpoint yet.
+        MetaloomError: the data or the tracking store cannot be used.
+    """
+    with open_job(recipe, place, first_step=None) as job:
+        contenders = [_meta_trained(job), *(_baseline(job, name) for name in recipe.baselines)]
+        results = [_evaluate(job, contender) for contender in contenders]
+        summary = EvaluationSummary(
+            dataset=recipe.data.kind, split="test", methods=tuple(results), notes=_notes(job)
+        )
+        if job.sharding.rank == 0:
+            _publish(job, summary)
+
+
+# ---------------------------------------------------------------- contenders
+
+
+def _meta_trained(job: Job) -> Contender:
+    recipe, folder = job.recipe, job.place.folder
+    store = CheckpointStore(folder.checkpoints("meta"))
+    best_step = folder.facts().get("best_step")
+    checkpoint = store.load_newest() if best_step is None else store.load(best_step)
+    if checkpoint is None:
+        raise CheckpointError(
+            f"{folder.path} has no checkpoint yet: train it with `metaloom train --resume {folder.path}`."
+        )
+    model = build_model(recipe, job.place.device)
+    if recipe.pretrain is not None:
+        load_weights(model, _pretrained(job))
+    unroll = build_algorithm(recipe, build_adapter(recipe, model)).unroll
+    prefix = "meta/" if recipe.outer.ema is None else "average/"
+    meta = {
+        name: checkpoint.tensors[prefix + name].to(job.place.device) for name in initial_meta(recipe, unroll)
+    }
+    learned = recipe.adaptation.rule.learned
+    return Contender(
+        name="meta-trained",
+        unroll=unroll,
+        meta=meta,
+        inner_rate=f"{recipe.adaptation.rule.lr:g}" if learned == "none" else f"learned, {learned}",
+        training=f"{checkpoint.step} outer steps",
+    )
+
+
+def _baseline(job: Job, name: str) -> Contender:
+    """A baseline with its inner rate tuned on validation episodes."""
+    model = build_model(job.recipe, job.place.device)
+    training = "none"
+    if name != "random" and job.recipe.pretrain is not None:
+        load_weights(model, _pretrained(job))
+        training = f"{job.recipe.pretrain.num_steps} steps of pre-training"
+    if name.startswith("ordinary_"):
+        num_samples, num_steps = _ordinary_budget(job, name)
+        load_weights(model, _ordinarily_trained(job, name, num_steps))
+        then = "" if job.recipe.pretrain is None else training + ", then "
+        training = f"{then}{num_steps} steps, {num_samples} samples"
+    adapter = build_adapter(job.recipe, model)
+    shown = _SHOWN_NAMES[name]
+    rate = _tuned_rate(job, shown, lambda rate: build_unroll(job.recipe, adapter, rate=rate, grain="none"))
+    return Contender(
+        name=shown,
+        unroll=build_unroll(job.recipe, adapter, rate=rate, grain="none"),
+        meta={},
+        inner_rate=f"{rate:.3g}, tuned",
+        training=training,
+    )
+
+
+_SHOWN_NAMES = {
+    "random": "random init",
+    "ordinary_equal_data": "ordinary, equal data",
+    "ordinary_equal_compute": "ordinary, equal compute",
+    "pretrained": "pre-trained only",
+}
+
+
+def _pretrained(job: Job) -> MetaTensors:
+    checkpoint = CheckpointStore(job.place.folder.checkpoints("pretrain")).load_newest()
+    if checkpoint is None:
+        raise CheckpointError(
+            f"{job.place.folder.path} has no pre-trained weights: they were deleted or never made."
+        )
+    return _weights(checkpoint)
+
+
+def _weights(checkpoint: Checkpoint) -> MetaTensors:
+    return {
+        name.removeprefix("meta/"): value
+        for name, value in checkpoint.tensors.items()
+        if name.startswith("meta/")
+    }
+
+
+def _ordinarily_trained(job: Job, name: str, num_steps: int) -> MetaTensors:
+    """Weights after ordinary training on the training split; a classifier's head starts at zero again."""
+    recipe = job.recipe
+    samples = ordinary_samples(recipe, job.index, ("train",))
+    num_classes = samples.num_classes if isinstance(samples, ClassSamples) else None
+    model = build_model(recipe, job.place.device, num_classes=num_classes)
+    if recipe.pretrain is not None:
+        load_weights(model, _pretrained(job))
+    ordinary = recipe.evaluation.ordinary
+    last_shown = 0
+    with job.console.phase(_SHOWN_NAMES[name], total=num_steps, unit="step") as phase:
+
+        def on_step(step: int, metrics: Mapping[str, float]) -> None:
+            nonlocal last_shown
+            phase.advance(step - last_shown, **metrics)
+            last_shown = step
+
+        weights = train_ordinary(
+            model,
+            samples,
+            ordinary_settings(
+                ordinary, num_steps=num_steps, warmup_steps=round(ORDINARY_WARMUP_SHARE * num_steps)
+            ),
+            batch_size=ordinary.batch_size,
+            precision=Precision(recipe.precision.compute),
+            sharding=job.sharding,
+            store=CheckpointStore(job.place.folder.checkpoints(name), keep_last=1),
+            on_step=on_step,
+        )
+    if num_classes is not None:
+        # The new task's classes are others: no output is preferred before adaptation.
+        head = dict(build_model(recipe, job.place.device).named_parameters())
+        weights |= {key: torch.zeros_like(value) for key, value in head.items() if key.startswith("head.")}
+    return weights
+
+
+# ---------------------------------------------------------------- budgets
+
+
+def _ordinary_budget(job: Job, name: str) -> tuple[int, int]:
+    """Samples and steps of an ordinary training that spends what meta-training has spent."""
+    recipe = job.recipe
+    batch_size = recipe.evaluation.ordinary.batch_size
+    num_tasks = int(job.place.folder.facts()["num_steps"]) * recipe.outer.tasks_per_step
+    if name == "ordinary_equal_data":
+        num_steps = num_tasks * _samples_per_task(recipe) / batch_size
+    else:
+        num_steps = num_tasks * _flops_per_task(job) / (_flops_per_sample(job) * batch_size)
+    steps = max(1, math.ceil(num_steps))
+    return steps * batch_size, steps
+
+
+def _samples_per_task(recipe: Recipe) -> int:
+    """Images or sequences that a task shows to meta-training, each counted once."""
+    data = recipe.data
+    if isinstance(data, GlyphsData):
+        return data.n_way * (data.n_shot + data.n_query)
+    return data.num_support + data.num_query + num_rehearsed(recipe, recipe.adaptation.num_steps)
+
+
+def _flops_per_task(job: Job) -> int:
+    """Floating-point operations of one task's hypergradient (matrix products and convolutions)."""
+    recipe, device = job.recipe, job.place.device
+    num_inner = recipe.adaptation.num_steps
+    source = episode_source(recipe, job.index, "train", seed=recipe.seed, num_steps=num_inner)
+    algorithm = build_algorithm(recipe, build_adapter(recipe, build_model(recipe, device)))
+    meta = initial_meta(recipe, algorithm.unroll)
+    batch = task_batch(recipe, [source.episode(0)], device, num_steps=num_inner)
+    return _count_flops(lambda: algorithm.meta_gradient(meta, batch))
+
+
+def _flops_per_sample(job: Job) -> int:
+    """Floating-point operations of one sample in ordinary training, forward and backward."""
+    recipe, device = job.recipe, job.place.device
+    samples = ordinary_samples(recipe, job.index, ("train",))
+    num_classes = samples.num_classes if isinstance(samples, ClassSamples) else None
+    model = build_model(recipe, device, num_classes=num_classes)
+    arrays = samples.batch(0, 2)
+    inputs = torch.from_numpy(arrays["inputs"]).to(device)
+    inputs = inputs.to(next(model.parameters()).dtype) if inputs.is_floating_point() else inputs
+    targets = torch.from_numpy(arrays["targets"]).to(device)
+
+    def step() -> None:
+        loss = cross_entropy(model(inputs)[None], targets[None]).sum()
+        torch.autograd.grad(loss, list(model.parameters()))
+
+    return _count_flops(step) // 2
+
+
+def _count_flops(compute: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        compute()
+    return int(counter.get_total_flops())
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def _tuned_rate(job: Job, name: str, unroll_at: Callable[[float], Unroll]) -> float:
+    """The inner rate with the lowest validation loss after adaptation.
+
+    Tries the recipe's factors, then goes on beyond the end of the grid for as long as the best lies
+    there. Every rank must call, and finds the same.
+    """
+    recipe = job.recipe
+    factors = sorted(recipe.evaluation.tuning.rate_factors)
+    source = _source(job, "validation")
+    losses: dict[float, float] = {}
+    with job.console.phase(f"tune {name}", total=None, unit="rate") as phase:
+
+        def try_factor(factor: float) -> None:
+            unroll = unroll_at(factor * recipe.adaptation.rule.lr)
+            curves = _curves(job, unroll, {}, source, recipe.evaluation.tuning.num_episodes, metric="loss")
+            loss = statistics.fmean(curve.metric[-1] for curve in curves)
+            losses[factor] = loss if math.isfinite(loss) else math.inf
+            phase.advance(1)
+
+        for factor in factors:
+            try_factor(factor)
+        for _ in range(MAX_GRID_EXTENSIONS):
+            tried = sorted(losses)
+            best = min(tried, key=losses.__getitem__)
+            if len(tried) == 1 or tried[0] < best < tried[-1]:
+                break
+            try_factor(best * (best / tried[1] if best == tried[0] else best / tried[-2]))
+    return min(losses, key=losses.__getitem__) * recipe.adaptation.rule.lr
+
+
+def _evaluate(job: Job, contender: Contender) -> MethodResult:
+    """A contender's metric on the test episodes, after each adaptation step."""
+    recipe = job.recipe
+    metric = "accuracy" if isinstance(recipe.data, GlyphsData) else "bits per byte"
+    with job.console.phase(
+        f"evaluate {contender.name}", total=recipe.evaluation.num_episodes, unit="episode"
+    ) as phase:
+        curves = _curves(
+            job,
+            contender.unroll,
+            contender.meta,
+            _source(job, "test"),
+            recipe.evaluation.num_episodes,
+            metric=metric,
+            on_done=phase.advance,
+        )
+    columns = list(zip(*(curve.metric for curve in curves), strict=True))
+    clusters = [curve.task for curve in curves]
+    retention = [curve.retention for curve in curves if curve.retention is not None]
+    return MethodResult(
+        name=contender.name,
+        inner_rate=contender.inner_rate,
+        metric=metric,
+        higher_is_better=metric == "accuracy",
+        mean=tuple(statistics.fmean(column) for column in columns),
+        ci95=tuple(confidence_95(column, clusters) for column in columns),
+        num_episodes=len(curves),
+        num_clusters=len(set(clusters)),
+        training=contender.training,
+        rehearsal=(statistics.fmean(r[0] for r in retention), statistics.fmean(r[1] for r in retention))
+        if retention
+        else None,
+    )
+
+
+def _source(job: Job, split: str) -> EpisodeSource:
+    # Another seed than training's and validation's: the tuning must not see the test's draws.
+    recipe = job.recipe
+    return episode_source(
+        recipe, job.index, split, seed=recipe.seed + 1, num_steps=recipe.evaluation_num_steps
+    )
+
+
+def _curves(
+    job: Job,
+    unroll: Unroll,
+    meta: MetaTensors,
+    source: EpisodeSource,
+    num_episodes: int,
+    *,
+    metric: str,
+    on_done: Callable[[int], None] = lambda count: None,
+) -> list[EpisodeCurve]:
+    """The curves of episodes 0 .. `num_episodes` - 1, on every rank. Every rank must call."""
+    recipe, sharding = job.recipe, job.sharding
+    num_inner = recipe.evaluation_num_steps
+    numbers = slice_for_rank(num_episodes, sharding.rank, sharding.world_size)
+    size = recipe.outer.micro_batch or math.ceil(recipe.outer.tasks_per_step / sharding.world_size)
+    curves: list[EpisodeCurve] = []
+    for start in range(numbers.start, numbers.stop, size):
+        episodes = [source.episode(number) for number in range(start, min(start + size, numbers.stop))]
+        batch = task_batch(recipe, episodes, job.place.device, num_steps=num_inner)
+        measured = adaptation_curve(unroll, meta, batch, num_steps=num_inner)
+        values = measured["accuracy" if metric == "accuracy" else "loss"].tolist()
+        retention = measured["retention_loss"].tolist() if "retention_loss" in measured else None
+        for row, episode in enumerate(episodes):
+            unit = bits_per_byte if metric == "bits per byte" else float
+            pair = None if retention is None else (unit(retention[row][0]), unit(retention[row][1]))
+            curves.append(EpisodeCurve(episode.task, tuple(unit(value) for value in values[row]), pair))
+        on_done(len(episodes) * sharding.world_size)
+    return sharding.gather(curves)
+
+
+def confidence_95(values: Sequence[float], clusters: Sequence[str]) -> float:
+    """Half the width of the 95 % confidence interval of the mean, clustered.
+
+    With residuals r_i and G clusters: `t * sqrt(G / (G - 1) * sum_c (sum_{i in c} r_i)^2) / n`, t the
+    quantile of Student's distribution with G - 1 degrees of freedom (Cameron and Miller 2015, "A
+    Practitioner's Guide to Cluster-Robust Inference", section II). Where no cluster repeats it is
+    the ordinary interval. Infinite for a single cluster.
+    """
+    mean = statistics.fmean(values)
+    sums: dict[str, float] = {}
+    for value, cluster in zip(values, clusters, strict=True):
+        sums[cluster] = sums.get(cluster, 0.0) + value - mean
+    num_clusters = len(sums)
+    if num_clusters < 2:
+        return math.inf
+    variance = num_clusters / (num_clusters - 1) * sum(total**2 for total in sums.values())
+    return _student_975(num_clusters - 1) * math.sqrt(variance) / len(values)
+
+
+def _student_975(degrees: int) -> float:
+    """The 97.5 % quantile of Student's distribution (Abramowitz and Stegun 1964, 26.7.5): right to
+    0.002 from 5 degrees of freedom on."""
+    z = statistics.NormalDist().inv_cdf(0.975)
+    return (
+        z
+        + (z**3 + z) / (4 * degrees)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * degrees**3)
+    )
+
+
+# ---------------------------------------------------------------- telling
+
+
+def _notes(job: Job) -> tuple[str, ...]:
+    notes = [
+        "Intervals are 95 %, clustered by task where a task repeats.",
+        "Each baseline's inner rate was tuned on validation episodes; the meta-trained model uses its own.",
+        "Equal compute counts the floating-point operations of matrix products and convolutions.",
+    ]
+    if isinstance(job.recipe.data, StdlibData):
+        notes.append("Forgetting is measured on pre-training text that was not rehearsed.")
+    else:
+        notes.append("Batch norm sees the query images of an episode together: predictions are transductive.")
+    return tuple(notes)
+
+
+def _publish(job: Job, summary: EvaluationSummary) -> None:
+    """Table, page and record. Rank 0 calls."""
+    folder = job.place.folder
+    write_json(folder.evaluation, summary.to_json())
+    for method in summary.methods:
+        key = method.name.replace(",", "").replace(" ", "_")
+        name = method.metric.replace(" ", "_")
+        for step, (mean, ci95) in enumerate(zip(method.mean, method.ci95, strict=True)):
+            job.tracker.log({f"evaluation/{key}/{name}": mean, f"evaluation/{key}/{name}_ci95": ci95}, step)
+    facts = {
+        "run": str(folder.path),
+        "recipe": job.recipe.name,
+        "data": f"{job.recipe.data.kind}, digest {job.index.digest[:12]}",
+        "tracking": job.tracker.describe(),
+    }
+    pictures = write_report(
+        folder.report,
+        title=job.recipe.name,
+        facts=facts,
+        curves=read_metrics(folder.path / "metrics.jsonl"),
+        evaluation=summary,
+    )
+    for path in (folder.evaluation, folder.report, *pictures):
+        job.tracker.artifact(path, "evaluation")
+    columns, rows = summary_rows(summary)
+    job.console.table(f"{summary.dataset}: {summary.methods[0].num_episodes} test episodes", columns, rows)
+    for note in summary.notes:
+        job.console.note(note)
+    job.console.note(f"report: {folder.report}")
+    job.console.note(f"tracked in {job.tracker.describe()}")

@@ -1,0 +1,94 @@
+"""What every part of a running job shares: its recipe, its place, its data, and who is told."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Iterator
+
+import torch
+
+from metaloom.datasets import Index
+from metaloom.engine.sharding.replicated import Replicated
+from metaloom.recipe import MLflowTracking, Recipe, flatten_recipe, recipe_digest
+from metaloom.run_folder import RunFolder
+from metaloom.tracking import FinishStatus, RunTracker, environment_facts, make_tracker
+from metaloom.tracking.console import Console, make_console
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where one rank runs.
+
+    Attributes:
+        folder: the run's folder, seen by all ranks.
+        device: where this rank computes.
+        tracking_uri: the MLflow store that the environment names, or None.
+    """
+
+    folder: RunFolder
+    device: torch.device
+    tracking_uri: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A job on one rank, with its data opened and its tracker started."""
+
+    recipe: Recipe
+    place: Place
+    index: Index
+    sharding: Replicated
+    console: Console
+    tracker: RunTracker
+
+
+@contextlib.contextmanager
+def open_job(recipe: Recipe, place: Place, *, first_step: int | None) -> Iterator[Job]:
+    """Opens the data, starts or continues the tracked run, and ends it with the right status.
+
+    Args:
+        first_step: metrics of this step and later ones, left by a run that went on after its last
+            checkpoint, are dropped; None drops none.
+
+    Raises:
+        MetaloomError: the data or a tracking store that was named cannot be used.
+    """
+    sharding = Replicated()
+    # Standard error goes to the run's logs: what a person should see is on standard output.
+    console = make_console(rank=sharding.rank, error_stream=sys.stdout)
+    index = Index.load(recipe.data.url)
+    tracking = recipe.tracking
+    named = tracking if isinstance(tracking, MLflowTracking) else None
+    tracker = make_tracker(
+        "jsonl" if named is None else "mlflow",
+        place.folder.path,
+        rank=sharding.rank,
+        uri=None if named is None else named.uri or place.tracking_uri,
+        experiment="" if named is None else named.experiment,
+        first_step=sys.maxsize if first_step is None else first_step,
+        warn=console.warn,
+    )
+    run_id = tracker.start(
+        run_name=place.folder.path.name,
+        params=flatten_recipe(recipe),
+        tags={
+            **environment_facts(),
+            "recipe_digest": recipe_digest(recipe),
+            "data_digest": index.digest,
+            "world_size": str(sharding.world_size),
+        },
+        resume_id=place.folder.facts().get("tracking_run_id"),
+    )
+    if sharding.rank == 0:
+        place.folder.record(tracking_run_id=run_id)
+    status: FinishStatus = "failed"
+    try:
+        yield Job(recipe, place, index, sharding, console, tracker)
+        status = "finished"
+    except KeyboardInterrupt:
+        status = "killed"
+        raise
+    finally:
+        tracker.finish(status)

@@ -1,0 +1,107 @@
+"""What lies where in the folder of a run.
+
+recipe.yaml          the recipe, with every default spelled out
+run.json             what outlives one process: the tracking run's id, facts of the training
+metrics.jsonl        metrics by outer step
+checkpoints/         pretrain/, meta/, ordinary_*/: one folder of checkpoints each
+logs/                the ranks' standard error
+mlflow.db, mlflow/   the tracking store, unless the recipe or the environment names a server
+evaluation.json      results of the last evaluation
+report.html          the same as a page, with its pictures beside it
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from metaloom.errors import LaunchError
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """The paths of one run."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def evaluation_recipe(self) -> Path:
+        """The recipe of the last evaluation, which may differ from the run's in harmless keys."""
+        return self.path / "evaluation-recipe.yaml"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.path / "evaluation.json"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    def checkpoints(self, phase: str) -> Path:
+        """The checkpoints of one phase: `pretrain`, `meta`, `ordinary_equal_data` ..."""
+        return self.path / "checkpoints" / phase
+
+    def facts(self) -> dict[str, Any]:
+        """What `record` has kept; empty for a new run."""
+        try:
+            facts: dict[str, Any] = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        return facts
+
+    def record(self, **facts: Any) -> None:
+        """Keeps facts of the run, beside and over those kept before. One rank must call."""
+        path = self.path / "run.json"
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.facts() | facts, indent=1), encoding="utf-8")
+        partial.replace(path)
+
+    def create(self) -> None:
+        """Makes the folder of a new run.
+
+        Raises:
+            LaunchError: there is a run already, or the folder cannot be written.
+        """
+        if self.recipe.exists():
+            raise LaunchError(
+                f"{self.path} already holds a run. Continue it with `metaloom train --resume {self.path}`, "
+                "or name another folder with --run."
+            )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise LaunchError(
+                f"the run folder {self.path} cannot be written: {error.strerror or error}. "
+                "Name another folder with --run."
+            ) from error
+
+    def require(self) -> None:
+        """Checks that there is a run.
+
+        Raises:
+            LaunchError: the folder holds none.
+        """
+        if not self.recipe.is_file():
+            raise LaunchError(f"{self.path} holds no run: {self.recipe.name} is not there.")
+
+
+def new_run_path(name: str) -> Path:
+    """The first of runs/NAME, runs/NAME-2, runs/NAME-3 ... that holds nothing yet."""
+    path, number = Path("runs") / name, 1
+    while path.exists():
+        number += 1
+        path = Path("runs") / f"{name}-{number}"
+    return path

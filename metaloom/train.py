@@ -1,0 +1,291 @@
+"""Meta-training: the parts of a run, put together, and the outer loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import resource
+import time
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from metaloom.build import (
+    build_adapter,
+    build_algorithm,
+    build_model,
+    initial_meta,
+    load_weights,
+    ordinary_settings,
+    outer_settings,
+    task_batch,
+)
+from metaloom.checkpoints import Checkpoint, CheckpointStore
+from metaloom.checkpoints.store import require_same_tensors
+from metaloom.datasets import EpisodeSource, EpisodeStream, slice_for_rank
+from metaloom.engine.algorithms.maml import Maml
+from metaloom.engine.combiners.mean import Mean
+from metaloom.engine.evaluation import adaptation_curve
+from metaloom.engine.outer import OuterOptimizer
+from metaloom.engine.precision import Precision
+from metaloom.engine.step import StepTasks, outer_step
+from metaloom.job import Job, Place, open_job
+from metaloom.ordinary import train_ordinary
+from metaloom.recipe import Pretrain, Recipe, StdlibData
+from metaloom.sources import episode_source, num_rehearsed, ordinary_samples
+
+PRETRAIN_LOG_EVERY = 10
+
+
+def train(recipe: Recipe, place: Place) -> None:
+    """Meta-trains by a recipe, from the newest checkpoint in the run folder or from the start.
+
+    Every rank must call.
+
+    Raises:
+        MetaloomError: the data, a checkpoint or the tracking store cannot be used.
+    """
+    notes: list[str] = []
+    store = CheckpointStore(place.folder.checkpoints("meta"), keep_last=recipe.checkpoint.keep_last)
+    newest = store.load_newest(notes=notes)
+    with open_job(recipe, place, first_step=_first_step(recipe, place, newest)) as job:
+        for note in notes:
+            job.console.warn(note)
+        job.tracker.artifact(place.folder.recipe)
+        model = build_model(recipe, place.device)
+        if recipe.pretrain is not None:
+            load_weights(model, pretrained_weights(job, recipe.pretrain, model))
+        algorithm = build_algorithm(recipe, build_adapter(recipe, model))
+        outer = OuterOptimizer(initial_meta(recipe, algorithm.unroll), outer_settings(recipe))
+        progress = Progress()
+        if newest is not None:
+            require_same_tensors(_meta_only(outer.tensors()), _meta_only(newest.tensors), source=store.root)
+            outer.load(newest.tensors, newest.scalars)
+            progress = Progress(**newest.scalars["progress"])
+            job.console.note(f"resumed after outer step {outer.step} of {recipe.outer.num_steps}")
+        _outer_loop(job, algorithm, outer, store, progress)
+        where = job.tracker.describe()
+    if job.sharding.rank == 0:
+        _say_closing(job, outer, progress, where)
+
+
+@dataclasses.dataclass
+class Progress:
+    """What decides on the best step and on an early stop; saved with every checkpoint.
+
+    Attributes:
+        best_step: the outer step with the lowest validation loss so far, None before the first.
+        best_loss: that loss.
+        num_worse: validations in a row that did not improve on it.
+    """
+
+    best_step: int | None = None
+    best_loss: float | None = None
+    num_worse: int = 0
+
+    def take(self, step: int, loss: float, *, min_delta: float) -> bool:
+        """Takes in one validation; True if it is the best so far."""
+        if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss - min_delta):
+            self.best_step, self.best_loss, self.num_worse = step, loss, 0
+            return True
+        self.num_worse += 1
+        return False
+
+
+def pretrained_weights(job: Job, pretrain: Pretrain, model: nn.Module) -> dict[str, Tensor]:
+    """The weights after the recipe's ordinary training phase, from its checkpoint if it is done.
+
+    Metrics go to steps below 0, so that step 0 is where meta-training begins.
+    """
+    settings = ordinary_settings(pretrain, num_steps=pretrain.num_steps, warmup_steps=pretrain.warmup_steps)
+    last_shown = 0
+    with job.console.phase("pretrain", total=pretrain.num_steps, unit="step") as phase:
+
+        def on_step(step: int, metrics: Mapping[str, float]) -> None:
+            nonlocal last_shown
+            phase.advance(step - last_shown, **metrics)
+            last_shown = step
+            if step % PRETRAIN_LOG_EVERY == 0:
+                named = {f"pretrain/{name}": value for name, value in metrics.items()}
+                job.tracker.log(named, step - pretrain.num_steps)
+
+        return train_ordinary(
+            model,
+            ordinary_samples(job.recipe, job.index, pretrain.splits),
+            settings,
+            batch_size=pretrain.batch_size,
+            precision=Precision(job.recipe.precision.compute),
+            sharding=job.sharding,
+            store=CheckpointStore(job.place.folder.checkpoints("pretrain"), keep_last=1),
+            on_step=on_step,
+        )
+
+
+def _outer_loop(
+    job: Job, algorithm: Maml, outer: OuterOptimizer, store: CheckpointStore, progress: Progress
+) -> None:
+    recipe, sharding = job.recipe, job.sharding
+    num_inner = recipe.adaptation.num_steps
+    source = episode_source(recipe, job.index, "train", seed=recipe.seed, num_steps=num_inner)
+    validation = episode_source(recipe, job.index, "validation", seed=recipe.seed, num_steps=num_inner)
+    combiner = Mean(outer.meta, sharding)
+    clock = _Clock(job)
+    stream = EpisodeStream(
+        source,
+        tasks_per_step=recipe.outer.tasks_per_step,
+        rank=sharding.rank,
+        world_size=sharding.world_size,
+        start_step=outer.step,
+        stop_step=recipe.outer.num_steps,
+    )
+    with stream, job.console.phase("meta-train", total=recipe.outer.num_steps, unit="step") as phase:
+        phase.advance(outer.step)
+        while outer.step < recipe.outer.num_steps and not _stops_early(recipe, progress):
+            clock.start_step()
+            _, episodes = next(stream)
+            clock.data_ready()
+            batch = task_batch(recipe, episodes, job.place.device, num_steps=num_inner) if episodes else None
+            tasks = StepTasks(
+                batch, recipe.outer.tasks_per_step, recipe.outer.micro_batch or max(1, len(episodes))
+            )
+            metrics = outer_step(tasks, algorithm, combiner, outer)
+            metrics |= clock.end_step()
+            is_best = False
+            if _is_due(outer.step, recipe.validation.every_steps, recipe.outer.num_steps):
+                metrics |= validate(job, algorithm, outer.evaluation_parameters(), validation)
+                early = recipe.validation.early_stopping
+                min_delta = 0.0 if early is None else early.min_delta
+                is_best = progress.take(outer.step, metrics["validation_loss"], min_delta=min_delta)
+            job.tracker.log(metrics, outer.step)
+            phase.advance(1, **_shown(metrics))
+            is_last = outer.step == recipe.outer.num_steps or _stops_early(recipe, progress)
+            if is_best or is_last or clock.is_checkpoint_due(outer.step):
+                _save(job, store, outer, progress)
+
+
+def validate(
+    job: Job, algorithm: Maml, meta: Mapping[str, Tensor], source: EpisodeSource
+) -> dict[str, float]:
+    """Mean query loss and accuracy over the recipe's validation episodes, always the same ones.
+
+    Every rank must call; each adapts its share.
+    """
+    recipe, sharding = job.recipe, job.sharding
+    num_inner = recipe.adaptation.num_steps
+    num_episodes = recipe.validation.num_episodes
+    names = ("loss_before", "accuracy_before", "loss", "accuracy")
+    sums = {name: torch.zeros((), dtype=torch.float64) for name in names}
+    numbers = slice_for_rank(num_episodes, sharding.rank, sharding.world_size)
+    size = recipe.outer.micro_batch or math.ceil(recipe.outer.tasks_per_step / sharding.world_size)
+    for start in range(numbers.start, numbers.stop, size):
+        episodes = [source.episode(number) for number in range(start, min(start + size, numbers.stop))]
+        batch = task_batch(recipe, episodes, job.place.device, num_steps=num_inner)
+        curve = adaptation_curve(algorithm.unroll, meta, batch, num_steps=num_inner)
+        for name in ("loss", "accuracy"):
+            sums[f"{name}_before"] += curve[name][:, 0].sum().cpu()
+            sums[name] += curve[name][:, -1].sum().cpu()
+    on_device = {name: value.to(job.place.device) for name, value in sums.items()}
+    total = sharding.sum_over_ranks(on_device)
+    return {f"validation_{name}": float(value) / num_episodes for name, value in total.items()}
+
+
+def _save(job: Job, store: CheckpointStore, outer: OuterOptimizer, progress: Progress) -> None:
+    scalars = outer.scalars() | {"progress": dataclasses.asdict(progress)}
+    protect = frozenset() if progress.best_step is None else frozenset({progress.best_step})
+    store.save(Checkpoint(outer.step, outer.tensors(), scalars), protect=protect)
+    if job.sharding.rank == 0:
+        # What `evaluate` takes: the best step where there was a validation, else the newest.
+        job.place.folder.record(best_step=progress.best_step, num_steps=outer.step)
+
+
+def _first_step(recipe: Recipe, place: Place, newest: Checkpoint | None) -> int:
+    """The first step whose metrics this process will write: what is there from it on is dropped."""
+    if newest is not None:
+        return newest.step + 1
+    if recipe.pretrain is None:
+        return 0
+    store = CheckpointStore(place.folder.checkpoints("pretrain"))
+    return max(store.steps(), default=0) - recipe.pretrain.num_steps + 1
+
+
+def _stops_early(recipe: Recipe, progress: Progress) -> bool:
+    early = recipe.validation.early_stopping
+    return early is not None and progress.num_worse >= early.patience
+
+
+def _is_due(step: int, every: int | None, last: int) -> bool:
+    return every is not None and (step % every == 0 or step == last)
+
+
+def _shown(metrics: Mapping[str, float]) -> dict[str, float]:
+    """What the progress bar shows of a step's metrics."""
+    shown = {"loss": metrics["loss_after"], "accuracy": metrics["accuracy_after"]}
+    if "validation_loss" in metrics:
+        shown["validation"] = metrics["validation_loss"]
+    return shown
+
+
+def _meta_only(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("meta/"): value for name, value in tensors.items() if name.startswith("meta/")}
+
+
+class _Clock:
+    """Times of one outer step, and when the next checkpoint is due by time."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._last_checkpoint_s = time.monotonic()
+
+    def start_step(self) -> None:
+        self._start_s = time.monotonic()
+
+    def data_ready(self) -> None:
+        self._wait_s = time.monotonic() - self._start_s
+
+    def end_step(self) -> dict[str, float]:
+        """Throughput over all ranks, the share of the step spent waiting for data, peak memory."""
+        seconds = time.monotonic() - self._start_s
+        recipe = self._job.recipe
+        metrics = {
+            "tasks_per_s": recipe.outer.tasks_per_step / seconds,
+            "data_wait_share": self._wait_s / seconds,
+            "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        }
+        if isinstance(recipe.data, StdlibData):
+            metrics["tokens_per_s"] = metrics["tasks_per_s"] * _tokens_per_task(recipe, recipe.data)
+        if self._job.place.device.type == "cuda":
+            metrics["peak_gpu_memory_mib"] = torch.cuda.max_memory_allocated(self._job.place.device) / 2**20
+        return metrics
+
+    def is_checkpoint_due(self, step: int) -> bool:
+        """By steps or by rank 0's clock. Every rank must call."""
+        settings = self._job.recipe.checkpoint
+        if settings.every_steps is not None and step % settings.every_steps == 0:
+            return True
+        if settings.every_minutes is None:
+            return False
+        late = time.monotonic() - self._last_checkpoint_s >= 60.0 * settings.every_minutes
+        flag = torch.tensor([int(late)])
+        if dist.is_initialized():
+            dist.broadcast(flag, src=0)
+        if bool(flag.item()):
+            self._last_checkpoint_s = time.monotonic()
+        return bool(flag.item())
+
+
+def _tokens_per_task(recipe: Recipe, data: StdlibData) -> int:
+    """Tokens that one task's inner steps and query pass read."""
+    num_inner = recipe.adaptation.num_steps
+    sequences = num_inner * data.num_support + num_rehearsed(recipe, num_inner) + data.num_query
+    return sequences * data.sequence_length
+
+
+def _say_closing(job: Job, outer: OuterOptimizer, progress: Progress, where: str) -> None:
+    folder = job.place.folder.path
+    job.console.note(f"meta-trained for {outer.step} outer steps; the run is in {folder}")
+    if progress.best_step is not None:
+        job.console.note(f"best validation loss {progress.best_loss:.4f} at outer step {progress.best_step}")
+    job.console.note(f"tracked in {where}")
+    job.console.note(f"next: metaloom evaluate {folder}")

@@ -1,0 +1,112 @@
+"""One rank of a job: `python -m metaloom.worker train|evaluate RUN ...`, started by the agent.
+
+Reads its place from the variables that torch elastic sets, does the job, and ends with an exit
+code that says why: 0, the code of a `MetaloomError`, or 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from metaloom.agent import LOST_PARTNER_EXIT_CODE
+from metaloom.errors import MetaloomError
+from metaloom.evaluate import evaluate
+from metaloom.job import Place
+from metaloom.recipe import Recipe, load_recipe
+from metaloom.run_folder import RunFolder
+from metaloom.train import train
+
+JOBS: dict[str, Callable[[Recipe, Place], None]] = {"train": train, "evaluate": evaluate}
+
+
+def main() -> int:
+    """Runs one rank of the job named on the command line; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m metaloom.worker")
+    parser.add_argument("job", choices=sorted(JOBS))
+    parser.add_argument("run", type=Path, help="the run folder")
+    parser.add_argument("--recipe", type=Path, required=True)
+    arguments = parser.parse_args()
+    try:
+        recipe = load_recipe(arguments.recipe)
+        device = _join(recipe)
+        tracking_uri = os.environ.get("MLFLOW_TRACKING_URI") or None
+        JOBS[arguments.job](recipe, Place(RunFolder(arguments.run), device, tracking_uri))
+    except MetaloomError as error:
+        _record(str(error), expected=True)
+        return error.exit_code
+    except dist.DistError as error:
+        return _lost_partner(error)
+    except RuntimeError as error:
+        if _is_broken_collective(error):
+            return _lost_partner(error)
+        return _unexpected(error)
+    except Exception as error:
+        return _unexpected(error)
+    dist.destroy_process_group()
+    return 0
+
+
+def _join(recipe: Recipe) -> torch.device:
+    """Joins the process group and returns this rank's device."""
+    torch.set_num_threads(recipe.launcher.threads_per_process)
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        timeout=datetime.timedelta(seconds=recipe.launcher.timeout_s),
+    )
+    return device
+
+
+def _is_broken_collective(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone (gloo raises a plain RuntimeError)."""
+    text = str(error)
+    return "gloo" in text or "Connection closed by peer" in text or "NCCL" in text
+
+
+def _lost_partner(error: Exception) -> int:
+    traceback.print_exc()
+    _record(f"a collective failed, since another rank ended: {_last_line(error)}", expected=False)
+    return LOST_PARTNER_EXIT_CODE
+
+
+def _unexpected(error: Exception) -> int:
+    traceback.print_exc()
+    _record(f"{type(error).__name__}: {_last_line(error)}", expected=False)
+    return 1
+
+
+def _last_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else "(no message)"
+
+
+def _record(text: str, *, expected: bool) -> None:
+    """Leaves the reason of a failure where the agent finds it (torch elastic's error file)."""
+    rank = os.environ.get("RANK", "0")
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    print(f"rank {rank}: {text}", file=sys.stderr)
+    if path is None:
+        return
+    message = json.dumps({"text": text if expected else f"rank {rank}: {text}", "expected": expected})
+    timestamp = str(int(time.time()))
+    content = {"message": {"message": message, "extraInfo": {"py_callstack": "", "timestamp": timestamp}}}
+    Path(path).write_text(json.dumps(content), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
