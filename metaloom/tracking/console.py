@@ -38,7 +38,7 @@ def format_value(name: str, value: float) -> str:
 
 def format_duration(seconds: float) -> str:
     """Seconds as 4.2 s, 3 min 20 s or 2 h 05 min."""
-    if seconds < 60:
+    if round(seconds, 1) < 60:
         return f"{seconds:.1f} s"
     minutes, rest_s = divmod(round(seconds), 60)
     if minutes < 60:
@@ -59,6 +59,14 @@ def format_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str
 def _printable(text: str) -> str:
     """The text without control characters, which could come from a file name or a server."""
     return _CONTROL.sub("", text)
+
+
+def _write_lines(stream: TextIO, text: str) -> None:
+    lines = "".join(f"{line}\n" for line in _printable(text).splitlines())
+    encoding = stream.encoding or "utf-8"
+    # A log in ASCII shows "?" for a "±" rather than end the run.
+    stream.write(lines.encode(encoding, "replace").decode(encoding))
+    stream.flush()
 
 
 class Phase:
@@ -119,7 +127,6 @@ class LineConsole(Console):
     """Plain lines: results and progress to `stream`, warnings to `error_stream`.
 
     Args:
-        prefix: what every line starts with, such as "rank 3: ".
         clock: seconds that only grow.
     """
 
@@ -129,24 +136,18 @@ class LineConsole(Console):
         error_stream: TextIO,
         *,
         quiet: bool = False,
-        prefix: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._stream = stream
         self._error_stream = error_stream
         self._quiet = quiet
-        self._prefix = prefix
         self._clock = clock
         self._depth = 0
         self._lock = threading.Lock()
 
     def _write(self, stream: TextIO, text: str) -> None:
-        encoding = stream.encoding or "utf-8"
-        lines = "".join(f"{self._prefix}{line}\n" for line in _printable(text).splitlines())
         with self._lock:
-            # A log in ASCII shows "?" for a "±" rather than end the run.
-            stream.write(lines.encode(encoding, "replace").decode(encoding))
-            stream.flush()
+            _write_lines(stream, text)
 
     @contextmanager
     def phase(self, name: str, total: int | None, unit: str = "step") -> Iterator[Phase]:
@@ -266,6 +267,27 @@ class TerminalConsole(Console):
         self._rich.print(table)
 
 
+class WarningConsole(Console):
+    """The console of the ranks that show nothing of their own: warnings only, marked with the rank."""
+
+    def __init__(self, error_stream: TextIO, rank: int) -> None:
+        self._error_stream = error_stream
+        self._rank = rank
+
+    @contextmanager
+    def phase(self, name: str, total: int | None, unit: str = "step") -> Iterator[Phase]:
+        yield Phase(name, total, unit, lambda phase: None)
+
+    def note(self, text: str) -> None:
+        pass
+
+    def warn(self, text: str) -> None:
+        _write_lines(self._error_stream, f"rank {self._rank}: warning: {text}")
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        pass
+
+
 def make_console(
     *, rank: int = 0, quiet: bool = False, stream: TextIO | None = None, error_stream: TextIO | None = None
 ) -> Console:
@@ -280,7 +302,7 @@ def make_console(
     stream = stream or sys.stdout
     error_stream = error_stream or sys.stderr
     if rank != 0:
-        return LineConsole(stream, error_stream, quiet=True, prefix=f"rank {rank}: ")
+        return WarningConsole(error_stream, rank)
     is_unicode = (stream.encoding or "").lower().replace("-", "").startswith("utf")
     if stream.isatty() and is_unicode and not RichConsole(file=stream).is_dumb_terminal:
         return TerminalConsole(stream, quiet=quiet)
