@@ -16,9 +16,8 @@ class MetricRecord:
     """The metrics of one `log` call.
 
     `time_s` is Unix time in seconds, to the millisecond. Names may carry a phase before a
-    slash (`pretrain/loss`); the learning curve of the report shows `meta_loss`,
-    `meta_accuracy`, `validation_loss`, `validation_accuracy` and their like (names ending in
-    `loss`, `accuracy` or `bits_per_byte`) that carry none.
+    slash (`pretrain/loss`). The learning curve of the report shows those that carry none and end in
+    `loss`, `accuracy` or `bits_per_byte`, with or without `_after`: `loss_after`, `validation_loss`.
     """
 
     step: int

@@ -72,11 +72,13 @@ def _write_lines(stream: TextIO, text: str) -> None:
 class Phase:
     """A stretch of work with a count and its newest metrics; made by `Console.phase`."""
 
-    def __init__(self, name: str, total: int | None, unit: str, changed: "Callable[[Phase], None]") -> None:
+    def __init__(
+        self, name: str, total: int | None, unit: str, num_done: int, changed: "Callable[[Phase], None]"
+    ) -> None:
         self.name = _printable(name)
         self.total = total
         self.unit = unit
-        self.num_done = 0
+        self.num_done = num_done
         self.values: dict[str, float] = {}
         self._changed = changed
 
@@ -101,13 +103,16 @@ class Console(ABC):
     """Where a command tells a person what it does. `note` and `warn` may be called from any thread."""
 
     @abstractmethod
-    def phase(self, name: str, total: int | None, unit: str = "step") -> AbstractContextManager[Phase]:
+    def phase(
+        self, name: str, total: int | None, unit: str = "step", *, num_done: int = 0
+    ) -> AbstractContextManager[Phase]:
         """A context manager that shows the progress of one phase; phases may be nested.
 
         Args:
             name: "pretrain", "meta-train", "evaluate" ...
             total: units of work, or None when it is not known.
             unit: singular of what is counted.
+            num_done: units that an earlier process has done; they do not count as fast ones.
         """
 
     @abstractmethod
@@ -150,9 +155,11 @@ class LineConsole(Console):
             _write_lines(stream, text)
 
     @contextmanager
-    def phase(self, name: str, total: int | None, unit: str = "step") -> Iterator[Phase]:
+    def phase(
+        self, name: str, total: int | None, unit: str = "step", *, num_done: int = 0
+    ) -> Iterator[Phase]:
         started_s = last_s = self._clock()
-        last_count = 0
+        last_count = num_done
 
         def show(phase: Phase) -> None:
             nonlocal last_s, last_count
@@ -163,12 +170,12 @@ class LineConsole(Console):
                 return
             last_s, last_count = now_s, phase.num_done
             left = ""
-            if total is not None and phase.num_done:
-                left_s = (now_s - started_s) * (total - phase.num_done) / phase.num_done
+            if total is not None and phase.num_done > num_done:
+                left_s = (now_s - started_s) * (total - phase.num_done) / (phase.num_done - num_done)
                 left = f"{format_duration(left_s)} left"
             self._show_phase(phase, phase.count_words(), phase.value_words(), left)
 
-        phase = Phase(name, total, unit, show)
+        phase = Phase(name, total, unit, num_done, show)
         if self._depth == 0 and total is not None:
             self._show_phase(phase, f"{total} {unit}{'' if total == 1 else 's'}", "", "")
         self._depth += 1
@@ -223,9 +230,11 @@ class TerminalConsole(Console):
         )
 
     @contextmanager
-    def phase(self, name: str, total: int | None, unit: str = "step") -> Iterator[Phase]:
+    def phase(
+        self, name: str, total: int | None, unit: str = "step", *, num_done: int = 0
+    ) -> Iterator[Phase]:
         if self._quiet:
-            yield Phase(name, total, unit, lambda phase: None)
+            yield Phase(name, total, unit, num_done, lambda phase: None)
             return
         is_outermost = self._progress is None
         if self._progress is None:
@@ -240,8 +249,10 @@ class TerminalConsole(Console):
             count = f"{phase.num_done}{of}"
             progress.update(task, completed=phase.num_done, count=count, values=phase.value_words())
 
-        phase = Phase(name, total, unit, show)
-        task = progress.add_task(phase.name, total=total, count=f"0{of}", values="")
+        phase = Phase(name, total, unit, num_done, show)
+        task = progress.add_task(
+            phase.name, total=total, completed=num_done, count=f"{num_done}{of}", values=""
+        )
         try:
             yield phase
         finally:
@@ -275,8 +286,10 @@ class WarningConsole(Console):
         self._rank = rank
 
     @contextmanager
-    def phase(self, name: str, total: int | None, unit: str = "step") -> Iterator[Phase]:
-        yield Phase(name, total, unit, lambda phase: None)
+    def phase(
+        self, name: str, total: int | None, unit: str = "step", *, num_done: int = 0
+    ) -> Iterator[Phase]:
+        yield Phase(name, total, unit, num_done, lambda phase: None)
 
     def note(self, text: str) -> None:
         pass

@@ -117,8 +117,9 @@ class JsonlTracker(RunTracker):
     Args:
         path: the file, usually metrics.jsonl of the run folder; its folder is made.
         first_step: the first outer step that this process will log, the step of the checkpoint
-            that it continued from, or 0. Lines of that step and later come from an attempt that
-            went further than its last checkpoint: `start` drops them, so that no step is there twice.
+            that it continued from, or 0 (less, where phases before meta-training count below 0).
+            Lines of that step and later come from an attempt that went further than its last
+            checkpoint: `start` drops them, so that no step is there twice.
 
     Artifacts from outside the folder of `path` are copied to `artifacts/` in it; others stay
     where they are.

@@ -6,7 +6,8 @@ requests are a hundred times slower. So a server that is slow or down costs no m
 training time, and what a killed process had not delivered is delivered when the run continues.
 
 Nothing is doubled: a repeated request carries the timestamps of the first one, and MLflow keeps one
-metric per (name, step, timestamp, value); a continued run first asks which (name, step) are there.
+metric per (name, step, timestamp, value); a continued run first asks what is there, and does not send
+again a (name, step) of an earlier process, nor one that it repeats since its last checkpoint.
 Run ids are made here and kept as the tag `metaloom.run_id`, so that a run has its id before its
 store answers, and a run whose creation was answered too late is found again instead of made twice.
 
@@ -15,8 +16,10 @@ about ten more.
 """
 
 import logging
+import math
 import os
 import re
+import sys
 import threading
 import time
 import uuid
@@ -154,6 +157,7 @@ class MlflowTracker(RunTracker):
         self._uri = uri if uri is not None else f"sqlite:///{self._folder / 'mlflow.db'}"
         self._experiment = experiment
         self._journal_path = journal_path
+        self._first_step = first_step
         self._journal = JsonlTracker(journal_path, first_step=first_step)
         self._warn = warn or logging.getLogger("metaloom.tracking").warning
         self._start_timeout_s = start_timeout_s * (8 if is_database(self._uri) else 1)
@@ -196,6 +200,8 @@ class MlflowTracker(RunTracker):
             tags=_fit_tags(mask_secrets(tags)),
             is_continued=resume_id is not None,
             journal_path=self._journal_path,
+            own_offset=offset_of_new,
+            first_step=self._first_step,
             warn=self._warn,
             state=self._state,
         )
@@ -290,7 +296,7 @@ class MlflowTracker(RunTracker):
         database = self._uri.removeprefix("sqlite:///").split("?")[0]
         is_file = self._uri.startswith("sqlite:///") and database not in ("", ":memory:")
         folder = Path(database).absolute().parent if is_file else self._folder
-        return (folder / "mlflow-artifacts").as_uri()
+        return (folder / "mlflow").as_uri()
 
     def _set_environment(self) -> None:
         for name, value in _ENVIRONMENT.items():
@@ -332,15 +338,15 @@ class _Sender:
     tags: Mapping[str, str]
     is_continued: bool
     journal_path: Path
+    own_offset: int  # lines of the journal from here on are of this process
+    first_step: int
     warn: Callable[[str], None]
     state: _Delivery
 
     client: "MlflowClient | None" = None
     mlflow_run_id: str = ""
     offset: int = 0  # of the journal: everything before it is delivered
-    known: dict[str, set[int]] = field(
-        default_factory=dict
-    )  # steps per metric that the store had at the start
+    known: dict[str, dict[int, float]] = field(default_factory=dict)  # per metric, what the store had
     num_failures: int = 0
 
     def run(self) -> None:
@@ -433,7 +439,7 @@ class _Sender:
         if self.is_continued:
             for name in run.data.metrics:
                 history = client.get_metric_history(run.info.run_id, name)
-                self.known[name] = {metric.step for metric in history}
+                self.known[name] = {metric.step: metric.value for metric in history}
         self.client, self.mlflow_run_id = client, run.info.run_id
 
     def _log_params(self, client: "MlflowClient", run: "Run") -> None:
@@ -464,7 +470,7 @@ class _Sender:
                 break
             for name, value in record.metrics.items():
                 key = fit_key(name)
-                if record.step not in self.known.get(key, ()):
+                if not self._is_known(key, value, record.step, is_own=offset >= self.own_offset):
                     batch.append(Metric(key, value, round(record.time_s * 1000), record.step))
             num_read, offset = num_read + len(record.metrics), behind
         if offset == self.offset:
@@ -476,6 +482,18 @@ class _Sender:
             self.state.num_read += num_read
             self.state.changed.notify_all()
         return True
+
+    def _is_known(self, key: str, value: float, step: int, *, is_own: bool) -> bool:
+        """True for a metric that the store had when this process started.
+
+        Steps since the last checkpoint are computed again, on another world size with other
+        rounding: the first record stands. An evaluation that is repeated is a new fact: it comes
+        with steps before `first_step`, and is sent unless it is the same.
+        """
+        steps = self.known.get(key, {})
+        if step not in steps:
+            return False
+        return not is_own or step >= self.first_step or _as_stored(value) == _as_stored(steps[step])
 
     def _send(self, batch: "list[Metric]") -> None:
         from mlflow.exceptions import MlflowException
@@ -514,6 +532,11 @@ class _Sender:
         with state.changed:
             state.is_closed = True
             state.changed.notify_all()
+
+
+def _as_stored(value: float) -> float | None:
+    """The value as MLflow's stores keep it: infinities as the largest number, NaN (here None) apart."""
+    return None if math.isnan(value) else max(-sys.float_info.max, min(sys.float_info.max, value))
 
 
 def _make_client(uri: str) -> "MlflowClient":

@@ -232,8 +232,6 @@ _INK, _RULE = "#010203", "#040506"
 _PAGE_COLOURS = {_INK: "currentColor", _RULE: "var(--rule)"}
 _PRINT_COLOURS = {_INK: "#1d2329", _RULE: "#d5dae0"}
 
-_OTHER_PHASES = ("pretrain", "ordinary", "baseline", "evaluate")
-
 _PANELS = (
     ("loss", "loss", 1.0),
     ("accuracy", "accuracy [%]", 100.0),
@@ -329,12 +327,11 @@ def draw_adaptation(summary: EvaluationSummary, colours: Mapping[str, str] = _PR
 def curve_names(curves: Sequence[MetricRecord]) -> list[str]:
     """The metrics of the outer loop that a learning curve shows, in the order of their appearance."""
     names = dict.fromkeys(name for record in curves for name in record.metrics)
-    endings = tuple(ending for ending, _, _ in _PANELS)
-    return [
-        name
-        for name in names
-        if name.endswith(endings) and not ("/" in name and name.startswith(_OTHER_PHASES))
-    ]
+    return [name for name in names if "/" not in name and any(_ends(name, panel[0]) for panel in _PANELS)]
+
+
+def _ends(name: str, ending: str) -> bool:
+    return name.removesuffix("_after").endswith(ending)
 
 
 def draw_learning_curve(
@@ -350,7 +347,7 @@ def draw_learning_curve(
     panels = [
         (label, scale, shown)
         for ending, label, scale in _PANELS
-        if (shown := [name for name in names if name.endswith(ending)][:6])
+        if (shown := [name for name in names if _ends(name, ending)][:6])
     ]
     if not panels:
         return None

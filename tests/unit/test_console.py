@@ -192,6 +192,14 @@ def test_lines_wait_for_ten_seconds_and_five_percent() -> None:
     assert lines.lines()[-1] == "meta-train: done: 260 of 1000 steps in 10 min 20 s, loss 1"
 
 
+def test_work_of_an_earlier_process_does_not_shorten_the_time_that_is_left() -> None:
+    lines = Lines()
+    with lines.console.phase("meta-train", total=100, num_done=90) as phase:
+        lines.clock.now_s += 20
+        phase.advance(5)
+    assert lines.lines()[1] == "meta-train: 95 of 100 steps, 20.0 s left"
+
+
 def test_a_phase_of_unknown_length_shows_its_count() -> None:
     lines = Lines()
     with lines.console.phase("index", total=None, unit="file") as phase:

@@ -57,7 +57,9 @@ EQUAL = method("ordinary, equal data", (0.2, 0.6, 0.889))
 RANDOM = method("random init", (0.2, 0.3, 0.4))
 CURVES = [
     MetricRecord(
-        step, 1.0 + step, {"meta_loss": 1 / (step + 1), "validation_accuracy": 0.5, "pretrain/loss": 3.0}
+        step,
+        1.0 + step,
+        {"loss_after": 1 / (step + 1), "loss_before": 2.0, "validation_accuracy": 0.5, "pretrain/loss": 3.0},
     )
     for step in range(100)
 ]
@@ -256,7 +258,7 @@ def test_a_run_without_outer_loop_metrics_has_no_learning_curve(tmp_path: Path) 
 
 
 def test_the_learning_curve_shows_the_outer_loop_only() -> None:
-    assert curve_names(CURVES) == ["meta_loss", "validation_accuracy"]
+    assert curve_names(CURVES) == ["loss_after", "validation_accuracy"]
     figure = draw_learning_curve(CURVES)
     assert figure is not None
     assert [axes.get_ylabel() for axes in figure.axes] == ["loss", "accuracy [%]"]

@@ -1,5 +1,6 @@
 """Delivery to MLflow: real sqlite stores, a real server that is killed, stores that fail."""
 
+import math
 import os
 import re
 import signal
@@ -93,7 +94,11 @@ class Server:
             "--artifacts-destination",
             str(self.files),
         ]
-        environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+        environment = {
+            **os.environ,
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # a process less to start
+        }
         self._process = subprocess.Popen(
             command,
             stdout=self._log,
@@ -144,15 +149,16 @@ def test_a_server_killed_in_mid_run_neither_loses_nor_doubles_nor_delays_metrics
         server.uri, "exp", journal_path=journal, warn=warnings.append, finish_timeout_s=40
     )
     start(tracker, params={"lr": "0.1"})
-    slowest_s, num_steps = 0.0, 0
+    durations_s: list[float] = []
+    num_steps = 0
 
     def log_for(duration_s: float) -> None:
-        nonlocal slowest_s, num_steps
+        nonlocal num_steps
         deadline = time.monotonic() + duration_s
         while time.monotonic() < deadline:
             before = time.monotonic()
             tracker.log({"meta_loss": 1.0 / (num_steps + 1), "accuracy": 0.5}, num_steps)
-            slowest_s = max(slowest_s, time.monotonic() - before)
+            durations_s.append(time.monotonic() - before)
             num_steps += 1
             time.sleep(0.004)
 
@@ -173,7 +179,8 @@ def test_a_server_killed_in_mid_run_neither_loses_nor_doubles_nor_delays_metrics
         {(name, step): 1 for name in ("meta_loss", "accuracy") for step in range(num_steps)}
     )
     assert len(read_metrics(journal)) == num_steps
-    assert slowest_s < 0.2
+    # A tracker that waits for a dead server does so in every call; a busy machine may stall one or two.
+    assert sorted(durations_s)[-3] < 0.2
     assert query(server.database, "select status from runs") == [("FINISHED",)]
     assert [path.name for path in server.files.rglob("*.png")] == ["figure.png"]
     assert len(warnings) == 2, warnings
@@ -210,7 +217,7 @@ def test_the_default_store_lies_in_the_run_folder_and_nothing_in_the_working_dir
     assert query(store, "select status, name from runs") == [("FAILED", "a run")]
     assert sorted(query(store, "select key, value from params")) == [("a.b", "1"), ("hub.token", "***")]
     assert ("metaloom.run_id", run_id) in query(store, "select key, value from tags")
-    assert [p.parent.name for p in (run / "mlflow-artifacts").rglob("report.html")] == ["report"]
+    assert [p.parent.name for p in (run / "mlflow").rglob("report.html")] == ["report"]
     assert list(elsewhere.iterdir()) == []
     assert warnings == []
     assert capfd.readouterr() == ("", ""), "MLflow says nothing"
@@ -243,6 +250,26 @@ def test_a_continued_run_keeps_its_params_and_gets_what_was_lost_but_nothing_twi
     assert sorted(query(store, "select key, value from params")) == [("a", "1"), ("b", "2"), ("c", "3")]
     assert query(store, "select value from tags where key = 'changed.b'") == [("20",)]
     assert query(store, "select status from runs") == [("FINISHED",)]
+
+
+def test_an_evaluation_that_is_repeated_is_sent_again_only_where_it_differs(tmp_path: Path) -> None:
+    journal, store = tmp_path / "metrics.jsonl", tmp_path / "mlflow.db"
+    run_id = None
+    for first_step, values in (
+        (0, (0.5, math.inf)),
+        (sys.maxsize, (0.5, math.inf)),
+        (sys.maxsize, (0.6, 0.7)),
+    ):
+        tracker = MlflowTracker(None, "exp", journal_path=journal, first_step=first_step)
+        run_id = start(tracker, resume_id=run_id)
+        tracker.log({"pretrain/loss": 1.0}, -5)
+        for step, value in enumerate(values):
+            tracker.log({"evaluation/loss": value}, step)
+        tracker.finish("finished")
+    assert points(store) == Counter(
+        {("evaluation/loss", 0): 2, ("evaluation/loss", 1): 2, ("pretrain/loss", -5): 1}
+    )
+    assert query(store, "select value from latest_metrics where key = 'evaluation/loss'") == [(0.7,)]
 
 
 def test_a_request_whose_answer_was_lost_is_repeated_without_doubling(
