@@ -371,7 +371,7 @@ def draw_learning_curve(
             handles += axes.plot(
                 steps, values, color=colour, linewidth=2.0, linestyle=style, marker=marker, markersize=4
             )
-            labels.append(name.replace("_", " ").replace("/", " "))
+            labels.append(re.sub("_after$", "_after_adaptation", name).replace("_", " "))
         axes.set_ylabel(label)
         _style(axes, colours)
     all_axes[-1].set_xlabel("outer steps")
