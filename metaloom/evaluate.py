@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -26,7 +26,6 @@ from metaloom.checkpoints.store import write_json
 from metaloom.datasets import ClassSamples, EpisodeSource, slice_for_rank
 from metaloom.engine.evaluation import adaptation_curve
 from metaloom.engine.learner import bits_per_byte, cross_entropy
-from metaloom.engine.precision import Precision
 from metaloom.engine.unroll import Unroll
 from metaloom.errors import CheckpointError
 from metaloom.job import Job, Place, open_job
@@ -183,26 +182,16 @@ def _ordinarily_trained(job: Job, name: str, num_steps: int) -> MetaTensors:
     if recipe.pretrain is not None:
         load_weights(model, _pretrained(job))
     ordinary = recipe.evaluation.ordinary
-    last_shown = 0
-    with job.console.phase(_SHOWN_NAMES[name], total=num_steps, unit="step") as phase:
-
-        def on_step(step: int, metrics: Mapping[str, float]) -> None:
-            nonlocal last_shown
-            phase.advance(step - last_shown, **metrics)
-            last_shown = step
-
-        weights = train_ordinary(
-            model,
-            samples,
-            ordinary_settings(
-                ordinary, num_steps=num_steps, warmup_steps=round(ORDINARY_WARMUP_SHARE * num_steps)
-            ),
-            batch_size=ordinary.batch_size,
-            precision=Precision(recipe.precision.compute),
-            sharding=job.sharding,
-            store=CheckpointStore(job.place.folder.checkpoints(name), keep_last=1),
-            on_step=on_step,
-        )
+    warmup_steps = round(ORDINARY_WARMUP_SHARE * num_steps)
+    weights = train_ordinary(
+        job,
+        model,
+        samples,
+        ordinary_settings(ordinary, num_steps=num_steps, warmup_steps=warmup_steps),
+        batch_size=ordinary.batch_size,
+        phase_name=name,
+        shown_name=_SHOWN_NAMES[name],
+    )
     if num_classes is not None:
         # The new task's classes are others: no output is preferred before adaptation.
         head = dict(build_model(recipe, job.place.device).named_parameters())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -13,53 +13,60 @@ from metaloom.datasets import Samples, slice_for_rank
 from metaloom.engine.learner import cross_entropy
 from metaloom.engine.outer import OuterOptimizer, OuterSettings
 from metaloom.engine.precision import Precision
-from metaloom.engine.sharding.replicated import Replicated
+from metaloom.job import Job
 
-OnStep = Callable[[int, Mapping[str, float]], None]
 NUM_CHECKPOINTS = 5
+LOG_EVERY = 10
 
 
 def train_ordinary(
+    job: Job,
     model: nn.Module,
     samples: Samples,
     settings: OuterSettings,
     *,
     batch_size: int,
-    precision: Precision,
-    sharding: Replicated,
-    store: CheckpointStore,
-    on_step: OnStep,
+    phase_name: str,
+    shown_name: str,
 ) -> dict[str, Tensor]:
     """The model's weights after `settings.num_steps` steps on the mean loss of each batch.
 
-    Goes on from the newest checkpoint in `store`, and leaves five and the last there; so calling it
-    again costs nothing. Every rank must call. Each rank takes its share of every batch, so batch
-    statistics (of a model that has batch norm) are those of the share.
+    Goes on from the newest checkpoint of the phase, and leaves five on the way and the last one; so
+    calling it again costs nothing. Every rank must call. Each rank takes its share of every batch, so
+    batch statistics (of a model that has batch norm) are those of the share.
+
+    Loss and accuracy are logged as `<phase>/loss` and `<phase>/accuracy` at steps below 0, so that step 0
+    is where meta-training begins.
 
     Args:
         batch_size: samples per step over all ranks.
-        on_step: takes the number of steps done and their `loss` and `accuracy`; called on every rank.
+        phase_name: names the checkpoints and metrics.
+        shown_name: names the progress bar.
     """
-    weights = {name: value.detach() for name, value in model.named_parameters()}
-    outer = OuterOptimizer(weights, settings)
+    store = CheckpointStore(job.place.folder.checkpoints(phase_name), keep_last=1)
+    outer = OuterOptimizer({name: value.detach() for name, value in model.named_parameters()}, settings)
     newest = store.load_newest()
     if newest is not None:
         outer.load(newest.tensors, newest.scalars)
-        on_step(outer.step, newest.scalars["metrics"])
-    rows = slice_for_rank(batch_size, sharding.rank, sharding.world_size)
-    while outer.step < settings.num_steps:
-        arrays = samples.batch(outer.step, batch_size)
-        batch = {name: torch.from_numpy(array[rows.start : rows.stop]) for name, array in arrays.items()}
-        gradient, totals = _gradient(model, outer.meta, batch, precision)
-        total = sharding.sum_over_ranks(gradient | totals)
-        outer.update({name: total[name] / batch_size for name in gradient})
-        metrics = {name.removeprefix("metrics/"): float(total[name]) / batch_size for name in totals}
-        on_step(outer.step, metrics)
-        if (
-            outer.step == settings.num_steps
-            or outer.step % max(1, settings.num_steps // NUM_CHECKPOINTS) == 0
-        ):
-            store.save(Checkpoint(outer.step, outer.tensors(), outer.scalars() | {"metrics": metrics}))
+    if outer.step == settings.num_steps:
+        return dict(outer.meta)
+    precision = Precision(job.recipe.precision.compute)
+    rows = slice_for_rank(batch_size, job.sharding.rank, job.sharding.world_size)
+    checkpoint_every = max(1, settings.num_steps // NUM_CHECKPOINTS)
+    with job.console.phase(shown_name, total=settings.num_steps, num_done=outer.step) as phase:
+        while outer.step < settings.num_steps:
+            arrays = samples.batch(outer.step, batch_size)
+            batch = {name: torch.from_numpy(array[rows.start : rows.stop]) for name, array in arrays.items()}
+            gradient, totals = _gradient(model, outer.meta, batch, precision)
+            total = job.sharding.sum_over_ranks(gradient | totals)
+            outer.update({name: total[name] / batch_size for name in gradient})
+            metrics = {name: float(total[f"metrics/{name}"]) / batch_size for name in ("loss", "accuracy")}
+            phase.advance(1, **metrics)
+            if outer.step % LOG_EVERY == 0:
+                named = {f"{phase_name}/{name}": value for name, value in metrics.items()}
+                job.tracker.log(named, outer.step - settings.num_steps)
+            if outer.step == settings.num_steps or outer.step % checkpoint_every == 0:
+                store.save(Checkpoint(outer.step, outer.tensors(), outer.scalars()))
     return dict(outer.meta)
 
 

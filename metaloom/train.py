@@ -29,14 +29,11 @@ from metaloom.engine.algorithms.maml import Maml
 from metaloom.engine.combiners.mean import Mean
 from metaloom.engine.evaluation import adaptation_curve
 from metaloom.engine.outer import OuterOptimizer
-from metaloom.engine.precision import Precision
 from metaloom.engine.step import StepTasks, outer_step
 from metaloom.job import Job, Place, open_job
 from metaloom.ordinary import train_ordinary
 from metaloom.recipe import Pretrain, Recipe, StdlibData
 from metaloom.sources import episode_source, num_rehearsed, ordinary_samples
-
-PRETRAIN_LOG_EVERY = 10
 
 
 def train(recipe: Recipe, place: Place) -> None:
@@ -95,32 +92,16 @@ class Progress:
 
 
 def pretrained_weights(job: Job, pretrain: Pretrain, model: nn.Module) -> dict[str, Tensor]:
-    """The weights after the recipe's ordinary training phase, from its checkpoint if it is done.
-
-    Metrics go to steps below 0, so that step 0 is where meta-training begins.
-    """
-    settings = ordinary_settings(pretrain, num_steps=pretrain.num_steps, warmup_steps=pretrain.warmup_steps)
-    last_shown = 0
-    with job.console.phase("pretrain", total=pretrain.num_steps, unit="step") as phase:
-
-        def on_step(step: int, metrics: Mapping[str, float]) -> None:
-            nonlocal last_shown
-            phase.advance(step - last_shown, **metrics)
-            last_shown = step
-            if step % PRETRAIN_LOG_EVERY == 0:
-                named = {f"pretrain/{name}": value for name, value in metrics.items()}
-                job.tracker.log(named, step - pretrain.num_steps)
-
-        return train_ordinary(
-            model,
-            ordinary_samples(job.recipe, job.index, pretrain.splits),
-            settings,
-            batch_size=pretrain.batch_size,
-            precision=Precision(job.recipe.precision.compute),
-            sharding=job.sharding,
-            store=CheckpointStore(job.place.folder.checkpoints("pretrain"), keep_last=1),
-            on_step=on_step,
-        )
+    """The weights after the recipe's ordinary training phase, from its checkpoint if it is done."""
+    return train_ordinary(
+        job,
+        model,
+        ordinary_samples(job.recipe, job.index, pretrain.splits),
+        ordinary_settings(pretrain, num_steps=pretrain.num_steps, warmup_steps=pretrain.warmup_steps),
+        batch_size=pretrain.batch_size,
+        phase_name="pretrain",
+        shown_name="pretrain",
+    )
 
 
 def _outer_loop(
@@ -140,8 +121,8 @@ def _outer_loop(
         start_step=outer.step,
         stop_step=recipe.outer.num_steps,
     )
-    with stream, job.console.phase("meta-train", total=recipe.outer.num_steps, unit="step") as phase:
-        phase.advance(outer.step)
+    phases = job.console.phase("meta-train", total=recipe.outer.num_steps, num_done=outer.step)
+    with stream, phases as phase:
         while outer.step < recipe.outer.num_steps and not _stops_early(recipe, progress):
             clock.start_step()
             _, episodes = next(stream)
