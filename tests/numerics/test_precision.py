@@ -97,13 +97,14 @@ def test_losses_under_bfloat16_are_at_least_float32(model: str) -> None:
 
 
 @both_models
-@every_estimator
-def test_a_callers_own_autocast_leaves_no_stale_casts(model: str, estimator: str) -> None:
+@pytest.mark.parametrize("estimator", ["unrolled", "rematerialized", "first_order"])
+def test_a_callers_own_autocast_changes_nothing(model: str, estimator: str) -> None:
     problem = PROBLEMS[model]("bfloat16")
     alone = gradient(problem, estimator)
-    # Autocast caches the casts of leaves until the outermost context ends: found again in the next
-    # inner step, they would belong to a graph that is gone.
+    # Autocast caches the casts of leaves until the outermost context ends; one found again in another
+    # inner step would collect that step's gradient too. (Dual numbers are rounded by autocast also
+    # around the backward pass, so `mixed_mode` is not the same bit for bit.)
     with torch.autocast("cpu", torch.bfloat16):
         inside = gradient(problem, estimator)
-    # The same to bfloat16's rounding: around a backward pass, autocast also rounds its dual numbers.
-    assert distance(inside, alone) < 0.06
+    for name, value in alone.items():
+        assert torch.equal(inside[name], value), name
