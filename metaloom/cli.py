@@ -300,3 +300,7 @@ def _recipe_schema(arguments: argparse.Namespace) -> int:
 
     print(json.dumps(json_schema(), indent=2))
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,8 +1,11 @@
 """What all tests share."""
 
 import sys
+from pathlib import Path
 
 import pytest
+
+from metaloom.datasets import make_dataset
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -16,3 +19,19 @@ def one_intra_op_thread() -> None:
 def pytest_configure(config: pytest.Config) -> None:
     # Torch scripts its forward-mode rules when the first dual number is made, and warns of itself.
     config.addinivalue_line("filterwarnings", r"ignore:.torch\.jit\.script. is:DeprecationWarning:torch\.jit")
+
+
+@pytest.fixture(scope="session")
+def glyphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve classes a split of the built-in glyphs."""
+    folder = tmp_path_factory.mktemp("data") / "glyphs"
+    make_dataset("glyphs", folder, max_per_split=12)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stdlib(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four modules a split of the standard library."""
+    folder = tmp_path_factory.mktemp("data") / "stdlib"
+    make_dataset("stdlib", folder, max_per_split=4)
+    return folder

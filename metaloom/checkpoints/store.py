@@ -10,13 +10,15 @@ name, shape and dtype of every tensor, and the size and SHA-256 of every other f
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +82,12 @@ class CheckpointStore:
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True)
             _barrier()
-            save(
-                dict(checkpoint.tensors),
-                storage_writer=FileSystemWriter(folder),
-                no_dist=not dist.is_initialized(),
-            )
+            with _one_process_is_intended():
+                save(
+                    dict(checkpoint.tensors),
+                    storage_writer=FileSystemWriter(folder),
+                    no_dist=not dist.is_initialized(),
+                )
             if rank == 0:
                 self._commit(folder, checkpoint)
                 self._prune(protect | {checkpoint.step})
@@ -135,7 +138,8 @@ class CheckpointStore:
             name: torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]))
             for name, entry in manifest["tensors"].items()
         }
-        load(tensors, storage_reader=FileSystemReader(folder), no_dist=True)
+        with _one_process_is_intended():
+            load(tensors, storage_reader=FileSystemReader(folder), no_dist=True)
         return Checkpoint(step, tensors, manifest["scalars"])
 
     def _folder(self, step: int) -> Path:
@@ -223,6 +227,14 @@ def write_json(path: Path, value: object) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def _one_process_is_intended() -> Iterator[None]:
+    """Silences torch's warning that no process group is there: every rank reads whole checkpoints."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is (disabled|unavailable)", UserWarning)
+        yield
 
 
 def _barrier() -> None:

@@ -1,0 +1,119 @@
+"""The command line as tests use it: real processes, a time limit, everything that every rank printed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+RECIPES = REPOSITORY / "recipes"
+TIMINGS = ("time_s", "tasks_per_s", "tokens_per_s", "data_wait_share", "peak_memory_mib")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a command ended."""
+
+    code: int
+    output: str  # standard output
+    errors: str  # standard error
+
+
+def command(*words: str | Path) -> list[str]:
+    """`metaloom ...` as this interpreter runs it."""
+    return [sys.executable, "-m", "metaloom.cli", *map(str, words)]
+
+
+def environment() -> dict[str, str]:
+    """This process's environment without what would change a run from outside."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    return kept | {"PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"}
+
+
+def run(*words: str | Path, cwd: Path, timeout_s: float = 120.0) -> Finished:
+    """Runs `metaloom ...` to its end, whatever that is; no process outlives it."""
+    process = subprocess.Popen(
+        command(*words),
+        cwd=cwd,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, errors = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        kill_tree(process.pid)
+        output, errors = process.communicate()
+        pytest.fail(f"metaloom {words} did not end within {timeout_s} s:\n{output}\n{errors}\n{logs(cwd)}")
+    return Finished(process.returncode, output, errors)
+
+
+def run_well(*words: str | Path, cwd: Path, timeout_s: float = 120.0) -> str:
+    """What a command printed that must succeed."""
+    finished = run(*words, cwd=cwd, timeout_s=timeout_s)
+    assert finished.code == 0, f"{finished.output}\n{finished.errors}\n{logs(cwd)}"
+    return finished.output
+
+
+def logs(folder: Path) -> str:
+    """Every rank's standard error of the runs under a folder."""
+    files = sorted(folder.glob("**/logs/**/stderr.log"))
+    return "\n".join(f"== {path}\n{path.read_text(errors='replace')[-3000:]}" for path in files)
+
+
+def kill_tree(pid: int) -> None:
+    """SIGKILL to a process and all that it started, the agent's own session included."""
+    for child in descendants(pid):
+        try:
+            os.kill(child, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    os.kill(pid, signal.SIGKILL)
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes that a process started, and those that they started."""
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            children = [int(child) for child in task.read_text().split()]
+        except OSError:
+            continue
+        for child in children:
+            found += [child, *descendants(child)]
+    return found
+
+
+def wait_for_step(metrics: Path, step: int, process: "subprocess.Popen[bytes]", timeout_s: float = 60.0) -> None:
+    """Returns once a running job has logged an outer step."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if metrics.exists() and any(record["step"] >= step for record in read_records(metrics)):
+            return
+        assert process.poll() is None, "the job ended before it was to be killed"
+        time.sleep(0.005)
+    pytest.fail(f"no step {step} in {metrics} within {timeout_s} s")
+
+
+def read_records(metrics: Path) -> list[dict[str, float]]:
+    """The complete lines of a metrics file."""
+    lines = metrics.read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line) for line in lines]
+
+
+def curve(run_folder: Path) -> list[dict[str, float]]:
+    """A run's metrics by step, but for what depends on the clock."""
+    return [
+        {name: value for name, value in record.items() if name not in TIMINGS}
+        for record in read_records(run_folder / "metrics.jsonl")
+    ]
