@@ -136,7 +136,7 @@ class OuterOptimizer:
                     # torch keeps Adam's step count on the CPU, whatever the parameter's device.
                     key.removeprefix(prefix): entry.clone()
                     if key == prefix + "step"
-                    else entry.to(value.device)
+                    else entry.to(value.device, copy=True)
                     for key, entry in tensors.items()
                     if key.startswith(prefix)
                 }
