@@ -5,7 +5,7 @@
         manifest.json              written last and atomically; without it there is no checkpoint
 
 The manifest holds the format version, the step, everything that is not a tensor (`scalars`), the
-name, shape and dtype of every tensor, and the size and SHA-256 of every other file.
+name, shape and dtype of every tensor, the size and SHA-256 of every other file, and its own SHA-256.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -91,16 +92,15 @@ class CheckpointStore:
             if rank == 0:
                 self._commit(folder, checkpoint)
                 self._prune(protect | {checkpoint.step})
-        except OSError as error:
-            raise CheckpointError(f"{folder}: the checkpoint cannot be written: {error}.") from error
+        except (OSError, CheckpointException) as error:
+            raise CheckpointError(f"{folder}: the checkpoint cannot be written: {_cause(error)}.") from error
         _barrier()
         return folder
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints that are complete, in rising order."""
-        return sorted(
-            int(path.parent.name.removeprefix("step-")) for path in self.root.glob(f"step-*/{MANIFEST}")
-        )
+        names = (path.parent.name.removeprefix("step-") for path in self.root.glob(f"step-*/{MANIFEST}"))
+        return sorted(int(name) for name in names if name.isdecimal())
 
     def load_newest(self, *, notes: list[str] | None = None) -> Checkpoint | None:
         """The newest valid checkpoint, or None where there is none.
@@ -138,8 +138,11 @@ class CheckpointStore:
             name: torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]))
             for name, entry in manifest["tensors"].items()
         }
-        with _one_process_is_intended():
-            load(tensors, storage_reader=FileSystemReader(folder), no_dist=True)
+        try:
+            with _one_process_is_intended():
+                load(tensors, storage_reader=FileSystemReader(folder), no_dist=True)
+        except (OSError, CheckpointException) as error:
+            raise CheckpointError(f"{folder}: the tensors cannot be read: {_cause(error)}.") from error
         return Checkpoint(step, tensors, manifest["scalars"])
 
     def _folder(self, step: int) -> Path:
@@ -161,7 +164,7 @@ class CheckpointStore:
                 for path in sorted(folder.iterdir())
             },
         }
-        write_json(folder / MANIFEST, manifest)
+        write_json(folder / MANIFEST, manifest | {"sha256": _manifest_sha256(manifest)})
 
     def _prune(self, protect: frozenset[int]) -> None:
         for step in self.steps()[: -self._keep_last]:
@@ -176,20 +179,26 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of one checkpoint folder.
 
     Raises:
-        CheckpointError: it is missing, not JSON, or of a format version that is not known here.
+        CheckpointError: it is missing, not JSON, of a format version that is not known here, or not
+            what was written.
     """
     path = folder / MANIFEST
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{folder} holds no complete checkpoint ({MANIFEST} is missing).") from None
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:  # a broken file may be neither UTF-8 nor JSON
         raise CheckpointError(f"{path} cannot be read: {error}.") from error
+    if not isinstance(manifest, dict):
+        raise CheckpointError(f"{path} cannot be read: it is no JSON object.")
     if manifest.get("format") != "metaloom-checkpoint" or manifest.get("version") != FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: format {manifest.get('format')!r} version {manifest.get('version')!r} is not known; "
             f"this release reads version {FORMAT_VERSION}."
         )
+    recorded = manifest.pop("sha256", None)
+    if recorded != _manifest_sha256(manifest):
+        raise CheckpointError(f"{path}: the contents are not those that were written (SHA-256 differs).")
     return manifest
 
 
@@ -224,9 +233,23 @@ def write_json(path: Path, value: object) -> None:
     partial.replace(path)
 
 
+def _manifest_sha256(manifest: Mapping[str, Any]) -> str:
+    # As it reads back from JSON, where keys are text: they must sort alike before and after.
+    canonical = json.dumps(json.loads(json.dumps(manifest)), sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _cause(error: OSError | CheckpointException) -> str:
+    """What went wrong, in a line. Torch wraps the ranks' faults in an exception that is no `Exception`,
+    and prints it with their tracebacks."""
+    if isinstance(error, OSError):
+        return str(error)
+    return "; ".join(f"rank {rank}: {fault}" for rank, (fault, _) in sorted(error.failures.items()))
 
 
 @contextlib.contextmanager
