@@ -22,7 +22,6 @@ from metaloom.build import (
     task_batch,
 )
 from metaloom.checkpoints import Checkpoint, CheckpointStore
-from metaloom.checkpoints.store import write_json
 from metaloom.datasets import ClassSamples, EpisodeSource, slice_for_rank
 from metaloom.engine.evaluation import adaptation_curve
 from metaloom.engine.learner import bits_per_byte, cross_entropy
@@ -414,7 +413,7 @@ def _notes(job: Job) -> tuple[str, ...]:
 def _publish(job: Job, summary: EvaluationSummary) -> None:
     """Table, page and record. Rank 0 calls."""
     folder = job.place.folder
-    write_json(folder.evaluation, summary.to_json())
+    folder.evaluation.write_text(summary.to_json(), encoding="utf-8")
     for method in summary.methods:
         key = method.name.replace(",", "").replace(" ", "_")
         name = method.metric.replace(" ", "_")

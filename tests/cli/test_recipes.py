@@ -1,0 +1,41 @@
+"""Every ready recipe runs from its first step to its evaluation, made short."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.commands import RECIPES, run_well
+
+SHORT = {
+    "glyphs-maml": ["outer.num_steps=2", "model.width=8", "outer.tasks_per_step=2"],
+    "stdlib-lora": [
+        "outer.num_steps=2",
+        "pretrain.num_steps=2",
+        "model.width=16",
+        "outer.tasks_per_step=2",
+    ],
+    "smoke": [],
+}
+ALL = [
+    "outer.schedule.warmup_steps=0",
+    "validation.num_episodes=2",
+    "evaluation.num_episodes=4",
+    "evaluation.tuning={rate_factors: [1.0], num_episodes: 2}",
+    "evaluation.ordinary.batch_size=8",
+    "tracking=none",
+]
+
+
+def test_every_recipe_is_tried_here() -> None:
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == SHORT.keys()
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_recipe_runs_end_to_end(name: str, tmp_path: Path, glyphs: Path, stdlib: Path) -> None:
+    data = stdlib if name.startswith("stdlib") else glyphs
+    pretrain = ["pretrain.warmup_steps=0"] if name.startswith("stdlib") else []
+    overrides = [f"data.url={data}", *ALL, *SHORT[name], *pretrain]
+    run_well("train", RECIPES / f"{name}.yaml", *overrides, cwd=tmp_path)
+    output = run_well("evaluate", Path("runs") / name, cwd=tmp_path)
+    assert "meta-trained" in output
+    assert "random init" in output
