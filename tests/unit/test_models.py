@@ -1,0 +1,112 @@
+"""The built-in models."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from metaloom.models.conv4 import Conv4, zero_head
+from metaloom.models.gpt import VOCABULARY, Gpt
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def gpt(*, tied: bool = True, num_layers: int = 2) -> Gpt:
+    model = Gpt(num_layers=num_layers, width=12, num_heads=3, context_length=8, tied_embeddings=tied)
+    return model.double()
+
+
+@pytest.mark.parametrize("length", [1, 5, 8])
+def test_gpt_gives_logits_of_every_position(length: int) -> None:
+    assert gpt()(torch.zeros(2, length, dtype=torch.int64)).shape == (2, length, VOCABULARY)
+
+
+@pytest.mark.parametrize("position", range(8))
+def test_a_later_token_does_not_reach_earlier_logits_and_an_earlier_one_reaches_later(position: int) -> None:
+    model = gpt()
+    tokens = torch.randint(VOCABULARY, (3, 8))
+    changed = tokens.clone()
+    changed[1, position] = (changed[1, position] + 1) % VOCABULARY
+    before, after = model(tokens), model(changed)
+    assert torch.equal(before[1, :position], after[1, :position])
+    assert all(not torch.equal(before[1, at], after[1, at]) for at in range(position, 8))
+    assert torch.equal(before[[0, 2]], after[[0, 2]])
+
+
+def test_gpts_attention_equals_torchs_causal_attention() -> None:
+    attention = gpt().blocks[0].get_submodule("attention")
+    hidden = torch.randn(2, 8, 12).double()
+    query, key, value = (
+        part.view(2, 8, 3, 4).transpose(1, 2) for part in attention.get_submodule("qkv")(hidden).split(12, -1)
+    )
+    mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    expected = attention.get_submodule("proj")(mixed.transpose(1, 2).reshape(2, 8, 12))
+    # The same softmax, in another order of operations.
+    torch.testing.assert_close(attention(hidden), expected, rtol=1e-12, atol=1e-14)
+
+
+def test_a_tied_head_is_the_embedding_and_an_untied_one_is_not() -> None:
+    tied, apart = gpt(), gpt(tied=False)
+    assert tied.head.weight is tied.token_embedding.weight
+    assert apart.head.weight is not apart.token_embedding.weight
+    names = {name for name, _ in tied.named_parameters()}
+    assert {name for name, _ in apart.named_parameters()} - names == {"head.weight"}
+
+
+def test_gpt_starts_near_a_uniform_guess() -> None:
+    logits = gpt()(torch.randint(VOCABULARY, (16, 8)))
+    loss = F.cross_entropy(logits.flatten(0, 1), torch.randint(VOCABULARY, (128,)))
+    # Initial weights of 0.02 leave logits of order 0.1: their square is what the loss is off by.
+    assert float(loss.detach()) == pytest.approx(math.log(VOCABULARY), abs=0.05)
+
+
+def test_deeper_gpts_start_with_smaller_residual_branches() -> None:
+    shallow, deep = (
+        float(gpt(num_layers=layers).state_dict()["blocks.0.mlp.fc_out.weight"].std()) for layers in (1, 16)
+    )
+    # 576 weights: their standard deviation is known to 3 %, and the ratio is to be 4.
+    assert shallow / deep == pytest.approx(4.0, rel=0.2)
+
+
+@pytest.mark.parametrize("norm", ["batch", "none"])
+@pytest.mark.parametrize("num_blocks", [1, 4])
+def test_conv4_gives_one_logit_per_class_and_halves_the_image_in_every_block(
+    norm: str, num_blocks: int
+) -> None:
+    model = Conv4(num_classes=5, width=6, num_blocks=num_blocks, norm=norm)
+    images = torch.randn(3, 1, 28, 28)
+    assert model(images).shape == (3, 5)
+    sizes = []
+    features = images
+    for block in model.blocks:
+        features = block(features)
+        sizes.append(tuple(features.shape))
+    assert sizes == [(3, 6, size, size) for size in (14, 7, 4, 2)[:num_blocks]]
+
+
+def test_conv4_with_batch_norm_uses_the_examples_at_hand_in_training_and_evaluation() -> None:
+    model = Conv4(num_classes=2, width=3, num_blocks=2, norm="batch")
+    images = torch.randn(4, 1, 28, 28)
+    assert not list(model.buffers())
+    assert torch.equal(model.train()(images), model.eval()(images))
+    # The whole batch scaled is the same after normalisation, up to its epsilon.
+    torch.testing.assert_close(model(images), model(100.0 * images), rtol=1e-2, atol=1e-3)
+
+
+def test_conv4_without_norms_treats_each_example_alone() -> None:
+    model = Conv4(num_classes=2, width=3, num_blocks=2, norm="none").double()
+    images = torch.randn(4, 1, 28, 28).double()
+    # Other batch sizes take other kernels: rounding.
+    torch.testing.assert_close(model(images)[:1], model(images[:1]), rtol=1e-12, atol=1e-14)
+
+
+def test_a_zeroed_head_prefers_no_class() -> None:
+    model = Conv4(num_classes=4, width=3, num_blocks=1, norm="batch")
+    zero_head(model)
+    assert not model(torch.randn(2, 1, 28, 28)).any()
