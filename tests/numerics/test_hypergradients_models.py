@@ -6,16 +6,6 @@ from collections.abc import Callable, Mapping
 
 import pytest
 import torch
-from problems import (
-    HEAVY,
-    RATE,
-    Problem,
-    assert_gradients_agree,
-    conv4_problem,
-    gpt_problem,
-    last,
-    relative_error,
-)
 from torch import Tensor
 from torch.func import functional_call, grad
 from torch.nn import functional as F
@@ -25,6 +15,16 @@ from metaloom.engine.hypergradients import HYPERGRADIENTS
 from metaloom.engine.hypergradients.base import MetaGradient
 from metaloom.engine.learner import Rehearsal
 from metaloom.engine.unroll import adapt
+from tests.numerics.problems import (
+    HEAVY,
+    RATE,
+    Problem,
+    assert_gradients_agree,
+    conv4_problem,
+    gpt_problem,
+    last,
+    relative_error,
+)
 
 EXACT = ("unrolled", "rematerialized", "mixed_mode")
 # c_0 > 0, a step without a term, unequal weights.

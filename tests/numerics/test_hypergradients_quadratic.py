@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from problems import assert_gradients_agree, relative_error
 from torch import Tensor
 
 from metaloom.engine.adapters.base import Adapter, broadcast_init
@@ -29,6 +28,7 @@ from metaloom.engine.inner_loops.sgd import Sgd
 from metaloom.engine.learner import Learner, Rehearsal, TaskBatch
 from metaloom.engine.precision import Precision
 from metaloom.engine.unroll import Unroll
+from tests.numerics.problems import assert_gradients_agree, relative_error
 
 Array = NDArray[np.float64]
 FAST = {"x": 3, "y": 2}

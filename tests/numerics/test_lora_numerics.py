@@ -6,12 +6,12 @@ from typing import Literal
 
 import pytest
 import torch
-from problems import TOKENS, perturbed, small_gpt
 from torch import Tensor
 from torch.func import functional_call
 
 from metaloom.engine.adapters.lora import LoraAdapter
 from metaloom.models.gpt import VOCABULARY
+from tests.numerics.problems import TOKENS, perturbed, small_gpt
 
 NUM_TASKS = 3
 Targets = tuple[str, ...] | Literal["all-linear"]

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 
 import pytest
 import torch
-from problems import Problem, conv4_problem, gpt_problem, last
 from torch import Tensor
 
 from metaloom.engine.hypergradients import HYPERGRADIENTS
 from metaloom.engine.learner import TaskBatch
 from metaloom.engine.precision import ComputeFormat, Precision
 from metaloom.engine.unroll import adapt
+from tests.numerics.problems import Problem, conv4_problem, gpt_problem, last
 
 PROBLEMS: dict[str, Callable[[ComputeFormat], Problem]] = {
     "conv4": lambda compute: conv4_problem(step_weights=last(3), grain="shared", compute=compute),

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from problems import Problem, assert_gradients_agree, conv4_problem, gpt_problem, last
 from torch import Tensor
 
 from metaloom.engine.combiners.mean import Mean
@@ -14,6 +13,7 @@ from metaloom.engine.hypergradients import HYPERGRADIENTS
 from metaloom.engine.learner import Rehearsal, TaskBatch
 from metaloom.engine.sharding.replicated import Replicated
 from metaloom.engine.unroll import adapt
+from tests.numerics.problems import Problem, assert_gradients_agree, conv4_problem, gpt_problem, last
 
 NUM_TASKS = 5
 PROBLEMS: dict[str, Callable[[], Problem]] = {
