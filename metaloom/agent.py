@@ -30,7 +30,7 @@ def main() -> int:
     parser.add_argument("--log-dir", type=Path, required=True)
     parser.add_argument("worker_args", nargs=argparse.REMAINDER, help="arguments of metaloom.worker")
     arguments = parser.parse_args()
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.disable(logging.ERROR)  # torch elastic tells at length what `_report` tells in a line
     num_processes: int = arguments.num_processes
     quiet_ranks = dict.fromkeys(range(1, num_processes), Std.ALL)
     config = LaunchConfig(

@@ -94,7 +94,11 @@ def build_unroll(recipe: Recipe, adapter: Adapter, *, rate: float, grain: Grain)
             Precision(recipe.precision.compute),
             None if rehearsal is None else Rehearsal(rehearsal.ratio, rehearsal.num_sequences),
         ),
-        rule=Sgd(momentum=adaptation.rule.momentum, weight_decay=adaptation.rule.weight_decay),
+        rule=Sgd(
+            momentum=adaptation.rule.momentum,
+            weight_decay=adaptation.rule.weight_decay,
+            clip_norm=adaptation.rule.clip_norm,
+        ),
         rates=Rates(rate, grain, adaptation.num_steps),
         step_weights=step_weights(recipe.algorithm.step_weights, adaptation.num_steps),
     )

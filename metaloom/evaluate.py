@@ -32,7 +32,14 @@ from metaloom.ordinary import train_ordinary
 from metaloom.recipe import GlyphsData, Recipe, StdlibData
 from metaloom.sources import episode_source, num_rehearsed, ordinary_samples
 from metaloom.tracking import read_metrics
-from metaloom.tracking.report import EvaluationSummary, MethodResult, summary_rows, write_report
+from metaloom.tracking.report import (
+    EvaluationSummary,
+    MethodResult,
+    effort_rows,
+    headline,
+    summary_rows,
+    write_report,
+)
 
 ORDINARY_WARMUP_SHARE = 0.05
 MAX_GRID_EXTENSIONS = 4
@@ -85,7 +92,11 @@ def evaluate(recipe: Recipe, place: Place) -> None:
     """
     with open_job(recipe, place, first_step=None) as job:
         contenders = [_meta_trained(job), *(_baseline(job, name) for name in recipe.baselines)]
-        results = [_evaluate(job, contender) for contender in contenders]
+        curves = [_test_curves(job, contender) for contender in contenders]
+        results = [
+            _result(job, contender, own, ours=curves[0])
+            for contender, own in zip(contenders, curves, strict=True)
+        ]
         summary = EvaluationSummary(
             dataset=recipe.data.kind, split="test", methods=tuple(results), notes=_notes(job)
         )
@@ -98,13 +109,9 @@ def evaluate(recipe: Recipe, place: Place) -> None:
 
 def _meta_trained(job: Job) -> Contender:
     recipe, folder = job.recipe, job.place.folder
-    store = CheckpointStore(folder.checkpoints("meta"))
-    best_step = folder.facts().get("best_step")
-    checkpoint = store.load_newest() if best_step is None else store.load(best_step)
-    if checkpoint is None:
-        raise CheckpointError(
-            f"{folder.path} has no checkpoint yet: train it with `metaloom train --resume {folder.path}`."
-        )
+    newest = _newest(job)
+    best_step = newest.scalars["progress"]["best_step"]  # None where there was no validation
+    checkpoint = newest if best_step is None else CheckpointStore(folder.checkpoints("meta")).load(best_step)
     model = build_model(recipe, job.place.device)
     if recipe.pretrain is not None:
         load_weights(model, _pretrained(job))
@@ -118,9 +125,19 @@ def _meta_trained(job: Job) -> Contender:
         name="meta-trained",
         unroll=unroll,
         meta=meta,
-        inner_rate=f"{recipe.adaptation.rule.lr:g}" if learned == "none" else f"learned, {learned}",
+        inner_rate=f"{recipe.adaptation.rule.lr:g}" if learned == "none" else "learned",
         training=f"{checkpoint.step} outer steps",
     )
+
+
+def _newest(job: Job) -> Checkpoint:
+    folder = job.place.folder
+    newest = CheckpointStore(folder.checkpoints("meta")).load_newest()
+    if newest is None:
+        raise CheckpointError(
+            f"{folder.path} has no checkpoint yet: train it with `metaloom train --resume {folder.path}`."
+        )
+    return newest
 
 
 def _baseline(job: Job, name: str) -> Contender:
@@ -142,7 +159,7 @@ def _baseline(job: Job, name: str) -> Contender:
         name=shown,
         unroll=build_unroll(job.recipe, adapter, rate=rate, grain="none"),
         meta={},
-        inner_rate=f"{rate:.3g}, tuned",
+        inner_rate=f"{rate:.3g} (tuned)",
         training=training,
     )
 
@@ -205,7 +222,7 @@ def _ordinary_budget(job: Job, name: str) -> tuple[int, int]:
     """Samples and steps of an ordinary training that spends what meta-training has spent."""
     recipe = job.recipe
     batch_size = recipe.evaluation.ordinary.batch_size
-    num_tasks = int(job.place.folder.facts()["num_steps"]) * recipe.outer.tasks_per_step
+    num_tasks = _newest(job).step * recipe.outer.tasks_per_step
     if name == "ordinary_equal_data":
         num_steps = num_tasks * _samples_per_task(recipe) / batch_size
     else:
@@ -290,25 +307,36 @@ def _tuned_rate(job: Job, name: str, unroll_at: Callable[[float], Unroll]) -> fl
     return min(losses, key=losses.__getitem__) * recipe.adaptation.rule.lr
 
 
-def _evaluate(job: Job, contender: Contender) -> MethodResult:
-    """A contender's metric on the test episodes, after each adaptation step."""
-    recipe = job.recipe
-    metric = "accuracy" if isinstance(recipe.data, GlyphsData) else "bits per byte"
-    with job.console.phase(
-        f"evaluate {contender.name}", total=recipe.evaluation.num_episodes, unit="episode"
-    ) as phase:
-        curves = _curves(
+def _metric(recipe: Recipe) -> str:
+    return "accuracy" if isinstance(recipe.data, GlyphsData) else "bits per byte"
+
+
+def _test_curves(job: Job, contender: Contender) -> list[EpisodeCurve]:
+    """A contender's curves on the test episodes, the same ones for every contender."""
+    num_episodes = job.recipe.evaluation.num_episodes
+    name = f"evaluate {contender.name}"
+    with job.console.phase(name, total=num_episodes, unit="episode") as phase:
+        return _curves(
             job,
             contender.unroll,
             contender.meta,
             _source(job, "test"),
-            recipe.evaluation.num_episodes,
-            metric=metric,
+            num_episodes,
+            metric=_metric(job.recipe),
             on_done=phase.advance,
         )
+
+
+def _result(
+    job: Job, contender: Contender, curves: Sequence[EpisodeCurve], *, ours: Sequence[EpisodeCurve]
+) -> MethodResult:
+    """What a contender's curves say, and how they compare, episode by episode, with the meta-trained."""
+    metric = _metric(job.recipe)
     columns = list(zip(*(curve.metric for curve in curves), strict=True))
     clusters = [curve.task for curve in curves]
     retention = [curve.retention for curve in curves if curve.retention is not None]
+    sign = 1.0 if metric == "accuracy" else -1.0
+    ahead = [sign * (our.metric[-1] - own.metric[-1]) for our, own in zip(ours, curves, strict=True)]
     return MethodResult(
         name=contender.name,
         inner_rate=contender.inner_rate,
@@ -322,6 +350,7 @@ def _evaluate(job: Job, contender: Contender) -> MethodResult:
         rehearsal=(statistics.fmean(r[0] for r in retention), statistics.fmean(r[1] for r in retention))
         if retention
         else None,
+        behind=None if curves is ours else (statistics.fmean(ahead), confidence_95(ahead, clusters)),
     )
 
 
@@ -405,10 +434,13 @@ def _student_975(degrees: int) -> float:
 
 def _notes(job: Job) -> tuple[str, ...]:
     notes = [
-        "Intervals are 95 %, clustered by task where a task repeats.",
+        "Intervals are 95 %, clustered by task where a task repeats; 'ahead by' is paired by episode.",
         "Each baseline's inner rate was tuned on validation episodes; the meta-trained model uses its own.",
-        "Equal compute counts the floating-point operations of matrix products and convolutions.",
     ]
+    if "ordinary_equal_compute" in job.recipe.baselines:
+        notes.append(
+            "Equal compute counts the floating-point operations of matrix products and convolutions."
+        )
     if isinstance(job.recipe.data, StdlibData):
         notes.append("Forgetting is measured on pre-training text that was not rehearsed.")
     else:
@@ -440,8 +472,9 @@ def _publish(job: Job, summary: EvaluationSummary) -> None:
     )
     for path in (folder.evaluation, folder.report, *pictures):
         job.tracker.artifact(path, "evaluation")
-    columns, rows = summary_rows(summary)
-    job.console.table(f"{summary.dataset}: {summary.methods[0].num_episodes} test episodes", columns, rows)
+    num_episodes = summary.methods[0].num_episodes
+    job.console.table(f"{summary.dataset}: {num_episodes} test episodes", *summary_rows(summary))
+    job.console.table(headline(summary), *effort_rows(summary))
     for note in summary.notes:
         job.console.note(note)
     job.console.note(f"report: {folder.report}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -25,11 +26,13 @@ class Place:
         folder: the run's folder, seen by all ranks.
         device: where this rank computes.
         tracking_uri: the MLflow store that the environment names, or None.
+        stop: set when a person has asked the job to stop.
     """
 
     folder: RunFolder
     device: torch.device
     tracking_uri: str | None
+    stop: threading.Event
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +90,6 @@ def open_job(recipe: Recipe, place: Place, *, first_step: int | None) -> Iterato
     try:
         yield Job(recipe, place, index, sharding, console, tracker)
         status = "finished"
-    except KeyboardInterrupt:
-        status = "killed"
-        raise
     finally:
-        tracker.finish(status)
+        # A stopped rank may end in KeyboardInterrupt, or in a collective whose partner stopped first.
+        tracker.finish("killed" if place.stop.is_set() else status)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import torch
@@ -31,9 +32,9 @@ def train_ordinary(
 ) -> dict[str, Tensor]:
     """The model's weights after `settings.num_steps` steps on the mean loss of each batch.
 
-    Goes on from the newest checkpoint of the phase, and leaves five on the way and the last one; so
-    calling it again costs nothing. Every rank must call. Each rank takes its share of every batch, so
-    batch statistics (of a model that has batch norm) are those of the share.
+    Goes on from the newest checkpoint of the phase if that was made by the same settings, and leaves the
+    last one there; so calling it again costs nothing. Every rank must call. Each rank takes its share of
+    every batch, so batch statistics (of a model that has batch norm) are those of the share.
 
     Loss and accuracy are logged as `<phase>/loss` and `<phase>/accuracy` at steps below 0, so that step 0
     is where meta-training begins.
@@ -45,7 +46,13 @@ def train_ordinary(
     """
     store = CheckpointStore(job.place.folder.checkpoints(phase_name), keep_last=1)
     outer = OuterOptimizer({name: value.detach() for name, value in model.named_parameters()}, settings)
+    made_by = dataclasses.asdict(settings) | {"batch_size": batch_size}
+    made_by["betas"] = list(settings.betas)  # as JSON has it
     newest = store.load_newest()
+    if newest is not None and newest.scalars["made_by"] != made_by:
+        job.console.note(f"{shown_name}: trained anew, since its settings or its length have changed")
+        store.clear()
+        newest = None
     if newest is not None:
         outer.load(newest.tensors, newest.scalars)
     if outer.step == settings.num_steps:
@@ -66,7 +73,7 @@ def train_ordinary(
                 named = {f"{phase_name}/{name}": value for name, value in metrics.items()}
                 job.tracker.log(named, outer.step - settings.num_steps)
             if outer.step == settings.num_steps or outer.step % checkpoint_every == 0:
-                store.save(Checkpoint(outer.step, outer.tensors(), outer.scalars()))
+                store.save(Checkpoint(outer.step, outer.tensors(), outer.scalars() | {"made_by": made_by}))
     return dict(outer.meta)
 
 

@@ -1,12 +1,12 @@
 """What lies where in the folder of a run.
 
 recipe.yaml          the recipe, with every default spelled out
-run.json             what outlives one process: the tracking run's id, facts of the training
+run.json             what outlives one process: the tracking run's id
 metrics.jsonl        metrics by outer step
 checkpoints/         pretrain/, meta/, ordinary_*/: one folder of checkpoints each
 logs/                the ranks' standard error
 mlflow.db, mlflow/   the tracking store, unless the recipe or the environment names a server
-evaluation.json      results of the last evaluation
+evaluation.json      results of the last evaluation; evaluation-recipe.yaml is what it was asked
 report.html          the same as a page, with its pictures beside it
 """
 
@@ -72,7 +72,7 @@ class RunFolder:
         Raises:
             LaunchError: there is a run already, or the folder cannot be written.
         """
-        if self.recipe.exists():
+        if self.has_started():
             raise LaunchError(
                 f"{self.path} already holds a run. Continue it with `metaloom train --resume {self.path}`, "
                 "or name another folder with --run."
@@ -88,6 +88,12 @@ class RunFolder:
                 "Name another folder with --run."
             ) from error
 
+    def has_started(self) -> bool:
+        """Whether a job has logged or saved anything here; one that was refused at its start has not."""
+        metrics = self.path / "metrics.jsonl"
+        has_metrics = metrics.is_file() and metrics.stat().st_size > 0
+        return has_metrics or (self.path / "checkpoints").exists()
+
     def require(self) -> None:
         """Checks that there is a run.
 
@@ -99,9 +105,9 @@ class RunFolder:
 
 
 def new_run_path(name: str) -> Path:
-    """The first of runs/NAME, runs/NAME-2, runs/NAME-3 ... that holds nothing yet."""
+    """The first of runs/NAME, runs/NAME-2, runs/NAME-3 ... where no run has started."""
     path, number = Path("runs") / name, 1
-    while path.exists():
+    while RunFolder(path).has_started():
         number += 1
         path = Path("runs") / f"{name}-{number}"
     return path

@@ -176,9 +176,6 @@ def _save(job: Job, store: CheckpointStore, outer: OuterOptimizer, progress: Pro
     scalars = outer.scalars() | {"progress": dataclasses.asdict(progress)}
     protect = frozenset() if progress.best_step is None else frozenset({progress.best_step})
     store.save(Checkpoint(outer.step, outer.tensors(), scalars), protect=protect)
-    if job.sharding.rank == 0:
-        # What `evaluate` takes: the best step where there was a validation, else the newest.
-        job.place.folder.record(best_step=progress.best_step, num_steps=outer.step)
 
 
 def _first_step(recipe: Recipe, place: Place, newest: Checkpoint | None) -> int:

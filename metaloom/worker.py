@@ -10,11 +10,14 @@ import argparse
 import datetime
 import json
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -39,9 +42,10 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         recipe = load_recipe(arguments.recipe)
+        stop = _stop_on_interrupt()
         device = _join(recipe)
         tracking_uri = os.environ.get("MLFLOW_TRACKING_URI") or None
-        JOBS[arguments.job](recipe, Place(RunFolder(arguments.run), device, tracking_uri))
+        JOBS[arguments.job](recipe, Place(RunFolder(arguments.run), device, tracking_uri, stop))
     except MetaloomError as error:
         _record(str(error), expected=True)
         return error.exit_code
@@ -51,10 +55,29 @@ def main() -> int:
         if _is_broken_collective(error):
             return _lost_partner(error)
         return _unexpected(error)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     except Exception as error:
         return _unexpected(error)
     dist.destroy_process_group()
     return 0
+
+
+def _stop_on_interrupt() -> threading.Event:
+    """An event that is set by SIGINT, which ends the job as well: a person has asked for it.
+
+    SIGTERM, which torch elastic sends to the ranks that are left when one has failed, ends it too.
+    """
+    stop = threading.Event()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            stop.set()
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
+    return stop
 
 
 def _join(recipe: Recipe) -> torch.device:

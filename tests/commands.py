@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,7 +93,9 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def wait_for_step(metrics: Path, step: int, process: "subprocess.Popen[bytes]", timeout_s: float = 60.0) -> None:
+def wait_for_step(
+    metrics: Path, step: int, process: "subprocess.Popen[bytes]", timeout_s: float = 60.0
+) -> None:
     """Returns once a running job has logged an outer step."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:

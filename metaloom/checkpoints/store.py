@@ -97,6 +97,13 @@ class CheckpointStore:
         _barrier()
         return folder
 
+    def clear(self) -> None:
+        """Deletes all checkpoints. Every rank must call."""
+        _barrier()
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            shutil.rmtree(self.root, ignore_errors=True)
+        _barrier()
+
     def steps(self) -> list[int]:
         """Steps of the checkpoints that are complete, in rising order."""
         names = (path.parent.name.removeprefix("step-") for path in self.root.glob(f"step-*/{MANIFEST}"))

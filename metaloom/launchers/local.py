@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 
 AGENT_STOP_TIMEOUT_S = 40.0  # torch elastic gives workers 30 s to end
 
@@ -29,7 +30,7 @@ def agent_command(worker_args: Sequence[str], *, num_processes: int, log_dir: Pa
 def launch(worker_args: Sequence[str], *, num_processes: int, threads_per_process: int, log_dir: Path) -> int:
     """Runs the workers to their end and returns the job's exit code.
 
-    Ctrl-C is passed on once; the workers then have 30 seconds to end.
+    Ctrl-C, and a SIGTERM to this process, stop the job: the workers have 30 seconds to end.
 
     Args:
         worker_args: arguments of `metaloom.worker`.
@@ -41,12 +42,24 @@ def launch(worker_args: Sequence[str], *, num_processes: int, threads_per_proces
     environment = os.environ | {"OMP_NUM_THREADS": str(threads_per_process)}
     # In a session of its own, so that Ctrl-C reaches it once: from here.
     with subprocess.Popen(command, env=environment, start_new_session=True) as agent:
+        previous = signal.signal(signal.SIGTERM, _raise_terminated)
         try:
             return agent.wait()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, _TerminatedError) as stop:
+            # SIGINT in both cases: torch elastic sends SIGTERM to ranks whose partner failed.
             agent.send_signal(signal.SIGINT)
             try:
                 agent.wait(AGENT_STOP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 agent.kill()
-            return 128 + signal.SIGINT
+            return 128 + (signal.SIGINT if isinstance(stop, KeyboardInterrupt) else signal.SIGTERM)
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+
+class _TerminatedError(Exception):
+    """SIGTERM has come."""
+
+
+def _raise_terminated(number: int, frame: FrameType | None) -> None:
+    raise _TerminatedError

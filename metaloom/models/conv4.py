@@ -5,7 +5,6 @@ Shape letters: N examples, D width, C classes.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -50,10 +49,3 @@ class _Block(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return F.relu(self.norm(self.conv(features)))
-
-
-def zero_head(model: Conv4) -> None:
-    """Starts the head at zero, so that no class is preferred before adaptation."""
-    with torch.no_grad():
-        model.head.weight.zero_()
-        model.head.bias.zero_()

@@ -37,7 +37,7 @@ class Conv4Model(Section):
         default=4,
         ge=1,
         le=4,
-        description="blocks of convolution, norm, ReLU and 2x2 pooling (28 pixels allow 4)",
+        description="blocks of convolution with stride 2, norm and ReLU, each halving the image",
     )
     norm: Literal["batch", "none"] = Field(
         default="batch", description="normalisation in each block: batch (statistics per task) or none"
@@ -104,6 +104,11 @@ class SGDRule(Section):
     lr: PositiveFloat = Field(description="inner learning rate; the starting value where rates are learned")
     momentum: BelowOne = Field(default=0.0, description="momentum, 0 for none")
     weight_decay: FloatOrZero = Field(default=0.0, description="weight decay added to the inner gradient")
+    clip_norm: PositiveFloat | None = Field(
+        default=None,
+        description="largest norm of one task's inner gradient, longer ones are scaled down; "
+        "null for no limit",
+    )
     learned: Literal["none", "shared", "per_tensor", "per_tensor_per_step"] = Field(
         default="none",
         description="whether the inner rates are meta-parameters: none (fixed), shared (one for all), "
@@ -369,7 +374,7 @@ class Validation(Section):
 
 
 class Tuning(Section):
-    """Choice of the inner learning rate on validation episodes, the same search for every contender."""
+    """Choice of each baseline's inner learning rate on validation episodes."""
 
     rate_factors: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = Field(
         default=(0.1, 0.3, 1.0, 3.0, 10.0),

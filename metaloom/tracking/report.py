@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 LEARNING_CURVE_FILE = "learning_curve.png"
 ADAPTATION_FILE = "adaptation.png"
+_NUMBERS = ("mean", "ci95", "rehearsal", "behind")
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,9 @@ class MethodResult:
     num_clusters: int  # groups of episodes that share classes or files, which the interval allows for
     training: str  # for people: the data and compute spent
     rehearsal: tuple[float, float] | None = None  # loss on pre-training data before and after adaptation
+    # By how much the first method is better after the last step, on the same episodes, and half the
+    # width of that difference's interval; None for the first method itself.
+    behind: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if not self.mean or len(self.mean) != len(self.ci95):
@@ -78,7 +82,7 @@ class EvaluationSummary:
         """The summary as strict JSON; NaN and infinities become strings."""
         fields = asdict(self)
         for method in fields["methods"]:
-            for name in ("mean", "ci95", "rehearsal"):
+            for name in _NUMBERS:
                 if method[name] is not None:
                     method[name] = [encode_number(value) for value in method[name]]
         return json.dumps(fields, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -104,8 +108,7 @@ class EvaluationSummary:
 
 def _method_from(fields: dict[str, Any]) -> MethodResult:
     numbers = {
-        name: None if fields[name] is None else tuple(map(decode_number, fields[name]))
-        for name in ("mean", "ci95", "rehearsal")
+        name: None if fields[name] is None else tuple(map(decode_number, fields[name])) for name in _NUMBERS
     }
     return MethodResult(**(fields | numbers))
 
@@ -122,41 +125,33 @@ def format_estimate(metric: str, mean: float, ci95: float) -> str:
     return f"{mean:.3f} ± {ci95:.3f}" if math.isfinite(ci95) else f"{mean:.3f}"
 
 
-def shown_steps(num_steps: int) -> list[int]:
-    """The adaptation steps that fit into a table: all up to five, else 0, 1, a quarter, half and all."""
-    if num_steps <= 5:
-        return list(range(num_steps + 1))
-    return sorted({0, 1, num_steps // 4, num_steps // 2, num_steps})
-
-
-def summary_rows(
-    summary: EvaluationSummary, steps: Sequence[int] | None = None
-) -> tuple[list[str], list[list[str]]]:
-    """The comparison as (columns, rows) of text, the meta-trained method first.
-
-    Args:
-        steps: the adaptation steps shown; before, after one and after all if None, which fits into
-            80 columns of a terminal.
-    """
-    if steps is None:
-        steps = sorted({0, min(1, summary.num_steps), summary.num_steps})
-    columns = ["method", *("before" if step == 0 else f"step {step}" for step in steps), "inner rate"]
+def summary_rows(summary: EvaluationSummary) -> tuple[list[str], list[list[str]]]:
+    """The comparison as (columns, rows) of text: a row for each adaptation step, a column for each method."""
+    columns = ["adaptation", *(method.name for method in summary.methods)]
     rows = []
-    for method in summary.methods:
+    for step in range(summary.num_steps + 1):
         estimates = [
             format_estimate(method.metric, method.mean[step], method.ci95[step])
             if step < len(method.mean)
             else "–"
-            for step in steps
+            for method in summary.methods
         ]
-        rows.append([method.name, *estimates, method.inner_rate or "–"])
+        rows.append(["before" if step == 0 else f"step {step}", *estimates])
     return columns, rows
 
 
 def effort_rows(summary: EvaluationSummary) -> tuple[list[str], list[list[str]]]:
-    """What each method was given: the data and compute of its training, the episodes of its evaluation."""
-    rows = [[method.name, method.training or "–", f"{method.num_episodes:,}"] for method in summary.methods]
-    return ["method", "training", "episodes evaluated"], rows
+    """How far each method is behind the first, and what it was given: inner rate, training."""
+    rows = [
+        [
+            method.name,
+            "–" if method.behind is None else _format_signed(method.metric, *method.behind),
+            method.inner_rate or "–",
+            method.training or "–",
+        ]
+        for method in summary.methods
+    ]
+    return ["method", f"{summary.methods[0].name} ahead by", "inner rate", "training"], rows
 
 
 def forgetting_rows(summary: EvaluationSummary) -> tuple[list[str], list[list[str]]]:
@@ -173,8 +168,8 @@ def forgetting_rows(summary: EvaluationSummary) -> tuple[list[str], list[list[st
 def headline(summary: EvaluationSummary) -> str:
     """Who wins, by how much, and whether that could be chance.
 
-    The interval of the difference is the root of the summed squares of both half widths: as if the
-    methods had met different tasks. Having met the same ones, they are better separated than it says.
+    The interval is that of the paired difference where it is known (`MethodResult.behind`), else the
+    root of the summed squares of both half widths, as if the methods had met different tasks.
     """
     return _capitalized(_headline(summary))
 
@@ -197,7 +192,7 @@ def _headline(summary: EvaluationSummary) -> str:
     sign = 1.0 if ours.higher_is_better else -1.0
     best = max(finite, key=lambda method: sign * method.mean[-1])
     gain = sign * (ours.mean[-1] - best.mean[-1])
-    half_width = math.hypot(ours.ci95[-1], best.ci95[-1])
+    half_width = math.hypot(ours.ci95[-1], best.ci95[-1]) if best.behind is None else best.behind[1]
     rival = f"{best.name} ({format_estimate(best.metric, best.mean[-1], best.ci95[-1])})"
     amount = _format_difference(ours.metric, abs(gain), half_width)
     better, worse = ("above", "below") if ours.higher_is_better else ("below", "above")
@@ -212,6 +207,11 @@ def _headline(summary: EvaluationSummary) -> str:
         f"No clear winner: {ours.name} has {result}, {rival} is as good within the uncertainty "
         f"(difference {amount})."
     )
+
+
+def _format_signed(metric: str, value: float, half_width: float) -> str:
+    sign = "-" if value < 0 else "+"
+    return sign + _format_difference(metric, abs(value), half_width) if math.isfinite(value) else "–"
 
 
 def _format_difference(metric: str, value: float, half_width: float) -> str:
@@ -459,7 +459,10 @@ _WORDS = ' class="words"'
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose first column names the row; cells of running words are set to the left and folded."""
+    """A table whose first column names the row; cells of running words are set to the left and folded.
+
+    Where rows are methods, the first one, the meta-trained, stands out.
+    """
     words = {"training"}
     head = "".join(
         f'<th scope="col"{_WORDS if column in words else ""}>{html.escape(column)}</th>' for column in columns
@@ -470,7 +473,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         for column, cell in zip(columns[1:], row[1:], strict=True):
             kind = _WORDS if column in words else ""
             cells.append(f"<td{kind}>{html.escape(cell)}</td>")
-        kind = ' class="ours"' if index == 0 else ""
+        kind = ' class="ours"' if index == 0 and columns[0] == "method" else ""
         body.append(f"<tr{kind}>{''.join(cells)}</tr>")
     return (
         f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
@@ -537,7 +540,7 @@ def write_report(
         f'<p class="headline">{_unbroken(html.escape(headline(evaluation)))}</p>',
         f'<div class="figures">{"".join(figures)}</div>',
         "<h2>Methods</h2>",
-        _table(*summary_rows(evaluation, shown_steps(evaluation.num_steps))),
+        _table(*summary_rows(evaluation)),
         f'<p class="soft">{html.escape(_interval_words(evaluation))}.</p>',
         _table(*effort_rows(evaluation)),
     ]

@@ -87,7 +87,9 @@ def test_data_make_says_what_is_there_and_does_not_make_it_twice(
 
 
 def test_the_command_line_starts_without_torch() -> None:
-    loaded = "import sys, metaloom.cli; print([m for m in ('torch', 'mlflow', 'pydantic') if m in sys.modules])"
+    loaded = (
+        "import sys, metaloom.cli; print([m for m in ('torch', 'mlflow', 'pydantic') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -103,9 +105,10 @@ def test_train_then_evaluate_leaves_a_table_a_page_and_a_tracked_run(tmp_path: P
     assert "report: runs/smoke/report.html" in evaluated
     summary = json.loads((run_folder / "evaluation.json").read_text())
     assert [len(method["mean"]) for method in summary["methods"]] == [2, 2, 2, 2]
-    assert "<svg" in (run_folder / "report.html").read_text() or "data:image/png" in (
-        run_folder / "report.html"
-    ).read_text()
+    assert (
+        "<svg" in (run_folder / "report.html").read_text()
+        or "data:image/png" in (run_folder / "report.html").read_text()
+    )
     assert (run_folder / "adaptation.png").stat().st_size > 1000
     # A second evaluation finds its baselines trained, and says the same.
     again = run_well("evaluate", "runs/smoke", "evaluation.num_episodes=6", cwd=tmp_path)
@@ -151,7 +154,7 @@ def test_early_stopping_ends_the_run_and_the_best_step_is_kept(tmp_path: Path, g
     steps = [record["step"] for record in curve(tmp_path / "runs" / "smoke")]
     assert 4 <= len(steps) < 40
     facts = json.loads((tmp_path / "runs" / "smoke" / "run.json").read_text())
-    assert f"best validation loss" in output
+    assert "best validation loss" in output
     kept = sorted(path.name for path in (tmp_path / "runs" / "smoke" / "checkpoints" / "meta").iterdir())
     assert f"step-{facts['best_step']:08d}" in kept
     assert facts["best_step"] <= len(steps) - 3

@@ -30,7 +30,11 @@ def train(tmp_path: Path, *overrides: str | Path) -> Finished:
 def test_a_misspelt_key_and_a_wrong_type_are_told_together(tmp_path: Path) -> None:
     finished = train(tmp_path, "outer.task_per_step=3", "adaptation.rule.lr=fast")
     assert_one_message(
-        finished, 2, "2 problems", "did you mean 'tasks_per_step'?", "adaptation.rule.lr: 'fast' is not a number"
+        finished,
+        2,
+        "2 problems",
+        "did you mean 'tasks_per_step'?",
+        "adaptation.rule.lr: 'fast' is not a number",
     )
     assert not (tmp_path / "runs").exists()
 
@@ -82,7 +86,9 @@ def test_a_folder_that_holds_a_run(tmp_path: Path, glyphs: Path) -> None:
 
 
 def test_resume_with_a_changed_model_and_of_nothing(tmp_path: Path, glyphs: Path) -> None:
-    run_well("train", SMOKE, f"data.url={glyphs}", "outer.num_steps=2", "--run", tmp_path / "run", cwd=tmp_path)
+    run_well(
+        "train", SMOKE, f"data.url={glyphs}", "outer.num_steps=2", "--run", tmp_path / "run", cwd=tmp_path
+    )
     changed = run("train", "--resume", tmp_path / "run", "model.width=16", cwd=tmp_path)
     assert_one_message(changed, 2, "cannot be resumed", "model.width: 8 in the run, 16 now")
     nothing = run("train", "--resume", tmp_path / "nothing", cwd=tmp_path)
@@ -92,7 +98,10 @@ def test_resume_with_a_changed_model_and_of_nothing(tmp_path: Path, glyphs: Path
     recipe.write_text(recipe.read_text().replace("width: 8", "width: 4"))
     other = run("train", "--resume", tmp_path / "run", cwd=tmp_path)
     assert_one_message(
-        other, 4, "belongs to another model", "init.head.weight: shape [3, 8] in the checkpoint, [3, 4] in the model"
+        other,
+        4,
+        "belongs to another model",
+        "init.head.weight: shape [3, 8] in the checkpoint, [3, 4] in the model",
     )
 
 

@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 
 from metaloom.checkpoints import CheckpointStore
-from tests.commands import RECIPES, command, curve, descendants, environment, kill_tree, run_well, wait_for_step
+from tests.commands import (
+    RECIPES,
+    command,
+    curve,
+    descendants,
+    environment,
+    kill_tree,
+    run_well,
+    wait_for_step,
+)
 
 STEPS = 40
 GLYPHS = (
@@ -79,7 +88,13 @@ def test_killed_while_pretraining_and_resumed_equals_uninterrupted(tmp_path: Pat
 
 
 def test_resumed_on_another_number_of_ranks_gives_the_same_losses(tmp_path: Path, glyphs: Path) -> None:
-    words = ("train", RECIPES / "smoke.yaml", f"data.url={glyphs}", "precision.compute=float64", "tracking=none")
+    words = (
+        "train",
+        RECIPES / "smoke.yaml",
+        f"data.url={glyphs}",
+        "precision.compute=float64",
+        "tracking=none",
+    )
     run_well(*words, "--run", tmp_path / "whole", cwd=tmp_path)
     run_well(*words, "--run", tmp_path / "part", cwd=tmp_path)
     last = tmp_path / "part" / "checkpoints" / "meta" / "step-00000006" / "manifest.json"

@@ -22,7 +22,9 @@ def losses(folder: Path, num_processes: int, recipe: str, *overrides: str) -> li
         *overrides,
         cwd=folder,
     )
-    return [{name: record[name] for name in SUMS if name in record} for record in curve(run) if record["step"] > 0]
+    return [
+        {name: record[name] for name in SUMS if name in record} for record in curve(run) if record["step"] > 0
+    ]
 
 
 def assert_equal_to_rounding(left: list[dict[str, float]], right: list[dict[str, float]]) -> None:
@@ -42,7 +44,12 @@ def test_1_2_and_3_ranks_give_the_same_loss_curve(tmp_path: Path, glyphs: Path) 
 
 
 def test_a_rank_without_tasks_takes_part(tmp_path: Path, glyphs: Path) -> None:
-    overrides = (f"data.url={glyphs}", "outer.tasks_per_step=1", "outer.num_steps=3", "validation.num_episodes=1")
+    overrides = (
+        f"data.url={glyphs}",
+        "outer.tasks_per_step=1",
+        "outer.num_steps=3",
+        "validation.num_episodes=1",
+    )
     one = losses(tmp_path, 1, "smoke.yaml", *overrides)
     assert_equal_to_rounding(one, losses(tmp_path, 2, "smoke.yaml", *overrides))
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from metaloom.models.conv4 import Conv4, zero_head
+from metaloom.models.conv4 import Conv4
 from metaloom.models.gpt import VOCABULARY, Gpt
 
 
@@ -104,9 +104,3 @@ def test_conv4_without_norms_treats_each_example_alone() -> None:
     images = torch.randn(4, 1, 28, 28).double()
     # Other batch sizes take other kernels: rounding.
     torch.testing.assert_close(model(images)[:1], model(images[:1]), rtol=1e-12, atol=1e-14)
-
-
-def test_a_zeroed_head_prefers_no_class() -> None:
-    model = Conv4(num_classes=4, width=3, num_blocks=1, norm="batch")
-    zero_head(model)
-    assert not model(torch.randn(2, 1, 28, 28)).any()

@@ -20,7 +20,6 @@ from metaloom.tracking.report import (
     forgetting_rows,
     format_estimate,
     headline,
-    shown_steps,
     summary_rows,
     write_report,
 )
@@ -154,17 +153,34 @@ def test_estimates_read_as_people_write_them() -> None:
     assert format_estimate("accuracy", math.nan, math.nan) == "not finite"
 
 
-def test_tables_have_a_row_per_method_and_a_column_per_step() -> None:
-    summary = comparison(OURS, EQUAL, method("prototypes", (0.8,)))
+def test_tables_have_a_row_per_step_and_say_what_each_method_was_given() -> None:
+    level = dataclasses.replace(EQUAL, behind=(0.042, 0.003))
+    summary = comparison(OURS, level, method("prototypes", (0.8,)))
     columns, rows = summary_rows(summary)
-    assert columns == ["method", "before", "step 1", "step 2", "inner rate"]
-    assert rows[0] == ["meta-trained", "20.0 ± 0.4 %", "70.0 ± 0.4 %", "93.1 ± 0.4 %", "0.4"]
-    assert rows[2] == ["prototypes", "80.0 ± 0.4 %", "–", "–", "0.4"]
-    assert effort_rows(summary)[1][0] == ["meta-trained", "training of meta-trained", "2,000"]
+    assert columns == ["adaptation", "meta-trained", "ordinary, equal data", "prototypes"]
+    assert [row[:2] for row in rows] == [
+        ["before", "20.0 ± 0.4 %"],
+        ["step 1", "70.0 ± 0.4 %"],
+        ["step 2", "93.1 ± 0.4 %"],
+    ]
+    assert [row[3] for row in rows] == ["80.0 ± 0.4 %", "–", "–"]
+    assert effort_rows(summary)[1][:2] == [
+        ["meta-trained", "–", "0.4", "training of meta-trained"],
+        ["ordinary, equal data", "+4.2 ± 0.3 points", "0.4", "training of ordinary, equal data"],
+    ]
     assert forgetting_rows(summary)[1] == [["meta-trained", "1.200", "1.310", "+0.110"]]
-    assert summary_rows(comparison(method("a", (0.5,))))[0] == ["method", "before", "inner rate"]
-    assert shown_steps(3) == [0, 1, 2, 3]
-    assert shown_steps(64) == [0, 1, 16, 32, 64]
+    assert summary_rows(comparison(method("a", (0.5,))))[1] == [["before", "50.0 ± 0.4 %"]]
+
+
+def test_the_headline_takes_the_paired_interval_where_it_is_known() -> None:
+    unpaired = method("ordinary, equal data", (0.2, 0.6, 0.930))
+    assert headline(comparison(OURS, unpaired)).startswith("No clear winner")
+    paired = dataclasses.replace(unpaired, behind=(0.001, 0.0005))
+    assert "0.1 ± 0.1 points above the best baseline" in headline(comparison(OURS, paired))
+    assert EvaluationSummary.from_json(comparison(OURS, paired).to_json()).methods[1].behind == (
+        0.001,
+        0.0005,
+    )
 
 
 def test_a_summary_survives_json_with_numbers_that_json_does_not_have() -> None:
