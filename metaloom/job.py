@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-import threading
 from collections.abc import Iterator
 
 import torch
@@ -18,6 +17,20 @@ from metaloom.tracking import FinishStatus, RunTracker, environment_facts, make_
 from metaloom.tracking.console import Console, make_console
 
 
+@dataclasses.dataclass
+class Shutdown:
+    """What a rank's signal handler and its job tell each other.
+
+    Attributes:
+        was_asked: a person has asked the job to stop.
+        is_closing: the job is delivering its last records, which a SIGTERM shall not cut short: torch
+            elastic sends one to the ranks that are left when one has failed.
+    """
+
+    was_asked: bool = False
+    is_closing: bool = False
+
+
 @dataclasses.dataclass(frozen=True)
 class Place:
     """Where one rank runs.
@@ -26,13 +39,13 @@ class Place:
         folder: the run's folder, seen by all ranks.
         device: where this rank computes.
         tracking_uri: the MLflow store that the environment names, or None.
-        stop: set when a person has asked the job to stop.
+        shutdown: how a stop that comes from outside is agreed on.
     """
 
     folder: RunFolder
     device: torch.device
     tracking_uri: str | None
-    stop: threading.Event
+    shutdown: Shutdown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,4 +105,5 @@ def open_job(recipe: Recipe, place: Place, *, first_step: int | None) -> Iterato
         status = "finished"
     finally:
         # A stopped rank may end in KeyboardInterrupt, or in a collective whose partner stopped first.
-        tracker.finish("killed" if place.stop.is_set() else status)
+        place.shutdown.is_closing = True
+        tracker.finish("killed" if place.shutdown.was_asked else status)

@@ -12,7 +12,6 @@ import json
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -25,7 +24,7 @@ import torch.distributed as dist
 from metaloom.agent import LOST_PARTNER_EXIT_CODE
 from metaloom.errors import MetaloomError
 from metaloom.evaluate import evaluate
-from metaloom.job import Place
+from metaloom.job import Place, Shutdown
 from metaloom.recipe import Recipe, load_recipe
 from metaloom.run_folder import RunFolder
 from metaloom.train import train
@@ -42,10 +41,10 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         recipe = load_recipe(arguments.recipe)
-        stop = _stop_on_interrupt()
+        shutdown = _stop_on_signals()
         device = _join(recipe)
         tracking_uri = os.environ.get("MLFLOW_TRACKING_URI") or None
-        JOBS[arguments.job](recipe, Place(RunFolder(arguments.run), device, tracking_uri, stop))
+        JOBS[arguments.job](recipe, Place(RunFolder(arguments.run), device, tracking_uri, shutdown))
     except MetaloomError as error:
         _record(str(error), expected=True)
         return error.exit_code
@@ -63,21 +62,20 @@ def main() -> int:
     return 0
 
 
-def _stop_on_interrupt() -> threading.Event:
-    """An event that is set by SIGINT, which ends the job as well: a person has asked for it.
-
-    SIGTERM, which torch elastic sends to the ranks that are left when one has failed, ends it too.
-    """
-    stop = threading.Event()
+def _stop_on_signals() -> Shutdown:
+    """SIGINT and SIGTERM end the job by KeyboardInterrupt; what they have said is in the returned state."""
+    shutdown = Shutdown()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
-            stop.set()
+            shutdown.was_asked = True
+        elif shutdown.is_closing:
+            return
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, interrupt)
-    return stop
+    return shutdown
 
 
 def _join(recipe: Recipe) -> torch.device:

@@ -80,7 +80,7 @@ def test_an_unwritable_run_folder(tmp_path: Path, glyphs: Path) -> None:
 
 
 def test_a_folder_that_holds_a_run(tmp_path: Path, glyphs: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text("name: x\n")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "time_s": 0, "loss": 1.0}\n')
     finished = train(tmp_path, f"data.url={glyphs}", "--run", tmp_path)
     assert_one_message(finished, 5, "already holds a run", "--resume")
 
@@ -112,8 +112,10 @@ def test_evaluation_of_what_was_not_trained(tmp_path: Path) -> None:
 def test_an_unreachable_tracking_server_is_told_at_the_start_without_its_password(
     tmp_path: Path, glyphs: Path
 ) -> None:
-    finished = train(tmp_path, f"data.url={glyphs}", "tracking.uri=http://127.0.0.1:9")
+    words = (f"data.url={glyphs}", "--run", tmp_path / "run")
+    finished = train(tmp_path, *words, "tracking.uri=http://127.0.0.1:9")
     assert_one_message(finished, 6, "http://127.0.0.1:9", "cannot be used")
+    assert train(tmp_path, *words, "tracking=none").code == 0  # the folder is not spoilt
     secret = train(tmp_path, f"data.url={glyphs}", "tracking.uri=http://me:hunter2@127.0.0.1:9")
     assert_one_message(secret, 2, "MLFLOW_TRACKING_USERNAME")
     assert "hunter2" not in secret.errors

@@ -43,16 +43,21 @@ STDLIB = (
 )
 
 
-def kill_at_step(step: int, *words: str | Path, run: Path, cwd: Path) -> None:
-    """Starts a training, and kills every process of it when it has logged a step."""
-    process = subprocess.Popen(
+def start(*words: str | Path, run: Path, output: int = subprocess.PIPE) -> "subprocess.Popen[bytes]":
+    """Starts `metaloom ... --run RUN` in the run's parent folder."""
+    return subprocess.Popen(
         command(*words, "--run", run),
-        cwd=cwd,
+        cwd=run.parent,
         env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
         start_new_session=True,
     )
+
+
+def kill_at_step(step: int, *words: str | Path, run: Path) -> None:
+    """Starts a training, and kills every process of it when it has logged a step."""
+    process = start(*words, run=run, output=subprocess.DEVNULL)
     try:
         wait_for_step(run / "metrics.jsonl", step, process)
     finally:
@@ -69,7 +74,7 @@ def final_tensors(run: Path, phase: str = "meta") -> dict[str, bytes]:
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path, glyphs: Path) -> None:
     words = ("train", RECIPES / "smoke.yaml", f"data.url={glyphs}", *GLYPHS)
     run_well(*words, "--run", tmp_path / "whole", cwd=tmp_path)
-    kill_at_step(14, *words, run=tmp_path / "killed", cwd=tmp_path)
+    kill_at_step(14, *words, run=tmp_path / "killed")
     assert len(curve(tmp_path / "killed")) < STEPS
     output = run_well("train", "--resume", tmp_path / "killed", cwd=tmp_path)
     assert "resumed after outer step" in output
@@ -80,7 +85,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path, gly
 def test_killed_while_pretraining_and_resumed_equals_uninterrupted(tmp_path: Path, stdlib: Path) -> None:
     words = ("train", RECIPES / "stdlib-lora.yaml", f"data.url={stdlib}", *STDLIB)
     run_well(*words, "--run", tmp_path / "whole", cwd=tmp_path)
-    kill_at_step(-30, *words, run=tmp_path / "killed", cwd=tmp_path)
+    kill_at_step(-30, *words, run=tmp_path / "killed")
     run_well("train", "--resume", tmp_path / "killed", cwd=tmp_path)
     assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
     for phase in ("pretrain", "meta"):
@@ -108,17 +113,9 @@ def test_resumed_on_another_number_of_ranks_gives_the_same_losses(tmp_path: Path
 
 def test_a_rank_that_is_killed_ends_the_job_with_its_name(tmp_path: Path, glyphs: Path) -> None:
     run = tmp_path / "run"
-    process = subprocess.Popen(
-        command("train", RECIPES / "smoke.yaml", f"data.url={glyphs}", "outer.num_steps=5000", "--run", run),
-        cwd=tmp_path,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    process = start("train", RECIPES / "smoke.yaml", f"data.url={glyphs}", "outer.num_steps=5000", run=run)
     try:
-        wait_for_step(run / "metrics.jsonl", 3, process)  # type: ignore[arg-type]
+        wait_for_step(run / "metrics.jsonl", 3, process)
         workers = [pid for pid in descendants(process.pid) if is_rank(pid, 1)]
         os.kill(workers[0], signal.SIGKILL)
         _, errors = process.communicate(timeout=60)
@@ -126,8 +123,47 @@ def test_a_rank_that_is_killed_ends_the_job_with_its_name(tmp_path: Path, glyphs
         if process.poll() is None:
             kill_tree(process.pid)
     assert process.returncode == 1
-    assert "error: rank 1 died (Signal 9 (SIGKILL)" in errors
-    assert "Traceback" not in errors
+    assert b"error: rank 1 died (Signal 9 (SIGKILL)" in errors
+    assert b"Traceback" not in errors
+    assert tracked_status(run) == "FAILED"
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_command_leaves_no_process_and_a_run_marked_killed(
+    tmp_path: Path, glyphs: Path, sent: signal.Signals, code: int
+) -> None:
+    run = tmp_path / "run"
+    process = start("train", RECIPES / "smoke.yaml", f"data.url={glyphs}", "outer.num_steps=5000", run=run)
+    try:
+        wait_for_step(run / "metrics.jsonl", 3, process)
+        started = descendants(process.pid)
+        process.send_signal(sent)
+        output, errors = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            kill_tree(process.pid)
+    assert process.returncode == code
+    assert b"Traceback" not in output + errors
+    assert not [pid for pid in started if is_running(pid)]
+    assert tracked_status(run) == "KILLED"
+
+
+def tracked_status(run: Path) -> str:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{run}/mlflow.db")
+    experiment = client.get_experiment_by_name("metaloom")
+    assert experiment is not None
+    (tracked,) = client.search_runs([experiment.experiment_id])
+    client._tracking_client.store._dispose_engine()
+    return str(tracked.info.status)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def is_rank(pid: int, rank: int) -> bool:

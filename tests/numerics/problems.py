@@ -25,6 +25,7 @@ from metaloom.models.gpt import VOCABULARY, Gpt
 
 PLAIN = Sgd()
 HEAVY = Sgd(momentum=0.7, weight_decay=0.05)
+CLIPPED = Sgd(momentum=0.5, clip_norm=0.05)  # active: these problems' gradients are longer
 RATE = 0.2
 # Images are smaller than 28 x 28, which the network does not mind: the tests stay quick.
 IMAGE = 12

@@ -13,9 +13,11 @@ from torch.nn import functional as F
 from metaloom.engine.algorithms.maml import step_weights
 from metaloom.engine.hypergradients import HYPERGRADIENTS
 from metaloom.engine.hypergradients.base import MetaGradient
+from metaloom.engine.inner_loops.sgd import Sgd
 from metaloom.engine.learner import Rehearsal
 from metaloom.engine.unroll import adapt
 from tests.numerics.problems import (
+    CLIPPED,
     HEAVY,
     RATE,
     Problem,
@@ -44,6 +46,12 @@ CASES: dict[str, Callable[[], Problem]] = {
     ),
     "conv4, K=3, rates alone": lambda: conv4_problem(
         step_weights=UNEVEN, grain="per_tensor_per_step", init=False
+    ),
+    "conv4, K=3, clipped, momentum": lambda: conv4_problem(
+        step_weights=last(3), grain="per_tensor", rule=CLIPPED
+    ),
+    "gpt, K=3, backbone, clipped, rehearsal": lambda: gpt_problem(
+        step_weights=last(3), grain="per_tensor_per_step", rule=CLIPPED, backbone=True, rehearsal=MIXED
     ),
     "gpt, K=1": lambda: gpt_problem(step_weights=last(1)),
     "gpt, K=1, backbone, one rate, rehearsal": lambda: gpt_problem(
@@ -91,12 +99,13 @@ def test_every_exact_estimator_equals_unrolled(case: str) -> None:
     ("model", "kind"),
     [("conv4", "init."), ("conv4", "rates."), ("gpt", "init."), ("gpt", "backbone."), ("gpt", "rates.")],
 )
-def test_unrolled_equals_finite_differences_of_the_meta_loss(model: str, kind: str) -> None:
+@pytest.mark.parametrize("rule", [HEAVY, CLIPPED], ids=["heavy", "clipped"])
+def test_unrolled_equals_finite_differences_of_the_meta_loss(model: str, kind: str, rule: Sgd) -> None:
     if model == "conv4":
-        problem = conv4_problem(step_weights=UNEVEN, grain="per_tensor_per_step", rule=HEAVY)
+        problem = conv4_problem(step_weights=UNEVEN, grain="per_tensor_per_step", rule=rule)
     else:
         problem = gpt_problem(
-            step_weights=UNEVEN, grain="per_tensor_per_step", rule=HEAVY, backbone=True, rehearsal=MIXED
+            step_weights=UNEVEN, grain="per_tensor_per_step", rule=rule, backbone=True, rehearsal=MIXED
         )
     gradient = meta_gradient(problem).gradient
     generator = torch.Generator().manual_seed(0)
@@ -213,3 +222,10 @@ def test_an_estimator_keeps_no_graph_in_what_it_returns(estimator: str) -> None:
     for tensor in (*result.gradient.values(), result.losses, *result.metrics.values()):
         assert tensor.grad_fn is None
         assert not tensor.requires_grad
+
+
+@pytest.mark.parametrize("make", [conv4_problem, gpt_problem])
+def test_clipping_is_active_in_the_clipped_cases(make: Callable[..., Problem]) -> None:
+    clipped = meta_gradient(make(step_weights=last(3), rule=CLIPPED))
+    free = meta_gradient(make(step_weights=last(3), rule=Sgd(momentum=0.5)))
+    assert max(relative_error(clipped.gradient[name], value) for name, value in free.gradient.items()) > 0.01

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metaloom.engine.inner_loops.rates import Grain, Rates
-from metaloom.engine.inner_loops.sgd import Sgd
+from metaloom.engine.inner_loops.sgd import Sgd, clip_per_task
 
 T = 3
 SHAPES = {"weight": (T, 4, 2), "bias": (T, 4)}
@@ -43,6 +43,34 @@ def test_sgd_equals_torchs_sgd_over_several_steps(momentum: float, weight_decay:
         for name, value in fast.items():
             # The rates above are float32 numbers; the rest is the same arithmetic.
             torch.testing.assert_close(value, parameters[name].detach(), rtol=1e-14, atol=1e-14)
+
+
+def test_clipping_is_that_of_torch_for_each_task_alone() -> None:
+    grads = noise(1)
+    grads = {
+        name: value * torch.tensor([0.01, 1.0, 5.0]).view(T, *(1,) * (value.ndim - 1))
+        for name, value in grads.items()
+    }
+    clipped = clip_per_task(grads, 1.5)
+    for task in range(T):
+        parameters = [torch.zeros_like(value[task]).requires_grad_() for value in grads.values()]
+        for parameter, value in zip(parameters, grads.values(), strict=True):
+            parameter.grad = value[task].clone()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.5)
+        for parameter, value in zip(parameters, clipped.values(), strict=True):
+            # Torch divides by the norm plus 1e-6.
+            torch.testing.assert_close(value[task], parameter.grad, rtol=1e-6, atol=0)
+
+
+def test_clipping_an_exactly_zero_gradient_is_zero_with_a_finite_derivative() -> None:
+    grads = {
+        name: torch.zeros(shape, dtype=torch.float64, requires_grad=True) for name, shape in SHAPES.items()
+    }
+    clipped = clip_per_task(grads, 0.5)
+    assert not any(value.any() for value in clipped.values())
+    total = torch.stack([value.sum() for value in clipped.values()]).sum()
+    for derivative in torch.autograd.grad(total, list(grads.values())):
+        assert torch.equal(derivative, torch.ones_like(derivative))
 
 
 def test_sgd_keeps_no_state_without_momentum() -> None:
