@@ -121,12 +121,13 @@ def _meta_trained(job: Job) -> Contender:
         name: checkpoint.tensors[prefix + name].to(job.place.device) for name in initial_meta(recipe, unroll)
     }
     learned = recipe.adaptation.rule.learned
+    tasks = recipe.outer.tasks_per_step
     return Contender(
         name="meta-trained",
         unroll=unroll,
         meta=meta,
         inner_rate=f"{recipe.adaptation.rule.lr:g}" if learned == "none" else "learned",
-        training=f"{checkpoint.step} outer steps",
+        training=_after_pretraining(recipe, f"{checkpoint.step} outer steps of {tasks} tasks"),
     )
 
 
@@ -144,14 +145,13 @@ def _baseline(job: Job, name: str) -> Contender:
     """A baseline with its inner rate tuned on validation episodes."""
     model = build_model(job.recipe, job.place.device)
     training = "none"
-    if name != "random" and job.recipe.pretrain is not None:
+    if name == "pretrained":
         load_weights(model, _pretrained(job))
-        training = f"{job.recipe.pretrain.num_steps} steps of pre-training"
-    if name.startswith("ordinary_"):
+        training = _after_pretraining(job.recipe, "")
+    elif name.startswith("ordinary_"):
         num_samples, num_steps = _ordinary_budget(job, name)
         load_weights(model, _ordinarily_trained(job, name, num_steps))
-        then = "" if job.recipe.pretrain is None else training + ", then "
-        training = f"{then}{num_steps} steps, {num_samples} samples"
+        training = _after_pretraining(job.recipe, f"{num_steps} steps, {num_samples} samples")
     adapter = build_adapter(job.recipe, model)
     shown = _SHOWN_NAMES[name]
     rate = _tuned_rate(job, shown, lambda rate: build_unroll(job.recipe, adapter, rate=rate, grain="none"))
@@ -162,6 +162,13 @@ def _baseline(job: Job, name: str) -> Contender:
         inner_rate=f"{rate:.3g} (tuned)",
         training=training,
     )
+
+
+def _after_pretraining(recipe: Recipe, training: str) -> str:
+    """What was spent on a contender in words, the recipe's pre-training first."""
+    if recipe.pretrain is None:
+        return training
+    return f"{recipe.pretrain.num_steps} steps of pre-training" + (training and f", then {training}")
 
 
 _SHOWN_NAMES = {
@@ -335,8 +342,10 @@ def _result(
     columns = list(zip(*(curve.metric for curve in curves), strict=True))
     clusters = [curve.task for curve in curves]
     retention = [curve.retention for curve in curves if curve.retention is not None]
-    sign = 1.0 if metric == "accuracy" else -1.0
-    ahead = [sign * (our.metric[-1] - own.metric[-1]) for our, own in zip(ours, curves, strict=True)]
+    differences = [
+        [our - own for our, own in zip(ours[row].metric, curve.metric, strict=True)]
+        for row, curve in enumerate(curves)
+    ]
     return MethodResult(
         name=contender.name,
         inner_rate=contender.inner_rate,
@@ -350,7 +359,9 @@ def _result(
         rehearsal=(statistics.fmean(r[0] for r in retention), statistics.fmean(r[1] for r in retention))
         if retention
         else None,
-        behind=None if curves is ours else (statistics.fmean(ahead), confidence_95(ahead, clusters)),
+        paired_ci95=None
+        if curves is ours
+        else tuple(confidence_95(column, clusters) for column in zip(*differences, strict=True)),
     )
 
 

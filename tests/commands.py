@@ -13,6 +13,7 @@ import pytest
 
 REPOSITORY = Path(__file__).parent.parent
 RECIPES = REPOSITORY / "recipes"
+ADDED: dict[str, str] = {}  # what a test adds to the environment of its commands
 TIMINGS = ("time_s", "tasks_per_s", "tokens_per_s", "data_wait_share", "peak_memory_mib")
 
 
@@ -33,7 +34,7 @@ def command(*words: str | Path) -> list[str]:
 def environment() -> dict[str, str]:
     """This process's environment without what would change a run from outside."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-    return kept | {"PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"}
+    return kept | {"PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"} | ADDED
 
 
 def run(*words: str | Path, cwd: Path, timeout_s: float = 120.0) -> Finished:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 LEARNING_CURVE_FILE = "learning_curve.png"
 ADAPTATION_FILE = "adaptation.png"
-_NUMBERS = ("mean", "ci95", "rehearsal", "behind")
+_NUMBERS = ("mean", "ci95", "rehearsal", "paired_ci95")
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,13 @@ class MethodResult:
     num_clusters: int  # groups of episodes that share classes or files, which the interval allows for
     training: str  # for people: the data and compute spent
     rehearsal: tuple[float, float] | None = None  # loss on pre-training data before and after adaptation
-    # By how much the first method is better after the last step, on the same episodes, and half the
-    # width of that difference's interval; None for the first method itself.
-    behind: tuple[float, float] | None = None
+    # Half widths of the intervals of the difference from the first method, which has met the same
+    # episodes; None for the first method itself.
+    paired_ci95: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        if not self.mean or len(self.mean) != len(self.ci95):
+        paired = self.ci95 if self.paired_ci95 is None else self.paired_ci95
+        if not self.mean or not len(self.mean) == len(self.ci95) == len(paired):
             raise ValueError(
                 f"{self.name!r}: {len(self.mean)} means and {len(self.ci95)} half widths; "
                 "there is one of each per adaptation step, from step 0 on"
@@ -142,10 +143,16 @@ def summary_rows(summary: EvaluationSummary) -> tuple[list[str], list[list[str]]
 
 def effort_rows(summary: EvaluationSummary) -> tuple[list[str], list[list[str]]]:
     """How far each method is behind the first, and what it was given: inner rate, training."""
+    ours = summary.methods[0]
+    sign = 1.0 if ours.higher_is_better else -1.0
     rows = [
         [
             method.name,
-            "–" if method.behind is None else _format_signed(method.metric, *method.behind),
+            "–"
+            if method.paired_ci95 is None
+            else _format_signed(
+                method.metric, sign * (ours.mean[-1] - method.mean[-1]), method.paired_ci95[-1]
+            ),
             method.inner_rate or "–",
             method.training or "–",
         ]
@@ -168,7 +175,7 @@ def forgetting_rows(summary: EvaluationSummary) -> tuple[list[str], list[list[st
 def headline(summary: EvaluationSummary) -> str:
     """Who wins, by how much, and whether that could be chance.
 
-    The interval is that of the paired difference where it is known (`MethodResult.behind`), else the
+    The interval is that of the paired difference where it is known (`MethodResult.paired_ci95`), else the
     root of the summed squares of both half widths, as if the methods had met different tasks.
     """
     return _capitalized(_headline(summary))
@@ -192,7 +199,9 @@ def _headline(summary: EvaluationSummary) -> str:
     sign = 1.0 if ours.higher_is_better else -1.0
     best = max(finite, key=lambda method: sign * method.mean[-1])
     gain = sign * (ours.mean[-1] - best.mean[-1])
-    half_width = math.hypot(ours.ci95[-1], best.ci95[-1]) if best.behind is None else best.behind[1]
+    half_width = math.hypot(ours.ci95[-1], best.ci95[-1])
+    if best.paired_ci95 is not None:
+        half_width = best.paired_ci95[-1]
     rival = f"{best.name} ({format_estimate(best.metric, best.mean[-1], best.ci95[-1])})"
     amount = _format_difference(ours.metric, abs(gain), half_width)
     better, worse = ("above", "below") if ours.higher_is_better else ("below", "above")
@@ -283,19 +292,30 @@ def _add_legend(figure: "Figure", handles: Sequence[Any], labels: Sequence[str],
 
 
 def draw_adaptation(summary: EvaluationSummary, colours: Mapping[str, str] = _PRINT_COLOURS) -> "Figure":
-    """The metric over adaptation steps: one line and 95 % band per method, the meta-trained on top."""
+    """The metric over adaptation steps: one line per method, the meta-trained on top.
+
+    Bands are 95 % intervals: of the difference from the meta-trained where methods are paired, else of
+    the means. A method that is far from all others would press them together: it is named, not drawn.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
     is_accuracy = summary.methods[0].metric == "accuracy"
     scale = 100.0 if is_accuracy else 1.0
-    handles = []
+    handles, labels = [], []
+    is_paired = any(method.paired_ci95 is not None for method in summary.methods)
     for index, method in enumerate(summary.methods):
         is_ours = index == 0
+        if _is_far_off(summary, method):
+            ends = " to ".join(f"{scale * value:.4g}" for value in (method.mean[0], method.mean[-1]))
+            handles.append(axes.plot([], [], linestyle="")[0])
+            labels.append(f"{method.name}: {ends}, off the scale")
+            continue
         colour = _OURS if is_ours else _OTHERS[(index - 1) % len(_OTHERS)]
         steps = list(range(len(method.mean)))
-        mean, ci95 = _finite(method.mean, scale), _finite(method.ci95, scale)
+        widths = method.paired_ci95 or ((0.0,) * len(steps) if is_paired else method.ci95)
+        mean, ci95 = _finite(method.mean, scale), _finite(widths, scale)
         low = [m - c for m, c in zip(mean, ci95, strict=True)]
         high = [m + c for m, c in zip(mean, ci95, strict=True)]
         depth = 10 if is_ours else 5
@@ -311,6 +331,7 @@ def draw_adaptation(summary: EvaluationSummary, colours: Mapping[str, str] = _PR
             zorder=depth,
         )
         handles.append(line)
+        labels.append(method.name)
     axes.set_xlabel("adaptation steps")
     axes.set_ylabel(
         "accuracy on query data [%]" if is_accuracy else f"{summary.methods[0].metric} on query data"
@@ -320,8 +341,18 @@ def draw_adaptation(summary: EvaluationSummary, colours: Mapping[str, str] = _PR
         axes.set_ylim(max(float(bottom), -2.0), min(float(top), 102.0))
     _whole_steps(axes)
     _style(axes, colours)
-    _add_legend(figure, handles, [method.name for method in summary.methods], colours[_INK])
+    _add_legend(figure, handles, labels, colours[_INK])
     return figure
+
+
+def _is_far_off(summary: EvaluationSummary, method: MethodResult) -> bool:
+    """Whether a method's curve lies further from the first one's than that moves, several times over."""
+    ours = summary.methods[0]
+    if method is ours or not all(map(math.isfinite, (*ours.mean, *method.mean))):
+        return False
+    low, high = min(ours.mean), max(ours.mean)
+    distance = max(min(method.mean) - high, low - max(method.mean))
+    return distance > 3.0 * (high - low)
 
 
 def curve_names(curves: Sequence[MetricRecord]) -> list[str]:
@@ -524,7 +555,9 @@ def write_report(
     written.append(adaptation_png)
     svg = _inline_svg(draw_adaptation(evaluation, {c: c for c in _PAGE_COLOURS}), "a", "adaptation curves")
     metric = _capitalized(evaluation.methods[0].metric)
-    figures = [_figure(svg, f"{metric} over adaptation steps; bands are 95 % confidence intervals")]
+    is_paired = any(method.paired_ci95 is not None for method in evaluation.methods)
+    of_what = " of the difference from the meta-trained, on the same episodes" if is_paired else ""
+    figures = [_figure(svg, f"{metric} over adaptation steps; bands are 95 % confidence intervals{of_what}")]
 
     printed = draw_learning_curve(curves)
     on_page = draw_learning_curve(curves, {c: c for c in _PAGE_COLOURS})

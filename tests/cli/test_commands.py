@@ -143,6 +143,16 @@ def assert_tracked(run_folder: Path) -> None:
     client._tracking_client.store._dispose_engine()
 
 
+def test_the_environment_may_name_the_tracking_store(
+    tmp_path: Path, glyphs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.commands.ADDED", {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/named.db"})
+    output = run_well("train", RECIPES / "smoke.yaml", f"data.url={glyphs}", cwd=tmp_path)
+    assert f"tracked in sqlite:///{tmp_path}/named.db (experiment metaloom" in output
+    assert (tmp_path / "named.db").exists()
+    assert not (tmp_path / "runs" / "smoke" / "mlflow.db").exists()
+
+
 def test_early_stopping_ends_the_run_and_the_best_step_is_kept(tmp_path: Path, glyphs: Path) -> None:
     # At this rate the loss rises at once, so that the first validation stays the best.
     output = run_well(

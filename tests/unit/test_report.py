@@ -136,6 +136,20 @@ def test_lower_bits_per_byte_win() -> None:
     assert "0.186 ± 0.013 above meta-trained" in headline(comparison(other, ours))
 
 
+def test_a_method_far_from_all_others_is_named_but_not_drawn() -> None:
+    far = method("random init", (0.9, 0.91, 0.92))
+    near = method("other", (0.2, 0.25, 0.3))
+    ours = method("meta-trained", (0.2, 0.25, 0.31))
+    figure = draw_adaptation(comparison(ours, near, far))
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "meta-trained",
+        "other",
+        "random init: 90 to 92, off the scale",
+    ]
+    assert figure.axes[0].get_ylim()[1] < 60.0
+
+
 def test_the_headline_without_baselines_or_finite_numbers_claims_nothing() -> None:
     assert headline(comparison(OURS)).endswith("there is no baseline to compare it with.")
     diverged = dataclasses.replace(OURS, mean=(0.2, math.nan, math.nan))
@@ -154,7 +168,7 @@ def test_estimates_read_as_people_write_them() -> None:
 
 
 def test_tables_have_a_row_per_step_and_say_what_each_method_was_given() -> None:
-    level = dataclasses.replace(EQUAL, behind=(0.042, 0.003))
+    level = dataclasses.replace(EQUAL, paired_ci95=(0.01, 0.01, 0.003))
     summary = comparison(OURS, level, method("prototypes", (0.8,)))
     columns, rows = summary_rows(summary)
     assert columns == ["adaptation", "meta-trained", "ordinary, equal data", "prototypes"]
@@ -175,10 +189,11 @@ def test_tables_have_a_row_per_step_and_say_what_each_method_was_given() -> None
 def test_the_headline_takes_the_paired_interval_where_it_is_known() -> None:
     unpaired = method("ordinary, equal data", (0.2, 0.6, 0.930))
     assert headline(comparison(OURS, unpaired)).startswith("No clear winner")
-    paired = dataclasses.replace(unpaired, behind=(0.001, 0.0005))
+    paired = dataclasses.replace(unpaired, paired_ci95=(0.0, 0.0, 0.0005))
     assert "0.1 ± 0.1 points above the best baseline" in headline(comparison(OURS, paired))
-    assert EvaluationSummary.from_json(comparison(OURS, paired).to_json()).methods[1].behind == (
-        0.001,
+    assert EvaluationSummary.from_json(comparison(OURS, paired).to_json()).methods[1].paired_ci95 == (
+        0.0,
+        0.0,
         0.0005,
     )
 
