@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
+from metaloom.budgets import ordinary_budget
 from metaloom.build import (
     build_adapter,
     build_algorithm,
@@ -22,23 +22,24 @@ from metaloom.build import (
     task_batch,
 )
 from metaloom.checkpoints import Checkpoint, CheckpointStore
+from metaloom.confidence import confidence_95
 from metaloom.datasets import ClassSamples, EpisodeSource, slice_for_rank
 from metaloom.engine.evaluation import adaptation_curve
-from metaloom.engine.learner import bits_per_byte, cross_entropy
+from metaloom.engine.learner import bits_per_byte
 from metaloom.engine.unroll import Unroll
 from metaloom.errors import CheckpointError
 from metaloom.job import Job, Place, open_job
 from metaloom.ordinary import train_ordinary
 from metaloom.recipe import GlyphsData, Recipe, StdlibData
-from metaloom.sources import episode_source, num_rehearsed, ordinary_samples
+from metaloom.sources import episode_source, ordinary_samples
 from metaloom.tracking import read_metrics
-from metaloom.tracking.report import (
+from metaloom.tracking.report import write_report
+from metaloom.tracking.results import (
     EvaluationSummary,
     MethodResult,
     effort_rows,
     headline,
     summary_rows,
-    write_report,
 )
 
 ORDINARY_WARMUP_SHARE = 0.05
@@ -149,7 +150,7 @@ def _baseline(job: Job, name: str) -> Contender:
         load_weights(model, _pretrained(job))
         training = _after_pretraining(job.recipe, "")
     elif name.startswith("ordinary_"):
-        num_samples, num_steps = _ordinary_budget(job, name)
+        num_samples, num_steps = ordinary_budget(job, name, num_outer_steps=_newest(job).step)
         load_weights(model, _ordinarily_trained(job, name, num_steps))
         training = _after_pretraining(job.recipe, f"{num_steps} steps, {num_samples} samples")
     adapter = build_adapter(job.recipe, model)
@@ -220,65 +221,6 @@ def _ordinarily_trained(job: Job, name: str, num_steps: int) -> MetaTensors:
         head = dict(build_model(recipe, job.place.device).named_parameters())
         weights |= {key: torch.zeros_like(value) for key, value in head.items() if key.startswith("head.")}
     return weights
-
-
-# ---------------------------------------------------------------- budgets
-
-
-def _ordinary_budget(job: Job, name: str) -> tuple[int, int]:
-    """Samples and steps of an ordinary training that spends what meta-training has spent."""
-    recipe = job.recipe
-    batch_size = recipe.evaluation.ordinary.batch_size
-    num_tasks = _newest(job).step * recipe.outer.tasks_per_step
-    if name == "ordinary_equal_data":
-        num_steps = num_tasks * _samples_per_task(recipe) / batch_size
-    else:
-        num_steps = num_tasks * _flops_per_task(job) / (_flops_per_sample(job) * batch_size)
-    steps = max(1, math.ceil(num_steps))
-    return steps * batch_size, steps
-
-
-def _samples_per_task(recipe: Recipe) -> int:
-    """Images or sequences that a task shows to meta-training, each counted once."""
-    data = recipe.data
-    if isinstance(data, GlyphsData):
-        return data.n_way * (data.n_shot + data.n_query)
-    return data.num_support + data.num_query + num_rehearsed(recipe, recipe.adaptation.num_steps)
-
-
-def _flops_per_task(job: Job) -> int:
-    """Floating-point operations of one task's hypergradient (matrix products and convolutions)."""
-    recipe, device = job.recipe, job.place.device
-    num_inner = recipe.adaptation.num_steps
-    source = episode_source(recipe, job.index, "train", seed=recipe.seed, num_steps=num_inner)
-    algorithm = build_algorithm(recipe, build_adapter(recipe, build_model(recipe, device)))
-    meta = initial_meta(recipe, algorithm.unroll)
-    batch = task_batch(recipe, [source.episode(0)], device, num_steps=num_inner)
-    return _count_flops(lambda: algorithm.meta_gradient(meta, batch))
-
-
-def _flops_per_sample(job: Job) -> int:
-    """Floating-point operations of one sample in ordinary training, forward and backward."""
-    recipe, device = job.recipe, job.place.device
-    samples = ordinary_samples(recipe, job.index, ("train",))
-    num_classes = samples.num_classes if isinstance(samples, ClassSamples) else None
-    model = build_model(recipe, device, num_classes=num_classes)
-    arrays = samples.batch(0, 2)
-    inputs = torch.from_numpy(arrays["inputs"]).to(device)
-    inputs = inputs.to(next(model.parameters()).dtype) if inputs.is_floating_point() else inputs
-    targets = torch.from_numpy(arrays["targets"]).to(device)
-
-    def step() -> None:
-        loss = cross_entropy(model(inputs)[None], targets[None]).sum()
-        torch.autograd.grad(loss, list(model.parameters()))
-
-    return _count_flops(step) // 2
-
-
-def _count_flops(compute: Callable[[], object]) -> int:
-    with FlopCounterMode(display=False) as counter:
-        compute()
-    return int(counter.get_total_flops())
 
 
 # ---------------------------------------------------------------- measuring
@@ -401,43 +343,6 @@ def _curves(
             curves.append(EpisodeCurve(episode.task, tuple(unit(value) for value in values[row]), pair))
         on_done(len(episodes) * sharding.world_size)
     return sharding.gather(curves)
-
-
-def confidence_95(values: Sequence[float], clusters: Sequence[str]) -> float:
-    """Half the width of the 95 % confidence interval of the mean, clustered.
-
-    With residuals r_i and G clusters: `t * sqrt(G / (G - 1) * sum_c (sum_{i in c} r_i)^2) / n`, t the
-    quantile of Student's distribution with G - 1 degrees of freedom (Cameron and Miller 2015, "A
-    Practitioner's Guide to Cluster-Robust Inference", section II). Where no cluster repeats it is
-    the ordinary interval. Infinite for a single cluster.
-    """
-    mean = statistics.fmean(values)
-    sums: dict[str, float] = {}
-    for value, cluster in zip(values, clusters, strict=True):
-        sums[cluster] = sums.get(cluster, 0.0) + value - mean
-    num_clusters = len(sums)
-    if num_clusters < 2:
-        return math.inf
-    variance = num_clusters / (num_clusters - 1) * sum(total**2 for total in sums.values())
-    return _student_975(num_clusters - 1) * math.sqrt(variance) / len(values)
-
-
-# Where the series of `_student_975` is too narrow, by a quarter for a single degree of freedom.
-_FEW_DEGREES = (12.7062, 4.30265, 3.18245, 2.77645, 2.57058)
-
-
-def _student_975(degrees: int) -> float:
-    """The 97.5 % quantile of Student's distribution (Abramowitz and Stegun 1964, table 26.10 and
-    equation 26.7.5), right to 0.0014."""
-    if degrees <= len(_FEW_DEGREES):
-        return _FEW_DEGREES[degrees - 1]
-    z = statistics.NormalDist().inv_cdf(0.975)
-    return (
-        z
-        + (z**3 + z) / (4 * degrees)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * degrees**3)
-    )
 
 
 # ---------------------------------------------------------------- telling

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from metaloom.evaluate import confidence_95
+from metaloom.confidence import confidence_95
 
 # The 97.5 % quantiles of Student's distribution, from published tables.
 STUDENT = {1: 12.7062, 2: 4.30265, 3: 3.18245, 4: 2.77645, 5: 2.57058, 6: 2.44691, 9: 2.26216, 29: 2.04523}

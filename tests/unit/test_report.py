@@ -10,18 +10,16 @@ import pytest
 
 from metaloom.errors import TrackingError
 from metaloom.tracking.base import MetricRecord
-from metaloom.tracking.report import (
+from metaloom.tracking.figures import curve_names, draw_adaptation, draw_learning_curve
+from metaloom.tracking.report import write_report
+from metaloom.tracking.results import (
     EvaluationSummary,
     MethodResult,
-    curve_names,
-    draw_adaptation,
-    draw_learning_curve,
     effort_rows,
     forgetting_rows,
     format_estimate,
     headline,
     summary_rows,
-    write_report,
 )
 
 

@@ -1,0 +1,72 @@
+"""How much ordinary training has the data, or the compute, of a meta-training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from metaloom.build import build_adapter, build_algorithm, build_model, initial_meta, task_batch
+from metaloom.datasets import ClassSamples
+from metaloom.engine.learner import cross_entropy
+from metaloom.job import Job
+from metaloom.recipe import GlyphsData, Recipe
+from metaloom.sources import episode_source, num_rehearsed, ordinary_samples
+
+
+def ordinary_budget(job: Job, name: str, *, num_outer_steps: int) -> tuple[int, int]:
+    """Samples and steps of an ordinary training that spends what meta-training has spent."""
+    recipe = job.recipe
+    batch_size = recipe.evaluation.ordinary.batch_size
+    num_tasks = num_outer_steps * recipe.outer.tasks_per_step
+    if name == "ordinary_equal_data":
+        num_steps = num_tasks * _samples_per_task(recipe) / batch_size
+    else:
+        num_steps = num_tasks * _flops_per_task(job) / (_flops_per_sample(job) * batch_size)
+    steps = max(1, math.ceil(num_steps))
+    return steps * batch_size, steps
+
+
+def _samples_per_task(recipe: Recipe) -> int:
+    """Images or sequences that a task shows to meta-training, each counted once."""
+    data = recipe.data
+    if isinstance(data, GlyphsData):
+        return data.n_way * (data.n_shot + data.n_query)
+    return data.num_support + data.num_query + num_rehearsed(recipe, recipe.adaptation.num_steps)
+
+
+def _flops_per_task(job: Job) -> int:
+    """Floating-point operations of one task's hypergradient (matrix products and convolutions)."""
+    recipe, device = job.recipe, job.place.device
+    num_inner = recipe.adaptation.num_steps
+    source = episode_source(recipe, job.index, "train", seed=recipe.seed, num_steps=num_inner)
+    algorithm = build_algorithm(recipe, build_adapter(recipe, build_model(recipe, device)))
+    meta = initial_meta(recipe, algorithm.unroll)
+    batch = task_batch(recipe, [source.episode(0)], device, num_steps=num_inner)
+    return _count_flops(lambda: algorithm.meta_gradient(meta, batch))
+
+
+def _flops_per_sample(job: Job) -> int:
+    """Floating-point operations of one sample in ordinary training, forward and backward."""
+    recipe, device = job.recipe, job.place.device
+    samples = ordinary_samples(recipe, job.index, ("train",))
+    num_classes = samples.num_classes if isinstance(samples, ClassSamples) else None
+    model = build_model(recipe, device, num_classes=num_classes)
+    arrays = samples.batch(0, 2)
+    inputs = torch.from_numpy(arrays["inputs"]).to(device)
+    inputs = inputs.to(next(model.parameters()).dtype) if inputs.is_floating_point() else inputs
+    targets = torch.from_numpy(arrays["targets"]).to(device)
+
+    def step() -> None:
+        loss = cross_entropy(model(inputs)[None], targets[None]).sum()
+        torch.autograd.grad(loss, list(model.parameters()))
+
+    return _count_flops(step) // 2
+
+
+def _count_flops(compute: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        compute()
+    return int(counter.get_total_flops())
