@@ -6,11 +6,13 @@ import math
 from collections.abc import Callable
 
 import torch
+from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from metaloom.build import build_adapter, build_algorithm, build_model, initial_meta, task_batch
 from metaloom.datasets import ClassSamples
 from metaloom.engine.learner import cross_entropy
+from metaloom.engine.unroll import leaves
 from metaloom.job import Job
 from metaloom.recipe import GlyphsData, Recipe
 from metaloom.sources import episode_source, num_rehearsed, ordinary_samples
@@ -59,9 +61,12 @@ def _flops_per_sample(job: Job) -> int:
     inputs = inputs.to(next(model.parameters()).dtype) if inputs.is_floating_point() else inputs
     targets = torch.from_numpy(arrays["targets"]).to(device)
 
+    weights = leaves(dict(model.named_parameters()))
+
     def step() -> None:
-        loss = cross_entropy(model(inputs)[None], targets[None]).sum()
-        torch.autograd.grad(loss, list(model.parameters()))
+        logits: torch.Tensor = functional_call(model, weights, (inputs,), tie_weights=True)
+        loss = cross_entropy(logits[None], targets[None]).sum()
+        torch.autograd.grad(loss, list(weights.values()))
 
     return _count_flops(step) // 2
 

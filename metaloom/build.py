@@ -37,6 +37,8 @@ from metaloom.sources import num_rehearsed
 def build_model(recipe: Recipe, device: torch.device, *, num_classes: int | None = None) -> nn.Module:
     """The recipe's model with its initial weights, which follow from the recipe's seed.
 
+    Its own parameters require no gradients: what is learned is substituted for them.
+
     Args:
         num_classes: outputs of a classifier; the recipe's n_way where None.
     """
@@ -58,7 +60,7 @@ def build_model(recipe: Recipe, device: torch.device, *, num_classes: int | None
                 context_length=recipe.model.context_length,
                 tied_embeddings=recipe.model.tied_embeddings,
             )
-    return model.to(device, Precision(recipe.precision.compute).storage_dtype)
+    return model.to(device, Precision(recipe.precision.compute).storage_dtype).requires_grad_(False)
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:

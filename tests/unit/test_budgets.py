@@ -1,0 +1,71 @@
+"""The budgets of ordinary training, against counts by hand."""
+
+import io
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from metaloom.budgets import ordinary_budget
+from metaloom.datasets import Index
+from metaloom.engine.sharding.replicated import Replicated
+from metaloom.job import Job, Place, Shutdown
+from metaloom.recipe import load_recipe
+from metaloom.run_folder import RunFolder
+from metaloom.tracking import NullTracker
+from metaloom.tracking.console import LineConsole
+from tests.commands import RECIPES
+
+IMAGE_BLOCK = 2 * 14 * 14 * 9  # operations of a 3x3 convolution, stride 2, per image and output channel
+
+
+def job(recipe_name: str, *overrides: str) -> Job:
+    recipe = load_recipe(RECIPES / recipe_name, overrides)
+    place = Place(RunFolder(Path("unused")), torch.device("cpu"), None, Shutdown())
+    console = LineConsole(io.StringIO(), io.StringIO())
+    return Job(recipe, place, Index.load(recipe.data.url), Replicated(), console, NullTracker())
+
+
+def test_equal_data_counts_every_sample_of_every_task_once(glyphs: Path, stdlib: Path) -> None:
+    images = job("smoke.yaml", f"data.url={glyphs}", "evaluation.ordinary.batch_size=10")
+    # 5 outer steps of 4 tasks of 3 classes with 1 + 2 images: 180 images.
+    assert ordinary_budget(images, "ordinary_equal_data", num_outer_steps=5) == (180, 18)
+    text = job("stdlib-lora.yaml", f"data.url={stdlib}", "evaluation.ordinary.batch_size=7")
+    # 5 outer steps of 4 tasks of 8 support, 4 query and 4 rehearsed sequences: 320, rounded up to batches of 7.
+    assert ordinary_budget(text, "ordinary_equal_data", num_outer_steps=5) == (322, 46)
+
+
+@pytest.mark.parametrize("estimator", ["first_order", "unrolled", "rematerialized"])
+def test_equal_compute_equals_a_count_by_hand(estimator: str, glyphs: Path) -> None:
+    width, batch_size, num_outer_steps = 8, 16, 50
+    small = job(
+        "smoke.yaml",
+        f"data.url={glyphs}",
+        f"algorithm.hypergradient={estimator}",
+        "model={kind: conv4, width: 8, num_blocks: 1, norm: none}",
+        f"evaluation.ordinary.batch_size={batch_size}",
+    )
+    conv = IMAGE_BLOCK * width
+    head = {classes: 2 * width * classes for classes in (3, 12)}
+    # Forward; weight gradients; and the input gradient of the head alone, images need none.
+    ordinary = 2 * conv + 3 * head[12]
+    first_order = 2 * conv + 3 * head[3]
+    num_support, num_query = 3, 6
+    # Metrics before adaptation (forward), one inner step, the query loss after it.
+    forward = num_query * (conv + head[3])
+    query = num_query * first_order
+    step = num_support * first_order
+    total = small.recipe.outer.tasks_per_step * num_outer_steps
+    samples, steps = ordinary_budget(small, "ordinary_equal_compute", num_outer_steps=num_outer_steps)
+    assert samples == steps * batch_size
+    if estimator == "first_order":
+        # The sweep computes the inner gradient twice: once forward, once to pull back.
+        expected = math.ceil(total * (forward + query + 2 * step) / (ordinary * batch_size))
+        assert steps == pytest.approx(expected, abs=1)
+    else:
+        # Every product of the inner step is differentiated once more, by one or both of its factors.
+        again = step if estimator == "rematerialized" else 0
+        low = total * (forward + query + again + 2 * step) / (ordinary * batch_size)
+        high = total * (forward + query + again + 4 * step) / (ordinary * batch_size)
+        assert low <= steps <= high + 1
