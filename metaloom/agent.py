@@ -10,7 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
+import signal
 import sys
+import threading
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 # How a rank ends whose partner in a collective died: an effect, never the cause.
 LOST_PARTNER_EXIT_CODE = 90
+PARENT_CHECK_S = 0.5
 
 
 def main() -> int:
@@ -45,6 +50,7 @@ def main() -> int:
         monitor_interval=0.1,
         logs_specs=DefaultLogsSpecs(str(arguments.log_dir), redirects={0: Std.ERR} | quiet_ranks),
     )
+    threading.Thread(target=_stop_without_parent, args=(os.getppid(),), daemon=True).start()
     command = ["-m", "metaloom.worker", *arguments.worker_args]
     try:
         elastic_launch(config, sys.executable)(*command)
@@ -54,6 +60,13 @@ def main() -> int:
         print(f"stopped by {stopped.sigval.name}", file=sys.stderr)
         return 128 + int(stopped.sigval)
     return 0
+
+
+def _stop_without_parent(parent: int) -> None:
+    """Ends the job when the command that started it is gone, killed for instance: no one watches any more."""
+    while os.getppid() == parent:
+        time.sleep(PARENT_CHECK_S)
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def _report(failures: dict[int, ProcessFailure], log_dir: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -14,7 +15,7 @@ from metaloom.datasets import ClassSamples
 from metaloom.engine.learner import cross_entropy
 from metaloom.engine.unroll import leaves
 from metaloom.job import Job
-from metaloom.recipe import GlyphsData, Recipe
+from metaloom.recipe import GlyphsData, Precision, Recipe
 from metaloom.sources import episode_source, num_rehearsed, ordinary_samples
 
 
@@ -26,6 +27,9 @@ def ordinary_budget(job: Job, name: str, *, num_outer_steps: int) -> tuple[int, 
     if name == "ordinary_equal_data":
         num_steps = num_tasks * _samples_per_task(recipe) / batch_size
     else:
+        # Counts do not depend on the format, and the counter cannot follow dual numbers under autocast.
+        in_float32 = recipe.model_copy(update={"precision": Precision(compute="float32")})
+        job = dataclasses.replace(job, recipe=in_float32)
         num_steps = num_tasks * _flops_per_task(job) / (_flops_per_sample(job) * batch_size)
     steps = max(1, math.ceil(num_steps))
     return steps * batch_size, steps
@@ -53,7 +57,7 @@ def _flops_per_task(job: Job) -> int:
 def _flops_per_sample(job: Job) -> int:
     """Floating-point operations of one sample in ordinary training, forward and backward."""
     recipe, device = job.recipe, job.place.device
-    samples = ordinary_samples(recipe, job.index, ("train",))
+    samples = ordinary_samples(recipe, job.index, ("train",), purpose="budget")
     num_classes = samples.num_classes if isinstance(samples, ClassSamples) else None
     model = build_model(recipe, device, num_classes=num_classes)
     arrays = samples.batch(0, 2)

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from metaloom import __version__
-from metaloom.errors import LaunchError, MetaloomError, RecipeError
-from metaloom.run_folder import RunFolder, new_run_path
+from metaloom.errors import LaunchError, MetaloomError, RecipeError, StreamError
+from metaloom.run_folder import RunFolder, new_run_path, replace_text
 
 EXAMPLES = """\
 examples:
@@ -161,9 +161,10 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.recipe is None:
         raise RecipeError("no recipe was named: give a YAML file, or --resume RUN to go on with a run.")
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    _check_data(recipe)
+    digest = _check_data(recipe)
     folder = RunFolder(arguments.run or new_run_path(recipe.name))
     folder.create()
+    folder.record(data_digest=digest)
     _write_recipe(recipe, folder.recipe)
     return _launch("train", recipe, folder, folder.recipe)
 
@@ -193,7 +194,7 @@ def _resume(arguments: argparse.Namespace) -> int:
         )
     for change in changes:
         print(f"changed: {change.path}: {change.old} -> {change.new}")
-    _check_data(new)
+    _check_data(new, of_run=folder)
     _write_recipe(new, folder.recipe)
     return _launch("train", new, folder, folder.recipe)
 
@@ -205,13 +206,14 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     folder.require()
     old = load_recipe(folder.recipe)
     recipe = load_recipe(folder.recipe, arguments.overrides)
-    harmful = [change.path for change in differences(old, recipe) if change.harmful]
-    if harmful:
+    free = ("evaluation.", "launcher.", "tracking.", "data.url", "outer.micro_batch")
+    others = [change.path for change in differences(old, recipe) if not change.path.startswith(free)]
+    if others:
         raise RecipeError(
-            f"an evaluation cannot change what was trained: {', '.join(harmful)}. "
-            "Keys of the sections evaluation and launcher can be changed."
+            f"an evaluation has no use for another {', '.join(others)}. It takes keys of evaluation, "
+            "launcher and tracking, data.url and outer.micro_batch."
         )
-    _check_data(recipe)
+    _check_data(recipe, of_run=folder)
     if not folder.checkpoints("meta").is_dir():
         raise LaunchError(
             f"{folder.path} has no checkpoint yet: train it with `metaloom train --resume {folder.path}`."
@@ -233,11 +235,17 @@ def _launch(job: str, recipe: object, folder: RunFolder, recipe_path: Path) -> i
     )
 
 
-def _check_data(recipe: object) -> None:
+def _check_data(recipe: object, *, of_run: RunFolder | None = None) -> str:
     """Opens the recipe's data: every shard is there and whole in size, and has what is asked for.
 
+    Args:
+        of_run: the run that goes on, or is evaluated, with the data.
+
+    Returns:
+        The data's digest.
+
     Raises:
-        StreamError: something is missing, truncated or too small.
+        StreamError: something is missing, truncated or too small, or is not what the run was trained on.
     """
     from metaloom.datasets import Index
     from metaloom.recipe import Recipe
@@ -247,13 +255,24 @@ def _check_data(recipe: object) -> None:
     index = Index.load(recipe.data.url)
     index.verify_sizes()
     require_episodes(recipe, index)
+    trained_on = index.digest if of_run is None else of_run.facts().get("data_digest", index.digest)
+    if trained_on != index.digest:
+        assert of_run is not None
+        raise StreamError(
+            f"{recipe.data.url} holds other data (digest {index.digest[:12]}) than {of_run.path} was trained "
+            f"on (digest {trained_on[:12]}). Point data.url at the same data, or start a new run."
+        )
+    return index.digest
 
 
 def _write_recipe(recipe: object, path: Path) -> None:
     from metaloom.recipe import Recipe, dump_recipe
 
     assert isinstance(recipe, Recipe)
-    path.write_text(dump_recipe(recipe), encoding="utf-8")
+    try:
+        replace_text(path, dump_recipe(recipe))
+    except OSError as error:
+        raise LaunchError(f"{path} cannot be written: {error.strerror or error}.") from error
 
 
 def _data_make(arguments: argparse.Namespace) -> int:

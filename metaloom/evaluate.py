@@ -29,7 +29,7 @@ from metaloom.engine.learner import bits_per_byte
 from metaloom.engine.unroll import Unroll
 from metaloom.errors import CheckpointError
 from metaloom.job import Job, Place, open_job
-from metaloom.ordinary import train_ordinary
+from metaloom.ordinary import finished_weights, train_ordinary
 from metaloom.recipe import GlyphsData, Recipe, StdlibData
 from metaloom.sources import episode_source, ordinary_samples
 from metaloom.tracking import read_metrics
@@ -91,8 +91,10 @@ def evaluate(recipe: Recipe, place: Place) -> None:
         CheckpointError: the run has no checkpoint yet.
         MetaloomError: the data or the tracking store cannot be used.
     """
-    with open_job(recipe, place, first_step=None) as job:
-        contenders = [_meta_trained(job), *(_baseline(job, name) for name in recipe.baselines)]
+    with open_job(recipe, place, is_training=False, first_step=None) as job:
+        newest = _newest(job)
+        baselines = [_baseline(job, name, num_outer_steps=newest.step) for name in recipe.baselines]
+        contenders = [_meta_trained(job, newest), *baselines]
         curves = [_test_curves(job, contender) for contender in contenders]
         results = [
             _result(job, contender, own, ours=curves[0])
@@ -108,9 +110,8 @@ def evaluate(recipe: Recipe, place: Place) -> None:
 # ---------------------------------------------------------------- contenders
 
 
-def _meta_trained(job: Job) -> Contender:
+def _meta_trained(job: Job, newest: Checkpoint) -> Contender:
     recipe, folder = job.recipe, job.place.folder
-    newest = _newest(job)
     best_step = newest.scalars["progress"]["best_step"]  # None where there was no validation
     checkpoint = newest if best_step is None else CheckpointStore(folder.checkpoints("meta")).load(best_step)
     model = build_model(recipe, job.place.device)
@@ -134,7 +135,7 @@ def _meta_trained(job: Job) -> Contender:
 
 def _newest(job: Job) -> Checkpoint:
     folder = job.place.folder
-    newest = CheckpointStore(folder.checkpoints("meta")).load_newest()
+    newest = CheckpointStore(folder.checkpoints("meta")).load_newest(job.console.warn)
     if newest is None:
         raise CheckpointError(
             f"{folder.path} has no checkpoint yet: train it with `metaloom train --resume {folder.path}`."
@@ -142,15 +143,19 @@ def _newest(job: Job) -> Checkpoint:
     return newest
 
 
-def _baseline(job: Job, name: str) -> Contender:
-    """A baseline with its inner rate tuned on validation episodes."""
+def _baseline(job: Job, name: str, *, num_outer_steps: int) -> Contender:
+    """A baseline with its inner rate tuned on validation episodes.
+
+    Args:
+        num_outer_steps: what meta-training has taken, from which budgets follow.
+    """
     model = build_model(job.recipe, job.place.device)
     training = "none"
     if name == "pretrained":
         load_weights(model, _pretrained(job))
         training = _after_pretraining(job.recipe, "")
     elif name.startswith("ordinary_"):
-        num_samples, num_steps = ordinary_budget(job, name, num_outer_steps=_newest(job).step)
+        num_samples, num_steps = ordinary_budget(job, name, num_outer_steps=num_outer_steps)
         load_weights(model, _ordinarily_trained(job, name, num_steps))
         training = _after_pretraining(job.recipe, f"{num_steps} steps, {num_samples} samples")
     adapter = build_adapter(job.recipe, model)
@@ -181,26 +186,14 @@ _SHOWN_NAMES = {
 
 
 def _pretrained(job: Job) -> MetaTensors:
-    checkpoint = CheckpointStore(job.place.folder.checkpoints("pretrain")).load_newest()
-    if checkpoint is None:
-        raise CheckpointError(
-            f"{job.place.folder.path} has no pre-trained weights: they were deleted or never made."
-        )
-    return _weights(checkpoint)
-
-
-def _weights(checkpoint: Checkpoint) -> MetaTensors:
-    return {
-        name.removeprefix("meta/"): value
-        for name, value in checkpoint.tensors.items()
-        if name.startswith("meta/")
-    }
+    assert job.recipe.pretrain is not None, "the recipe has no pre-training"
+    return finished_weights(job, "pretrain", num_steps=job.recipe.pretrain.num_steps)
 
 
 def _ordinarily_trained(job: Job, name: str, num_steps: int) -> MetaTensors:
     """Weights after ordinary training on the training split; a classifier's head starts at zero again."""
     recipe = job.recipe
-    samples = ordinary_samples(recipe, job.index, ("train",))
+    samples = ordinary_samples(recipe, job.index, ("train",), purpose=name)
     num_classes = samples.num_classes if isinstance(samples, ClassSamples) else None
     model = build_model(recipe, job.place.device, num_classes=num_classes)
     if recipe.pretrain is not None:
@@ -264,7 +257,8 @@ def _test_curves(job: Job, contender: Contender) -> list[EpisodeCurve]:
     """A contender's curves on the test episodes, the same ones for every contender."""
     num_episodes = job.recipe.evaluation.num_episodes
     name = f"evaluate {contender.name}"
-    with job.console.phase(name, total=num_episodes, unit="episode") as phase:
+    num_here = len(slice_for_rank(num_episodes, job.sharding.rank, job.sharding.world_size))
+    with job.console.phase(name, total=num_here, unit="episode") as phase:
         return _curves(
             job,
             contender.unroll,
@@ -341,7 +335,7 @@ def _curves(
             unit = bits_per_byte if metric == "bits per byte" else float
             pair = None if retention is None else (unit(retention[row][0]), unit(retention[row][1]))
             curves.append(EpisodeCurve(episode.task, tuple(unit(value) for value in values[row]), pair))
-        on_done(len(episodes) * sharding.world_size)
+        on_done(len(episodes))
     return sharding.gather(curves)
 
 
@@ -353,6 +347,8 @@ def _notes(job: Job) -> tuple[str, ...]:
         "Intervals are 95 %, clustered by task where a task repeats; 'ahead by' is paired by episode.",
         "Each baseline's inner rate was tuned on validation episodes; the meta-trained model uses its own.",
     ]
+    if any(name.startswith("ordinary_") for name in job.recipe.baselines):
+        notes.append("Ordinary training is judged at its last step, with the recipe's optimizer settings.")
     if "ordinary_equal_compute" in job.recipe.baselines:
         notes.append(
             "Equal compute counts the floating-point operations of matrix products and convolutions."

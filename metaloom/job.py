@@ -61,10 +61,13 @@ class Job:
 
 
 @contextlib.contextmanager
-def open_job(recipe: Recipe, place: Place, *, first_step: int | None) -> Iterator[Job]:
+def open_job(recipe: Recipe, place: Place, *, is_training: bool, first_step: int | None) -> Iterator[Job]:
     """Opens the data, starts or continues the tracked run, and ends it with the right status.
 
+    The status is that of the training: an evaluation leaves it as it was.
+
     Args:
+        is_training: whether this job is the training.
         first_step: metrics of this step and later ones, left by a run that went on after its last
             checkpoint, are dropped; None drops none.
 
@@ -97,13 +100,21 @@ def open_job(recipe: Recipe, place: Place, *, first_step: int | None) -> Iterato
         },
         resume_id=place.folder.facts().get("tracking_run_id"),
     )
+    # What is left of a training that is killed before it can say anything.
+    status: FinishStatus = "killed" if is_training else place.folder.facts().get("status", "killed")
     if sharding.rank == 0:
-        place.folder.record(tracking_run_id=run_id)
-    status: FinishStatus = "failed"
+        place.folder.record(tracking_run_id=run_id, status=status)
     try:
         yield Job(recipe, place, index, sharding, console, tracker)
-        status = "finished"
-    finally:
+        if is_training:
+            status = "finished"
+    except BaseException:
         # A stopped rank may end in KeyboardInterrupt, or in a collective whose partner stopped first.
+        if is_training and not place.shutdown.was_asked:
+            status = "failed"
+        raise
+    finally:
         place.shutdown.is_closing = True
-        tracker.finish("killed" if place.shutdown.was_asked else status)
+        if sharding.rank == 0:
+            place.folder.record(status=status)
+        tracker.finish(status)

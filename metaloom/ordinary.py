@@ -14,6 +14,7 @@ from metaloom.datasets import Samples, slice_for_rank
 from metaloom.engine.learner import cross_entropy
 from metaloom.engine.outer import OuterOptimizer, OuterSettings
 from metaloom.engine.precision import Precision
+from metaloom.errors import CheckpointError
 from metaloom.job import Job
 
 NUM_CHECKPOINTS = 5
@@ -48,7 +49,7 @@ def train_ordinary(
     outer = OuterOptimizer({name: value.detach() for name, value in model.named_parameters()}, settings)
     made_by = dataclasses.asdict(settings) | {"batch_size": batch_size}
     made_by["betas"] = list(settings.betas)  # as JSON has it
-    newest = store.load_newest()
+    newest = store.load_newest(job.console.warn)
     if newest is not None and newest.scalars["made_by"] != made_by:
         job.console.note(f"{shown_name}: trained anew, since its settings or its length have changed")
         store.clear()
@@ -77,10 +78,34 @@ def train_ordinary(
     return dict(outer.meta)
 
 
+def finished_weights(job: Job, phase_name: str, *, num_steps: int) -> dict[str, Tensor]:
+    """The weights that `train_ordinary` has left after its last step. Every rank must call.
+
+    Raises:
+        CheckpointError: they are missing, or of an earlier step.
+    """
+    store = CheckpointStore(job.place.folder.checkpoints(phase_name))
+    newest = store.load_newest(job.console.warn)
+    if newest is None or newest.step != num_steps:
+        raise CheckpointError(
+            f"{store.root} has no valid checkpoint of step {num_steps}, from which this run went on. Restore "
+            "that folder, or start a new run."
+        )
+    return {
+        name.removeprefix("meta/"): value.to(job.place.device)
+        for name, value in newest.tensors.items()
+        if name.startswith("meta/")
+    }
+
+
 def _gradient(
     model: nn.Module, weights: Mapping[str, Tensor], batch: Mapping[str, Tensor], precision: Precision
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The gradient of the summed loss of this rank's samples, and the sums of loss and accuracy."""
+    if not len(batch["targets"]):  # more ranks than samples
+        nothing = torch.zeros((), dtype=torch.float64, device=next(iter(weights.values())).device)
+        zeros = {name: torch.zeros_like(value) for name, value in weights.items()}
+        return zeros, {"metrics/loss": nothing, "metrics/accuracy": nothing.clone()}
     parameters = {name: value.detach().requires_grad_() for name, value in weights.items()}
     device = next(iter(parameters.values())).device
     targets = batch["targets"].to(device)[None]

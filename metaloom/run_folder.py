@@ -1,7 +1,8 @@
 """What lies where in the folder of a run.
 
 recipe.yaml          the recipe, with every default spelled out
-run.json             what outlives one process: the tracking run's id
+run.json             what outlives one process: the tracking run's id, the training's status, the digest
+                     of its data
 metrics.jsonl        metrics by outer step
 checkpoints/         pretrain/, meta/, ordinary_*/: one folder of checkpoints each
 logs/                the ranks' standard error
@@ -61,10 +62,7 @@ class RunFolder:
 
     def record(self, **facts: Any) -> None:
         """Keeps facts of the run, beside and over those kept before. One rank must call."""
-        path = self.path / "run.json"
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.facts() | facts, indent=1), encoding="utf-8")
-        partial.replace(path)
+        replace_text(self.path / "run.json", json.dumps(self.facts() | facts, indent=1))
 
     def create(self) -> None:
         """Makes the folder of a new run.
@@ -82,6 +80,8 @@ class RunFolder:
             probe = self.path / ".writable"
             probe.touch()
             probe.unlink()
+            # Of a start that was refused: its tracked run is not this one.
+            (self.path / "run.json").unlink(missing_ok=True)
         except OSError as error:
             raise LaunchError(
                 f"the run folder {self.path} cannot be written: {error.strerror or error}. "
@@ -102,6 +102,13 @@ class RunFolder:
         """
         if not self.recipe.is_file():
             raise LaunchError(f"{self.path} holds no run: {self.recipe.name} is not there.")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file so that readers, and a kill in between, leave the old one or the whole new one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def new_run_path(name: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 
 from metaloom.datasets import (
@@ -65,12 +66,18 @@ def episode_source(recipe: Recipe, index: Index, split: str, *, seed: int, num_s
     )
 
 
-def ordinary_samples(recipe: Recipe, index: Index, splits: Sequence[str]) -> Samples:
-    """Ordinary training batches from the same data that episodes are drawn from."""
+def ordinary_samples(recipe: Recipe, index: Index, splits: Sequence[str], *, purpose: str) -> Samples:
+    """Ordinary training batches from the same data that episodes are drawn from.
+
+    Args:
+        splits: of documents; images have classes, of which the training split alone is used.
+        purpose: other purposes get other draws: a baseline must not see pre-training's batches again.
+    """
     data = recipe.data
+    seed = recipe.seed + zlib.crc32(purpose.encode())
     if isinstance(data, StdlibData):
-        return DocumentSamples(index, splits, sequence_length=data.sequence_length, seed=recipe.seed)
-    return ClassSamples(index, "train", seed=recipe.seed, affine=_affine(data))
+        return DocumentSamples(index, splits, sequence_length=data.sequence_length, seed=seed)
+    return ClassSamples(index, "train", seed=seed, affine=_affine(data))
 
 
 def num_rehearsed(recipe: Recipe, num_steps: int) -> int:

@@ -31,7 +31,7 @@ from metaloom.engine.evaluation import adaptation_curve
 from metaloom.engine.outer import OuterOptimizer
 from metaloom.engine.step import StepTasks, outer_step
 from metaloom.job import Job, Place, open_job
-from metaloom.ordinary import train_ordinary
+from metaloom.ordinary import finished_weights, train_ordinary
 from metaloom.recipe import Pretrain, Recipe, StdlibData
 from metaloom.sources import episode_source, num_rehearsed, ordinary_samples
 
@@ -46,15 +46,18 @@ def train(recipe: Recipe, place: Place) -> None:
     """
     notes: list[str] = []
     store = CheckpointStore(place.folder.checkpoints("meta"), keep_last=recipe.checkpoint.keep_last)
-    newest = store.load_newest(notes=notes)
-    with open_job(recipe, place, first_step=_first_step(recipe, place, newest)) as job:
+    newest = store.load_newest(notes.append)
+    first_step = _first_step(recipe, place, newest)
+    with open_job(recipe, place, is_training=True, first_step=first_step) as job:
         for note in notes:
             job.console.warn(note)
         job.tracker.artifact(place.folder.recipe)
         model = build_model(recipe, place.device)
-        if recipe.pretrain is not None:
-            load_weights(model, pretrained_weights(job, recipe.pretrain, model))
+        # Before any training: what it refuses must not cost a pre-training.
         algorithm = build_algorithm(recipe, build_adapter(recipe, model))
+        if recipe.pretrain is not None:
+            is_resumed = newest is not None
+            load_weights(model, _pretrained(job, recipe.pretrain, model, must_be_done=is_resumed))
         outer = OuterOptimizer(initial_meta(recipe, algorithm.unroll), outer_settings(recipe))
         progress = Progress()
         if newest is not None:
@@ -75,7 +78,7 @@ class Progress:
     Attributes:
         best_step: the outer step with the lowest validation loss so far, None before the first.
         best_loss: that loss.
-        num_worse: validations in a row that did not improve on it.
+        num_worse: validations in a row that did not improve on the best before them by `min_delta`.
     """
 
     best_step: int | None = None
@@ -84,19 +87,22 @@ class Progress:
 
     def take(self, step: int, loss: float, *, min_delta: float) -> bool:
         """Takes in one validation; True if it is the best so far."""
-        if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss - min_delta):
-            self.best_step, self.best_loss, self.num_worse = step, loss, 0
-            return True
-        self.num_worse += 1
-        return False
+        best = math.inf if self.best_loss is None else self.best_loss
+        self.num_worse = 0 if loss < best - min_delta else self.num_worse + 1
+        if not loss < best:
+            return False
+        self.best_step, self.best_loss = step, loss
+        return True
 
 
-def pretrained_weights(job: Job, pretrain: Pretrain, model: nn.Module) -> dict[str, Tensor]:
+def _pretrained(job: Job, pretrain: Pretrain, model: nn.Module, *, must_be_done: bool) -> dict[str, Tensor]:
     """The weights after the recipe's ordinary training phase, from its checkpoint if it is done."""
+    if must_be_done:
+        return finished_weights(job, "pretrain", num_steps=pretrain.num_steps)
     return train_ordinary(
         job,
         model,
-        ordinary_samples(job.recipe, job.index, pretrain.splits),
+        ordinary_samples(job.recipe, job.index, pretrain.splits, purpose="pretrain"),
         ordinary_settings(pretrain, num_steps=pretrain.num_steps, warmup_steps=pretrain.warmup_steps),
         batch_size=pretrain.batch_size,
         phase_name="pretrain",
@@ -143,7 +149,8 @@ def _outer_loop(
             phase.advance(1, **_shown(metrics))
             is_last = outer.step == recipe.outer.num_steps or _stops_early(recipe, progress)
             if is_best or is_last or clock.is_checkpoint_due(outer.step):
-                _save(job, store, outer, progress)
+                _save(store, outer, progress)
+                clock.checkpoint_done()
 
 
 def validate(
@@ -172,7 +179,7 @@ def validate(
     return {f"validation_{name}": float(value) / num_episodes for name, value in total.items()}
 
 
-def _save(job: Job, store: CheckpointStore, outer: OuterOptimizer, progress: Progress) -> None:
+def _save(store: CheckpointStore, outer: OuterOptimizer, progress: Progress) -> None:
     scalars = outer.scalars() | {"progress": dataclasses.asdict(progress)}
     protect = frozenset() if progress.best_step is None else frozenset({progress.best_step})
     store.save(Checkpoint(outer.step, outer.tensors(), scalars), protect=protect)
@@ -248,9 +255,10 @@ class _Clock:
         flag = torch.tensor([int(late)])
         if dist.is_initialized():
             dist.broadcast(flag, src=0)
-        if bool(flag.item()):
-            self._last_checkpoint_s = time.monotonic()
         return bool(flag.item())
+
+    def checkpoint_done(self) -> None:
+        self._last_checkpoint_s = time.monotonic()
 
 
 def _tokens_per_task(recipe: Recipe, data: StdlibData) -> int:

@@ -82,12 +82,15 @@ def _join(recipe: Recipe) -> torch.device:
     """Joins the process group and returns this rank's device."""
     torch.set_num_threads(recipe.launcher.threads_per_process)
     local_rank = int(os.environ["LOCAL_RANK"])
-    device = torch.device("cpu")
+    device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
+        # NCCL refuses two ranks on one GPU; gloo does not.
+        shares_gpus = int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count()
+        backend = "gloo" if shares_gpus else "cpu:gloo,cuda:nccl"
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        backend,
         timeout=datetime.timedelta(seconds=recipe.launcher.timeout_s),
     )
     return device
@@ -101,7 +104,11 @@ def _is_broken_collective(error: RuntimeError) -> bool:
 
 def _lost_partner(error: Exception) -> int:
     traceback.print_exc()
-    _record(f"a collective failed, since another rank ended: {_last_line(error)}", expected=False)
+    _record(
+        "a collective failed, since another rank ended, or was silent for longer than launcher.timeout_s: "
+        + _last_line(error),
+        expected=False,
+    )
     return LOST_PARTNER_EXIT_CODE
 
 

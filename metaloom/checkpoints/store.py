@@ -18,7 +18,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,19 +109,34 @@ class CheckpointStore:
         names = (path.parent.name.removeprefix("step-") for path in self.root.glob(f"step-*/{MANIFEST}"))
         return sorted(int(name) for name in names if name.isdecimal())
 
-    def load_newest(self, *, notes: list[str] | None = None) -> Checkpoint | None:
-        """The newest valid checkpoint, or None where there is none.
+    def load_newest(self, on_skip: Callable[[str], None]) -> Checkpoint | None:
+        """The newest valid checkpoint, or None where there is none; the same one on every rank.
+
+        Every rank must call: rank 0 chooses, since ranks that see a shared folder differently would go on
+        from different steps.
 
         Args:
-            notes: takes one line for each checkpoint that was skipped, with the reason.
+            on_skip: called on rank 0 with one line for each checkpoint that was passed over.
+
+        Raises:
+            CheckpointError: another rank than 0 cannot load what rank 0 could.
         """
-        for step in reversed(self.steps()):
-            try:
-                return self.load(step)
-            except CheckpointError as error:
-                if notes is not None:
-                    notes.append(f"skipped: {error}")
-        return None
+        chosen: Checkpoint | None = None
+        is_distributed = dist.is_initialized() and dist.get_world_size() > 1
+        if not is_distributed or dist.get_rank() == 0:
+            for step in reversed(self.steps()):
+                try:
+                    chosen = self.load(step)
+                    break
+                except CheckpointError as error:
+                    on_skip(f"skipped a checkpoint: {error}")
+        if not is_distributed:
+            return chosen
+        step_of_rank_0 = [None if chosen is None else chosen.step]
+        dist.broadcast_object_list(step_of_rank_0, src=0)
+        if dist.get_rank() == 0 or step_of_rank_0[0] is None:
+            return chosen
+        return self.load(step_of_rank_0[0])
 
     def load(self, step: int) -> Checkpoint:
         """The checkpoint of one step.
@@ -136,10 +151,13 @@ class CheckpointStore:
             path = folder / name
             if not path.is_file():
                 raise CheckpointError(f"{path} is missing, though the manifest lists it.")
-            size = path.stat().st_size
+            try:
+                size, digest = path.stat().st_size, _sha256(path)
+            except OSError as error:
+                raise CheckpointError(f"{path} cannot be read: {_cause(error)}.") from error
             if size != recorded["bytes"]:
                 raise CheckpointError(f"{path} has {size} bytes, the manifest says {recorded['bytes']}.")
-            if _sha256(path) != recorded["sha256"]:
+            if digest != recorded["sha256"]:
                 raise CheckpointError(f"{path}: the bytes are not those that were written (SHA-256 differs).")
         tensors = {
             name: torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]))

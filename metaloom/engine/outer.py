@@ -76,7 +76,8 @@ class OuterOptimizer:
             if self._skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
                 raise MetaloomError(
                     f"outer step {self.step}: the meta-gradient was not finite {MAX_SKIPPED_IN_A_ROW} times "
-                    "in a row. Lower adaptation.rule.lr or outer.optimizer.lr, or set outer.clip_norm."
+                    "in a row. Start a new run with a lower adaptation.rule.lr or outer.optimizer.lr, or set "
+                    "adaptation.rule.clip_norm."
                 )
             return metrics | {"skipped": 1.0}
         self._skipped_in_a_row = 0

@@ -30,7 +30,7 @@ def agent_command(worker_args: Sequence[str], *, num_processes: int, log_dir: Pa
 def launch(worker_args: Sequence[str], *, num_processes: int, threads_per_process: int, log_dir: Path) -> int:
     """Runs the workers to their end and returns the job's exit code.
 
-    Ctrl-C, and a SIGTERM to this process, stop the job: the workers have 30 seconds to end.
+    Ctrl-C, and a SIGTERM or SIGHUP to this process, stop the job: the workers have 30 seconds to end.
 
     Args:
         worker_args: arguments of `metaloom.worker`.
@@ -42,24 +42,30 @@ def launch(worker_args: Sequence[str], *, num_processes: int, threads_per_proces
     environment = os.environ | {"OMP_NUM_THREADS": str(threads_per_process)}
     # In a session of its own, so that Ctrl-C reaches it once: from here.
     with subprocess.Popen(command, env=environment, start_new_session=True) as agent:
-        previous = signal.signal(signal.SIGTERM, _raise_terminated)
+        stopping = (signal.SIGTERM, signal.SIGHUP)
+        previous = {number: signal.signal(number, _raise_stopped) for number in stopping}
         try:
             return agent.wait()
-        except (KeyboardInterrupt, _TerminatedError) as stop:
+        except (KeyboardInterrupt, _StoppedError) as stop:
             # SIGINT in both cases: torch elastic sends SIGTERM to ranks whose partner failed.
             agent.send_signal(signal.SIGINT)
             try:
                 agent.wait(AGENT_STOP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 agent.kill()
-            return 128 + (signal.SIGINT if isinstance(stop, KeyboardInterrupt) else signal.SIGTERM)
+            return 128 + (stop.number if isinstance(stop, _StoppedError) else signal.SIGINT)
         finally:
-            signal.signal(signal.SIGTERM, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
 
-class _TerminatedError(Exception):
-    """SIGTERM has come."""
+class _StoppedError(Exception):
+    """A signal that ends the job has come."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
-def _raise_terminated(number: int, frame: FrameType | None) -> None:
-    raise _TerminatedError
+def _raise_stopped(number: int, frame: FrameType | None) -> None:
+    raise _StoppedError(number)

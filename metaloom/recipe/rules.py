@@ -22,6 +22,7 @@ from metaloom.recipe.schema import (
 
 Broken = Iterator[tuple[str, str]]
 NUM_FACES = 12
+GPT_BLOCK_LAYERS = ("attention.qkv", "attention.proj", "mlp.fc_in", "mlp.fc_out")
 
 
 class Unreadable(Exception):
@@ -35,7 +36,9 @@ class UnreadableValue:
         raise Unreadable
 
     __getattr__ = __eq__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
-    __add__ = __radd__ = __mod__ = __rmod__ = __bool__ = __contains__ = __iter__ = __hash__ = _refuse
+    __index__ = __add__ = __radd__ = __mod__ = __rmod__ = __bool__ = __contains__ = __iter__ = __hash__ = (
+        _refuse
+    )
 
 
 def heads_divide_the_width(recipe: Recipe) -> Broken:
@@ -91,6 +94,52 @@ def lora_needs_gpt(recipe: Recipe) -> Broken:
             "adaptation.fast.kind",
             f"lora adapts linear layers of model.kind = gpt, and model.kind is {recipe.model.kind}; "
             "set adaptation.fast to full",
+        )
+
+
+def lora_targets_exist(recipe: Recipe) -> Broken:
+    fast = recipe.adaptation.fast
+    if (
+        not (isinstance(recipe.model, GPTModel) and isinstance(fast, LoRAFast))
+        or fast.targets == "all-linear"
+    ):
+        return
+    layers = [
+        f"blocks.{block}.{name}" for block in range(recipe.model.num_layers) for name in GPT_BLOCK_LAYERS
+    ]
+    layers.append("head")
+    endings = ", ".join(dict.fromkeys(layer.rpartition(".")[2] for layer in layers))
+    for position, target in enumerate(fast.targets):
+        if not any(layer == target or layer.endswith(f".{target}") for layer in layers):
+            yield (
+                f"adaptation.fast.targets.{position}",
+                f"{target!r}; matches no linear layer of the model, which has {endings}",
+            )
+
+
+def lora_rank_is_low(recipe: Recipe) -> Broken:
+    fast = recipe.adaptation.fast
+    if isinstance(recipe.model, GPTModel) and isinstance(fast, LoRAFast) and fast.rank > recipe.model.width:
+        yield (
+            "adaptation.fast.rank",
+            f"{fast.rank}; must be at most model.width = {recipe.model.width}",
+        )
+
+
+def rates_are_learned(recipe: Recipe) -> Broken:
+    if recipe.outer.lr_rates is not None and recipe.adaptation.rule.learned == "none":
+        yield (
+            "outer.lr_rates",
+            f"{recipe.outer.lr_rates}; has no effect, since adaptation.rule.learned is none; leave it out",
+        )
+
+
+def tuning_rates_differ(recipe: Recipe) -> Broken:
+    factors = recipe.evaluation.tuning.rate_factors
+    if len(set(factors)) < len(factors):
+        yield (
+            "evaluation.tuning.rate_factors",
+            f"{list(factors)}; names a factor twice",
         )
 
 
@@ -220,6 +269,10 @@ RULES: tuple[Callable[[Recipe], Broken], ...] = (
     pretrain_splits_differ,
     lora_needs_gpt,
     lora_targets_differ,
+    lora_targets_exist,
+    lora_rank_is_low,
+    rates_are_learned,
+    tuning_rates_differ,
     rehearsal_needs_stdlib,
     full_adaptation_has_no_backbone,
     something_is_learned,

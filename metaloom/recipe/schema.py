@@ -93,7 +93,8 @@ class LoRAFast(Section):
     )
     targets: Annotated[tuple[Text, ...], Field(min_length=1)] | Literal["all-linear"] = Field(
         default="all-linear",
-        description="suffixes of the names of the linear layers that get an adapter, or all-linear for all",
+        description="ends of the names of the linear layers that get an adapter, as a list, or all-linear "
+        "for all but the output head",
     )
 
 
@@ -343,8 +344,10 @@ class LocalLauncher(Section):
     kind: Literal["local"] = Field(default="local", description="processes on this machine")
     num_processes: Count = Field(default=1, description="ranks")
     threads_per_process: Count = Field(default=1, description="threads that each rank computes with")
-    timeout_s: PositiveFloat = Field(
+    timeout_s: float = Field(
         default=600.0,
+        ge=1,
+        le=1e6,
         description="how long a collective waits for the other ranks before the run fails, in seconds",
     )
 

@@ -105,6 +105,20 @@ def test_resume_with_a_changed_model_and_of_nothing(tmp_path: Path, glyphs: Path
     )
 
 
+def test_other_data_than_a_run_was_trained_on(tmp_path: Path, glyphs: Path) -> None:
+    run_well("data", "make", "glyphs", tmp_path / "other", "--max-per-split", "9", cwd=tmp_path)
+    run_well("train", SMOKE, f"data.url={glyphs}", "tracking=none", "--run", tmp_path / "run", cwd=tmp_path)
+    for words in (["train", "--resume"], ["evaluate"]):
+        finished = run(*words, tmp_path / "run", f"data.url={tmp_path}/other", cwd=tmp_path)
+        assert_one_message(finished, 3, "holds other data", "start a new run")
+
+
+def test_a_wrong_lora_target_is_found_before_the_pre_training(tmp_path: Path, stdlib: Path) -> None:
+    recipe = RECIPES / "stdlib-lora.yaml"
+    finished = run("train", recipe, f"data.url={stdlib}", "adaptation.fast.targets=[qkvv]", cwd=tmp_path)
+    assert_one_message(finished, 2, "'qkvv'; matches no linear layer", "qkv, proj, fc_in, fc_out, head")
+
+
 def test_evaluation_of_what_was_not_trained(tmp_path: Path) -> None:
     assert_one_message(run("evaluate", tmp_path, cwd=tmp_path), 5, "holds no run")
 

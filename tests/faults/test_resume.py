@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,7 @@ def kill_at_step(step: int, *words: str | Path, run: Path) -> None:
 
 
 def final_tensors(run: Path, phase: str = "meta") -> dict[str, bytes]:
-    newest = CheckpointStore(run / "checkpoints" / phase).load_newest()
+    newest = CheckpointStore(run / "checkpoints" / phase).load_newest(pytest.fail)
     assert newest is not None
     return {name: value.numpy().tobytes() for name, value in newest.tensors.items()}
 
@@ -128,7 +129,10 @@ def test_a_rank_that_is_killed_ends_the_job_with_its_name(tmp_path: Path, glyphs
     assert tracked_status(run) == "FAILED"
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("sent", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGKILL, -9)],
+)
 def test_a_stopped_command_leaves_no_process_and_a_run_marked_killed(
     tmp_path: Path, glyphs: Path, sent: signal.Signals, code: int
 ) -> None:
@@ -144,6 +148,9 @@ def test_a_stopped_command_leaves_no_process_and_a_run_marked_killed(
             kill_tree(process.pid)
     assert process.returncode == code
     assert b"Traceback" not in output + errors
+    deadline = time.monotonic() + 30.0  # a command that was killed is missed by its agent a little later
+    while [pid for pid in started if is_running(pid)] and time.monotonic() < deadline:
+        time.sleep(0.05)
     assert not [pid for pid in started if is_running(pid)]
     assert tracked_status(run) == "KILLED"
 

@@ -32,7 +32,7 @@ def test_equal_data_counts_every_sample_of_every_task_once(glyphs: Path, stdlib:
     # 5 outer steps of 4 tasks of 3 classes with 1 + 2 images: 180 images.
     assert ordinary_budget(images, "ordinary_equal_data", num_outer_steps=5) == (180, 18)
     text = job("stdlib-lora.yaml", f"data.url={stdlib}", "evaluation.ordinary.batch_size=7")
-    # 5 outer steps of 4 tasks of 8 support, 4 query and 4 rehearsed sequences: 320, rounded up to batches of 7.
+    # 5 outer steps of 4 tasks of 8 support, 4 query and 4 rehearsed sequences: 320, in batches of 7.
     assert ordinary_budget(text, "ordinary_equal_data", num_outer_steps=5) == (322, 46)
 
 

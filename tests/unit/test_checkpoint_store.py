@@ -68,7 +68,7 @@ def test_a_folder_without_manifest_is_no_checkpoint(tmp_path: Path) -> None:
     store = store_with(tmp_path, 1, 2)
     (tmp_path / "step-00000002" / MANIFEST).unlink()
     assert store.steps() == [1]
-    newest = store.load_newest()
+    newest = store.load_newest(pytest.fail)
     assert newest is not None
     assert newest.step == 1
     with pytest.raises(CheckpointError, match="step-00000002 holds no complete checkpoint"):
@@ -101,7 +101,7 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
 def test_an_empty_or_missing_folder_holds_no_checkpoint(tmp_path: Path) -> None:
     for root in (tmp_path, tmp_path / "missing"):
         assert CheckpointStore(root).steps() == []
-        assert CheckpointStore(root).load_newest() is None
+        assert CheckpointStore(root).load_newest(pytest.fail) is None
 
 
 def test_folders_of_other_names_are_left_alone(tmp_path: Path) -> None:
@@ -180,11 +180,11 @@ def test_the_newest_valid_checkpoint_is_loaded_and_the_notes_say_why_others_were
     (tmp_path / "step-00000004" / MANIFEST).write_text("{")
     flip_bit(tmp_path / "step-00000003" / "__0_0.distcp", 100)
     notes: list[str] = []
-    newest = store.load_newest(notes=notes)
+    newest = store.load_newest(notes.append)
     assert newest is not None
     assert newest.step == 2
     assert len(notes) == 2
-    assert notes[0].startswith("skipped: ")
+    assert notes[0].startswith("skipped a checkpoint: ")
     assert "step-00000004" in notes[0]
     assert "cannot be read" in notes[0]
     assert "step-00000003" in notes[1]
@@ -196,7 +196,7 @@ def test_no_valid_checkpoint_is_none_with_a_note_for_each(tmp_path: Path) -> Non
     for step in (1, 2):
         (tmp_path / f"step-{step:08d}" / "__0_0.distcp").write_bytes(b"")
     notes: list[str] = []
-    assert store.load_newest(notes=notes) is None
+    assert store.load_newest(notes.append) is None
     assert len(notes) == 2
 
 

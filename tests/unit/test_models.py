@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from metaloom.models.conv4 import Conv4
 from metaloom.models.gpt import VOCABULARY, Gpt
+from metaloom.recipe.rules import GPT_BLOCK_LAYERS
 
 
 @pytest.fixture(autouse=True)
@@ -104,3 +105,9 @@ def test_conv4_without_norms_treats_each_example_alone() -> None:
     images = torch.randn(4, 1, 28, 28).double()
     # Other batch sizes take other kernels: rounding.
     torch.testing.assert_close(model(images)[:1], model(images[:1]), rtol=1e-12, atol=1e-14)
+
+
+def test_the_recipes_rules_know_the_linear_layers_of_gpt() -> None:
+    layers = {name for name, layer in gpt().named_modules() if isinstance(layer, torch.nn.Linear)}
+    blocks = {f"blocks.{block}.{name}" for block in range(2) for name in GPT_BLOCK_LAYERS}
+    assert layers == blocks | {"head"}

@@ -381,7 +381,11 @@ outer:
             ["pretrain={num_steps: 10, batch_size: 4, lr: 1e-3, splits: [train, train]}"],
             "pretrain.splits: 'train' is listed twice; list it once",
         ),
-        (STDLIB, ["adaptation.fast.targets=[a, b, a]"], "fast.targets: 'a' is listed twice; list it once"),
+        (
+            STDLIB,
+            ["adaptation.fast.targets=[qkv, proj, qkv]"],
+            "fast.targets: 'qkv' is listed twice; list it once",
+        ),
         (
             GLYPHS,
             ["pretrain={num_steps: 10, batch_size: 4, lr: 1e-3}"],
@@ -418,6 +422,26 @@ outer:
             STDLIB,
             ["algorithm.meta_parameters.init=false"],
             "algorithm.meta_parameters: init and backbone are both false and adaptation.rule.learned is none",
+        ),
+        (
+            STDLIB,
+            ["adaptation.fast={kind: lora, targets: [qkvv]}"],
+            "adaptation.fast.targets.0: 'qkvv'; matches no linear layer of the model, which has qkv, proj",
+        ),
+        (
+            STDLIB,
+            ["adaptation.fast={kind: lora, rank: 100000}"],
+            "adaptation.fast.rank: 100000; must be at most model.width",
+        ),
+        (
+            GLYPHS,
+            ["outer.lr_rates=0.5", "adaptation.rule.learned=none"],
+            "outer.lr_rates: 0.5; has no effect, since adaptation.rule.learned is none; leave it out",
+        ),
+        (
+            GLYPHS,
+            ["evaluation.tuning.rate_factors=[1.0, 1.0]"],
+            "evaluation.tuning.rate_factors: [1.0, 1.0]; names a factor twice",
         ),
         (
             GLYPHS,
