@@ -48,6 +48,9 @@ def train_ordinary(
     store = CheckpointStore(job.place.folder.checkpoints(phase_name), keep_last=1)
     outer = OuterOptimizer({name: value.detach() for name, value in model.named_parameters()}, settings)
     made_by = dataclasses.asdict(settings) | {"batch_size": batch_size}
+    if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        # Batch statistics are those of a rank's share: with other shares it is another training.
+        made_by["world_size"] = job.sharding.world_size
     made_by["betas"] = list(settings.betas)  # as JSON has it
     newest = store.load_newest(job.console.warn)
     if newest is not None and newest.scalars["made_by"] != made_by:
