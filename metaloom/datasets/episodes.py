@@ -222,7 +222,7 @@ class DocumentEpisodes(EpisodeSource):
             raise StreamError(f"num_rehearsal is {num_rehearsal}; it must be at least 0.")
         self._texts = _Documents(index, [split])
         self._split = split
-        self._num_support, self._num_query, self._length = num_support, num_query, sequence_length
+        self._num_support, self._length = num_support, sequence_length
         self._seed = seed
         self._needed = (num_support + num_query) * (sequence_length + 1)
         lengths = self._texts.lengths

@@ -40,12 +40,6 @@ class Replicated:
             }
         return {name: summed[name] for name in tensors}
 
-    def broadcast(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copies rank 0's values into every rank's tensors. Every rank must call."""
-        if self.world_size > 1:
-            for value in tensors.values():
-                dist.broadcast(value, src=0)
-
     def gather(self, values: list[_Value]) -> list[_Value]:
         """All ranks' lists, joined in the order of ranks, on every rank. Every rank must call."""
         if self.world_size == 1:
@@ -53,8 +47,3 @@ class Replicated:
         parts: list[list[_Value]] = [[] for _ in range(self.world_size)]
         dist.all_gather_object(parts, values)
         return [value for part in parts for value in part]
-
-    def all_agree(self, value: bool) -> bool:
-        """True if `value` is true on every rank. Every rank must call."""
-        flags = self.sum_over_ranks({"disagree": torch.tensor([0 if value else 1])})
-        return int(flags["disagree"]) == 0
