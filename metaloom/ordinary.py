@@ -14,6 +14,7 @@ from metaloom.datasets import Samples, slice_for_rank
 from metaloom.engine.learner import cross_entropy
 from metaloom.engine.outer import OuterOptimizer, OuterSettings
 from metaloom.engine.precision import Precision
+from metaloom.engine.unroll import leaves
 from metaloom.errors import CheckpointError
 from metaloom.job import Job
 
@@ -94,11 +95,7 @@ def finished_weights(job: Job, phase_name: str, *, num_steps: int) -> dict[str, 
             f"{store.root} has no valid checkpoint of step {num_steps}, from which this run went on. Restore "
             "that folder, or start a new run."
         )
-    return {
-        name.removeprefix("meta/"): value.to(job.place.device)
-        for name, value in newest.tensors.items()
-        if name.startswith("meta/")
-    }
+    return {name: value.to(job.place.device) for name, value in newest.under("meta/").items()}
 
 
 def _gradient(
@@ -109,7 +106,7 @@ def _gradient(
         nothing = torch.zeros((), dtype=torch.float64, device=next(iter(weights.values())).device)
         zeros = {name: torch.zeros_like(value) for name, value in weights.items()}
         return zeros, {"metrics/loss": nothing, "metrics/accuracy": nothing.clone()}
-    parameters = {name: value.detach().requires_grad_() for name, value in weights.items()}
+    parameters = leaves(weights)
     device = next(iter(parameters.values())).device
     targets = batch["targets"].to(device)[None]
     inputs = batch["inputs"].to(device)

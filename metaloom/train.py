@@ -61,7 +61,7 @@ def train(recipe: Recipe, place: Place) -> None:
         outer = OuterOptimizer(initial_meta(recipe, algorithm.unroll), outer_settings(recipe))
         progress = Progress()
         if newest is not None:
-            require_same_tensors(_meta_only(outer.tensors()), _meta_only(newest.tensors), source=store.root)
+            require_same_tensors(outer.meta, newest.under("meta/"), source=store.root)
             outer.load(newest.tensors, newest.scalars)
             progress = Progress(**newest.scalars["progress"])
             job.console.note(f"resumed after outer step {outer.step} of {recipe.outer.num_steps}")
@@ -210,10 +210,6 @@ def _shown(metrics: Mapping[str, float]) -> dict[str, float]:
     if "validation_loss" in metrics:
         shown["validation"] = metrics["validation_loss"]
     return shown
-
-
-def _meta_only(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix("meta/"): value for name, value in tensors.items() if name.startswith("meta/")}
 
 
 class _Clock:

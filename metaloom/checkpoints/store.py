@@ -50,6 +50,14 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     scalars: dict[str, Any]
 
+    def under(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors whose names begin with `prefix`, without it."""
+        return {
+            name.removeprefix(prefix): value
+            for name, value in self.tensors.items()
+            if name.startswith(prefix)
+        }
+
 
 class CheckpointStore:
     """Saves, finds, loads and prunes the checkpoints under one folder.
