@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from metaloom.build import build_adapter, build_algorithm, build_model, initial_meta, task_batch
 from metaloom.datasets import ClassSamples
-from metaloom.engine.learner import cross_entropy
+from metaloom.engine.losses import cross_entropy
 from metaloom.engine.unroll import leaves
 from metaloom.job import Job
 from metaloom.recipe import GlyphsData, Precision, Recipe

@@ -95,6 +95,7 @@ def build_unroll(recipe: Recipe, adapter: Adapter, *, rate: float, grain: Grain)
             adapter,
             Precision(recipe.precision.compute),
             None if rehearsal is None else Rehearsal(rehearsal.ratio, rehearsal.num_sequences),
+            seed=recipe.seed,
         ),
         rule=Sgd(
             momentum=adaptation.rule.momentum,

@@ -25,7 +25,7 @@ from metaloom.checkpoints import Checkpoint, CheckpointStore
 from metaloom.confidence import confidence_95
 from metaloom.datasets import ClassSamples, EpisodeSource, slice_for_rank
 from metaloom.engine.evaluation import adaptation_curve
-from metaloom.engine.learner import bits_per_byte
+from metaloom.engine.losses import bits_per_byte
 from metaloom.engine.unroll import Unroll
 from metaloom.errors import CheckpointError
 from metaloom.job import Job, Place, open_job

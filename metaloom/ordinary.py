@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from metaloom.checkpoints import Checkpoint, CheckpointStore
 from metaloom.datasets import Samples, slice_for_rank
-from metaloom.engine.learner import cross_entropy
+from metaloom.engine.losses import cross_entropy, example_means, is_right
 from metaloom.engine.outer import OuterOptimizer, OuterSettings
 from metaloom.engine.precision import Precision
 from metaloom.engine.unroll import leaves
@@ -115,7 +115,6 @@ def _gradient(
         logits: Tensor = functional_call(model, parameters, (inputs,), tie_weights=True)[None]
     loss = cross_entropy(logits, targets).sum()
     grads = torch.autograd.grad(loss, list(parameters.values()))
-    right = (logits.detach().argmax(-1) == targets).view(*targets.shape[:2], -1)  # [1, N, L or 1]
-    accuracy = right.double().mean(2).sum()
+    accuracy = example_means(is_right(logits, targets).double()).sum()
     totals = {"metrics/loss": loss.detach().double(), "metrics/accuracy": accuracy}
     return dict(zip(parameters, grads, strict=True)), totals

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metaloom.engine.learner import TaskBatch
-from metaloom.engine.unroll import Unroll, adapt
+from metaloom.engine.unroll import Unroll, adapt, constants
 
 
 def adaptation_curve(
@@ -20,17 +20,14 @@ def adaptation_curve(
         `loss` (nats) and `accuracy`, each `[T, K + 1]`, float64; with retention data also
         `retention_loss` `[T, 2]`, before and after: the rise is what was forgotten.
     """
-    snapshots = adapt(unroll, meta, batch, num_steps=num_steps)
-    constants = {name: value.detach() for name, value in meta.items()}
-    curve: dict[str, Tensor] = {}
-    with torch.no_grad():
-        results = [unroll.learner.losses("query", constants, at.fast, batch, 0) for at in snapshots]
-        curve["loss"] = torch.stack([losses.double() for losses, _ in results], dim=1)
-        curve["accuracy"] = torch.stack([aux["accuracy"] for _, aux in results], dim=1)
-        if batch.retention is not None:
-            ends = [
-                unroll.learner.losses("retention", constants, at.fast, batch, 0)[0]
-                for at in (snapshots[0], snapshots[-1])
-            ]
-            curve["retention_loss"] = torch.stack([losses.double() for losses in ends], dim=1)
-    return curve
+    fixed = constants(meta)
+    points: dict[str, list[Tensor]] = {"loss": [], "accuracy": []}
+    for step, at in enumerate(adapt(unroll, meta, batch, num_steps=num_steps)):
+        with torch.no_grad():
+            losses, aux = unroll.learner.losses("query", fixed, at.fast, batch, step)
+            points["loss"].append(losses.double())
+            points["accuracy"].append(aux["accuracy"])
+            if batch.retention is not None and step in (0, num_steps):
+                retained, _ = unroll.learner.losses("retention", fixed, at.fast, batch, step)
+                points.setdefault("retention_loss", []).append(retained.double())
+    return {name: torch.stack(values, dim=1) for name, values in points.items()}

@@ -7,16 +7,20 @@ L tokens, C classes (or vocabulary).
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from metaloom.engine.adapters.base import Adapter
+from metaloom.engine.adapters.model import Readout
+from metaloom.engine.draws import Draws
+from metaloom.engine.forward_pass import Derivative, ForwardPass
+from metaloom.engine.losses import PLAIN, LossTensors, SupportLoss, example_means, is_right, token_losses
 from metaloom.engine.precision import Precision
+from metaloom.engine.recomputation import recomputed
+from metaloom.errors import CapabilityError
 
 Tensors = Mapping[str, Tensor]
 Objective = Literal["support", "query", "retention"]
@@ -76,22 +80,44 @@ class Learner:
     Tasks share neither fast weights nor anything inside the forward pass, so the gradient of
     `losses.sum()` with respect to `fast` is the stack of the tasks' own gradients.
 
+    Dropout acts in the support objective, at training and at evaluation alike: it is a part of adaptation,
+    and what it draws follows from `seed`, the task and the step. The query and retention objectives have
+    none.
+
     Attributes:
         adapter: the model together with what is fast in it.
         precision: the dtype of the forward pass; losses are always at least float32.
         rehearsal: how the inner loss mixes in rehearsal data; None for not at all.
+        support_loss: the cross-entropy that tasks adapt by.
+        seed: what dropout's draws follow from.
+        recompute_blocks: keep the inputs of the model's blocks alone, and compute each again when it is
+            differentiated: less memory, one more forward pass.
+        head_chunk: tokens for which the head and its cross-entropy are computed at a time, and computed again
+            when differentiated; None for all at once. With a large vocabulary the logits are what
+            memory is needed for.
     """
 
     adapter: Adapter
     precision: Precision
     rehearsal: Rehearsal | None = None
+    support_loss: SupportLoss = dataclasses.field(default_factory=SupportLoss)
+    seed: int = 0
+    recompute_blocks: bool = False
+    head_chunk: int | None = None
 
     def init(self, meta: Tensors, num_tasks: int) -> dict[str, Tensor]:
         """phi_0, differentiable in `meta`: name -> `[T, ...]`."""
         return self.adapter.init(meta, num_tasks)
 
     def losses(
-        self, objective: Objective, meta: Tensors, fast: Tensors, batch: TaskBatch, step: int
+        self,
+        objective: Objective,
+        meta: Tensors,
+        fast: Tensors,
+        batch: TaskBatch,
+        step: int,
+        *,
+        derivative: Derivative = "once",
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean loss of each task at its own fast weights.
 
@@ -101,11 +127,14 @@ class Learner:
             meta: meta-parameters by name, shared by the tasks.
             fast: fast weights by name, each `[T, ...]`.
             batch: the tasks' data.
-            step: inner step, which chooses the rehearsal stretches of the support objective.
+            step: inner step, which chooses the rehearsal stretches and the draws of the support objective.
+            derivative: how the losses will be differentiated: `once`, or twice, the second time in `reverse`
+                or `forward` mode. Differentiating twice what was made for once may fail, or be wrong.
 
         Returns:
             Losses `[T]` in nats, and `accuracy` `[T]` (share of right answers, detached).
         """
+        is_support = objective == "support"
         if objective == "query":
             inputs, targets = batch.query["inputs"], batch.query["targets"]
         elif objective == "retention":
@@ -113,16 +142,66 @@ class Learner:
             inputs, targets = batch.retention["inputs"], batch.retention["targets"]
         else:
             inputs, targets = self._support(batch, step)
-        with self.precision.autocast(inputs.device):
-            logits = self.adapter.forward(meta, fast, inputs)
-        example_losses = cross_entropy(logits, targets)
-        accuracy = (logits.detach().argmax(-1) == targets).flatten(1).double().mean(1)
-        if objective == "support" and self.rehearsal is not None:
+        forward_pass = ForwardPass(
+            precision=self.precision,
+            device=inputs.device,
+            derivative=derivative,
+            draws=Draws(self.seed, batch.numbers, step) if is_support else None,
+            recompute_blocks=self.recompute_blocks,
+            holds_back_head=self.head_chunk is not None,
+        )
+        readout = self.adapter.forward(meta, fast, inputs, forward_pass)
+        how = self.support_loss.at(meta) if is_support else PLAIN
+        each, right = self._read(readout, targets, how, derivative)
+        example_losses = example_means(each)
+        accuracy = right.flatten(1).double().mean(1)
+        if is_support and self.rehearsal is not None:
             num_support = batch.support["targets"].shape[1]
             own, old = example_losses[:, :num_support], example_losses[:, num_support:]
             ratio = self.rehearsal.ratio
             return (1.0 - ratio) * own.mean(1) + ratio * old.mean(1), {"accuracy": accuracy}
         return example_losses.mean(1), {"accuracy": accuracy}
+
+    def _read(
+        self, readout: Readout, targets: Tensor, how: LossTensors, derivative: Derivative
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of each target, and whether the likeliest class is it; both shaped like the targets."""
+        if self.head_chunk is None:
+            return token_losses(readout.features, targets, how), is_right(readout.features, targets)
+        if readout.head is None:
+            raise CapabilityError(
+                f"memory.head_chunk is {self.head_chunk}, and this model has no head that can be told from "
+                "the rest: set it to null."
+            )
+        head = readout.head
+        features = readout.features.flatten(1, -2)  # [T, N * L, D]
+        wanted = targets.flatten(1)
+        learned = [value for value in (how.temperature, how.label_smoothing) if isinstance(value, Tensor)]
+
+        def compute(chunk: Tensor, wanted: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+            rest = iter(tensors[: len(learned)])
+            temperature, smoothing = (
+                next(rest) if isinstance(value, Tensor) else value
+                for value in (how.temperature, how.label_smoothing)
+            )
+            logits = head(chunk, *tensors[len(learned) :])
+            return token_losses(logits, wanted, LossTensors(temperature, smoothing)), is_right(logits, wanted)
+
+        pieces = [
+            recomputed(
+                compute,
+                (
+                    features[:, start : start + self.head_chunk],
+                    wanted[:, start : start + self.head_chunk],
+                    *learned,
+                    *readout.tensors,
+                ),
+                derivative=derivative,
+            )
+            for start in range(0, features.shape[1], self.head_chunk)
+        ]
+        each, right = (torch.cat(parts, dim=1).view(targets.shape) for parts in zip(*pieces, strict=True))
+        return each, right
 
     def _support(self, batch: TaskBatch, step: int) -> tuple[Tensor, Tensor]:
         inputs, targets = batch.support["inputs"], batch.support["targets"]
@@ -136,21 +215,3 @@ class Learner:
             torch.cat([inputs, batch.rehearsal["inputs"][:, rows]], dim=1),
             torch.cat([targets, batch.rehearsal["targets"][:, rows]], dim=1),
         )
-
-
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """The mean cross-entropy of each example, `[T, N]`, in nats.
-
-    Args:
-        logits: `[T, N, C]` or `[T, N, L, C]`; half precision is raised to float32 first.
-        targets: `[T, N]` or `[T, N, L]`, class indices.
-    """
-    if logits.dtype in (torch.bfloat16, torch.float16):
-        logits = logits.float()
-    losses = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none")
-    return losses.view(*targets.shape[:2], -1).mean(-1)
-
-
-def bits_per_byte(nats: float) -> float:
-    """A byte-level loss in bits."""
-    return nats / math.log(2.0)

@@ -7,14 +7,16 @@ state, c_k the weight of the query loss after k steps, L the inner loss, Lq the 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
+from metaloom.engine.forward_pass import Derivative
 from metaloom.engine.inner_loops.base import InnerRule
 from metaloom.engine.inner_loops.rates import Rates
 from metaloom.engine.learner import Learner, TaskBatch
+from metaloom.engine.precision import Scales
 
 Tensors = Mapping[str, Tensor]
 
@@ -28,12 +30,14 @@ class Unroll:
         rule: the inner rule.
         rates: its learning rates.
         step_weights: c_0 .. c_K; plain MAML has c_K = 1 and the others 0.
+        scales: what losses are multiplied by inside, in half precision.
     """
 
     learner: Learner
     rule: InnerRule
     rates: Rates
     step_weights: tuple[float, ...]
+    scales: Scales = dataclasses.field(default_factory=Scales)
 
     @property
     def num_steps(self) -> int:
@@ -51,8 +55,18 @@ class Unroll:
 
         `fast` must require gradients; with `create_graph` the result is differentiable again.
         """
-        losses, _ = self.learner.losses("support", meta, fast, batch, step)
-        grads = torch.autograd.grad(losses.sum(), list(fast.values()), create_graph=create_graph)
+        derivative: Derivative = "reverse" if create_graph else "once"
+        grads = self.scaled_support_gradient(meta, fast, batch, step, derivative=derivative)
+        return unscaled(grads, self.scales.loss)
+
+    def scaled_support_gradient(
+        self, meta: Tensors, fast: Tensors, batch: TaskBatch, step: int, *, derivative: Derivative
+    ) -> dict[str, Tensor]:
+        """`S * g_k`, S the loss scale; as `support_gradient`."""
+        losses, _ = self.learner.losses("support", meta, fast, batch, step, derivative=derivative)
+        grads = torch.autograd.grad(
+            self.scales.loss * losses.sum(), list(fast.values()), create_graph=derivative == "reverse"
+        )
         return dict(zip(fast, grads, strict=True))
 
     def inner_step(
@@ -61,6 +75,11 @@ class Unroll:
         """(phi_{k+1}, s_{k+1}) from (phi_k, s_k)."""
         grads = self.support_gradient(meta, fast, batch, step, create_graph=create_graph)
         return self.rule.update(fast, state, grads, self.rates.at(meta, fast, step))
+
+
+def unscaled(tensors: Tensors, scale: float) -> dict[str, Tensor]:
+    """The tensors divided by a scale."""
+    return dict(tensors) if scale == 1.0 else {name: value / scale for name, value in tensors.items()}
 
 
 def leaves(tensors: Tensors) -> dict[str, Tensor]:
@@ -81,19 +100,33 @@ class Snapshot:
     state: dict[str, Tensor]
 
 
-def adapt(unroll: Unroll, meta: Tensors, batch: TaskBatch, *, num_steps: int) -> list[Snapshot]:
-    """(phi_k, s_k) for k = 0 .. `num_steps`, without a graph.
-
-    Memory: one copy of the fast weights and the rule's state per step, and one step's activations.
-    """
-    constants = {name: value.detach() for name, value in meta.items()}
+def first_snapshot(unroll: Unroll, meta: Tensors, num_tasks: int) -> Snapshot:
+    """(phi_0, s_0), without a graph."""
     with torch.no_grad():
-        fast, state = unroll.start(constants, batch.num_tasks)
-    snapshots = [Snapshot(fast, state)]
+        return Snapshot(*unroll.start(constants(meta), num_tasks))
+
+
+def advance(unroll: Unroll, meta: Tensors, batch: TaskBatch, at: Snapshot, step: int) -> Snapshot:
+    """(phi_{k+1}, s_{k+1}) from (phi_k, s_k) at inner step k = `step`, without a graph."""
+    fixed = constants(meta)
+    with torch.enable_grad():
+        grads = unroll.support_gradient(fixed, leaves(at.fast), batch, step, create_graph=False)
+    with torch.no_grad():
+        return Snapshot(*unroll.rule.update(at.fast, at.state, grads, unroll.rates.at(fixed, at.fast, step)))
+
+
+def adapt(unroll: Unroll, meta: Tensors, batch: TaskBatch, *, num_steps: int) -> Iterator[Snapshot]:
+    """(phi_k, s_k) for k = 0 .. `num_steps`, one after the other, without a graph.
+
+    Memory: what the caller keeps, and one step's activations.
+    """
+    at = first_snapshot(unroll, meta, batch.num_tasks)
+    yield at
     for step in range(num_steps):
-        with torch.enable_grad():
-            grads = unroll.support_gradient(constants, leaves(fast), batch, step, create_graph=False)
-        with torch.no_grad():
-            fast, state = unroll.rule.update(fast, state, grads, unroll.rates.at(constants, fast, step))
-        snapshots.append(Snapshot(fast, state))
-    return snapshots
+        at = advance(unroll, meta, batch, at, step)
+        yield at
+
+
+def constants(tensors: Tensors) -> dict[str, Tensor]:
+    """The same values without their graph."""
+    return {name: value.detach() for name, value in tensors.items()}

@@ -15,10 +15,7 @@ VOCABULARY = 256
 
 
 class Gpt(nn.Module):
-    """Pre-norm blocks, learned positions, GELU, no dropout (Radford et al. 2019, section 2.3).
-
-    Attention is written out, since fused kernels have neither a second derivative nor a
-    forward-mode rule.
+    """Pre-norm blocks, learned positions, GELU (Radford et al. 2019, section 2.3).
 
     Args:
         num_layers: blocks.
@@ -26,17 +23,28 @@ class Gpt(nn.Module):
         num_heads: H.
         context_length: the longest sequence, tokens.
         tied_embeddings: the head's weight is the embedding's.
+        dropout: probability, after the embeddings and before each addition to the residual stream.
+        vocabulary: V.
     """
 
     def __init__(
-        self, *, num_layers: int, width: int, num_heads: int, context_length: int, tied_embeddings: bool
+        self,
+        *,
+        num_layers: int,
+        width: int,
+        num_heads: int,
+        context_length: int,
+        tied_embeddings: bool,
+        dropout: float = 0.0,
+        vocabulary: int = VOCABULARY,
     ) -> None:
         super().__init__()
-        self.token_embedding = nn.Embedding(VOCABULARY, width)
+        self.token_embedding = nn.Embedding(vocabulary, width)
         self.position_embedding = nn.Embedding(context_length, width)
-        self.blocks = nn.ModuleList(_Block(width, num_heads) for _ in range(num_layers))
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(_Block(width, num_heads, dropout) for _ in range(num_layers))
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, VOCABULARY, bias=False)
+        self.head = nn.Linear(width, vocabulary, bias=False)
         self.apply(_init_weights)
         for name, weight in self.named_parameters():
             if name.endswith(("proj.weight", "fc_out.weight")):
@@ -48,7 +56,7 @@ class Gpt(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits `[N, L, V]` of the next token, for tokens `[N, L]`."""
         positions = torch.arange(tokens.shape[1], device=tokens.device)
-        hidden = self.token_embedding(tokens) + self.position_embedding(positions)
+        hidden = self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))
         for block in self.blocks:
             hidden = block(hidden)
         logits: Tensor = self.head(self.norm(hidden))
@@ -56,16 +64,17 @@ class Gpt(nn.Module):
 
 
 class _Block(nn.Module):
-    def __init__(self, width: int, num_heads: int) -> None:
+    def __init__(self, width: int, num_heads: int, dropout: float) -> None:
         super().__init__()
         self.norm_attention = nn.LayerNorm(width)
         self.attention = _CausalAttention(width, num_heads)
         self.norm_mlp = nn.LayerNorm(width)
         self.mlp = _Mlp(width)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        hidden = hidden + self.attention(self.norm_attention(hidden))
-        residual: Tensor = hidden + self.mlp(self.norm_mlp(hidden))
+        hidden = hidden + self.dropout(self.attention(self.norm_attention(hidden)))
+        residual: Tensor = hidden + self.dropout(self.mlp(self.norm_mlp(hidden)))
         return residual
 
 
@@ -82,11 +91,8 @@ class _CausalAttention(nn.Module):
             part.view(N, L, self.num_heads, D // self.num_heads).transpose(1, 2)
             for part in self.qkv(hidden).split(D, dim=-1)
         )
-        scores = query @ key.transpose(-2, -1) / math.sqrt(D // self.num_heads)
-        future = torch.ones(L, L, dtype=torch.bool, device=hidden.device).triu(1)
-        # A finite fill: -inf would give NaN under dual numbers.
-        weights = scores.masked_fill(future, torch.finfo(scores.dtype).min).softmax(dim=-1)
-        mixed: Tensor = self.proj((weights @ value).transpose(1, 2).reshape(N, L, D))
+        heads = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        mixed: Tensor = self.proj(heads.transpose(1, 2).reshape(N, L, D))
         return mixed
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from metaloom.engine.adapters.base import Adapter
 from metaloom.engine.adapters.full import FullAdapter
 from metaloom.engine.adapters.lora import LoraAdapter
+from metaloom.engine.adapters.model import Structure
+from metaloom.engine.forward_pass import ForwardPass
 from metaloom.engine.inner_loops.base import InnerRule
 from metaloom.engine.inner_loops.rates import Grain, Rates
 from metaloom.engine.inner_loops.sgd import Sgd
@@ -42,6 +45,14 @@ class Problem:
     model: nn.Module
 
 
+def logits_of(
+    adapter: Adapter, meta: Mapping[str, Tensor], fast: Mapping[str, Tensor], inputs: Tensor
+) -> Tensor:
+    """What the adapter's model says, by its own kernels."""
+    forward_pass = ForwardPass(precision=Precision("float64"), device=inputs.device)
+    return adapter.forward(meta, fast, inputs, forward_pass).features
+
+
 def last(num_steps: int) -> tuple[float, ...]:
     """Plain MAML's c_0 .. c_K."""
     return (*(0.0,) * num_steps, 1.0)
@@ -56,11 +67,13 @@ def conv4_problem(
     norm: str = "batch",
     num_tasks: int = 2,
     compute: ComputeFormat = "float64",
+    tasks: Literal["loop", "vmap"] = "loop",
 ) -> Problem:
     """Few-shot images, every weight fast."""
     generator = torch.Generator().manual_seed(7)
     precision = Precision(compute)
     model = _seeded(lambda: Conv4(num_classes=3, width=4, num_blocks=3, norm=norm), precision)
+    structure = Structure(tuple(f"blocks.{block}" for block in range(3)), "head")
 
     def part(num_examples: int) -> dict[str, Tensor]:
         shape = (num_tasks, num_examples, 1, IMAGE, IMAGE)
@@ -69,7 +82,8 @@ def conv4_problem(
         return {"inputs": images.to(precision.storage_dtype), "targets": labels}
 
     batch = TaskBatch(tuple(range(num_tasks)), support=part(6), query=part(5))
-    return _problem(FullAdapter(model), model, batch, precision, step_weights, grain, rule, init, False)
+    adapter = FullAdapter(model, structure=structure, tasks=tasks)
+    return _problem(adapter, model, batch, precision, step_weights, grain, rule, init, False)
 
 
 def gpt_problem(
@@ -83,11 +97,18 @@ def gpt_problem(
     tied_embeddings: bool = False,
     num_tasks: int = 2,
     compute: ComputeFormat = "float64",
+    num_layers: int = 1,
+    dropout: float = 0.0,
 ) -> Problem:
     """Byte sequences, LoRA fast."""
     generator = torch.Generator().manual_seed(11)
     precision = Precision(compute)
-    model = small_gpt(tied_embeddings=tied_embeddings, dtype=precision.storage_dtype)
+    model = small_gpt(
+        tied_embeddings=tied_embeddings,
+        dtype=precision.storage_dtype,
+        num_layers=num_layers,
+        dropout=dropout,
+    )
 
     def part(num_sequences: int) -> dict[str, Tensor]:
         shape = (num_tasks, num_sequences, TOKENS + 1)
@@ -104,12 +125,23 @@ def gpt_problem(
     return _problem(adapter, model, batch, precision, step_weights, grain, rule, init, backbone, rehearsal)
 
 
-def small_gpt(*, tied_embeddings: bool = False, dtype: torch.dtype = torch.float64) -> Gpt:
-    """One block, width 8."""
+def small_gpt(
+    *,
+    tied_embeddings: bool = False,
+    dtype: torch.dtype = torch.float64,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+) -> Gpt:
+    """Width 8."""
     precision = Precision("float64" if dtype == torch.float64 else "float32")
     model = _seeded(
         lambda: Gpt(
-            num_layers=1, width=8, num_heads=2, context_length=TOKENS, tied_embeddings=tied_embeddings
+            num_layers=num_layers,
+            width=8,
+            num_heads=2,
+            context_length=TOKENS,
+            tied_embeddings=tied_embeddings,
+            dropout=dropout,
         ),
         precision,
     )
@@ -120,7 +152,11 @@ def small_gpt(*, tied_embeddings: bool = False, dtype: torch.dtype = torch.float
 def small_lora(model: nn.Module) -> LoraAdapter:
     """Rank 2 on every linear layer but the head; alpha differs from the rank, so that it shows."""
     generator = torch.Generator().manual_seed(3)
-    return LoraAdapter(model, targets="all-linear", rank=2, alpha=6.0, generator=generator)
+    blocks = sum(name.count(".") == 1 and name.startswith("blocks.") for name, _ in model.named_modules())
+    structure = Structure(tuple(f"blocks.{block}" for block in range(blocks)), "head")
+    return LoraAdapter(
+        model, targets="all-linear", rank=2, alpha=6.0, generator=generator, structure=structure
+    )
 
 
 def perturbed(tensors: Mapping[str, Tensor], *, scale: float, seed: int = 5) -> dict[str, Tensor]:

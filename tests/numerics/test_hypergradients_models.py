@@ -159,7 +159,7 @@ def test_first_order_is_exact_in_the_last_steps_rate_and_in_no_other() -> None:
 def test_first_order_moves_a_backbone_by_the_query_loss_alone() -> None:
     problem = gpt_problem(step_weights=last(3), backbone=True)
     first = meta_gradient(problem, "first_order").gradient
-    fast = adapt(problem.unroll, problem.meta, problem.batch, num_steps=3)[-1].fast
+    fast = list(adapt(problem.unroll, problem.meta, problem.batch, num_steps=3))[-1].fast
     names = [name for name in problem.meta if name.startswith("backbone.")]
     meta = {name: value.requires_grad_() for name, value in problem.meta.items()}
     losses, _ = problem.unroll.learner.losses("query", meta, fast, problem.batch, 0)

@@ -21,7 +21,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from metaloom.engine.adapters.base import Adapter, broadcast_init
+from metaloom.engine.adapters.model import Readout
 from metaloom.engine.algorithms.maml import step_weights
+from metaloom.engine.forward_pass import ForwardPass
 from metaloom.engine.hypergradients import HYPERGRADIENTS
 from metaloom.engine.inner_loops.rates import Grain, Rates
 from metaloom.engine.inner_loops.sgd import Sgd
@@ -54,12 +56,18 @@ class QuadraticAdapter(Adapter):
         initial = {name: torch.zeros(size, dtype=torch.float64) for name, size in FAST.items()}
         return broadcast_init(initial, meta, num_tasks)
 
-    def forward(self, meta: Mapping[str, Tensor], fast: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
+    def forward(
+        self,
+        meta: Mapping[str, Tensor],
+        fast: Mapping[str, Tensor],
+        inputs: Tensor,
+        forward_pass: ForwardPass,
+    ) -> Readout:
         a, c, b = inputs[..., :D], inputs[..., D : D + E], inputs[..., D + E]
         phi = torch.cat([fast[name] for name in FAST], dim=1)
         residuals = torch.einsum("tnd,td->tn", a, phi) + c @ meta["backbone.omega"] - b
         losses = 0.5 * residuals**2 + OFFSET
-        return torch.stack([torch.zeros_like(losses), -torch.log(torch.expm1(losses))], dim=-1)
+        return Readout(torch.stack([torch.zeros_like(losses), -torch.log(torch.expm1(losses))], dim=-1))
 
 
 @dataclasses.dataclass(frozen=True)

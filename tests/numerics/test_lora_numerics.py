@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from metaloom.engine.adapters.lora import LoraAdapter
 from metaloom.models.gpt import VOCABULARY
-from tests.numerics.problems import TOKENS, perturbed, small_gpt
+from tests.numerics.problems import TOKENS, logits_of, perturbed, small_gpt
 
 NUM_TASKS = 3
 Targets = tuple[str, ...] | Literal["all-linear"]
@@ -43,7 +43,7 @@ def merged(backbone: dict[str, Tensor], fast: dict[str, Tensor], task: int) -> d
 @all_targets
 def test_each_tasks_lora_output_is_that_of_its_merged_weights(targets: Targets) -> None:
     adapter, backbone, fast, tokens = case(targets, tied=False)
-    logits = adapter.forward(backbone, fast, tokens)
+    logits = logits_of(adapter, backbone, fast, tokens)
     model = small_gpt()
     for task in range(NUM_TASKS):
         expected = functional_call(model, merged(backbone, fast, task), (tokens[task],))
@@ -56,7 +56,7 @@ def test_loras_gradients_are_those_of_the_merged_weights(targets: Targets) -> No
     adapter, backbone, fast, tokens = case(targets, tied=False)
     generator = torch.Generator().manual_seed(8)
     leaves = {name: value.requires_grad_() for name, value in {**backbone, **fast}.items()}
-    logits = adapter.forward(backbone, fast, tokens)
+    logits = logits_of(adapter, backbone, fast, tokens)
     cotangent = torch.randn(logits.shape, generator=generator, dtype=logits.dtype)
     actual = torch.autograd.grad((logits * cotangent).sum(), list(leaves.values()))
     model = small_gpt()
@@ -72,7 +72,7 @@ def test_a_tied_embedding_gets_the_gradient_of_both_its_uses() -> None:
     adapter, backbone, fast, tokens = case(("qkv",), tied=True)
     assert "backbone.head.weight" not in backbone
     embedding = backbone["backbone.token_embedding.weight"].requires_grad_()
-    (tied,) = torch.autograd.grad(adapter.forward(backbone, fast, tokens).square().sum(), embedding)
+    (tied,) = torch.autograd.grad(logits_of(adapter, backbone, fast, tokens).square().sum(), embedding)
     apart, apart_backbone, _, _ = case(("qkv",), tied=False)
     apart_backbone = {
         **backbone,
@@ -80,13 +80,13 @@ def test_a_tied_embedding_gets_the_gradient_of_both_its_uses() -> None:
         "backbone.head.weight": embedding.detach().clone().requires_grad_(),
     }
     two = [apart_backbone[f"backbone.{name}.weight"] for name in ("token_embedding", "head")]
-    grads = torch.autograd.grad(apart.forward(apart_backbone, fast, tokens).square().sum(), two)
+    grads = torch.autograd.grad(logits_of(apart, apart_backbone, fast, tokens).square().sum(), two)
     torch.testing.assert_close(tied, grads[0] + grads[1], rtol=1e-12, atol=1e-14)
 
 
 @either_head
 def test_lora_starts_as_the_unadapted_model(tied: bool) -> None:
     adapter, _, _, tokens = case("all-linear", tied)
-    logits = adapter.forward({}, adapter.init({}, NUM_TASKS), tokens)
+    logits = logits_of(adapter, {}, adapter.init({}, NUM_TASKS), tokens)
     expected = small_gpt(tied_embeddings=tied)(tokens.flatten(0, 1)).view_as(logits)
     assert torch.equal(logits, expected)

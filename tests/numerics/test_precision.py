@@ -84,7 +84,7 @@ def test_gradients_and_fast_weights_are_in_the_storage_dtype_and_losses_in_float
     assert {value.dtype for value in result.gradient.values()} == {storage}
     assert result.losses.dtype == torch.float64
     assert {value.dtype for value in result.metrics.values()} == {torch.float64}
-    path = adapt(problem.unroll, problem.meta, problem.batch, num_steps=1)
+    path = list(adapt(problem.unroll, problem.meta, problem.batch, num_steps=1))
     assert {value.dtype for at in path for value in at.fast.values()} == {storage}
 
 

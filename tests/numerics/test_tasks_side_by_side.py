@@ -56,9 +56,9 @@ def test_a_batch_of_tasks_gives_the_sum_of_the_tasks_alone(model: str, estimator
 def test_changing_one_tasks_data_leaves_the_other_tasks_bit_for_bit(model: str, moved: int) -> None:
     problem = PROBLEMS[model]()
     others = [task for task in range(NUM_TASKS) if task != moved]
-    before = adapt(problem.unroll, problem.meta, problem.batch, num_steps=2)
+    before = list(adapt(problem.unroll, problem.meta, problem.batch, num_steps=2))
     changed = with_other_data(problem.batch, moved)
-    after = adapt(problem.unroll, problem.meta, changed, num_steps=2)
+    after = list(adapt(problem.unroll, problem.meta, changed, num_steps=2))
     for step in (1, 2):
         for name, value in before[step].fast.items():
             assert torch.equal(after[step].fast[name][others], value[others]), name
@@ -77,9 +77,10 @@ def test_micro_batches_of_any_size_give_the_same_mean(model: str, size: int) -> 
     problem = PROBLEMS[model]()
 
     def mean(micro_batch: int) -> tuple[dict[str, Tensor], dict[str, float]]:
-        combiner = Mean(problem.meta, Replicated())
+        hypergradient = HYPERGRADIENTS["mixed_mode"]()
+        combiner = Mean(problem.meta, Replicated(), metric_names=hypergradient.metric_names)
         for part in problem.batch.split(micro_batch):
-            combiner.add(HYPERGRADIENTS["mixed_mode"]().meta_gradient(problem.unroll, problem.meta, part))
+            combiner.add(hypergradient.meta_gradient(problem.unroll, problem.meta, part))
         combined = combiner.combine(NUM_TASKS)
         return combined.gradient, combined.metrics
 

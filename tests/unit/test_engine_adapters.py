@@ -12,6 +12,7 @@ from metaloom.engine.adapters.lora import LoraAdapter
 from metaloom.errors import CapabilityError
 from metaloom.models.conv4 import Conv4
 from metaloom.models.gpt import Gpt
+from tests.numerics.problems import logits_of
 
 
 def gpt(*, tied: bool = True) -> Gpt:
@@ -115,7 +116,7 @@ def test_lora_removes_its_hooks_also_when_the_model_fails() -> None:
     adapter = lora(model)
     too_long = torch.zeros(1, 1, 7, dtype=torch.int64)
     with pytest.raises(IndexError):
-        adapter.forward({}, adapter.init({}, 1), too_long)
+        logits_of(adapter, {}, adapter.init({}, 1), too_long)
     assert not any(module._forward_hooks for module in model.modules())
 
 
@@ -125,7 +126,7 @@ def test_the_whole_model_adapter_runs_each_task_at_its_own_weights() -> None:
     fast: dict[str, Tensor] = {"weight": torch.randn(4, 2, 3), "bias": torch.randn(4, 2)}
     inputs = torch.randn(4, 5, 3)
     expected = torch.einsum("tnd,tcd->tnc", inputs, fast["weight"]) + fast["bias"][:, None]
-    torch.testing.assert_close(adapter.forward({}, fast, inputs), expected)
+    torch.testing.assert_close(logits_of(adapter, {}, fast, inputs), expected)
 
 
 def test_the_whole_model_adapter_has_no_backbone_to_learn() -> None:
@@ -138,7 +139,7 @@ def test_the_whole_model_adapter_adapts_tied_embeddings_as_one_weight() -> None:
     fast = adapter.init({}, 2)
     assert "head.weight" not in fast
     tokens = torch.arange(12).view(2, 1, 6)
-    torch.testing.assert_close(adapter.forward({}, fast, tokens), gpt()(tokens.flatten(0, 1)).unsqueeze(1))
+    torch.testing.assert_close(logits_of(adapter, {}, fast, tokens), gpt()(tokens.flatten(0, 1)).unsqueeze(1))
 
 
 def test_the_whole_model_adapter_starts_at_the_models_own_weights() -> None:

@@ -11,7 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from metaloom.engine.adapters.base import Adapter, broadcast_init
-from metaloom.engine.learner import Learner, Objective, Rehearsal, TaskBatch, bits_per_byte, cross_entropy
+from metaloom.engine.adapters.model import Readout
+from metaloom.engine.forward_pass import ForwardPass
+from metaloom.engine.learner import Learner, Objective, Rehearsal, TaskBatch
+from metaloom.engine.losses import bits_per_byte, cross_entropy
 from metaloom.engine.precision import Precision
 
 T, S, Q, D, C = 2, 3, 4, 5, 6
@@ -26,8 +29,14 @@ class Linear(Adapter):
     def init(self, meta: Mapping[str, Tensor], num_tasks: int) -> dict[str, Tensor]:
         return broadcast_init({"w": torch.zeros(C, D)}, meta, num_tasks)
 
-    def forward(self, meta: Mapping[str, Tensor], fast: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
-        return inputs @ fast["w"].transpose(1, 2)
+    def forward(
+        self,
+        meta: Mapping[str, Tensor],
+        fast: Mapping[str, Tensor],
+        inputs: Tensor,
+        forward_pass: ForwardPass,
+    ) -> Readout:
+        return Readout(inputs @ fast["w"].transpose(1, 2))
 
 
 def part(num_examples: int, seed: int) -> dict[str, Tensor]:

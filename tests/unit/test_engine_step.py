@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from metaloom.engine.adapters.full import FullAdapter
 from metaloom.engine.algorithms.maml import Maml, step_weights
-from metaloom.engine.combiners.mean import METRICS, Mean
+from metaloom.engine.combiners.mean import Mean
 from metaloom.engine.evaluation import adaptation_curve
 from metaloom.engine.hypergradients import HYPERGRADIENTS
 from metaloom.engine.hypergradients.base import MetaGradient, gradient_of
@@ -80,9 +80,20 @@ def test_an_outer_step_moves_theta_by_the_mean_hypergradient(micro_batch: int) -
     outer = OuterOptimizer(initial_meta(algorithm.unroll), SETTINGS)
     before = {name: value.clone() for name, value in outer.meta.items()}
     whole = algorithm.meta_gradient(before, batch())
-    metrics = outer_step(StepTasks(batch(), T, micro_batch), algorithm, Mean(outer.meta, Replicated()), outer)
+    metrics = outer_step(
+        StepTasks(batch(), T, micro_batch),
+        algorithm,
+        Mean(outer.meta, Replicated(), metric_names=algorithm.hypergradient.metric_names),
+        outer,
+    )
     assert_close(outer.meta, {name: value - 0.5 * whole.gradient[name] / T for name, value in before.items()})
-    assert metrics.keys() == {*METRICS, "gradient_norm", "outer_lr", "skipped"}
+    assert metrics.keys() == {
+        "meta_loss",
+        *algorithm.hypergradient.metric_names,
+        "gradient_norm",
+        "outer_lr",
+        "skipped",
+    }
     assert metrics["meta_loss"] == pytest.approx(float(whole.losses.mean()))
     for name, value in whole.metrics.items():
         assert metrics[name] == pytest.approx(float(value.mean())), name
@@ -92,7 +103,7 @@ def test_an_outer_step_moves_theta_by_the_mean_hypergradient(micro_batch: int) -
 def test_repeated_outer_steps_lower_the_meta_loss() -> None:
     algorithm = Maml(unroll(), HYPERGRADIENTS["mixed_mode"]())
     outer = OuterOptimizer(initial_meta(algorithm.unroll), SETTINGS)
-    combiner = Mean(outer.meta, Replicated())
+    combiner = Mean(outer.meta, Replicated(), metric_names=algorithm.hypergradient.metric_names)
     tasks = StepTasks(batch(), T, 2)
     losses = [outer_step(tasks, algorithm, combiner, outer)["meta_loss"] for _ in range(20)]
     # Plain gradient descent on one batch with a small enough rate: each step goes down.
@@ -107,7 +118,7 @@ def test_a_step_without_tasks_has_no_micro_batches() -> None:
 
 
 def test_the_mean_divides_by_the_tasks_of_all_ranks_and_starts_anew() -> None:
-    combiner = Mean({"a": torch.zeros(2)}, Replicated())
+    combiner = Mean({"a": torch.zeros(2)}, Replicated(), metric_names=["loss_after"])
 
     def part(value: float) -> MetaGradient:
         losses = torch.tensor([value, value], dtype=torch.float64)
@@ -125,7 +136,7 @@ def test_the_mean_divides_by_the_tasks_of_all_ranks_and_starts_anew() -> None:
 
 
 def test_the_mean_leaves_what_it_was_given_as_it_was() -> None:
-    combiner = Mean({"a": torch.zeros(2)}, Replicated())
+    combiner = Mean({"a": torch.zeros(2)}, Replicated(), metric_names=["loss_after"])
     part = MetaGradient({"a": torch.ones(2)}, torch.ones(1), {})
     combiner.add(part)
     combiner.add(part)
@@ -165,7 +176,7 @@ def test_the_curve_has_no_retention_without_such_data() -> None:
 def test_adaptation_starts_at_the_initialisation_and_lowers_the_support_loss() -> None:
     problem, data = unroll(), batch()
     meta = initial_meta(problem)
-    path = adapt(problem, meta, data, num_steps=K)
+    path = list(adapt(problem, meta, data, num_steps=K))
     assert len(path) == K + 1
     assert all(
         torch.equal(path[0].fast[name], meta[f"init.{name}"].expand(T, -1, -1)) for name in ("weight",)

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from metaloom.engine.adapters.model import Readout
+from metaloom.engine.forward_pass import ForwardPass
+
 INIT = "init."
 BACKBONE = "backbone."
 
@@ -28,13 +31,20 @@ class Adapter(abc.ABC):
         """phi_0: fast weights `[T, ...]` by name, differentiable in `meta`."""
 
     @abc.abstractmethod
-    def forward(self, meta: Mapping[str, Tensor], fast: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
-        """Logits `[T, N, ..., C]` of T tasks, each at its own fast weights.
+    def forward(
+        self,
+        meta: Mapping[str, Tensor],
+        fast: Mapping[str, Tensor],
+        inputs: Tensor,
+        forward_pass: ForwardPass,
+    ) -> Readout:
+        """The features of T tasks, each at its own fast weights, from which logits `[T, N, ..., V]` are read.
 
         Args:
             meta: meta-parameters by name.
             fast: fast weights by name, each `[T, ...]`.
             inputs: `[T, N, ...]`.
+            forward_pass: how to run it.
         """
 
 

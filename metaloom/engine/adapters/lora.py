@@ -12,9 +12,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from metaloom.engine.adapters.base import BACKBONE, INIT, Adapter, broadcast_init
+from metaloom.engine.adapters.model import Readout, Structure, Tensors, run_model
+from metaloom.engine.forward_pass import ForwardPass
+from metaloom.engine.kernels import low_rank_update
 from metaloom.errors import CapabilityError
 
 
@@ -33,6 +35,7 @@ class LoraAdapter(Adapter):
         alpha: scale; the product is multiplied by alpha / R.
         generator: where the initial A (uniform, Kaiming with gain sqrt(5) as in the paper's code)
             comes from; B starts at zero.
+        structure: where the backbone can be taken apart.
 
     Raises:
         CapabilityError: a target matches no linear layer; names those that there are.
@@ -46,8 +49,10 @@ class LoraAdapter(Adapter):
         rank: int,
         alpha: float,
         generator: torch.Generator,
+        structure: Structure | None = None,
     ) -> None:
         self._model = model
+        self._structure = structure or Structure()
         self._scale = alpha / rank
         self._targets = _matching_linear_layers(model, targets)
         self._initial: dict[str, Tensor] = {}
@@ -69,21 +74,35 @@ class LoraAdapter(Adapter):
     def init(self, meta: Mapping[str, Tensor], num_tasks: int) -> dict[str, Tensor]:
         return broadcast_init(self._initial, meta, num_tasks)
 
-    def forward(self, meta: Mapping[str, Tensor], fast: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
+    def forward(
+        self,
+        meta: Mapping[str, Tensor],
+        fast: Mapping[str, Tensor],
+        inputs: Tensor,
+        forward_pass: ForwardPass,
+    ) -> Readout:
         num_tasks, num_examples = inputs.shape[:2]
         backbone = {
             name.removeprefix(BACKBONE): value for name, value in meta.items() if name.startswith(BACKBONE)
         }
-        with self._attached(fast):
-            logits: Tensor = functional_call(self._model, backbone, (inputs.flatten(0, 1),), tie_weights=True)
-        return logits.view(num_tasks, num_examples, *logits.shape[1:])
+        features, head, tensors = run_model(
+            self._model,
+            self._structure,
+            backbone,
+            inputs.flatten(0, 1),
+            forward_pass,
+            attachments=fast,
+            attach=self._attached,
+        )
+        return Readout(features.view(num_tasks, num_examples, *features.shape[1:]), head, tensors)
 
     @contextlib.contextmanager
-    def _attached(self, fast: Mapping[str, Tensor]) -> Iterator[None]:
+    def _attached(self, fast: Tensors) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             for name, layer in self._targets.items():
-                product = _LoraProduct(fast[f"{name}.lora_a"], fast[f"{name}.lora_b"], self._scale)
-                stack.callback(layer.register_forward_hook(product).remove)
+                if f"{name}.lora_a" in fast:
+                    product = _LoraProduct(fast[f"{name}.lora_a"], fast[f"{name}.lora_b"], self._scale)
+                    stack.callback(layer.register_forward_hook(product).remove)
             yield
 
 
@@ -94,10 +113,10 @@ class _LoraProduct:
         self._lora_a, self._lora_b, self._scale = lora_a, lora_b, scale
 
     def __call__(self, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        inputs = args[0].reshape(self._lora_a.shape[0], -1, args[0].shape[-1])  # [T, N * ..., D]
-        low_rank = torch.bmm(inputs, self._lora_a.transpose(1, 2))  # [T, N * ..., R]
-        update = torch.bmm(low_rank, self._lora_b.transpose(1, 2))  # [T, N * ..., D']
-        return output + self._scale * update.view(output.shape)
+        num_tasks = self._lora_a.shape[0]
+        inputs = args[0].reshape(num_tasks, -1, args[0].shape[-1])  # [T, N * ..., D]
+        flat = output.reshape(num_tasks, -1, output.shape[-1])  # [T, N * ..., D']
+        return low_rank_update(flat, inputs, self._lora_a, self._lora_b, self._scale).view(output.shape)
 
 
 def _matching_linear_layers(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,14 +23,17 @@ class Combined:
 class Mean:
     """Sums as it goes: no more memory than one gradient. The tasks are averaged once, at the end."""
 
-    def __init__(self, like: Tensors, sharding: Replicated) -> None:
+    def __init__(self, like: Tensors, sharding: Replicated, *, metric_names: Sequence[str]) -> None:
         self._like = like
+        self._metric_names = ("meta_loss", *metric_names)
         self._sharding = sharding
         self._reset()
 
     def _reset(self) -> None:
         self._sum = {name: torch.zeros_like(value) for name, value in self._like.items()}
-        self._metrics: dict[str, Tensor] = {name: torch.zeros((), dtype=torch.float64) for name in METRICS}
+        self._metrics: dict[str, Tensor] = {
+            name: torch.zeros((), dtype=torch.float64) for name in self._metric_names
+        }
 
     def add(self, part: MetaGradient) -> None:
         """Takes in one micro-batch."""
@@ -48,8 +52,5 @@ class Mean:
         self._reset()
         return Combined(
             gradient={name: total[name] / num_global for name in self._sum},
-            metrics={name: float(total[f"metrics/{name}"]) / num_global for name in METRICS},
+            metrics={name: float(total[f"metrics/{name}"]) / num_global for name in self._metric_names},
         )
-
-
-METRICS = ("meta_loss", "loss_before", "loss_after", "accuracy_before", "accuracy_after")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ class MetaGradient:
     Attributes:
         gradient: d (sum over tasks of the meta-loss) / d theta, shaped like theta.
         losses: the meta-loss of each task, `[T]`.
-        metrics: per task, `[T]` each, float64: `loss_` and `accuracy_`, `before` and `after` adaptation.
+        metrics: per task, `[T]` each, float64: `loss_` and `accuracy_`, `before` and `after` adaptation;
+            `not_finite`, 1 where the task's loss or its share of the gradient is not finite.
     """
 
     gradient: dict[str, Tensor]
@@ -32,6 +33,11 @@ class MetaGradient:
 
 class Hypergradient(abc.ABC):
     """The gradient of the meta-loss with respect to the meta-parameters, summed over tasks."""
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """The names of the metrics that `meta_gradient` returns: ranks without tasks need them too."""
+        return ("loss_before", "loss_after", "accuracy_before", "accuracy_after", "not_finite")
 
     @abc.abstractmethod
     def meta_gradient(self, unroll: Unroll, meta: Tensors, batch: TaskBatch) -> MetaGradient:
@@ -80,15 +86,48 @@ def added(left: Tensors, right: Tensors) -> dict[str, Tensor]:
     return {name: value + right[name] for name, value in left.items()}
 
 
+def meta_losses(
+    unroll: Unroll, theta: Tensors, start: tuple[Tensors, Tensors], batch: TaskBatch, first_step: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`sum_k c_k Lq(phi_k)` over k = `first_step` .. K as a graph over theta and `start`, and the metrics.
+
+    Args:
+        start: (phi, s) at inner step `first_step`; phi requires gradients.
+
+    Returns:
+        The sum for each task, `[T]`, float64, and the metrics of `query_losses`.
+    """
+    fast, state = start
+    total = torch.zeros(batch.num_tasks, dtype=torch.float64, device=next(iter(fast.values())).device)
+    metrics: dict[str, Tensor] = {}
+    for step in range(first_step, unroll.num_steps + 1):
+        if step > first_step:
+            fast, state = unroll.inner_step(theta, fast, state, batch, step - 1, create_graph=True)
+        losses, at_step = query_losses(unroll, theta, fast, batch, step)
+        metrics |= at_step
+        if losses is not None:
+            total = total + unroll.step_weights[step] * losses.double()
+    return total, metrics
+
+
 def query_losses(
     unroll: Unroll, meta: Tensors, fast: Tensors, batch: TaskBatch, step: int
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Lq at phi_`step`: `[T]`, and the metrics under their public names."""
-    losses, aux = unroll.learner.losses("query", meta, fast, batch, step)
+) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """Lq at phi_`step`, `[T]`, None where its weight is 0; and the metrics under their public names."""
     moment = {0: "before", unroll.num_steps: "after"}.get(step)
-    if moment is None:
-        return losses, {}
-    return losses, {
-        f"loss_{moment}": losses.detach().double(),
-        f"accuracy_{moment}": aux["accuracy"],
-    }
+    is_counted = unroll.step_weights[step] != 0.0
+    if not is_counted and moment is None:
+        return None, {}
+    with torch.set_grad_enabled(is_counted and torch.is_grad_enabled()):
+        losses, aux = unroll.learner.losses("query", meta, fast, batch, step)
+    metrics = {f"loss_{moment}": losses.detach().double(), f"accuracy_{moment}": aux["accuracy"]}
+    return (losses if is_counted else None), (metrics if moment is not None else {})
+
+
+def not_finite(losses: Tensor, per_task: Iterable[Tensor]) -> Tensor:
+    """1 for each task with a loss, or an entry of its `[T, ...]` tensors, that is not finite; `[T]`,
+    float64."""
+    finite = losses.isfinite()
+    for tensor in per_task:
+        finite = finite & tensor.flatten(1).isfinite().all(dim=1)
+    return (~finite).double()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
 from metaloom.engine.hypergradients.base import Tensors
-from metaloom.engine.hypergradients.sweep import Adjoint, AdjointSweep, step_vjp
+from metaloom.engine.hypergradients.sweep import Adjoint, AdjointSweep, rule_vjp
 from metaloom.engine.learner import TaskBatch
-from metaloom.engine.unroll import Snapshot, Unroll, leaves
+from metaloom.engine.unroll import Snapshot, Unroll, constants, leaves
 
 
+@dataclasses.dataclass(frozen=True)
 class FirstOrder(AdjointSweep):
     """First-order MAML (Finn et al. 2017, section 5.2): the inner gradients count as constants.
 
@@ -22,8 +25,7 @@ class FirstOrder(AdjointSweep):
     def pull_back(
         self, unroll: Unroll, theta: Tensors, batch: TaskBatch, step: int, at: Snapshot, adjoint: Adjoint
     ) -> tuple[Adjoint, dict[str, Tensor]]:
-        fast, state = leaves(at.fast), leaves(at.state)
         with torch.enable_grad():
-            grads = unroll.support_gradient(theta, fast, batch, step, create_graph=False)
-            after = unroll.rule.update(fast, state, grads, unroll.rates.at(theta, fast, step))
-            return step_vjp(after, adjoint, fast, state, theta)
+            fast = leaves(at.fast)
+            grads = unroll.support_gradient(constants(theta), fast, batch, step, create_graph=False)
+        return rule_vjp(unroll, theta, at, grads, step, adjoint)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from metaloom.engine.hypergradients.base import Tensors, added, unprefixed
-from metaloom.engine.hypergradients.sweep import Adjoint, AdjointSweep, step_vjp
+from metaloom.engine.hypergradients.sweep import Adjoint, AdjointSweep, rule_vjp
 from metaloom.engine.learner import TaskBatch
-from metaloom.engine.unroll import Snapshot, Unroll, leaves
+from metaloom.engine.unroll import Snapshot, Unroll, leaves, unscaled
 
 
+@dataclasses.dataclass(frozen=True)
 class MixedMode(AdjointSweep):
     """Exact, and flat in memory: Hessian products come from dual numbers through the inner gradient.
 
@@ -25,29 +28,43 @@ class MixedMode(AdjointSweep):
     def pull_back(
         self, unroll: Unroll, theta: Tensors, batch: TaskBatch, step: int, at: Snapshot, adjoint: Adjoint
     ) -> tuple[Adjoint, dict[str, Tensor]]:
-        fast, state = leaves(at.fast), leaves(at.state)
-        with torch.enable_grad():
-            grads = leaves(unroll.support_gradient(theta, fast, batch, step, create_graph=False))
-            after = unroll.rule.update(fast, state, grads, unroll.rates.at(theta, fast, step))
-            before, d_theta = step_vjp(after, adjoint, fast, state, theta, grads)
-        products = _tangents_of_gradient(unroll, theta, at.fast, before.grads, batch, step)
-        d_fast = added(before.fast, {name: products[name] for name in fast})
-        return Adjoint(d_fast, before.state), added(d_theta, unprefixed("theta/", products))
+        if unroll.rule.is_affine_in_gradient:
+            # g_bar does not depend on g, which comes out of the same pass as the products.
+            anything = {name: torch.zeros_like(value) for name, value in at.fast.items()}
+            before, _ = rule_vjp(unroll, theta, at, anything, step, adjoint)
+            grads, products = _gradient_and_products(unroll, theta, at.fast, before.grads, batch, step)
+            before, share = rule_vjp(unroll, theta, at, grads, step, adjoint)
+        else:
+            with torch.enable_grad():
+                fast = leaves(at.fast)
+                grads = unroll.support_gradient(theta, fast, batch, step, create_graph=False)
+            before, share = rule_vjp(unroll, theta, at, grads, step, adjoint)
+            _, products = _gradient_and_products(unroll, theta, at.fast, before.grads, batch, step)
+        d_fast = added(before.fast, unprefixed("fast/", products))
+        return Adjoint(d_fast, before.state), added(share, unprefixed("theta/", products))
 
 
-def _tangents_of_gradient(
+def _gradient_and_products(
     unroll: Unroll, theta: Tensors, fast: Tensors, tangents: Tensors, batch: TaskBatch, step: int
-) -> dict[str, Tensor]:
-    """`H t` under the fast weights' names and `M t` under `theta/<name>`, for tangents t of phi."""
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """g by the fast weights' names; `H t` under `fast/<name>` and `M t` under `theta/<name>`, t tangents of
+    phi."""
+    scale = unroll.scales.loss
     with forward_ad.dual_level(), torch.enable_grad():
         duals = {name: _dual(value, tangents[name]) for name, value in fast.items()}
         parameters = leaves(theta)
-        losses, _ = unroll.learner.losses("support", parameters, duals, batch, step)
-        grads = torch.autograd.grad(
-            losses.sum(), [*duals.values(), *parameters.values()], allow_unused=True, materialize_grads=True
+        losses, _ = unroll.learner.losses("support", parameters, duals, batch, step, derivative="forward")
+        results = torch.autograd.grad(
+            scale * losses.sum(),
+            [*duals.values(), *parameters.values()],
+            allow_unused=True,
+            materialize_grads=True,
         )
-        names = [*duals, *("theta/" + name for name in parameters)]
-        return {name: _tangent(grad) for name, grad in zip(names, grads, strict=True)}
+        pairs = [_unpacked(result) for result in results]
+    names = [*(f"fast/{name}" for name in duals), *(f"theta/{name}" for name in parameters)]
+    products = {name: tangent for name, (_, tangent) in zip(names, pairs, strict=True)}
+    grads = {name: primal for name, (primal, _) in zip(duals, pairs, strict=False)}
+    return unscaled(grads, scale), unscaled(products, scale)
 
 
 def _dual(primal: Tensor, tangent: Tensor) -> Tensor:
@@ -58,7 +75,7 @@ def _dual(primal: Tensor, tangent: Tensor) -> Tensor:
     return dual
 
 
-def _tangent(dual: Tensor) -> Tensor:
-    """The tangent of a dual number, zero where nothing dual reached it."""
-    tangent: Tensor | None = forward_ad.unpack_dual(dual).tangent  # type: ignore[no-untyped-call]
-    return torch.zeros_like(dual) if tangent is None else tangent
+def _unpacked(dual: Tensor) -> tuple[Tensor, Tensor]:
+    """Primal and tangent of a dual number; the tangent is zero where nothing dual reached it."""
+    primal, tangent = forward_ad.unpack_dual(dual)  # type: ignore[no-untyped-call]
+    return primal.detach(), torch.zeros_like(primal) if tangent is None else tangent.detach()

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
-from metaloom.engine.hypergradients.base import Tensors
-from metaloom.engine.hypergradients.sweep import Adjoint, AdjointSweep, step_vjp
+from metaloom.engine.hypergradients.base import Tensors, added, gradient_of, prefixed, unprefixed
+from metaloom.engine.hypergradients.sweep import Adjoint, AdjointSweep, rule_vjp
 from metaloom.engine.learner import TaskBatch
-from metaloom.engine.unroll import Snapshot, Unroll, leaves
+from metaloom.engine.unroll import Snapshot, Unroll, leaves, unscaled
 
 
+@dataclasses.dataclass(frozen=True)
 class Rematerialized(AdjointSweep):
-    """Exact, and flat in memory: each inner step's graph is built again, differentiated and freed.
+    """Exact, and flat in memory: each inner gradient's graph is built again, differentiated and freed.
 
-    Keeps (phi_k, s_k) per step and the graph of one step. Time: one more forward and backward
+    `H_k g_bar` and `M_k g_bar` are the vector-Jacobian products of the inner gradient g_k. Keeps
+    (phi_k, s_k) per step and the graph of one gradient. Time: one more forward and backward
     pass per inner step than `unrolled`. Franceschi et al. 2017, "Forward and Reverse
     Gradient-Based Hyperparameter Optimization", algorithm 1, with checkpoints at every step.
     """
@@ -22,7 +26,16 @@ class Rematerialized(AdjointSweep):
     def pull_back(
         self, unroll: Unroll, theta: Tensors, batch: TaskBatch, step: int, at: Snapshot, adjoint: Adjoint
     ) -> tuple[Adjoint, dict[str, Tensor]]:
-        fast, state = leaves(at.fast), leaves(at.state)
+        fast = leaves(at.fast)
         with torch.enable_grad():
-            after = unroll.inner_step(theta, fast, state, batch, step, create_graph=True)
-            return step_vjp(after, adjoint, fast, state, theta)
+            grads = unroll.scaled_support_gradient(theta, fast, batch, step, derivative="reverse")
+        before, share = rule_vjp(unroll, theta, at, unscaled(grads, unroll.scales.loss), step, adjoint)
+        # The products of the scaled gradient with g_bar itself: g_bar / S would vanish in half precision.
+        scaled = gradient_of(
+            list(grads.values()),
+            prefixed("fast/", fast) | prefixed("theta/", theta),
+            [before.grads[name] for name in grads],
+        )
+        products = unscaled(scaled, unroll.scales.loss)
+        d_fast = added(before.fast, unprefixed("fast/", products))
+        return Adjoint(d_fast, before.state), added(share, unprefixed("theta/", products))

@@ -4,16 +4,16 @@
     for k = K-1 ... 0:
         (v, w), dtheta += pull-back of inner step k, applied to (v, w)
         v += c_k dLq/dphi,  dtheta += c_k dLq/dtheta,  at phi_k
-    dtheta += (d phi_0 / d theta)^T v
+    dtheta += (d phi_0 / d theta)^T v + (d s_0 / d theta)^T w
 
-An estimator says how one inner step is pulled back, and nothing else.
+An estimator says how one inner step is pulled back, and nothing else. In half precision the meta-loss is
+multiplied by the tangent scale, so that v, w and dtheta are, until the end.
 """
 
 from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -25,12 +25,15 @@ from metaloom.engine.hypergradients.base import (
     add_,
     added,
     gradient_of,
+    meta_losses,
+    not_finite,
     prefixed,
     query_losses,
     unprefixed,
 )
 from metaloom.engine.learner import TaskBatch
-from metaloom.engine.unroll import Snapshot, Unroll, adapt, leaves
+from metaloom.engine.snapshots import KeepAll, SnapshotPlan
+from metaloom.engine.unroll import Snapshot, Unroll, advance, first_snapshot, leaves, unscaled
 
 
 @dataclasses.dataclass
@@ -43,8 +46,19 @@ class Adjoint:
     grads: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
+@dataclasses.dataclass(frozen=True)
 class AdjointSweep(Hypergradient):
-    """Runs the K inner steps without a graph, keeping (phi_k, s_k), then sweeps back over them."""
+    """Runs the inner steps without a graph, keeping what the plan says of (phi_k, s_k), then sweeps back over
+    them.
+
+    Attributes:
+        snapshots: which (phi_k, s_k) are kept, and where.
+        num_graph_steps: the last so many inner steps keep their graph instead: nothing of them is computed
+            twice, and memory grows by one step's graph each.
+    """
+
+    snapshots: SnapshotPlan = dataclasses.field(default_factory=KeepAll)
+    num_graph_steps: int = 0
 
     @abc.abstractmethod
     def pull_back(
@@ -63,35 +77,48 @@ class AdjointSweep(Hypergradient):
 
     def meta_gradient(self, unroll: Unroll, meta: Tensors, batch: TaskBatch) -> MetaGradient:
         theta = leaves(meta)
-        snapshots = adapt(unroll, meta, batch, num_steps=unroll.num_steps)
-        losses = torch.zeros(batch.num_tasks, dtype=torch.float64, device=next(iter(meta.values())).device)
-        d_theta = {name: torch.zeros_like(value) for name, value in theta.items()}
-        adjoint = Adjoint(_zeros_like(snapshots[-1].fast), _zeros_like(snapshots[-1].state))
-        metrics: dict[str, Tensor] = {}
-        for step in range(unroll.num_steps, -1, -1):
-            at = snapshots.pop()
-            if step < unroll.num_steps:
-                adjoint, share = self.pull_back(unroll, theta, batch, step, at, adjoint)
-                add_(d_theta, share)
-            weight = unroll.step_weights[step]
-            if weight != 0.0:
-                query = _query_gradient(unroll, theta, batch, step, at.fast)
+        top = max(0, unroll.num_steps - self.num_graph_steps)
+        states = self.snapshots.backwards(
+            first_snapshot(unroll, meta, batch.num_tasks),
+            top,
+            lambda at, step: advance(unroll, meta, batch, at, step),
+        )
+        losses, metrics, adjoint, d_theta = self._top(unroll, theta, batch, next(states), top)
+        for step in range(top - 1, -1, -1):
+            at = next(states)
+            adjoint, share = self.pull_back(unroll, theta, batch, step, at, adjoint)
+            add_(d_theta, share)
+            query = _query_gradient(unroll, theta, batch, step, at.fast)
+            metrics |= query.metrics
+            if query.losses is not None:
                 adjoint = Adjoint(added(adjoint.fast, query.d_fast), adjoint.state)
                 add_(d_theta, query.d_theta)
-                losses += weight * query.losses
-                metrics |= query.metrics
-            elif step == 0:
-                with torch.no_grad():
-                    metrics |= query_losses(unroll, meta, at.fast, batch, step)[1]
+                losses = losses + query.losses
+            del at  # before the plan makes the next one
         with torch.enable_grad():
-            start = unroll.learner.init(theta, batch.num_tasks)
-            add_(d_theta, gradient_of(list(start.values()), theta, [adjoint.fast[name] for name in start]))
-        return MetaGradient(d_theta, losses, metrics)
+            fast, state = unroll.start(theta, batch.num_tasks)
+            cotangents = [adjoint.fast[name] for name in fast] + [adjoint.state[name] for name in state]
+            add_(d_theta, gradient_of([*fast.values(), *state.values()], theta, cotangents))
+        metrics["not_finite"] = not_finite(losses, adjoint.fast.values())
+        return MetaGradient(unscaled(d_theta, unroll.scales.tangent), losses, metrics)
+
+    def _top(
+        self, unroll: Unroll, theta: Tensors, batch: TaskBatch, at: Snapshot, first_step: int
+    ) -> tuple[Tensor, dict[str, Tensor], Adjoint, dict[str, Tensor]]:
+        """Losses, metrics, (v, w) and dtheta of everything from state `first_step` on, through its graph."""
+        fast, state = leaves(at.fast), leaves(at.state)
+        with torch.enable_grad():
+            losses, metrics = meta_losses(unroll, theta, (fast, state), batch, first_step)
+            inputs = prefixed("fast/", fast) | prefixed("state/", state) | prefixed("theta/", theta)
+            bars = gradient_of([unroll.scales.tangent * losses.sum()], inputs)
+        adjoint = Adjoint(unprefixed("fast/", bars), unprefixed("state/", bars))
+        d_theta = {name: value.clone() for name, value in unprefixed("theta/", bars).items()}
+        return losses.detach(), metrics, adjoint, d_theta
 
 
 @dataclasses.dataclass(frozen=True)
 class _Query:
-    losses: Tensor
+    losses: Tensor | None
     metrics: dict[str, Tensor]
     d_fast: dict[str, Tensor]
     d_theta: dict[str, Tensor]
@@ -100,32 +127,40 @@ class _Query:
 def _query_gradient(
     unroll: Unroll, theta: Tensors, batch: TaskBatch, step: int, fast_values: Tensors
 ) -> _Query:
-    """Lq at phi_k, `c_k dLq/dphi` and `c_k dLq/dtheta`."""
+    """`c_k Lq` at phi_k, and its derivatives by phi and theta; no losses where c_k is 0."""
     fast = leaves(fast_values)
     with torch.enable_grad():
         losses, metrics = query_losses(unroll, theta, fast, batch, step)
+        if losses is None:
+            return _Query(None, metrics, {}, {})
+        weighted = unroll.step_weights[step] * losses.double()
         grads = gradient_of(
-            [unroll.step_weights[step] * losses.sum()], prefixed("fast/", fast) | prefixed("theta/", theta)
+            [unroll.scales.tangent * weighted.sum()], prefixed("fast/", fast) | prefixed("theta/", theta)
         )
-    return _Query(losses.detach().double(), metrics, unprefixed("fast/", grads), unprefixed("theta/", grads))
+    return _Query(weighted.detach(), metrics, unprefixed("fast/", grads), unprefixed("theta/", grads))
 
 
-def step_vjp(
-    after: tuple[Tensors, Tensors],
-    adjoint: Adjoint,
-    fast: Tensors,
-    state: Tensors,
+def rule_vjp(
+    unroll: Unroll,
     theta: Tensors,
-    grads: Tensors | None = None,
+    at: Snapshot,
+    grads: Tensors,
+    step: int,
+    adjoint: Adjoint,
 ) -> tuple[Adjoint, dict[str, Tensor]]:
-    """(v, w) applied to the Jacobian of (phi', s') = `after` by (phi, s, theta), and g if given.
+    """(v, w) applied to the Jacobian of the update alone, by phi, s, g and the rates in theta.
 
     Args:
-        after: (phi', s'), a graph over the leaves that follow.
-        adjoint: (v, w) at `after`.
-        fast, state, theta, grads: the leaves to differentiate by.
+        at: (phi_k, s_k).
+        grads: g_k.
+        adjoint: (v, w) at (phi_{k+1}, s_{k+1}).
+
+    Returns:
+        (phi_bar, w) with `grads` g_bar; and the rates' share of dtheta.
     """
-    after_fast, after_state = after
+    fast, state, inner = leaves(at.fast), leaves(at.state), leaves(grads)
+    with torch.enable_grad():
+        after_fast, after_state = unroll.rule.update(fast, state, inner, unroll.rates.at(theta, fast, step))
     outputs = [*after_fast.values(), *after_state.values()]
     cotangents = [
         *(adjoint.fast[name] for name in after_fast),
@@ -135,12 +170,8 @@ def step_vjp(
         prefixed("fast/", fast)
         | prefixed("state/", state)
         | prefixed("theta/", theta)
-        | prefixed("grads/", grads or {})
+        | prefixed("grads/", inner)
     )
     bars = gradient_of(outputs, inputs, cotangents)
     before = Adjoint(unprefixed("fast/", bars), unprefixed("state/", bars), unprefixed("grads/", bars))
     return before, unprefixed("theta/", bars)
-
-
-def _zeros_like(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: torch.zeros_like(value) for name, value in tensors.items()}

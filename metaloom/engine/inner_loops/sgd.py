@@ -27,6 +27,10 @@ class Sgd(InnerRule):
     weight_decay: float = 0.0
     clip_norm: float | None = None
 
+    @property
+    def is_affine_in_gradient(self) -> bool:
+        return self.clip_norm is None
+
     def init_state(self, fast: Tensors) -> dict[str, Tensor]:
         if self.momentum == 0.0:
             return {}

@@ -1,0 +1,231 @@
+"""A model's forward pass in parts: blocks that may be computed again, and a head that may be held back.
+
+Shape letters: T tasks, N examples, L tokens, C tokens of a chunk, D width, V outputs (classes, vocabulary).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+from metaloom.engine.forward_pass import ForwardPass, Interception
+from metaloom.engine.recomputation import recomputed
+from metaloom.errors import CapabilityError
+
+Tensors = Mapping[str, Tensor]
+Attach = Callable[[Tensors], AbstractContextManager[None]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Structure:
+    """Where a model can be taken apart.
+
+    Attributes:
+        blocks: names of the modules whose activations may be recomputed, one at a time; none inside another.
+        head: name of the last module, a linear layer over the vocabulary; None where there is no such.
+    """
+
+    blocks: tuple[str, ...] = ()
+    head: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Readout:
+    """What a forward pass has come to: features, and how logits are read from them.
+
+    Attributes:
+        features: `[T, N, ..., D]`.
+        head: `(features [T, C, D], *tensors) -> logits [T, C, V]`, a pure function; None where the features
+            are the logits already.
+        tensors: the head's own weights.
+    """
+
+    features: Tensor
+    head: Callable[..., Tensor] | None = None
+    tensors: tuple[Tensor, ...] = ()
+
+
+def nothing_attached(tensors: Tensors) -> AbstractContextManager[None]:
+    """For models that are run as they are."""
+    return contextlib.nullcontext()
+
+
+def run_model(
+    model: nn.Module,
+    structure: Structure,
+    weights: Tensors,
+    inputs: Tensor,
+    forward_pass: ForwardPass,
+    *,
+    attachments: Tensors,
+    attach: Attach,
+) -> tuple[Tensor, Callable[..., Tensor] | None, tuple[Tensor, ...]]:
+    """The model's output at substituted weights; where the head is held back its input, the head, and its
+    weights.
+
+    Each block runs as a function of its own inputs, weights and attachments, in a region of its own: so what
+    it computes, draws included, does not depend on whether, or when, it is computed again.
+
+    Args:
+        weights: the model's parameters by name; those that it lacks stay as they are.
+        inputs: the model's one argument.
+        attachments: tensors that hooks add to layers, by `<module>.<tensor>`.
+        attach: puts hooks for such tensors on the model while its context lasts.
+    """
+    interception = Interception(forward_pass)
+    modules = dict(model.named_modules())
+    held_back = _HeldBack()
+    parts = [
+        *structure.blocks,
+        *([structure.head] if forward_pass.holds_back_head and structure.head else []),
+    ]
+    outside = {name: value for name, value in attachments.items() if not any(_is_in(name, p) for p in parts)}
+    with contextlib.ExitStack() as stack:
+        for position, name in enumerate(structure.blocks):
+            inside = {key: value for key, value in attachments.items() if _is_in(key, name)}
+            block = _Block(modules[name], f"{position}", inside, attach, interception, forward_pass)
+            stack.enter_context(_replaced_forward(modules[name], block))
+        if forward_pass.holds_back_head and structure.head is not None:
+            stack.enter_context(
+                _replaced_forward(modules[structure.head], held_back.keep(modules[structure.head]))
+            )
+        stack.enter_context(interception)
+        stack.enter_context(forward_pass.precision.autocast(forward_pass.device))
+        stack.enter_context(attach(outside))
+        output: Tensor = functional_call(model, dict(weights), (inputs,), tie_weights=True)
+    if not forward_pass.holds_back_head or structure.head is None:
+        return output, None, ()
+    if held_back.features is None or output is not held_back.features:
+        raise CapabilityError(
+            f"the model's output is not that of its head {structure.head!r} (something is computed after "
+            "it), so the head cannot be applied in chunks: set memory.head_chunk to null."
+        )
+    layer = modules[structure.head]
+    attached = {key: value for key, value in attachments.items() if _is_in(key, structure.head)}
+    names = tuple(held_back.weights)
+
+    def head(features: Tensor, *tensors: Tensor) -> Tensor:
+        substituted = dict(zip(names, tensors[: len(names)], strict=True))
+        hooked = dict(zip(attached, tensors[len(names) :], strict=True))
+        with interception.region("head"), attach(hooked):
+            logits: Tensor = functional_call(layer, substituted, (features,))
+            return logits
+
+    return output, head, (*held_back.weights.values(), *attached.values())
+
+
+class _HeldBack:
+    """What a head was given, in place of being run."""
+
+    def __init__(self) -> None:
+        self.features: Tensor | None = None
+        self.weights: dict[str, Tensor] = {}
+
+    def keep(self, head: nn.Module) -> Callable[[Tensor], Tensor]:
+        def forward(features: Tensor) -> Tensor:
+            # Inside the model's own forward pass the head has its substituted weights.
+            self.features, self.weights = features, dict(head.named_parameters())
+            return features
+
+        return forward
+
+
+class _Block:
+    """In place of a block's `forward`: the same as a function of every tensor that it depends on."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        name: str,
+        attachments: Tensors,
+        attach: Attach,
+        interception: Interception,
+        forward_pass: ForwardPass,
+    ) -> None:
+        self._original = _Original(module)
+        self._name, self._num_calls = name, 0
+        self._attachments, self._attach = attachments, attach
+        self._interception, self._pass = interception, forward_pass
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._num_calls += 1
+        region = f"{self._name}#{self._num_calls}"
+        if not self._pass.recompute_blocks:
+            with self._interception.region(region), self._attach(self._attachments):
+                return self._original(*args, **kwargs)
+        values, layout = pytree.tree_flatten((args, kwargs))
+        is_given = [isinstance(value, Tensor) for value in values]
+        given = [value for value in values if isinstance(value, Tensor)]
+        weights = dict(self._original.named_parameters())
+        attachments = dict(self._attachments)
+        layouts: list[Any] = []
+
+        def compute(*tensors: Tensor) -> tuple[Tensor, ...]:
+            rest = iter(tensors)
+            filled = [
+                next(rest) if is_tensor else value for is_tensor, value in zip(is_given, values, strict=True)
+            ]
+            substituted = {name: next(rest) for name in weights}
+            attached = {name: next(rest) for name in attachments}
+            args, kwargs = pytree.tree_unflatten(filled, layout)
+            with self._interception.region(region), self._attach(attached):
+                result = functional_call(self._original, substituted, args, kwargs)
+            outputs, output_layout = pytree.tree_flatten(result)
+            layouts.append(output_layout)
+            return tuple(outputs)
+
+        outputs = recomputed(
+            compute, [*given, *weights.values(), *attachments.values()], derivative=self._pass.derivative
+        )
+        return pytree.tree_unflatten(list(outputs), layouts[0])
+
+
+class _Original(nn.Module):
+    """A module's own `forward`, also while an attribute of that name replaces it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
+
+
+def _is_in(name: str, module: str) -> bool:
+    return name.startswith(f"{module}.")
+
+
+def stacked(readouts: Sequence[tuple[Tensor, Callable[..., Tensor] | None, tuple[Tensor, ...]]]) -> Readout:
+    """The readouts of tasks that ran one after the other, as one of `[T, ...]`."""
+    features = torch.stack([output for output, _, _ in readouts])
+    heads = [head for _, head, _ in readouts if head is not None]
+    if not heads:
+        return Readout(features)
+    num_tensors = len(readouts[0][2])
+
+    def head(chunk: Tensor, *tensors: Tensor) -> Tensor:
+        return torch.stack(
+            [
+                one(chunk[task], *tensors[task * num_tensors : (task + 1) * num_tensors])
+                for task, one in enumerate(heads)
+            ]
+        )
+
+    return Readout(features, head, tuple(tensor for _, _, tensors in readouts for tensor in tensors))

@@ -1,0 +1,49 @@
+"""Randomness inside a forward pass, as a function of what it is for.
+
+A draw depends on (seed, task number, inner step, site) and on nothing else. An episode's number is unique in
+a run and stands for the outer step and the task in it; the site says which draw of the pass it is. So a
+step that is computed again, alone or among other tasks, on any rank, sees the very same draws.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Draws:
+    """The draws of one inner step of T tasks.
+
+    Attributes:
+        seed: of the run.
+        numbers: the episode number of each task, length T.
+        step: the inner step.
+    """
+
+    seed: int
+    numbers: tuple[int, ...]
+    step: int
+
+    def of_task(self, task: int) -> Draws:
+        """The draws of one of the tasks alone: the same as among the others."""
+        return Draws(self.seed, (self.numbers[task],), self.step)
+
+    def dropout(self, inputs: Tensor, probability: float, site: str) -> Tensor:
+        """Inputs `[T * N, ...]` with entries zeroed by `probability` and the rest scaled by `1 / (1 - p)`."""
+        if probability == 0.0:
+            return inputs
+        shape = (inputs.shape[0] // len(self.numbers), *inputs.shape[1:])
+        kept = torch.cat([self._uniform(shape, number, site, inputs.device) for number in self.numbers])
+        scale = 0.0 if probability == 1.0 else 1.0 / (1.0 - probability)
+        return inputs * ((kept >= probability).to(inputs.dtype) * scale)
+
+    def _uniform(self, shape: tuple[int, ...], number: int, site: str, device: torch.device) -> Tensor:
+        key = f"{self.seed}/{number}/{self.step}/{site}".encode()
+        generator = torch.Generator(device)
+        # 63 bits: a generator's seed is a signed number.
+        generator.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1)
+        return torch.rand(shape, generator=generator, device=device)

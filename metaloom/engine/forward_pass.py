@@ -1,0 +1,164 @@
+"""How a model's forward pass is run: by which kernels, with which draws, keeping or recomputing what.
+
+The model itself is not changed. While a pass runs, the functions that it calls are looked at: those whose
+fused kernels cannot be differentiated twice are replaced where they have to be, dropout takes its draws from
+the step, and a function that draws random numbers of its own is refused, since it could not be repeated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode, resolve_name
+
+from metaloom.engine import kernels
+from metaloom.engine.draws import Draws
+from metaloom.engine.precision import Precision
+from metaloom.errors import CapabilityError
+
+Derivative = Literal["once", "reverse", "forward"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardPass:
+    """One forward pass of T tasks.
+
+    Attributes:
+        precision: number format.
+        derivative: how it will be differentiated: `once` (by reverse mode, or not at all), or twice, the
+            second time in `reverse` (through a graph of the gradient) or `forward` mode (inputs are dual
+            numbers).
+        draws: what dropout draws; None: dropout does nothing.
+        recompute_blocks: keep each block's inputs alone and compute the block again when it is
+            differentiated.
+        holds_back_head: leave the head to the caller, who applies it in chunks of tokens.
+        device: where.
+    """
+
+    precision: Precision
+    device: torch.device
+    derivative: Derivative = "once"
+    draws: Draws | None = None
+    recompute_blocks: bool = False
+    holds_back_head: bool = False
+
+    def of_task(self, task: int) -> ForwardPass:
+        """The same pass for one of its tasks."""
+        return dataclasses.replace(self, draws=None if self.draws is None else self.draws.of_task(task))
+
+
+class Interception(TorchFunctionMode):
+    """Runs what it is entered around as `ForwardPass` says.
+
+    Args:
+        forward_pass: how.
+        is_vectorized: whether the pass runs inside `torch.func.vmap`, where kernels are written out.
+    """
+
+    def __init__(self, forward_pass: ForwardPass, *, is_vectorized: bool = False) -> None:
+        super().__init__()
+        self._pass = forward_pass
+        self._replacements: Mapping[Any, Callable[..., Any]] = {}
+        if forward_pass.derivative != "once":
+            self._replacements = _WRITTEN_OUT if is_vectorized else _TWICE
+        elif is_vectorized:
+            self._replacements = {F.scaled_dot_product_attention: kernels.written_out_attention}
+        self._is_vectorized = is_vectorized
+        self._is_entered = False
+        self._site, self._num_draws = "", 0
+
+    @contextlib.contextmanager
+    def region(self, name: str) -> Iterator[None]:
+        """Runs a part of the pass that may be computed again alone: its draws are counted from its start."""
+        before = self._site, self._num_draws
+        self._site, self._num_draws = name, 0
+        try:
+            if self._is_entered:
+                yield
+            else:
+                with self, self._pass.precision.autocast(self._pass.device):
+                    yield
+        finally:
+            self._site, self._num_draws = before
+
+    def __enter__(self) -> Interception:
+        self._is_entered = True
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        super().__exit__(*exc_info)  # type: ignore[no-untyped-call]
+        self._is_entered = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.dropout:
+            return self._dropout(*args, **kwargs)
+        replacement = self._replacements.get(func)
+        if replacement is not None:
+            return replacement(*args, **kwargs)
+        if func in _RANDOM:
+            raise CapabilityError(
+                f"the model calls {resolve_name(func)}, whose draws cannot be repeated when a step is "
+                "computed again: use torch.nn.functional.dropout, which takes its draws from the step, or "
+                "remove it."
+            )
+        return func(*args, **kwargs)
+
+    def _dropout(
+        self, inputs: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    ) -> Tensor:
+        if not training or p == 0.0 or self._pass.draws is None:
+            return inputs
+        if self._is_vectorized:
+            raise CapabilityError("dropout is not drawn inside vmap: set adaptation.tasks to loop.")
+        self._num_draws += 1
+        return self._pass.draws.dropout(inputs, p, f"{self._site}/{self._num_draws}")
+
+
+_TWICE: dict[Any, Callable[..., Any]] = {
+    F.scaled_dot_product_attention: kernels.attention,
+    F.gelu: kernels.gelu,
+    F.silu: kernels.silu,
+}
+_WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
+    F.scaled_dot_product_attention: kernels.written_out_attention,
+    F.silu: kernels.written_out_silu,
+}
+_RANDOM = frozenset(
+    {
+        F.alpha_dropout,
+        F.dropout1d,
+        F.dropout2d,
+        F.dropout3d,
+        F.feature_alpha_dropout,
+        F.gumbel_softmax,
+        F.rrelu,
+        torch.bernoulli,
+        torch.dropout,
+        torch.multinomial,
+        torch.normal,
+        torch.poisson,
+        torch.rand,
+        torch.rand_like,
+        torch.randint,
+        torch.randint_like,
+        torch.randn,
+        torch.randn_like,
+        torch.randperm,
+        Tensor.bernoulli,
+        Tensor.bernoulli_,
+        Tensor.exponential_,
+        Tensor.normal_,
+        Tensor.random_,
+        Tensor.uniform_,
+    }
+)

@@ -1,0 +1,37 @@
+"""The hypergradient through the last inner steps alone."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import Tensor
+
+from metaloom.engine.hypergradients.base import Tensors
+from metaloom.engine.hypergradients.sweep import Adjoint, AdjointSweep
+from metaloom.engine.learner import TaskBatch
+from metaloom.engine.unroll import Snapshot, Unroll
+
+
+@dataclasses.dataclass(frozen=True)
+class Truncated(AdjointSweep):
+    """Truncated back-propagation (Shaban et al. 2019, section 2.3): only the last `num_steps` inner steps are
+    differentiated.
+
+    An approximation: each step before those counts as the identity, `phi_{k+1} = phi_k` and `s_{k+1} = s_k`,
+    so the adjoint at the first differentiated step goes to the initialisation as it is, and what the earlier
+    steps depend on (rates, backbone, loss parameters) gets nothing of them.
+
+    Attributes:
+        num_steps: how many of the last inner steps are differentiated.
+        exact: how each of those is pulled back.
+    """
+
+    num_steps: int = dataclasses.field(kw_only=True)
+    exact: AdjointSweep = dataclasses.field(kw_only=True)
+
+    def pull_back(
+        self, unroll: Unroll, theta: Tensors, batch: TaskBatch, step: int, at: Snapshot, adjoint: Adjoint
+    ) -> tuple[Adjoint, dict[str, Tensor]]:
+        if step < unroll.num_steps - self.num_steps:
+            return adjoint, {}
+        return self.exact.pull_back(unroll, theta, batch, step, at, adjoint)

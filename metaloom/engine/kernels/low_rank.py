@@ -1,0 +1,58 @@
+"""The thin products of task-batched LoRA, in the shapes that matrix libraries are fast at.
+
+Shape letters: T tasks, M rows (examples, tokens), D input width, D' output width, R rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaloom.engine.kernels.autocast import as_autocast
+
+
+def low_rank_update(output: Tensor, inputs: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+    """`output + scale * (x A^T) B^T`, task by task.
+
+    Args:
+        output: `[T, M, D']`.
+        inputs: x, `[T, M, D]`.
+        lora_a: A, `[T, R, D]`.
+        lora_b: B, `[T, D', R]`.
+    """
+    inputs, lora_a = as_autocast(inputs, lora_a)
+    low_rank: Tensor = _Project.apply(inputs, lora_a)  # type: ignore[no-untyped-call]
+    return torch.baddbmm(output, low_rank, lora_b.transpose(1, 2), alpha=scale)
+
+
+class _Project(torch.autograd.Function):
+    """x A^T, `[T, M, R]`, with `dA = g^T x`. Left to itself, torch computes the transpose of that, `x^T g`,
+    whose long and narrow result takes a CPU several times as long."""
+
+    @staticmethod
+    def forward(inputs: Tensor, lora_a: Tensor) -> Tensor:
+        return torch.bmm(inputs, lora_a.transpose(1, 2))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        inputs, lora_a = ctx.saved_tensors
+        d_inputs = torch.bmm(gradient, lora_a) if ctx.needs_input_grad[0] else None
+        d_lora_a = torch.bmm(gradient.transpose(1, 2), inputs) if ctx.needs_input_grad[1] else None
+        return d_inputs, d_lora_a
+
+    @staticmethod
+    def jvp(ctx: Any, inputs_dot: Tensor | None, lora_a_dot: Tensor | None) -> Tensor:
+        inputs, lora_a = ctx.saved_tensors
+        tangent: Tensor = inputs.new_zeros(*inputs.shape[:2], lora_a.shape[1])
+        if inputs_dot is not None:
+            tangent = torch.bmm(inputs_dot, lora_a.transpose(1, 2))
+        if lora_a_dot is not None:
+            tangent = torch.baddbmm(tangent, inputs, lora_a_dot.transpose(1, 2))
+        return tangent

@@ -1,0 +1,138 @@
+"""Activation checkpointing that can be differentiated twice.
+
+`torch.utils.checkpoint` frees a block's activations until the block's backward pass. Where that backward
+pass is itself differentiated (`create_graph=True`), everything it has recomputed is kept by the graph of the
+gradient, and nothing is saved. Here the backward pass is a function of its own, which again keeps its inputs
+alone:
+
+    y = f(x)                                    keeps x
+    dx = f'(x)^T dy                             keeps x and dy; computes f again
+    (d/dx, d/ddy) <u, f'(x)^T dy>               computes f and f'(x)^T dy again, with a graph, for this block
+    only
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from metaloom.engine.forward_pass import Derivative
+
+Compute = Callable[..., tuple[Tensor, ...]]
+
+
+def recomputed(compute: Compute, tensors: Sequence[Tensor], *, derivative: Derivative) -> tuple[Tensor, ...]:
+    """`compute(*tensors)`, which keeps the tensors alone and computes again when it is differentiated.
+
+    Args:
+        compute: a pure function that reaches every tensor to be differentiated through its arguments. It is
+            called outside any context of the first call: it has to bring its own (autocast, hooks, draws).
+        tensors: its arguments.
+        derivative: how it will be differentiated, as `ForwardPass` has it.
+
+    Returns:
+        What `compute` returns.
+    """
+    if derivative == "reverse":
+        outputs: tuple[Tensor, ...] = _Recomputed.apply(compute, *tensors)  # type: ignore[no-untyped-call]
+        return outputs
+    # Under dual numbers the backward pass runs once, tangents and all: torch's own serves.
+    returned: tuple[Tensor, ...] = checkpoint(
+        compute, *tensors, use_reentrant=False, preserve_rng_state=False
+    )
+    return returned
+
+
+class _Recomputed(torch.autograd.Function):
+    """x -> f(x)."""
+
+    @staticmethod
+    def forward(ctx: Any, compute: Compute, *tensors: Tensor) -> tuple[Tensor, ...]:
+        outputs = compute(*tensors)
+        ctx.compute = compute
+        ctx.save_for_backward(*tensors)
+        ctx.mark_non_differentiable(*(output for output in outputs if not output.is_floating_point()))
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        needed = tuple(position for position, wanted in enumerate(ctx.needs_input_grad[1:]) if wanted)
+        gradients = _RecomputedGradient.apply(  # type: ignore[no-untyped-call]
+            ctx.compute, needed, len(d_outputs), *d_outputs, *ctx.saved_tensors
+        )
+        spread: list[Tensor | None] = [None] * len(ctx.saved_tensors)
+        for position, gradient in zip(needed, gradients, strict=True):
+            spread[position] = gradient
+        return (None, *spread)
+
+
+class _RecomputedGradient(torch.autograd.Function):
+    """(dy, x) -> f'(x)^T dy, for those of the tensors x that are `needed`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, compute: Compute, needed: tuple[int, ...], num_outputs: int, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        d_outputs, inputs = tensors[:num_outputs], _leaves(tensors[num_outputs:], needed)
+        ctx.compute, ctx.needed, ctx.num_outputs = compute, needed, num_outputs
+        ctx.save_for_backward(*tensors)
+        with torch.enable_grad():
+            outputs = compute(*inputs)
+            return _gradients(outputs, [inputs[position] for position in needed], d_outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *directions: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        d_outputs = tuple(
+            tensor.detach().requires_grad_() if tensor.is_floating_point() else tensor
+            for tensor in saved[: ctx.num_outputs]
+        )
+        inputs = _leaves(saved[ctx.num_outputs :], ctx.needed)
+        wanted = [inputs[position] for position in ctx.needed]
+        to_differentiate = [tensor for tensor in d_outputs if tensor.requires_grad] + wanted
+        with torch.enable_grad():
+            gradients = _gradients(ctx.compute(*inputs), wanted, d_outputs, create_graph=True)
+            results = iter(_gradients(gradients, to_differentiate, directions))
+        back = [next(results) if tensor.requires_grad else None for tensor in d_outputs]
+        spread: list[Tensor | None] = [None] * len(inputs)
+        for position, result in zip(ctx.needed, results, strict=True):
+            spread[position] = result
+        return (None, None, None, *back, *spread)
+
+
+def _leaves(tensors: Sequence[Tensor], needed: Sequence[int]) -> list[Tensor]:
+    return [
+        tensor.detach().requires_grad_(position in needed) if tensor.is_floating_point() else tensor
+        for position, tensor in enumerate(tensors)
+    ]
+
+
+def _gradients(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    *,
+    create_graph: bool = False,
+) -> tuple[Tensor, ...]:
+    """The vector-Jacobian products; zero where nothing depends on an input."""
+    connected = [
+        (output, cotangent)
+        for output, cotangent in zip(outputs, cotangents, strict=True)
+        if output.requires_grad
+    ]
+    if not connected:
+        return tuple(torch.zeros_like(tensor) for tensor in inputs)
+    return torch.autograd.grad(
+        [output for output, _ in connected],
+        list(inputs),
+        [cotangent for _, cotangent in connected],
+        allow_unused=True,
+        materialize_grads=True,
+        create_graph=create_graph,
+    )
