@@ -141,8 +141,8 @@ def proximal_needs_a_second_step(recipe: Recipe) -> Broken:
     if proximal != 0.0 and recipe.adaptation.num_steps == 1 and recipe.evaluation_num_steps == 1:
         yield (
             "adaptation.rule.proximal",
-            f"{proximal}; has no effect, since adaptation.num_steps is 1 and that step starts where it pulls to; "
-            "take more steps, or leave it out",
+            f"{proximal}; has no effect, since adaptation.num_steps is 1 and that step starts where it pulls "
+            "to; take more steps, or leave it out",
         )
 
 

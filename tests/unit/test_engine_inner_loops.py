@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from metaloom.build import build_rule
 from metaloom.engine.inner_loops.adam import Adam
 from metaloom.engine.inner_loops.base import InnerRule
 from metaloom.engine.inner_loops.gradient_terms import clip_per_task
@@ -17,6 +18,7 @@ from metaloom.engine.inner_loops.rates import Grain, Rates
 from metaloom.engine.inner_loops.rmsprop import RmsProp
 from metaloom.engine.inner_loops.sgd import Sgd
 from metaloom.errors import CapabilityError
+from metaloom.recipe import AdamRule, AdamWRule, RMSPropRule, SGDRule
 
 T = 3
 SHAPES = {"weight": (T, 4, 2), "bias": (T, 4)}
@@ -240,6 +242,67 @@ def test_adams_bias_correction_is_exact_in_float32_too() -> None:
 def test_nesterovs_momentum_needs_momentum() -> None:
     with pytest.raises(CapabilityError, match=r"nesterov: true; has no effect, since momentum is 0; set"):
         Sgd(nesterov=True)
+
+
+# ---------------------------------------------------------------- from a recipe
+
+
+@pytest.mark.parametrize(
+    ("section", "rule", "others"),
+    [
+        (
+            SGDRule(lr=0.1, momentum=0.5),
+            Sgd(momentum=0.5),
+            {"momentum": 0.3, "nesterov": True, "weight_decay": 0.2, "clip_norm": 2.0, "proximal": 0.4},
+        ),
+        (
+            AdamRule(lr=0.1),
+            Adam(),
+            {
+                "betas": (0.1, 0.2),
+                "eps": 1e-3,
+                "eps_root": 1e-4,
+                "weight_decay": 0.2,
+                "clip_norm": 2.0,
+                "proximal": 0.4,
+            },
+        ),
+        (
+            AdamWRule(lr=0.1),
+            Adam(weight_decay=0.01, decoupled_weight_decay=True),
+            {
+                "betas": (0.1, 0.2),
+                "eps": 1e-3,
+                "eps_root": 1e-4,
+                "weight_decay": 0.2,
+                "clip_norm": 2.0,
+                "proximal": 0.4,
+            },
+        ),
+        (
+            RMSPropRule(lr=0.1),
+            RmsProp(),
+            {
+                "alpha": 0.5,
+                "eps": 1e-3,
+                "eps_root": 1e-4,
+                "momentum": 0.3,
+                "centered": True,
+                "weight_decay": 0.2,
+                "clip_norm": 2.0,
+                "proximal": 0.4,
+            },
+        ),
+    ],
+)
+def test_every_value_of_a_rules_section_reaches_the_rule(
+    section: SGDRule | AdamRule | AdamWRule | RMSPropRule, rule: Rule, others: dict[str, object]
+) -> None:
+    assert build_rule(section) == rule
+    assert others.keys() == type(section).model_fields.keys() - {"kind", "lr", "learned"}
+    for name, value in others.items():
+        built = build_rule(section.model_copy(update={name: value}))
+        assert vars(built) == vars(rule) | {name: value}
 
 
 # ---------------------------------------------------------------- rates
