@@ -191,6 +191,13 @@ def test_rmsprops_derivatives_at_an_exactly_zero_gradient_and_state_equal_the_cl
         torch.testing.assert_close(actual[name], value, rtol=1e-12, atol=0.0)
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_every_derivative_at_an_exactly_zero_gradient_and_state_is_finite(rule: str) -> None:
+    assert all(
+        bool(value.isfinite().all()) for value in jacobians(RULES[rule], zero_point(RULES[rule])).values()
+    )
+
+
 @pytest.mark.parametrize("rule", [Adam(eps_root=0.0), RmsProp(eps_root=0.0)], ids=["adam", "rmsprop"])
 def test_without_an_epsilon_under_the_root_the_derivative_at_a_zero_gradient_is_not_a_number(
     rule: InnerRule,
