@@ -14,7 +14,10 @@ from metaloom.engine.adapters.full import FullAdapter
 from metaloom.engine.adapters.lora import LoraAdapter
 from metaloom.engine.algorithms.maml import Maml, step_weights
 from metaloom.engine.hypergradients import HYPERGRADIENTS
+from metaloom.engine.inner_loops.adam import Adam
+from metaloom.engine.inner_loops.base import InnerRule
 from metaloom.engine.inner_loops.rates import Grain, Rates
+from metaloom.engine.inner_loops.rmsprop import RmsProp
 from metaloom.engine.inner_loops.sgd import Sgd
 from metaloom.engine.learner import Learner, Rehearsal, TaskBatch
 from metaloom.engine.outer import OuterSettings
@@ -24,13 +27,17 @@ from metaloom.models.conv4 import Conv4
 from metaloom.models.gpt import Gpt
 from metaloom.recipe import (
     AdamOptimizer,
+    AdamWRule,
     Conv4Model,
     FullFast,
     GlyphsData,
     OrdinaryTraining,
     Pretrain,
     Recipe,
+    RMSPropRule,
+    SGDRule,
 )
+from metaloom.recipe import InnerRule as InnerRuleSection
 from metaloom.sources import num_rehearsed
 
 
@@ -86,6 +93,38 @@ def build_adapter(recipe: Recipe, model: nn.Module) -> Adapter:
     )
 
 
+def build_rule(section: InnerRuleSection) -> InnerRule:
+    """The inner rule; its rates are apart, as they may be learned."""
+    if isinstance(section, SGDRule):
+        return Sgd(
+            momentum=section.momentum,
+            nesterov=section.nesterov,
+            weight_decay=section.weight_decay,
+            clip_norm=section.clip_norm,
+            proximal=section.proximal,
+        )
+    if isinstance(section, RMSPropRule):
+        return RmsProp(
+            alpha=section.alpha,
+            eps=section.eps,
+            eps_root=section.eps_root,
+            momentum=section.momentum,
+            centered=section.centered,
+            weight_decay=section.weight_decay,
+            clip_norm=section.clip_norm,
+            proximal=section.proximal,
+        )
+    return Adam(
+        betas=section.betas,
+        eps=section.eps,
+        eps_root=section.eps_root,
+        weight_decay=section.weight_decay,
+        decoupled_weight_decay=isinstance(section, AdamWRule),
+        clip_norm=section.clip_norm,
+        proximal=section.proximal,
+    )
+
+
 def build_unroll(recipe: Recipe, adapter: Adapter, *, rate: float, grain: Grain) -> Unroll:
     """The inner problem with a given rate, fixed or where learned rates start."""
     adaptation = recipe.adaptation
@@ -97,11 +136,7 @@ def build_unroll(recipe: Recipe, adapter: Adapter, *, rate: float, grain: Grain)
             None if rehearsal is None else Rehearsal(rehearsal.ratio, rehearsal.num_sequences),
             seed=recipe.seed,
         ),
-        rule=Sgd(
-            momentum=adaptation.rule.momentum,
-            weight_decay=adaptation.rule.weight_decay,
-            clip_norm=adaptation.rule.clip_norm,
-        ),
+        rule=build_rule(adaptation.rule),
         rates=Rates(rate, grain, adaptation.num_steps),
         step_weights=step_weights(recipe.algorithm.step_weights, adaptation.num_steps),
     )
@@ -120,7 +155,7 @@ def initial_meta(recipe: Recipe, unroll: Unroll) -> dict[str, Tensor]:
     adapter = unroll.learner.adapter
     meta = adapter.meta_parameters(init=learned.init, backbone=learned.backbone)
     fast = adapter.init({}, 1)
-    return meta | unroll.rates.meta_parameters(fast, next(iter(fast.values())))
+    return meta | unroll.rates.meta_parameters(fast)
 
 
 def outer_settings(recipe: Recipe) -> OuterSettings:

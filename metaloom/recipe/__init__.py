@@ -3,6 +3,8 @@
 from metaloom.recipe.loading import load_recipe, recipe_from_dict
 from metaloom.recipe.schema import (
     AdamOptimizer,
+    AdamRule,
+    AdamWRule,
     Adaptation,
     Affine,
     Checkpoint,
@@ -13,6 +15,7 @@ from metaloom.recipe.schema import (
     FullFast,
     GlyphsData,
     GPTModel,
+    InnerRule,
     LocalLauncher,
     LoRAFast,
     MAMLAlgorithm,
@@ -28,6 +31,7 @@ from metaloom.recipe.schema import (
     Rehearsal,
     RematerializedHypergradient,
     ReplicatedSharding,
+    RMSPropRule,
     Schedule,
     Section,
     SGDOptimizer,
@@ -48,6 +52,8 @@ from metaloom.recipe.views import (
 
 __all__ = [
     "AdamOptimizer",
+    "AdamRule",
+    "AdamWRule",
     "Adaptation",
     "Affine",
     "Checkpoint",
@@ -59,6 +65,7 @@ __all__ = [
     "FullFast",
     "GPTModel",
     "GlyphsData",
+    "InnerRule",
     "LoRAFast",
     "LocalLauncher",
     "MAMLAlgorithm",
@@ -70,6 +77,7 @@ __all__ = [
     "Outer",
     "Precision",
     "Pretrain",
+    "RMSPropRule",
     "Recipe",
     "Rehearsal",
     "RematerializedHypergradient",

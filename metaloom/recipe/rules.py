@@ -17,6 +17,7 @@ from metaloom.recipe.schema import (
     LoRAFast,
     MLflowTracking,
     Recipe,
+    SGDRule,
     StdlibData,
 )
 
@@ -123,6 +124,25 @@ def lora_rank_is_low(recipe: Recipe) -> Broken:
         yield (
             "adaptation.fast.rank",
             f"{fast.rank}; must be at most model.width = {recipe.model.width}",
+        )
+
+
+def nesterov_needs_momentum(recipe: Recipe) -> Broken:
+    rule = recipe.adaptation.rule
+    if isinstance(rule, SGDRule) and rule.nesterov and rule.momentum == 0.0:
+        yield (
+            "adaptation.rule.nesterov",
+            "true; has no effect, since adaptation.rule.momentum is 0; set momentum, or nesterov to false",
+        )
+
+
+def proximal_needs_a_second_step(recipe: Recipe) -> Broken:
+    proximal = recipe.adaptation.rule.proximal
+    if proximal != 0.0 and recipe.adaptation.num_steps == 1 and recipe.evaluation_num_steps == 1:
+        yield (
+            "adaptation.rule.proximal",
+            f"{proximal}; has no effect, since adaptation.num_steps is 1 and that step starts where it pulls "
+            "to; take more steps, or leave it out",
         )
 
 
@@ -271,6 +291,8 @@ RULES: tuple[Callable[[Recipe], Broken], ...] = (
     lora_targets_differ,
     lora_targets_exist,
     lora_rank_is_low,
+    nesterov_needs_momentum,
+    proximal_needs_a_second_step,
     rates_are_learned,
     tuning_rates_differ,
     rehearsal_needs_stdlib,

@@ -98,23 +98,108 @@ class LoRAFast(Section):
     )
 
 
+InnerRate = Annotated[
+    PositiveFloat,
+    Field(description="inner learning rate; the starting value where rates are learned"),
+]
+InnerWeightDecay = Annotated[FloatOrZero, Field(description="weight decay added to the inner gradient")]
+InnerClipNorm = Annotated[
+    PositiveFloat | None,
+    Field(
+        description="largest norm of one task's inner gradient, longer ones are scaled down; "
+        "null for no limit"
+    ),
+]
+Proximal = Annotated[
+    FloatOrZero,
+    Field(
+        description="pull towards where the fast weights start: adds proximal / 2 * |phi - phi_0|^2 to the "
+        "inner loss; 0 for none"
+    ),
+]
+LearnedRates = Annotated[
+    Literal["none", "shared", "per_group", "per_tensor", "per_tensor_per_step", "per_element"],
+    Field(
+        description="whether the inner rates are meta-parameters: none (fixed), shared (one for all), "
+        "per_group (one for the fast weights whose names end alike, such as weight, bias, lora_a), "
+        "per_tensor (one for each fast weight), per_tensor_per_step (and for each inner step), "
+        "per_element (one for each number of each fast weight)"
+    ),
+]
+Betas = tuple[BelowOne, BelowOne]
+EpsRoot = Annotated[
+    PositiveFloat,
+    Field(
+        description="added to the second moment under its root; without it the hypergradient is not finite "
+        "where an inner gradient is exactly zero"
+    ),
+]
+
+
 class SGDRule(Section):
     """phi <- phi - lr * m, with m <- momentum * m + g + weight_decay * phi."""
 
     kind: Literal["sgd"] = Field(default="sgd", description="stochastic gradient descent")
-    lr: PositiveFloat = Field(description="inner learning rate; the starting value where rates are learned")
+    lr: InnerRate
     momentum: BelowOne = Field(default=0.0, description="momentum, 0 for none")
-    weight_decay: FloatOrZero = Field(default=0.0, description="weight decay added to the inner gradient")
-    clip_norm: PositiveFloat | None = Field(
-        default=None,
-        description="largest norm of one task's inner gradient, longer ones are scaled down; "
-        "null for no limit",
+    nesterov: bool = Field(
+        default=False, description="whether momentum is Nesterov's: g + momentum * m in place of m"
     )
-    learned: Literal["none", "shared", "per_tensor", "per_tensor_per_step"] = Field(
-        default="none",
-        description="whether the inner rates are meta-parameters: none (fixed), shared (one for all), "
-        "per_tensor (one for each fast weight), per_tensor_per_step (and for each inner step)",
+    weight_decay: InnerWeightDecay = 0.0
+    clip_norm: InnerClipNorm = None
+    proximal: Proximal = 0.0
+    learned: LearnedRates = "none"
+
+
+class AdamRule(Section):
+    """Adam: phi <- phi - lr * m_hat / (sqrt(v_hat + eps_root) + eps)."""
+
+    kind: Literal["adam"] = Field(default="adam", description="Adam")
+    lr: InnerRate
+    betas: Betas = Field(default=(0.9, 0.999), description="decay of the first and second moments")
+    eps: PositiveFloat = Field(default=1e-8, description="added to the root of the second moment")
+    eps_root: EpsRoot = 1e-8
+    weight_decay: InnerWeightDecay = 0.0
+    clip_norm: InnerClipNorm = None
+    proximal: Proximal = 0.0
+    learned: LearnedRates = "none"
+
+
+class AdamWRule(Section):
+    """Adam with decoupled weight decay: phi is first multiplied by 1 - lr * weight_decay."""
+
+    kind: Literal["adamw"] = Field(default="adamw", description="Adam with decoupled weight decay")
+    lr: InnerRate
+    betas: Betas = Field(default=(0.9, 0.999), description="decay of the first and second moments")
+    eps: PositiveFloat = Field(default=1e-8, description="added to the root of the second moment")
+    eps_root: EpsRoot = 1e-8
+    weight_decay: FloatOrZero = Field(
+        default=0.01, description="decoupled weight decay, per unit of learning rate"
     )
+    clip_norm: InnerClipNorm = None
+    proximal: Proximal = 0.0
+    learned: LearnedRates = "none"
+
+
+class RMSPropRule(Section):
+    """phi <- phi - lr * m, with m <- momentum * m + g / (sqrt(v + eps_root) + eps)."""
+
+    kind: Literal["rmsprop"] = Field(default="rmsprop", description="RMSProp")
+    lr: InnerRate
+    alpha: BelowOne = Field(default=0.99, description="decay of the running mean of the squared gradient")
+    eps: PositiveFloat = Field(default=1e-8, description="added to the root of the running mean")
+    eps_root: EpsRoot = 1e-8
+    momentum: BelowOne = Field(default=0.0, description="momentum of the scaled gradient, 0 for none")
+    centered: bool = Field(
+        default=False, description="whether the gradient's running mean is taken off before squaring"
+    )
+    weight_decay: InnerWeightDecay = 0.0
+    clip_norm: InnerClipNorm = None
+    proximal: Proximal = 0.0
+    learned: LearnedRates = "none"
+
+
+InnerRule = SGDRule | AdamRule | AdamWRule | RMSPropRule
 
 
 class Rehearsal(Section):
@@ -135,7 +220,7 @@ class Adaptation(Section):
     fast: FullFast | LoRAFast = Field(
         discriminator="kind", description="the fast weights: what a task adapts"
     )
-    rule: SGDRule = Field(description="the inner update rule")
+    rule: InnerRule = Field(discriminator="kind", description="the inner update rule")
     num_steps: Count = Field(description="inner steps K per task")
     rehearsal: Rehearsal | None = Field(
         default=None, description="rehearsal during adaptation; null for none"

@@ -213,5 +213,5 @@ def _problem(
     unroll = Unroll(Learner(adapter, precision, rehearsal), rule, rates, step_weights)
     fast = adapter.init({}, 1)
     meta = adapter.meta_parameters(init=init, backbone=backbone)
-    meta |= rates.meta_parameters(fast, next(iter(fast.values())))
+    meta |= rates.meta_parameters(fast)
     return Problem(unroll, perturbed(meta, scale=0.1), batch, model)

@@ -97,7 +97,7 @@ def quadratic(
     adapter = QuadraticAdapter()
     rates = Rates(RATE, grain, len(weights) - 1)
     meta = adapter.meta_parameters(init=True, backbone=True)
-    meta |= rates.meta_parameters(FAST, torch.zeros((), dtype=torch.float64))
+    meta |= rates.meta_parameters(adapter.init({}, 1))
     batch = TaskBatch(
         tuple(range(num_tasks)),
         support=part(4),

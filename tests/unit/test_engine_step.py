@@ -63,7 +63,7 @@ def unroll(*, rehearsal: Rehearsal | None = None, num_steps: int = K) -> Unroll:
 def initial_meta(problem: Unroll) -> dict[str, Tensor]:
     adapter = problem.learner.adapter
     fast = adapter.init({}, 1)
-    rates = problem.rates.meta_parameters(fast, fast["bias"])
+    rates = problem.rates.meta_parameters(fast)
     return adapter.meta_parameters(init=True, backbone=False) | rates
 
 

@@ -171,6 +171,19 @@ def test_a_whole_number_is_accepted_as_a_float(load: Load) -> None:
         ("adaptation.rule.lr=0", "adaptation.rule.lr: 0; must be greater than 0"),
         ("adaptation.rule.momentum=1", "adaptation.rule.momentum: 1; must be at least 0 and less than 1"),
         (
+            "adaptation.rule.nesterov=1",
+            "adaptation.rule.nesterov: 1 is not true or false; give true or false",
+        ),
+        ("adaptation.rule.proximal=-1", "adaptation.rule.proximal: -1; must be at least 0"),
+        ("adaptation.rule.clip_norm=0", "adaptation.rule.clip_norm: 0; must be greater than 0 (or null)"),
+        ("adaptation.rule={kind: adam, lr: 1, eps_root: 0}", "eps_root: 0; must be greater than 0"),
+        (
+            "adaptation.rule={kind: adamw, lr: 1, betas: [0.9, 1]}",
+            "betas.1: 1; must be at least 0 and less th",
+        ),
+        ("adaptation.rule={kind: rmsprop, lr: 1, alpha: 1}", "alpha: 1; must be at least 0 and less than 1"),
+        ("adaptation.rule={kind: rmsprop}", "adaptation.rule.lr: missing; give a number greater than 0"),
+        (
             "algorithm.meta_parameters.init=1",
             "meta_parameters.init: 1 is not true or false; give true or false",
         ),
@@ -238,6 +251,23 @@ def test_a_section_may_be_given_by_its_kind_alone(load: Load, kind: str) -> None
     assert short == load(GLYPHS, f"algorithm.hypergradient={{kind: {kind}}}")
 
 
+@pytest.mark.parametrize("kind", ["sgd", "adam", "adamw", "rmsprop"])
+@pytest.mark.parametrize("learned", ["none", "shared", "per_group", "per_tensor_per_step", "per_element"])
+def test_every_inner_rule_is_read_with_every_grain_of_learned_rates(
+    load: Load, kind: str, learned: str
+) -> None:
+    recipe = load(GLYPHS, f"adaptation.rule={{kind: {kind}, lr: 0.01, learned: {learned}, clip_norm: 2}}")
+    rule = recipe.adaptation.rule
+    assert (rule.kind, rule.lr, rule.learned, rule.clip_norm) == (kind, 0.01, learned, 2.0)
+    assert load(dump_recipe(recipe)) == recipe
+
+
+def test_the_epsilon_under_the_root_has_a_stated_default(load: Load) -> None:
+    for kind in ("adam", "adamw", "rmsprop"):
+        dumped = yaml.safe_load(dump_recipe(load(GLYPHS, f"adaptation.rule={{kind: {kind}, lr: 0.01}}")))
+        assert dumped["adaptation"]["rule"]["eps_root"] == 1e-8
+
+
 def test_a_section_without_a_kind_has_that_of_its_default(load: Load) -> None:
     assert load(GLYPHS, "outer.optimizer.lr=0.01").outer.optimizer.kind == "adam"
     assert load(GLYPHS, "launcher.num_processes=2").launcher.kind == "local"
@@ -266,7 +296,28 @@ def test_a_section_without_a_kind_has_that_of_its_default(load: Load) -> None:
         ("outer.zzz=3", "outer.zzz: unknown key; (outer has: num_steps, tasks_per_step"),
         ("model.norm=bach", "model.norm: 'bach' is not one of batch, none; did you mean 'batch'?"),
         ("model.norm=null", "model.norm: null is not one of batch, none; choose one of them"),
-        ("adaptation.rule.learned=per_tensr", "per_tensor, per_tensor_per_step; did you mean 'per_tensor'?"),
+        (
+            "adaptation.rule.learned=per_tensr",
+            "'per_tensr' is not one of none, shared, per_group, per_tensor, per_tensor_per_step, "
+            "per_element; did you mean 'per_tensor'?",
+        ),
+        (
+            "adaptation.rule.kind=adamm",
+            "adaptation.rule.kind: 'adamm' is not one of sgd, adam, adamw, rmsprop; did you mean 'adam'?",
+        ),
+        (
+            "adaptation.rule={kind: adam, lr: 0.1, momentum: 0.9}",
+            "adaptation.rule.momentum: unknown key; (adaptation.rule of kind adam has: kind, lr, betas, eps, "
+            "eps_root, weight_decay, clip_norm, proximal, learned)",
+        ),
+        (
+            "adaptation.rule={kind: rmsprop, lr: 0.1, nesterov: true}",
+            "adaptation.rule.nesterov: unknown key; (adaptation.rule of kind rmsprop has: kind, lr, alpha,",
+        ),
+        (
+            "adaptation.rule={kind: adamw, lr: 0.1, eps_rot: 1e-6}",
+            "adaptation.rule.eps_rot: unknown key; did you mean 'eps_root'?",
+        ),
         ("algorithm.hypergradient=unroled", "first_order; did you mean 'unrolled'?"),
         ("algorithm.hypergradient.kind=mixed", "mixed_mode, first_order; did you mean 'mixed_mode'?"),
         ("data.kind=glyps", "data.kind: 'glyps' is not one of glyphs, stdlib; did you mean 'glyphs'?"),
@@ -440,6 +491,18 @@ outer:
         ),
         (
             GLYPHS,
+            ["adaptation.rule.nesterov=true"],
+            "adaptation.rule.nesterov: true; has no effect, since adaptation.rule.momentum is 0; set "
+            "momentum, or nesterov to false",
+        ),
+        (
+            GLYPHS,
+            ["adaptation.rule={kind: adam, lr: 0.1, proximal: 0.5}", "adaptation.num_steps=1"],
+            "adaptation.rule.proximal: 0.5; has no effect, since adaptation.num_steps is 1 and that step "
+            "starts where it pulls to; take more steps, or leave it out",
+        ),
+        (
+            GLYPHS,
             ["evaluation.tuning.rate_factors=[1.0, 1.0]"],
             "evaluation.tuning.rate_factors: [1.0, 1.0]; names a factor twice",
         ),
@@ -506,6 +569,10 @@ def test_a_rule_between_values_is_enforced(load: Load, text: str, overrides: lis
         (GLYPHS, ["validation={every_steps: 5, early_stopping: {patience: 3}}"]),
         (GLYPHS, ["adaptation.rule.learned=per_tensor", "evaluation.num_steps=4"]),
         (GLYPHS, ["adaptation.rule.learned=per_tensor_per_step", "evaluation.num_steps=3"]),
+        (GLYPHS, ["adaptation.rule={kind: sgd, lr: 0.4, momentum: 0.9, nesterov: true}"]),
+        (GLYPHS, ["adaptation.rule.proximal=0.5", "adaptation.num_steps=2"]),
+        (GLYPHS, ["adaptation.rule.proximal=0.5", "adaptation.num_steps=1", "evaluation.num_steps=2"]),
+        (GLYPHS, ["adaptation.rule.proximal=0", "adaptation.num_steps=1"]),
         (GLYPHS, ["evaluation.baselines=[]"]),
     ],
 )
@@ -781,6 +848,8 @@ def test_the_schema_describes_every_key() -> None:
             assert field.get("description"), f"{section['title']}.{key}"
     optimizer = schema["$defs"]["Outer"]["properties"]["optimizer"]
     assert optimizer["anyOf"][-1] == {"type": "string", "enum": ["adam", "sgd"]}
+    rule = schema["$defs"]["Adaptation"]["properties"]["rule"]
+    assert rule["anyOf"][-1] == {"type": "string", "enum": ["adam", "adamw", "rmsprop", "sgd"]}
 
 
 def test_differences_tell_harmless_from_harmful(load: Load) -> None:
@@ -870,7 +939,7 @@ scalars = (
     | st.floats()
     | st.text(max_size=8)
     | st.sampled_from(
-        ["conv4", "gpt", "glyphs", "stdlib", "lora", "full", "sgd", "cosine", "none", 1, 8, 0.5]
+        ["conv4", "gpt", "glyphs", "stdlib", "lora", "full", "sgd", "adamw", "cosine", "none", 1, 8, 0.5]
     )
 )
 keys = st.sampled_from(

@@ -21,7 +21,11 @@ class InnerRule(abc.ABC):
 
     @abc.abstractmethod
     def init_state(self, fast: Tensors) -> dict[str, Tensor]:
-        """s_0 for fast weights `[T, ...]`; empty for a rule without memory."""
+        """s_0 for fast weights phi_0 `[T, ...]`, differentiable in them; empty for a rule without memory.
+
+        Names are `<what>/<fast weight>`, shapes those of the fast weight. A rule with a proximal term
+        holds phi_0 itself, so s_0 then depends on phi_0.
+        """
 
     @abc.abstractmethod
     def update(
@@ -33,5 +37,12 @@ class InnerRule(abc.ABC):
             fast: phi, name -> `[T, ...]`.
             state: s, as `init_state` or the last step returned it.
             grads: g, the gradient of the inner loss, same names and shapes as `fast`.
-            rates: the learning rate of each fast weight, scalars by name.
+            rates: the learning rate of each fast weight, by name: a scalar, or the shape of one task's
+                weight.
         """
+
+    @property
+    @abc.abstractmethod
+    def is_affine_in_gradient(self) -> bool:
+        """Whether `update` at fixed phi, s and rates is affine in g: its vjp by g is then the same at
+        every g, and so can be taken without knowing g."""

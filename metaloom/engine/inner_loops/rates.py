@@ -4,28 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 RATES = "rates."
-Grain = Literal["none", "shared", "per_tensor", "per_tensor_per_step"]
+Grain = Literal["none", "shared", "per_group", "per_tensor", "per_tensor_per_step", "per_element"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
     """The rate of each fast weight at each inner step.
 
-    Learned rates are kept as logarithms (`rates.<name>`): a rate stays positive, and the outer
-    optimizer's step is relative to it. Grains: `shared` is one number; `per_tensor` one for each
-    fast weight (Meta-SGD by tensor: Li et al. 2017); `per_tensor_per_step` one for each of those
-    and inner step (LSLR of MAML++: Antoniou et al. 2019, section 4).
+    Learned rates are kept as logarithms: a rate stays positive, and the outer optimizer's step is
+    relative to it.
+
+        none                   all rates stay `initial`
+        shared                 `rates.shared` [], one for all
+        per_group              `rates.group.<end>` [], one for the fast weights whose names end alike:
+                               `weight`, `bias`, `lora_a` ...
+        per_tensor             `rates.<name>` [], one for each fast weight
+        per_tensor_per_step    `rates.<name>` [K], and for each inner step (LSLR of MAML++: Antoniou et al.
+                               2019, section 4)
+        per_element            `rates.<name>` of one task's shape, one for each number (Meta-SGD: Li et al.
+                               2017, whose rates may also be negative)
 
     Attributes:
         initial: the rate at which all start, above 0.
-        grain: which rates are meta-parameters; `none` keeps `initial`.
+        grain: which rates are meta-parameters.
         num_steps: K, the number of rates kept for `per_tensor_per_step`; later steps reuse the last.
     """
 
@@ -33,27 +41,46 @@ class Rates:
     grain: Grain
     num_steps: int
 
-    def meta_parameters(self, fast_names: Iterable[str], like: Tensor) -> dict[str, Tensor]:
-        """Initial log rates by name, in the dtype and on the device of `like`."""
+    def meta_parameters(self, fast: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Initial log rates by name, for fast weights `[T, ...]`, in their dtype and on their device."""
         start = math.log(self.initial)
         if self.grain == "none":
             return {}
         if self.grain == "shared":
-            return {f"{RATES}shared": like.new_full((), start)}
-        shape = (self.num_steps,) if self.grain == "per_tensor_per_step" else ()
-        return {f"{RATES}{name}": like.new_full(shape, start) for name in fast_names}
+            return {_SHARED: next(iter(fast.values())).new_full((), start)}
+        if self.grain == "per_group":
+            return {_group(name): value.new_full((), start) for name, value in fast.items()}
+        shapes: dict[str, tuple[int, ...]] = {
+            name: {
+                "per_tensor": (),
+                "per_tensor_per_step": (self.num_steps,),
+                "per_element": tuple(value.shape[1:]),
+            }[self.grain]
+            for name, value in fast.items()
+        }
+        return {RATES + name: value.new_full(shapes[name], start) for name, value in fast.items()}
 
     def at(self, meta: Mapping[str, Tensor], fast: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
-        """The rate of each fast weight at inner step `step`: scalars by name."""
+        """The rate of each fast weight at inner step `step`, by name: scalars, or with `per_element`
+        the shape of one task's weight."""
         if self.grain == "none":
             return {
                 name: torch.tensor(self.initial, dtype=value.dtype, device=value.device)
                 for name, value in fast.items()
             }
         if self.grain == "shared":
-            shared = meta[f"{RATES}shared"].exp()
-            return dict.fromkeys(fast, shared)
-        if self.grain == "per_tensor":
-            return {name: meta[f"{RATES}{name}"].exp() for name in fast}
-        column = min(step, self.num_steps - 1)
-        return {name: meta[f"{RATES}{name}"][column].exp() for name in fast}
+            return dict.fromkeys(fast, meta[_SHARED].exp())
+        if self.grain == "per_group":
+            return {name: meta[_group(name)].exp() for name in fast}
+        if self.grain == "per_tensor_per_step":
+            column = min(step, self.num_steps - 1)
+            return {name: meta[RATES + name][column].exp() for name in fast}
+        return {name: meta[RATES + name].exp() for name in fast}
+
+
+_SHARED = f"{RATES}shared"
+
+
+def _group(name: str) -> str:
+    """The meta-parameter of a fast weight's group: those whose names have the same last part."""
+    return f"{RATES}group.{name.rpartition('.')[2]}"
