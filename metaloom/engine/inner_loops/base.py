@@ -13,12 +13,6 @@ Tensors = Mapping[str, Tensor]
 class InnerRule(abc.ABC):
     """`(phi', s') = update(phi, s, g, rates)`, differentiable in all four, for T tasks at a time."""
 
-    @property
-    @abc.abstractmethod
-    def is_affine_in_gradient(self) -> bool:
-        """Whether update is affine in g, at given phi, s and rates: its vjp by g then is the same at any
-        g."""
-
     @abc.abstractmethod
     def init_state(self, fast: Tensors) -> dict[str, Tensor]:
         """s_0 for fast weights phi_0 `[T, ...]`, differentiable in them; empty for a rule without memory.

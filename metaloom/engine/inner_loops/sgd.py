@@ -48,10 +48,6 @@ class Sgd(InnerRule):
                 "set momentum, or nesterov to false."
             )
 
-    @property
-    def is_affine_in_gradient(self) -> bool:
-        return self.clip_norm is None
-
     def init_state(self, fast: Tensors) -> dict[str, Tensor]:
         state = anchors(fast, proximal=self.proximal)
         if self.momentum != 0.0:
