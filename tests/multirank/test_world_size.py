@@ -6,7 +6,7 @@ import pytest
 
 from tests.commands import RECIPES, curve, run_well
 
-SUMS = ("meta_loss", "loss_before", "loss_after", "gradient_norm", "validation_loss")
+SUMS = ("meta_loss", "loss_after", "gradient_norm", "validation_loss")
 
 
 def losses(folder: Path, num_processes: int, recipe: str, *overrides: str) -> list[dict[str, float]]:

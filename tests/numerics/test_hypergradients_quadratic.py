@@ -281,11 +281,9 @@ def test_rehearsal_on_a_quadratic_mixes_the_losses_and_reads_its_data_in_cycles(
     assert actual.losses.tolist() == pytest.approx(losses, rel=1e-12)
 
 
-def test_the_estimators_agree_on_the_metrics_before_and_after_adaptation() -> None:
+def test_the_estimators_agree_on_the_metrics_after_adaptation() -> None:
     problem = quadratic((0.0, 0.5, 0.5))
     _, after = dense_hypergradient(quadratic((0.0, 0.0, 1.0)), first_order=False)
-    _, before = dense_hypergradient(quadratic((1.0, 0.0, 0.0)), first_order=False)
     for name, estimator in HYPERGRADIENTS.items():
         metrics = estimator().meta_gradient(problem.unroll, problem.meta, problem.batch).metrics
-        assert metrics["loss_before"].tolist() == pytest.approx(before, rel=1e-12), name
         assert metrics["loss_after"].tolist() == pytest.approx(after, rel=1e-12), name

@@ -55,12 +55,14 @@ class FullAdapter(Adapter):
     ) -> Readout:
         if self._tasks == "vmap":
             return Readout(self._vectorized(fast, inputs, forward_pass))
+        # Unbound once: each task's slice taken by index would have a gradient of the size of all tasks.
+        weights = {name: value.unbind() for name, value in fast.items()}
         return stacked(
             [
                 run_model(
                     self._model,
                     self._structure,
-                    {name: value[task] for name, value in fast.items()},
+                    {name: value[task] for name, value in weights.items()},
                     inputs[task],
                     forward_pass.of_task(task),
                     attachments={},

@@ -22,8 +22,8 @@ class MetaGradient:
     Attributes:
         gradient: d (sum over tasks of the meta-loss) / d theta, shaped like theta.
         losses: the meta-loss of each task, `[T]`.
-        metrics: per task, `[T]` each, float64: `loss_` and `accuracy_`, `before` and `after` adaptation;
-            `not_finite`, 1 where the task's loss or its share of the gradient is not finite.
+        metrics: per task, `[T]` each, float64: `loss_after` and `accuracy_after` adaptation; `not_finite`, 1
+            where the task's loss or its share of the gradient is not finite.
     """
 
     gradient: dict[str, Tensor]
@@ -37,7 +37,7 @@ class Hypergradient(abc.ABC):
     @property
     def metric_names(self) -> tuple[str, ...]:
         """The names of the metrics that `meta_gradient` returns: ranks without tasks need them too."""
-        return ("loss_before", "loss_after", "accuracy_before", "accuracy_after", "not_finite")
+        return ("loss_after", "accuracy_after", "not_finite")
 
     @abc.abstractmethod
     def meta_gradient(self, unroll: Unroll, meta: Tensors, batch: TaskBatch) -> MetaGradient:
@@ -113,15 +113,15 @@ def meta_losses(
 def query_losses(
     unroll: Unroll, meta: Tensors, fast: Tensors, batch: TaskBatch, step: int
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """Lq at phi_`step`, `[T]`, None where its weight is 0; and the metrics under their public names."""
-    moment = {0: "before", unroll.num_steps: "after"}.get(step)
+    """Lq at phi_`step`, `[T]`, None where its weight is 0; and the metrics of the last step."""
+    is_last = step == unroll.num_steps
     is_counted = unroll.step_weights[step] != 0.0
-    if not is_counted and moment is None:
+    if not is_counted and not is_last:
         return None, {}
     with torch.set_grad_enabled(is_counted and torch.is_grad_enabled()):
         losses, aux = unroll.learner.losses("query", meta, fast, batch, step)
-    metrics = {f"loss_{moment}": losses.detach().double(), f"accuracy_{moment}": aux["accuracy"]}
-    return (losses if is_counted else None), (metrics if moment is not None else {})
+    metrics = {"loss_after": losses.detach().double(), "accuracy_after": aux["accuracy"]}
+    return (losses if is_counted else None), (metrics if is_last else {})
 
 
 def not_finite(losses: Tensor, per_task: Iterable[Tensor]) -> Tensor:
