@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -121,17 +122,14 @@ def choose_estimator(
     """
     short = shortened(unroll, TIMED_STEPS)
     device = next(iter(meta.values())).device
-    ways: dict[str, Callable[[], object]] = {}
-    if batch is not None:
-        tasks = batch
-        ways = {
-            name: lambda estimator=estimator: estimator().meta_gradient(short, meta, tasks)
-            for name, estimator in EXACT_AND_FLAT.items()
-        }
-        whole = Rematerialized(KeepAll(), short.num_steps)
-        ways["graph of all steps"] = lambda: whole.meta_gradient(short, meta, tasks)
-    else:
-        ways = {name: lambda: None for name in (*EXACT_AND_FLAT, "graph of all steps")}
+    estimators = {name: estimator() for name, estimator in EXACT_AND_FLAT.items()}
+    estimators["graph of all steps"] = Rematerialized(KeepAll(), short.num_steps)
+
+    def differentiate(estimator: AdjointSweep) -> None:
+        if batch is not None:
+            estimator.meta_gradient(short, meta, batch)
+
+    ways = {name: functools.partial(differentiate, estimator) for name, estimator in estimators.items()}
     measured = fastest(ways, device, sharding, has_tasks=batch is not None)
     flat = {name: value for name, value in measured.seconds.items() if name in EXACT_AND_FLAT}
     sizes = sharding.gather([] if batch is None else [_graph_sizes(short, meta, batch)])
@@ -141,8 +139,8 @@ def choose_estimator(
     fitting = max(0, min(unroll.num_steps, (limit - query_bytes) // max(1, step_bytes) - 1))
     what = f"timed on {short.num_steps} inner steps: {measured.in_words()}"
     space = (
-        f"one step's graph keeps {_mib(step_bytes)}, so {fitting} of {unroll.num_steps} fit into the limit of "
-        f"{_mib(limit)}"
+        f"one step's graph keeps {_mib(step_bytes)}, so {fitting} of {unroll.num_steps} fit into the limit "
+        f"of {_mib(limit)}"
     )
     kind = min(flat, key=lambda name: flat[name]) if flat else "rematerialized"
     if measured.name in EXACT_AND_FLAT:
