@@ -61,7 +61,7 @@ class AdjointSweep(Hypergradient):
             (v, w) at (phi_k, s_k), and the step's share of dtheta.
         """
 
-    def meta_gradient(self, unroll: Unroll, meta: Tensors, batch: TaskBatch) -> MetaGradient:
+    def estimate(self, unroll: Unroll, meta: Tensors, batch: TaskBatch) -> MetaGradient:
         theta = leaves(meta)
         snapshots = adapt(unroll, meta, batch, num_steps=unroll.num_steps)
         losses = torch.zeros(batch.num_tasks, dtype=torch.float64, device=next(iter(meta.values())).device)
