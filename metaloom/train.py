@@ -117,7 +117,7 @@ def _outer_loop(
     num_inner = recipe.adaptation.num_steps
     source = episode_source(recipe, job.index, "train", seed=recipe.seed, num_steps=num_inner)
     validation = episode_source(recipe, job.index, "validation", seed=recipe.seed, num_steps=num_inner)
-    combiner = Mean(outer.meta, sharding)
+    combiner = Mean(outer.meta, sharding, own_metrics=algorithm.hypergradient.own_metrics)
     clock = _Clock(job)
     stream = EpisodeStream(
         source,

@@ -27,6 +27,8 @@ PLAIN = Sgd()
 HEAVY = Sgd(momentum=0.7, weight_decay=0.05)
 CLIPPED = Sgd(momentum=0.5, clip_norm=0.05)  # active: these problems' gradients are longer
 RATE = 0.2
+# The estimators that give every kind of meta-parameter here, and take terms at every inner step.
+FOR_EVERYTHING = ("unrolled", "rematerialized", "mixed_mode", "first_order")
 # Images are smaller than 28 x 28, which the network does not mind: the tests stay quick.
 IMAGE = 12
 TOKENS = 5

@@ -20,16 +20,25 @@ class Combined:
 
 
 class Mean:
-    """Sums as it goes: no more memory than one gradient. The tasks are averaged once, at the end."""
+    """Sums as it goes: no more memory than one gradient. The tasks are averaged once, at the end.
 
-    def __init__(self, like: Tensors, sharding: Replicated) -> None:
+    Args:
+        like: meta-parameters, for their names and shapes.
+        own_metrics: names of what the estimator reports beside `METRICS`: known before the first task,
+            since ranks without tasks take part in the sum.
+    """
+
+    def __init__(self, like: Tensors, sharding: Replicated, *, own_metrics: tuple[str, ...] = ()) -> None:
         self._like = like
+        self._names = METRICS + own_metrics
         self._sharding = sharding
         self._reset()
 
     def _reset(self) -> None:
         self._sum = {name: torch.zeros_like(value) for name, value in self._like.items()}
-        self._metrics: dict[str, Tensor] = {name: torch.zeros((), dtype=torch.float64) for name in METRICS}
+        self._metrics: dict[str, Tensor] = {
+            name: torch.zeros((), dtype=torch.float64) for name in self._names
+        }
 
     def add(self, part: MetaGradient) -> None:
         """Takes in one micro-batch."""
@@ -48,7 +57,7 @@ class Mean:
         self._reset()
         return Combined(
             gradient={name: total[name] / num_global for name in self._sum},
-            metrics={name: float(total[f"metrics/{name}"]) / num_global for name in METRICS},
+            metrics={name: float(total[f"metrics/{name}"]) / num_global for name in self._names},
         )
 
 
