@@ -59,12 +59,35 @@ class EndProblem:
         """phi_0, `[D]`."""
         return torch.cat([value.flatten() for name, value in self.meta.items() if name.startswith("init.")])
 
+    def learning(self, prefix: str) -> EndProblem:
+        """The same problem where only meta-parameters of one kind are learned; the others stay."""
+        learner = dataclasses.replace(self.unroll.learner, adapter=_WithConstants(self))
+        meta = {name: value for name, value in self.meta.items() if name.startswith(prefix)}
+        return dataclasses.replace(self, meta=meta, unroll=dataclasses.replace(self.unroll, learner=learner))
+
     def named(self, init: Tensor, omega: Tensor) -> dict[str, Tensor]:
         """A gradient by `init` `[D]` and omega, under the names of the meta-parameters."""
         sizes = {name: value for name, value in self.meta.items() if name.startswith("init.")}
         parts = torch.split(init, [value.numel() for value in sizes.values()])
         named = {name: part.view_as(sizes[name]) for name, part in zip(sizes, parts, strict=True)}
         return named | {self.omega: omega.view_as(self.meta[self.omega])}
+
+
+class _WithConstants(Adapter):
+    """A problem's adapter, whose own values are the problem's meta-parameters."""
+
+    def __init__(self, problem: EndProblem) -> None:
+        self._constants = problem.meta
+        self._adapter = problem.unroll.learner.adapter
+
+    def meta_parameters(self, *, init: bool, backbone: bool) -> dict[str, Tensor]:
+        return self._adapter.meta_parameters(init=init, backbone=backbone)
+
+    def init(self, meta: Mapping[str, Tensor], num_tasks: int) -> dict[str, Tensor]:
+        return self._adapter.init(self._constants | dict(meta), num_tasks)
+
+    def forward(self, meta: Mapping[str, Tensor], fast: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
+        return self._adapter.forward(self._constants | dict(meta), fast, inputs)
 
 
 @dataclasses.dataclass(frozen=True)

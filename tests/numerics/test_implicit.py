@@ -189,32 +189,12 @@ def test_the_query_losses_weight_scales_the_whole_gradient() -> None:
 
 def test_without_a_proximal_term_it_gives_a_backbone_alone() -> None:
     problem = quadratic_end_problem(rule=Sgd(weight_decay=0.3))
-    meta = {problem.omega: problem.meta[problem.omega]}
-    adapter = FixedStart(problem)
-    unroll = dataclasses.replace(problem.unroll, learner=Learner(adapter, Precision("float64")))
-    actual = Implicit(EXACT_CG).meta_gradient(unroll, meta, problem.batch)
+    actual = implicit(problem.learning("backbone."), EXACT_CG)
     x = [torch.linalg.solve(a, b) for a, b in system(problem)]
     expected = {problem.omega: gradient_with(problem, x)[problem.omega]}
     assert_gradients_agree(actual.gradient, expected, rtol=1e-10)
     with pytest.raises(CapabilityError, match="the initialisation through the proximal term alone"):
         implicit(problem, EXACT_CG)
-
-
-class FixedStart(Adapter):
-    """A problem's adapter, where adaptation starts at the problem's initialisation unless told otherwise."""
-
-    def __init__(self, problem: EndProblem) -> None:
-        self._problem = problem
-        self._adapter = problem.unroll.learner.adapter
-
-    def meta_parameters(self, *, init: bool, backbone: bool) -> dict[str, Tensor]:
-        return self._adapter.meta_parameters(init=init, backbone=backbone)
-
-    def init(self, meta: Mapping[str, Tensor], num_tasks: int) -> dict[str, Tensor]:
-        return self._adapter.init(self._problem.meta | dict(meta), num_tasks)
-
-    def forward(self, meta: Mapping[str, Tensor], fast: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
-        return self._adapter.forward(meta, fast, inputs)
 
 
 def test_on_a_transformer_it_gives_every_backbone_weight_and_the_lora_initialisation() -> None:
