@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from metaloom.build import build_hypergradient
 from metaloom.engine.algorithms.maml import Maml
 from metaloom.engine.capabilities import (
     ESTIMATORS,
@@ -25,6 +26,11 @@ from metaloom.engine.capabilities import (
 from metaloom.engine.combiners.mean import METRICS, Mean
 from metaloom.engine.hypergradients import HYPERGRADIENTS
 from metaloom.engine.hypergradients.base import Hypergradient, MetaGradient
+from metaloom.engine.hypergradients.finite_difference import FiniteDifference
+from metaloom.engine.hypergradients.implicit import Implicit
+from metaloom.engine.hypergradients.reptile import Reptile
+from metaloom.engine.hypergradients.solvers import ConjugateGradient, Neumann
+from metaloom.engine.hypergradients.unrolled import Unrolled
 from metaloom.engine.inner_loops.sgd import Sgd
 from metaloom.engine.learner import TaskBatch
 from metaloom.engine.outer import OuterOptimizer
@@ -32,6 +38,7 @@ from metaloom.engine.sharding.replicated import Replicated
 from metaloom.engine.step import StepTasks, outer_step
 from metaloom.engine.unroll import Unroll
 from metaloom.errors import CapabilityError
+from metaloom.recipe import load_recipe
 from tests.numerics.problems import Problem, gpt_problem, last, relative_error
 from tests.unit.test_engine_step import SETTINGS
 
@@ -134,9 +141,7 @@ def test_what_is_given_is_not_refused() -> None:
 def test_a_name_of_no_kind_is_refused() -> None:
     assert kind_of("init.head.rates.weight") == "init"
     for name in ("initial.a", "init", "a.rates."):
-        with pytest.raises(
-            CapabilityError, match=r"is of no kind; a name begins with one of 'init\.', 'back"
-        ):
+        with pytest.raises(CapabilityError, match=r"is of no kind; a name begins with one of 'init\.'"):
             kind_of(name)
 
 
@@ -194,3 +199,29 @@ def test_the_documentation_shows_the_table_as_it_is() -> None:
         cells.append("refused" if row.end_only else "yes")
         rows.append("| " + " | ".join(cells) + " |")
     assert "\n".join(rows) in PAGE.read_text(encoding="utf-8"), "put this there:\n" + "\n".join(rows)
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ("unrolled", Unrolled()),
+        ("reptile", Reptile()),
+        ("{kind: finite_difference, epsilon: 0.25}", FiniteDifference(0.25)),
+        (
+            "{kind: implicit, damping: 0.5, solver: {num_iterations: 7, tolerance: 0.1}}",
+            Implicit(ConjugateGradient(7, 0.1), 0.5),
+        ),
+        (
+            "{kind: implicit, solver: {kind: neumann, num_terms: 3, step_size: 0.2}}",
+            Implicit(Neumann(3, 0.2), 0.0),
+        ),
+        ("implicit", Implicit()),
+        ("finite_difference", FiniteDifference()),
+    ],
+)
+def test_a_recipe_gives_an_estimator_its_options(section: str, expected: Hypergradient) -> None:
+    smoke = Path(__file__).parents[2] / "recipes" / "smoke.yaml"
+    overrides = [f"algorithm.hypergradient={section}", "adaptation.rule={kind: sgd, lr: 1, proximal: 0.5}"]
+    built = build_hypergradient(load_recipe(smoke, overrides))
+    assert type(built) is type(expected)
+    assert vars(built) == vars(expected)
