@@ -136,9 +136,9 @@ def perturbed(tensors: Mapping[str, Tensor], *, scale: float, seed: int = 5) -> 
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """|actual - expected| / |expected|, Euclidean; 0 where both are zero."""
+    """|actual - expected| / |expected|, Euclidean; 0 where both are zero, NaN where something is NaN."""
     distance = float(torch.linalg.vector_norm(actual - expected))
-    return distance / float(torch.linalg.vector_norm(expected)) if distance > 0.0 else 0.0
+    return 0.0 if distance == 0.0 else distance / float(torch.linalg.vector_norm(expected))
 
 
 def assert_gradients_agree(

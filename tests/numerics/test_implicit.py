@@ -177,6 +177,20 @@ def test_the_inner_loss_is_that_of_the_last_step() -> None:
         assert_gradients_agree(implicit(problem, EXACT_CG).gradient, expected, rtol=1e-10)
 
 
+def test_a_task_without_a_slope_adds_nothing_and_spoils_nothing() -> None:
+    problem = quadratic_end_problem(rule=RULES["proximal"])
+    inputs = problem.batch.query["inputs"].clone()
+    inputs[1] = 0.0  # the query loss of this task is constant
+    batch = dataclasses.replace(problem.batch, query={**problem.batch.query, "inputs": inputs})
+    actual = implicit(dataclasses.replace(problem, batch=batch), EXACT_CG)
+    first, _, third = batch.split(1)
+    alone = [implicit(dataclasses.replace(problem, batch=one), EXACT_CG).gradient for one in (first, third)]
+    total = {name: alone[0][name] + alone[1][name] for name in actual.gradient}
+    assert_gradients_agree(actual.gradient, total, rtol=1e-12)
+    assert actual.metrics["solver_residual"][1] == 0.0
+    assert bool(actual.metrics["solver_residual"].isfinite().all())
+
+
 def test_the_query_losses_weight_scales_the_whole_gradient() -> None:
     problem = quadratic_end_problem(rule=RULES["proximal"])
     halved = dataclasses.replace(
@@ -378,6 +392,7 @@ def test_what_is_not_finite_stays_so_and_in_its_own_task(solver: Solver, bad: fl
     x = solve(solver, a, b).x
     # A zero instead would pass for a gradient.
     assert not bool(x[1].isfinite().all())
+    assert not bool(solve(solver, a[[1]], b[[1]]).x.isfinite().all())
     rest = [0, 2, 3]
     assert relative_error(x[rest], torch.linalg.solve(a, b[..., None])[rest, :, 0]) < 1e-10
 

@@ -63,8 +63,8 @@ class ConjugateGradient(Solver):
         residual = direction = b
         square = _dots(b, b)
         enough = self.tolerance**2 * square
-        # Written so that a task with NaN or infinity goes on, and its result is NaN rather than 0.
-        moving = ~(square <= enough)
+        # A task with NaN or infinity goes on: its result is NaN rather than 0, which would pass for one.
+        moving = ~((square <= enough) & square.isfinite())
         negative = torch.zeros_like(moving)
         for _ in range(self.num_iterations):
             if not bool(moving.any()):
