@@ -14,6 +14,10 @@ from metaloom.engine.adapters.full import FullAdapter
 from metaloom.engine.adapters.lora import LoraAdapter
 from metaloom.engine.algorithms.maml import Maml, step_weights
 from metaloom.engine.hypergradients import HYPERGRADIENTS
+from metaloom.engine.hypergradients.base import Hypergradient
+from metaloom.engine.hypergradients.finite_difference import FiniteDifference
+from metaloom.engine.hypergradients.implicit import Implicit
+from metaloom.engine.hypergradients.solvers import ConjugateGradient, Neumann, Solver
 from metaloom.engine.inner_loops.adam import Adam
 from metaloom.engine.inner_loops.base import InnerRule
 from metaloom.engine.inner_loops.rates import Grain, Rates
@@ -28,9 +32,13 @@ from metaloom.models.gpt import Gpt
 from metaloom.recipe import (
     AdamOptimizer,
     AdamWRule,
+    ConjugateGradientSolver,
     Conv4Model,
+    FiniteDifferenceHypergradient,
     FullFast,
     GlyphsData,
+    ImplicitHypergradient,
+    NeumannSolver,
     OrdinaryTraining,
     Pretrain,
     Recipe,
@@ -146,7 +154,26 @@ def build_algorithm(recipe: Recipe, adapter: Adapter) -> Maml:
     """The algorithm with the estimator of its hypergradient."""
     rule = recipe.adaptation.rule
     unroll = build_unroll(recipe, adapter, rate=rule.lr, grain=rule.learned)
-    return Maml(unroll, HYPERGRADIENTS[recipe.algorithm.hypergradient.kind]())
+    return Maml(unroll, build_hypergradient(recipe))
+
+
+def build_hypergradient(recipe: Recipe) -> Hypergradient:
+    """The estimator with its options."""
+    match recipe.algorithm.hypergradient:
+        case ImplicitHypergradient(solver=solver, damping=damping):
+            return Implicit(_build_solver(solver), damping)
+        case FiniteDifferenceHypergradient(epsilon=epsilon):
+            return FiniteDifference(epsilon)
+        case without_options:
+            return HYPERGRADIENTS[without_options.kind]()
+
+
+def _build_solver(solver: ConjugateGradientSolver | NeumannSolver) -> Solver:
+    match solver:
+        case ConjugateGradientSolver():
+            return ConjugateGradient(solver.num_iterations, solver.tolerance)
+        case NeumannSolver():
+            return Neumann(solver.num_terms, solver.step_size)
 
 
 def initial_meta(recipe: Recipe, unroll: Unroll) -> dict[str, Tensor]:

@@ -8,9 +8,11 @@ checked where the data is opened.
 
 from collections.abc import Callable, Iterator
 
+from metaloom.engine.capabilities import Kind, refusals, step_weights_refusal
 from metaloom.recipe.credentials import has_credentials
 from metaloom.recipe.schema import (
     Conv4Model,
+    FiniteDifferenceHypergradient,
     FullFast,
     GlyphsData,
     GPTModel,
@@ -197,6 +199,40 @@ def something_is_learned(recipe: Recipe) -> Broken:
         )
 
 
+def the_estimator_gives_what_is_learned(recipe: Recipe) -> Broken:
+    learned = recipe.algorithm.meta_parameters
+    kinds: dict[Kind, bool] = {
+        "init": learned.init,
+        "backbone": learned.backbone,
+        "rates": recipe.adaptation.rule.learned != "none",
+    }
+    for refusal in refusals(
+        recipe.algorithm.hypergradient.kind,
+        [kind for kind, is_learned in kinds.items() if is_learned],
+        has_proximal=recipe.adaptation.rule.proximal > 0.0,
+    ):
+        yield "algorithm.hypergradient.kind", refusal
+
+
+def the_estimator_takes_the_step_weights(recipe: Recipe) -> Broken:
+    if recipe.algorithm.step_weights != "last" and recipe.adaptation.num_steps > 1:
+        refusal = step_weights_refusal(recipe.algorithm.hypergradient.kind)
+        if refusal is not None:
+            yield "algorithm.step_weights", f"{recipe.algorithm.step_weights}; {refusal}"
+
+
+def finite_differences_need_digits(recipe: Recipe) -> Broken:
+    if (
+        isinstance(recipe.algorithm.hypergradient, FiniteDifferenceHypergradient)
+        and recipe.precision.compute == "bfloat16"
+    ):
+        yield (
+            "precision.compute",
+            "bfloat16; algorithm.hypergradient = finite_difference compares gradients at weights a little "
+            "apart, which bfloat16 rounds to the same; set it to float32",
+        )
+
+
 def warmup_ends(recipe: Recipe) -> Broken:
     warmup_steps, num_steps = recipe.outer.schedule.warmup_steps, recipe.outer.num_steps
     if warmup_steps >= num_steps:
@@ -298,6 +334,9 @@ RULES: tuple[Callable[[Recipe], Broken], ...] = (
     rehearsal_needs_stdlib,
     full_adaptation_has_no_backbone,
     something_is_learned,
+    the_estimator_gives_what_is_learned,
+    the_estimator_takes_the_step_weights,
+    finite_differences_need_digits,
     warmup_ends,
     sequences_fit_the_context,
     faces_suffice,

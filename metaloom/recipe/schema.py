@@ -262,8 +262,71 @@ class FirstOrderHypergradient(Section):
     )
 
 
+class ConjugateGradientSolver(Section):
+    """Conjugate gradients: fast where the Hessian is positive definite, and tells where it is not."""
+
+    kind: Literal["conjugate_gradient"] = Field(
+        default="conjugate_gradient", description="conjugate gradients; stops at negative curvature"
+    )
+    num_iterations: Count = Field(default=10, description="most Hessian-vector products")
+    tolerance: FloatOrZero = Field(
+        default=1e-6, description="a task stops at a residual of this, relative to the right-hand side"
+    )
+
+
+class NeumannSolver(Section):
+    """The first terms of the Neumann series of the inverse Hessian."""
+
+    kind: Literal["neumann"] = Field(default="neumann", description="terms of the inverse's Neumann series")
+    num_terms: Count = Field(default=10, description="terms of the series")
+    step_size: PositiveFloat = Field(
+        default=0.1, description="of the series; it diverges above 2 / the Hessian's largest eigenvalue"
+    )
+
+
+class ImplicitHypergradient(Section):
+    """Takes the adapted weights for a minimum of the inner loss (iMAML, Rajeswaran et al. 2019)."""
+
+    kind: Literal["implicit"] = Field(
+        default="implicit",
+        description="approximate: as if adaptation ended in a minimum; memory is the same for any K",
+    )
+    solver: ConjugateGradientSolver | NeumannSolver = Field(
+        default=ConjugateGradientSolver(),
+        discriminator="kind",
+        description="how the linear system with the Hessian is solved",
+    )
+    damping: FloatOrZero = Field(default=0.0, description="added to the Hessian's diagonal")
+
+
+class FiniteDifferenceHypergradient(Section):
+    """Finite differences of first-order gradients at the adapted weights (SAMA, Choe et al. 2023)."""
+
+    kind: Literal["finite_difference"] = Field(
+        default="finite_difference",
+        description="approximate: the last inner step alone, by differences of first-order gradients",
+    )
+    epsilon: PositiveFloat = Field(
+        default=0.01, description="how far a task's fast weights are moved either way, in their norm"
+    )
+
+
+class ReptileHypergradient(Section):
+    """The way from the adapted weights back to the initialisation (Nichol et al. 2018)."""
+
+    kind: Literal["reptile"] = Field(
+        default="reptile", description="no gradient: the initialisation minus the adapted weights"
+    )
+
+
 Hypergradient = (
-    UnrolledHypergradient | RematerializedHypergradient | MixedModeHypergradient | FirstOrderHypergradient
+    UnrolledHypergradient
+    | RematerializedHypergradient
+    | MixedModeHypergradient
+    | FirstOrderHypergradient
+    | ImplicitHypergradient
+    | FiniteDifferenceHypergradient
+    | ReptileHypergradient
 )
 
 

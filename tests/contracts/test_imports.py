@@ -26,7 +26,8 @@ EDGES = {
     "metaloom.checkpoints": {ERRORS, RECIPE},
     # The version is recorded with a run.
     "metaloom.tracking": {"metaloom", ERRORS, RECIPE},
-    RECIPE: {ERRORS},
+    # What an estimator gives is refused before anything starts; the table imports no torch.
+    RECIPE: {ERRORS, "metaloom.engine.capabilities"},
     "metaloom.run_folder": {ERRORS, RECIPE},
     "metaloom.launchers": {ERRORS, RECIPE, "metaloom.run_folder", "metaloom.k8s"},
     "metaloom.k8s": {ERRORS, RECIPE},
@@ -292,7 +293,8 @@ from metaloom.engine.learner import Learner, TaskBatch
 from metaloom.engine.precision import Precision
 from metaloom.engine.unroll import Unroll
 adapter = FullAdapter(torch.nn.Linear(3, 2))
-unroll = Unroll(Learner(adapter, Precision()), Sgd(), Rates(0.1, "none", 2), step_weights("last", 2))
+rule, rates = Sgd(proximal=0.1), Rates(0.1, "none", 2)
+unroll = Unroll(Learner(adapter, Precision()), rule, rates, step_weights("last", 2))
 part = {{"inputs": torch.randn(2, 4, 3), "targets": torch.zeros(2, 4, dtype=torch.int64)}}
 meta = adapter.meta_parameters(init=True, backbone=False)
 for estimator in HYPERGRADIENTS.values():

@@ -30,6 +30,8 @@ PLAIN = Sgd()
 HEAVY = Sgd(momentum=0.7, weight_decay=0.05)
 CLIPPED = Sgd(momentum=0.5, clip_norm=0.05)  # active: these problems' gradients are longer
 RATE = 0.2
+# The estimators that give every kind of meta-parameter here, and take terms at every inner step.
+FOR_EVERYTHING = ("unrolled", "rematerialized", "mixed_mode", "first_order")
 # Images are smaller than 28 x 28, which the network does not mind: the tests stay quick.
 IMAGE = 12
 TOKENS = 5
@@ -170,9 +172,9 @@ def perturbed(tensors: Mapping[str, Tensor], *, scale: float, seed: int = 5) -> 
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """|actual - expected| / |expected|, Euclidean; 0 where both are zero."""
+    """|actual - expected| / |expected|, Euclidean; 0 where both are zero, NaN where something is NaN."""
     distance = float(torch.linalg.vector_norm(actual - expected))
-    return distance / float(torch.linalg.vector_norm(expected)) if distance > 0.0 else 0.0
+    return 0.0 if distance == 0.0 else distance / float(torch.linalg.vector_norm(expected))
 
 
 def assert_gradients_agree(

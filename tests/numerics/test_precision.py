@@ -12,7 +12,7 @@ from metaloom.engine.hypergradients import HYPERGRADIENTS
 from metaloom.engine.learner import TaskBatch
 from metaloom.engine.precision import ComputeFormat, Precision
 from metaloom.engine.unroll import adapt
-from tests.numerics.problems import Problem, conv4_problem, gpt_problem, last
+from tests.numerics.problems import FOR_EVERYTHING, Problem, conv4_problem, gpt_problem, last
 
 PROBLEMS: dict[str, Callable[[ComputeFormat], Problem]] = {
     "conv4": lambda compute: conv4_problem(step_weights=last(3), grain="shared", compute=compute),
@@ -44,7 +44,7 @@ def in_float64(problem: Problem, model: str) -> Problem:
 
 
 both_models = pytest.mark.parametrize("model", PROBLEMS)
-every_estimator = pytest.mark.parametrize("estimator", HYPERGRADIENTS)
+every_estimator = pytest.mark.parametrize("estimator", FOR_EVERYTHING)
 
 
 @both_models

@@ -13,7 +13,14 @@ from metaloom.engine.hypergradients import HYPERGRADIENTS
 from metaloom.engine.learner import Rehearsal, TaskBatch
 from metaloom.engine.sharding.replicated import Replicated
 from metaloom.engine.unroll import adapt
-from tests.numerics.problems import Problem, assert_gradients_agree, conv4_problem, gpt_problem, last
+from tests.numerics.problems import (
+    FOR_EVERYTHING,
+    Problem,
+    assert_gradients_agree,
+    conv4_problem,
+    gpt_problem,
+    last,
+)
 
 NUM_TASKS = 5
 PROBLEMS: dict[str, Callable[[], Problem]] = {
@@ -29,7 +36,7 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     ),
 }
 both_models = pytest.mark.parametrize("model", PROBLEMS)
-every_estimator = pytest.mark.parametrize("estimator", HYPERGRADIENTS)
+every_estimator = pytest.mark.parametrize("estimator", FOR_EVERYTHING)
 
 
 @both_models

@@ -20,7 +20,9 @@ from metaloom.errors import RecipeError
 from metaloom.recipe import (
     Difference,
     GPTModel,
+    ImplicitHypergradient,
     LoRAFast,
+    NeumannSolver,
     NoTracking,
     Recipe,
     SGDOptimizer,
@@ -244,7 +246,9 @@ def test_a_list_of_targets_or_all_linear_is_accepted(load: Load) -> None:
     assert line.endswith("or 'all-linear'")
 
 
-@pytest.mark.parametrize("kind", ["unrolled", "rematerialized", "mixed_mode", "first_order"])
+@pytest.mark.parametrize(
+    "kind", ["unrolled", "rematerialized", "mixed_mode", "first_order", "finite_difference", "reptile"]
+)
 def test_a_section_may_be_given_by_its_kind_alone(load: Load, kind: str) -> None:
     short = load(GLYPHS, f"algorithm.hypergradient={kind}")
     assert short.algorithm.hypergradient.kind == kind
@@ -266,6 +270,17 @@ def test_the_epsilon_under_the_root_has_a_stated_default(load: Load) -> None:
     for kind in ("adam", "adamw", "rmsprop"):
         dumped = yaml.safe_load(dump_recipe(load(GLYPHS, f"adaptation.rule={{kind: {kind}, lr: 0.01}}")))
         assert dumped["adaptation"]["rule"]["eps_root"] == 1e-8
+
+
+def test_a_solver_of_the_implicit_estimator_is_a_section_within_its_section(load: Load) -> None:
+    text = "algorithm.hypergradient={kind: implicit, damping: 0.5, solver: {kind: neumann, num_terms: 3}}"
+    recipe = load(GLYPHS, text, "adaptation.rule.proximal=1")
+    solver = NeumannSolver(num_terms=3, step_size=0.1)
+    assert recipe.algorithm.hypergradient == ImplicitHypergradient(solver=solver, damping=0.5)
+    assert load(dump_recipe(recipe)) == recipe
+    wrong = "algorithm.hypergradient={kind: implicit, solver: newton}"
+    (line,) = report(load, GLYPHS, wrong, "adaptation.rule.proximal=1")
+    assert "hypergradient.solver: 'newton' is not one of conjugate_gradient, neumann; choose" in line
 
 
 def test_a_section_without_a_kind_has_that_of_its_default(load: Load) -> None:
@@ -318,8 +333,8 @@ def test_a_section_without_a_kind_has_that_of_its_default(load: Load) -> None:
             "adaptation.rule={kind: adamw, lr: 0.1, eps_rot: 1e-6}",
             "adaptation.rule.eps_rot: unknown key; did you mean 'eps_root'?",
         ),
-        ("algorithm.hypergradient=unroled", "first_order; did you mean 'unrolled'?"),
-        ("algorithm.hypergradient.kind=mixed", "mixed_mode, first_order; did you mean 'mixed_mode'?"),
+        ("algorithm.hypergradient=unroled", "reptile; did you mean 'unrolled'?"),
+        ("algorithm.hypergradient.kind=mixed", "reptile; did you mean 'mixed_mode'?"),
         ("data.kind=glyps", "data.kind: 'glyps' is not one of glyphs, stdlib; did you mean 'glyphs'?"),
         ("tracking=mlfow", "tracking: 'mlfow' is not one of mlflow, none; did you mean 'mlflow'?"),
         ("sharding=zero", "sharding: 'zero' is not one of replicated; choose one of them"),
@@ -508,6 +523,43 @@ outer:
         ),
         (
             GLYPHS,
+            ["algorithm.hypergradient=reptile", "adaptation.rule.learned=shared"],
+            "algorithm.hypergradient.kind: reptile gives no gradient of learned inner rates: it moves the "
+            "initialisation towards the adapted weights and differentiates nothing; unrolled, remat",
+        ),
+        (
+            STDLIB,
+            ["algorithm.hypergradient=reptile", "algorithm.meta_parameters.backbone=true"],
+            "algorithm.hypergradient.kind: reptile gives no gradient of the backbone: it moves",
+        ),
+        (
+            GLYPHS,
+            ["algorithm.hypergradient=implicit"],
+            "algorithm.hypergradient.kind: implicit gives the gradient of the initialisation through the "
+            "proximal term alone, and the inner rule has none; give it one (proximal above 0), or take",
+        ),
+        (
+            STDLIB,
+            [
+                "algorithm.hypergradient=implicit",
+                "algorithm.meta_parameters={init: false, backbone: true}",
+                "adaptation.rule.learned=per_tensor",
+            ],
+            "algorithm.hypergradient.kind: implicit gives no gradient of learned inner rates: a minimum does",
+        ),
+        (
+            GLYPHS,
+            ["algorithm.hypergradient=finite_difference", "algorithm.step_weights=uniform"],
+            "algorithm.step_weights: uniform; finite_difference looks at the fully adapted weights alone, so "
+            "the query loss counts after the last inner step only; set step_weights to last",
+        ),
+        (
+            GLYPHS,
+            ["algorithm.hypergradient=finite_difference", "precision.compute=bfloat16"],
+            "precision.compute: bfloat16; algorithm.hypergradient = finite_difference compares gradients at",
+        ),
+        (
+            GLYPHS,
             ["outer.schedule.warmup_steps=100"],
             "outer.schedule.warmup_steps: 100; must be less than outer.num_steps = 100",
         ),
@@ -574,6 +626,19 @@ def test_a_rule_between_values_is_enforced(load: Load, text: str, overrides: lis
         (GLYPHS, ["adaptation.rule.proximal=0.5", "adaptation.num_steps=1", "evaluation.num_steps=2"]),
         (GLYPHS, ["adaptation.rule.proximal=0", "adaptation.num_steps=1"]),
         (GLYPHS, ["evaluation.baselines=[]"]),
+        (GLYPHS, ["algorithm.hypergradient=implicit", "adaptation.rule.proximal=0.1"]),
+        (
+            STDLIB,
+            [
+                "algorithm.hypergradient={kind: implicit, solver: neumann}",
+                "algorithm.meta_parameters={init: false, backbone: true}",
+            ],
+        ),
+        (STDLIB, ["algorithm.hypergradient=finite_difference", "algorithm.meta_parameters.backbone=true"]),
+        (
+            GLYPHS,
+            ["algorithm.hypergradient=reptile", "algorithm.step_weights=uniform", "adaptation.num_steps=1"],
+        ),
     ],
 )
 def test_a_recipe_at_the_edge_of_a_rule_is_accepted(load: Load, text: str, overrides: list[str]) -> None:
@@ -925,7 +990,7 @@ def test_recipes_import_neither_torch_nor_other_parts() -> None:
         "import sys, metaloom.recipe\n"
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules\n"
         "parts = {name.split('.')[1] for name in sys.modules if name.startswith('metaloom.')}\n"
-        "assert parts == {'recipe', 'errors'}, parts\n"
+        "assert parts == {'recipe', 'errors', 'engine'}, parts\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 

@@ -21,7 +21,13 @@ class Combined:
 
 
 class Mean:
-    """Sums as it goes: no more memory than one gradient. The tasks are averaged once, at the end."""
+    """Sums as it goes: no more memory than one gradient. The tasks are averaged once, at the end.
+
+    Args:
+        like: meta-parameters, for their names and shapes.
+        metric_names: what the estimator reports beside the meta-loss: known before the first task, since
+            ranks without tasks take part in the sum.
+    """
 
     def __init__(self, like: Tensors, sharding: Replicated, *, metric_names: Sequence[str]) -> None:
         self._like = like

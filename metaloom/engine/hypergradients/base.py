@@ -5,10 +5,12 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from metaloom.engine.capabilities import require
 from metaloom.engine.learner import TaskBatch
 from metaloom.engine.unroll import Unroll
 
@@ -23,7 +25,8 @@ class MetaGradient:
         gradient: d (sum over tasks of the meta-loss) / d theta, shaped like theta.
         losses: the meta-loss of each task, `[T]`.
         metrics: per task, `[T]` each, float64: `loss_after` and `accuracy_after` adaptation; `not_finite`, 1
-            where the task's loss or its share of the gradient is not finite.
+            where the task's loss or its share of the gradient is not finite; and the
+            estimator's own.
     """
 
     gradient: dict[str, Tensor]
@@ -32,20 +35,46 @@ class MetaGradient:
 
 
 class Hypergradient(abc.ABC):
-    """The gradient of the meta-loss with respect to the meta-parameters, summed over tasks."""
+    """The gradient of the meta-loss with respect to the meta-parameters, summed over tasks.
+
+    Attributes:
+        name: as in a recipe and in the table of `metaloom.engine.capabilities`.
+        own_metrics: names of the metrics that this estimator alone reports.
+    """
+
+    name: ClassVar[str]
+    own_metrics: ClassVar[tuple[str, ...]] = ()
+
+    def meta_gradient(self, unroll: Unroll, meta: Tensors, batch: TaskBatch) -> MetaGradient:
+        """Differentiates `unroll` at `meta` on `batch`; leaves both unchanged.
+
+        Raises:
+            CapabilityError: this estimator does not give the gradient of something in `meta`.
+        """
+        require(
+            self.name,
+            meta,
+            has_proximal=unroll.rule.penalties.proximal > 0.0,
+            end_only=not any(unroll.step_weights[:-1]),
+        )
+        return self.estimate(unroll, meta, batch)
 
     @property
     def metric_names(self) -> tuple[str, ...]:
         """The names of the metrics that `meta_gradient` returns: ranks without tasks need them too."""
-        return ("loss_after", "accuracy_after", "not_finite")
+        return ("loss_after", "accuracy_after", "not_finite", *self.own_metrics)
 
     @abc.abstractmethod
-    def meta_gradient(self, unroll: Unroll, meta: Tensors, batch: TaskBatch) -> MetaGradient:
-        """Differentiates `unroll` at `meta` on `batch`; leaves both unchanged."""
+    def estimate(self, unroll: Unroll, meta: Tensors, batch: TaskBatch) -> MetaGradient:
+        """What `meta_gradient` returns, for meta-parameters of kinds that this estimator gives."""
 
 
 def gradient_of(
-    outputs: Sequence[Tensor], inputs: Tensors, cotangents: Sequence[Tensor | None] | None = None
+    outputs: Sequence[Tensor],
+    inputs: Tensors,
+    cotangents: Sequence[Tensor | None] | None = None,
+    *,
+    retain_graph: bool = False,
 ) -> dict[str, Tensor]:
     """The vector-Jacobian product of `outputs` for each of `inputs`; zero where nothing depends on it."""
     connected = [
@@ -59,6 +88,7 @@ def gradient_of(
         [output for output, _ in connected],
         list(inputs.values()),
         None if cotangents is None else [cotangent for _, cotangent in connected],
+        retain_graph=retain_graph,
         allow_unused=True,
         materialize_grads=True,
     )

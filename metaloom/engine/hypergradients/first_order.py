@@ -22,6 +22,8 @@ class FirstOrder(AdjointSweep):
     estimators' time.
     """
 
+    name = "first_order"
+
     def pull_back(
         self, unroll: Unroll, theta: Tensors, batch: TaskBatch, step: int, at: Snapshot, adjoint: Adjoint
     ) -> tuple[Adjoint, dict[str, Tensor]]:

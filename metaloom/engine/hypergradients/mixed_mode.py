@@ -25,6 +25,8 @@ class MixedMode(AdjointSweep):
     model whose backward pass has forward-mode rules.
     """
 
+    name = "mixed_mode"
+
     def pull_back(
         self, unroll: Unroll, theta: Tensors, batch: TaskBatch, step: int, at: Snapshot, adjoint: Adjoint
     ) -> tuple[Adjoint, dict[str, Tensor]]:

@@ -23,6 +23,8 @@ class Rematerialized(AdjointSweep):
     Gradient-Based Hyperparameter Optimization", algorithm 1, with checkpoints at every step.
     """
 
+    name = "rematerialized"
+
     def pull_back(
         self, unroll: Unroll, theta: Tensors, batch: TaskBatch, step: int, at: Snapshot, adjoint: Adjoint
     ) -> tuple[Adjoint, dict[str, Tensor]]:

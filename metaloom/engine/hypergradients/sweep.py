@@ -75,7 +75,7 @@ class AdjointSweep(Hypergradient):
             (v, w) at (phi_k, s_k), and the step's share of dtheta.
         """
 
-    def meta_gradient(self, unroll: Unroll, meta: Tensors, batch: TaskBatch) -> MetaGradient:
+    def estimate(self, unroll: Unroll, meta: Tensors, batch: TaskBatch) -> MetaGradient:
         theta = leaves(meta)
         top = max(0, unroll.num_steps - self.num_graph_steps)
         states = self.snapshots.backwards(

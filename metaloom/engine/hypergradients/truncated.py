@@ -26,6 +26,8 @@ class Truncated(AdjointSweep):
         exact: how each of those is pulled back.
     """
 
+    name = "truncated"
+
     num_steps: int = dataclasses.field(kw_only=True)
     exact: AdjointSweep = dataclasses.field(kw_only=True)
 

@@ -24,7 +24,9 @@ class Unrolled(Hypergradient):
     `rematerialized` or `mixed_mode`.
     """
 
-    def meta_gradient(self, unroll: Unroll, meta: Tensors, batch: TaskBatch) -> MetaGradient:
+    name = "unrolled"
+
+    def estimate(self, unroll: Unroll, meta: Tensors, batch: TaskBatch) -> MetaGradient:
         theta = leaves(meta)
         with torch.enable_grad():
             fast, state = unroll.start(theta, batch.num_tasks)

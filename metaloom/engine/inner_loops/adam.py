@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from metaloom.engine.inner_loops.base import InnerRule, Tensors
+from metaloom.engine.inner_loops.base import InnerRule, Penalties, Tensors
 from metaloom.engine.inner_loops.gradient_terms import anchors, followed_gradient, kept_anchors
 
 FIRST = "first_moment/"
@@ -52,6 +52,12 @@ class Adam(InnerRule):
     decoupled_weight_decay: bool = False
     clip_norm: float | None = None
     proximal: float = 0.0
+
+    @property
+    def penalties(self) -> Penalties:
+        if self.decoupled_weight_decay:
+            return Penalties(self.proximal, decoupled_decay=self.weight_decay)
+        return Penalties(self.proximal, self.weight_decay)
 
     def init_state(self, fast: Tensors) -> dict[str, Tensor]:
         device = next(iter(fast.values())).device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -10,8 +11,29 @@ from torch import Tensor
 Tensors = Mapping[str, Tensor]
 
 
+@dataclasses.dataclass(frozen=True)
+class Penalties:
+    """What a rule adds to the inner loss L, so that where it comes to rest is a minimum of
+    `F(phi) = L(phi) + proximal / 2 |phi - phi_0|^2 + weight_decay / 2 |phi|^2`.
+
+    Attributes:
+        proximal: at least 0.
+        weight_decay: at least 0.
+        decoupled_decay: at least 0; a decay beside the gradient (AdamW's) is no term of F.
+    """
+
+    proximal: float = 0.0
+    weight_decay: float = 0.0
+    decoupled_decay: float = 0.0
+
+
 class InnerRule(abc.ABC):
     """`(phi', s') = update(phi, s, g, rates)`, differentiable in all four, for T tasks at a time."""
+
+    @property
+    @abc.abstractmethod
+    def penalties(self) -> Penalties:
+        """The terms that the rule adds to the inner loss."""
 
     @abc.abstractmethod
     def init_state(self, fast: Tensors) -> dict[str, Tensor]:

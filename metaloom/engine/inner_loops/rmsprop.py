@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from metaloom.engine.inner_loops.base import InnerRule, Tensors
+from metaloom.engine.inner_loops.base import InnerRule, Penalties, Tensors
 from metaloom.engine.inner_loops.gradient_terms import anchors, followed_gradient, kept_anchors
 
 SQUARE = "square_average/"
@@ -51,6 +51,10 @@ class RmsProp(InnerRule):
     weight_decay: float = 0.0
     clip_norm: float | None = None
     proximal: float = 0.0
+
+    @property
+    def penalties(self) -> Penalties:
+        return Penalties(self.proximal, self.weight_decay)
 
     def init_state(self, fast: Tensors) -> dict[str, Tensor]:
         kinds = [SQUARE, *([MEAN] if self.centered else []), *([MOMENTUM] if self.momentum != 0.0 else [])]

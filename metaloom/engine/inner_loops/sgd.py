@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from metaloom.engine.inner_loops.base import InnerRule, Tensors
+from metaloom.engine.inner_loops.base import InnerRule, Penalties, Tensors
 from metaloom.engine.inner_loops.gradient_terms import anchors, followed_gradient, kept_anchors
 from metaloom.errors import CapabilityError
 
@@ -47,6 +47,10 @@ class Sgd(InnerRule):
                 "adaptation.rule.nesterov: true; has no effect, since momentum is 0; "
                 "set momentum, or nesterov to false."
             )
+
+    @property
+    def penalties(self) -> Penalties:
+        return Penalties(self.proximal, self.weight_decay)
 
     def init_state(self, fast: Tensors) -> dict[str, Tensor]:
         state = anchors(fast, proximal=self.proximal)
