@@ -10,7 +10,7 @@ import torch
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from metaloom.build import build_adapter, build_algorithm, build_model, initial_meta, task_batch
+from metaloom.build import Choices, build_adapter, build_algorithm, build_model, initial_meta, task_batch
 from metaloom.datasets import ClassSamples
 from metaloom.engine.losses import cross_entropy
 from metaloom.engine.unroll import leaves
@@ -19,7 +19,7 @@ from metaloom.recipe import GlyphsData, Precision, Recipe
 from metaloom.sources import episode_source, num_rehearsed, ordinary_samples
 
 
-def ordinary_budget(job: Job, name: str, *, num_outer_steps: int) -> tuple[int, int]:
+def ordinary_budget(job: Job, name: str, choices: Choices, *, num_outer_steps: int) -> tuple[int, int]:
     """Samples and steps of an ordinary training that spends what meta-training has spent."""
     recipe = job.recipe
     batch_size = recipe.evaluation.ordinary.batch_size
@@ -30,7 +30,7 @@ def ordinary_budget(job: Job, name: str, *, num_outer_steps: int) -> tuple[int, 
         # Counts do not depend on the format, and the counter cannot follow dual numbers under autocast.
         in_float32 = recipe.model_copy(update={"precision": Precision(compute="float32")})
         job = dataclasses.replace(job, recipe=in_float32)
-        num_steps = num_tasks * _flops_per_task(job) / (_flops_per_sample(job) * batch_size)
+        num_steps = num_tasks * _flops_per_task(job, choices) / (_flops_per_sample(job) * batch_size)
     steps = max(1, math.ceil(num_steps))
     return steps * batch_size, steps
 
@@ -43,12 +43,13 @@ def _samples_per_task(recipe: Recipe) -> int:
     return data.num_support + data.num_query + num_rehearsed(recipe, recipe.adaptation.num_steps)
 
 
-def _flops_per_task(job: Job) -> int:
+def _flops_per_task(job: Job, choices: Choices) -> int:
     """Floating-point operations of one task's hypergradient (matrix products and convolutions)."""
     recipe, device = job.recipe, job.place.device
     num_inner = recipe.adaptation.num_steps
     source = episode_source(recipe, job.index, "train", seed=recipe.seed, num_steps=num_inner)
-    algorithm = build_algorithm(recipe, build_adapter(recipe, build_model(recipe, device)))
+    adapter = build_adapter(recipe, build_model(recipe, device), choices)
+    algorithm = build_algorithm(recipe, adapter, choices, device)
     meta = initial_meta(recipe, algorithm.unroll)
     batch = task_batch(recipe, [source.episode(0)], device, num_steps=num_inner)
     return _count_flops(lambda: algorithm.meta_gradient(meta, batch))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -12,41 +14,85 @@ from metaloom.datasets import Episode
 from metaloom.engine.adapters.base import Adapter
 from metaloom.engine.adapters.full import FullAdapter
 from metaloom.engine.adapters.lora import LoraAdapter
+from metaloom.engine.adapters.model import Structure
 from metaloom.engine.algorithms.maml import Maml, step_weights
-from metaloom.engine.hypergradients import HYPERGRADIENTS
+from metaloom.engine.choice import EXACT_AND_FLAT, EstimatorChoice
 from metaloom.engine.hypergradients.base import Hypergradient
 from metaloom.engine.hypergradients.finite_difference import FiniteDifference
+from metaloom.engine.hypergradients.first_order import FirstOrder
 from metaloom.engine.hypergradients.implicit import Implicit
+from metaloom.engine.hypergradients.mixed_mode import MixedMode
+from metaloom.engine.hypergradients.rematerialized import Rematerialized
+from metaloom.engine.hypergradients.reptile import Reptile
 from metaloom.engine.hypergradients.solvers import ConjugateGradient, Neumann, Solver
+from metaloom.engine.hypergradients.truncated import Truncated
+from metaloom.engine.hypergradients.unrolled import Unrolled
 from metaloom.engine.inner_loops.adam import Adam
 from metaloom.engine.inner_loops.base import InnerRule
 from metaloom.engine.inner_loops.rates import Grain, Rates
 from metaloom.engine.inner_loops.rmsprop import RmsProp
 from metaloom.engine.inner_loops.sgd import Sgd
 from metaloom.engine.learner import Learner, Rehearsal, TaskBatch
+from metaloom.engine.losses import SupportLoss
 from metaloom.engine.outer import OuterSettings
 from metaloom.engine.precision import Precision
+from metaloom.engine.snapshots import Binomial, HostMemory, KeepAll, SnapshotPlan
 from metaloom.engine.unroll import Unroll
 from metaloom.models.conv4 import Conv4
 from metaloom.models.gpt import Gpt
 from metaloom.recipe import (
     AdamOptimizer,
     AdamWRule,
+    AllSnapshots,
+    AutoHypergradient,
+    BinomialSnapshots,
     ConjugateGradientSolver,
     Conv4Model,
     FiniteDifferenceHypergradient,
+    FirstOrderHypergradient,
     FullFast,
     GlyphsData,
+    HostSnapshots,
     ImplicitHypergradient,
+    MixedModeHypergradient,
     NeumannSolver,
     OrdinaryTraining,
     Pretrain,
     Recipe,
+    RematerializedHypergradient,
+    ReptileHypergradient,
     RMSPropRule,
     SGDRule,
+    TruncatedHypergradient,
+    UnrolledHypergradient,
 )
 from metaloom.recipe import InnerRule as InnerRuleSection
 from metaloom.sources import num_rehearsed
+
+Tasks = Literal["loop", "vmap"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """What a run has measured and keeps to, where its recipe leaves the choice.
+
+    Attributes:
+        tasks: how tasks are put side by side where every weight is fast.
+        estimator: of the hypergradient; None where the recipe names one.
+    """
+
+    tasks: Tasks = "loop"
+    estimator: EstimatorChoice | None = None
+
+    def scalars(self) -> dict[str, Any]:
+        """As JSON values, for checkpoints."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def load(cls, scalars: Mapping[str, Any]) -> Choices:
+        """What `scalars` returned."""
+        estimator = scalars["estimator"]
+        return cls(scalars["tasks"], None if estimator is None else EstimatorChoice(**estimator))
 
 
 def build_model(recipe: Recipe, device: torch.device, *, num_classes: int | None = None) -> nn.Module:
@@ -74,6 +120,7 @@ def build_model(recipe: Recipe, device: torch.device, *, num_classes: int | None
                 num_heads=recipe.model.num_heads,
                 context_length=recipe.model.context_length,
                 tied_embeddings=recipe.model.tied_embeddings,
+                dropout=recipe.model.dropout,
             )
     return model.to(device, Precision(recipe.precision.compute).storage_dtype).requires_grad_(False)
 
@@ -87,17 +134,26 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
     return model
 
 
-def build_adapter(recipe: Recipe, model: nn.Module) -> Adapter:
+def model_structure(model: nn.Module) -> Structure:
+    """Where a model can be taken apart: the built-in ones alike have `blocks` and a `head`."""
+    names = [name for name, _ in model.named_modules()]
+    blocks = tuple(name for name in names if name.startswith("blocks.") and name.count(".") == 1)
+    return Structure(blocks, "head")
+
+
+def build_adapter(recipe: Recipe, model: nn.Module, choices: Choices) -> Adapter:
     """What is fast in a model."""
     fast = recipe.adaptation.fast
+    structure = model_structure(model)
     if isinstance(fast, FullFast):
-        return FullAdapter(model)
+        return FullAdapter(model, structure=structure, tasks=choices.tasks)
     return LoraAdapter(
         model,
         targets=fast.targets,
         rank=fast.rank,
         alpha=fast.alpha,
         generator=torch.Generator().manual_seed(recipe.seed),
+        structure=structure,
     )
 
 
@@ -136,13 +192,16 @@ def build_rule(section: InnerRuleSection) -> InnerRule:
 def build_unroll(recipe: Recipe, adapter: Adapter, *, rate: float, grain: Grain) -> Unroll:
     """The inner problem with a given rate, fixed or where learned rates start."""
     adaptation = recipe.adaptation
-    rehearsal = adaptation.rehearsal
+    rehearsal, loss = adaptation.rehearsal, adaptation.loss
     return Unroll(
         learner=Learner(
             adapter,
             Precision(recipe.precision.compute),
             None if rehearsal is None else Rehearsal(rehearsal.ratio, rehearsal.num_sequences),
+            support_loss=SupportLoss(loss.temperature, loss.label_smoothing, loss.learned),
             seed=recipe.seed,
+            recompute_blocks=recipe.memory.recompute_blocks,
+            head_chunk=recipe.memory.head_chunk,
         ),
         rule=build_rule(adaptation.rule),
         rates=Rates(rate, grain, adaptation.num_steps),
@@ -150,22 +209,47 @@ def build_unroll(recipe: Recipe, adapter: Adapter, *, rate: float, grain: Grain)
     )
 
 
-def build_algorithm(recipe: Recipe, adapter: Adapter) -> Maml:
+def build_algorithm(recipe: Recipe, adapter: Adapter, choices: Choices, device: torch.device) -> Maml:
     """The algorithm with the estimator of its hypergradient."""
     rule = recipe.adaptation.rule
     unroll = build_unroll(recipe, adapter, rate=rule.lr, grain=rule.learned)
-    return Maml(unroll, build_hypergradient(recipe))
+    return Maml(unroll, build_hypergradient(recipe, choices, device))
 
 
-def build_hypergradient(recipe: Recipe) -> Hypergradient:
+def build_hypergradient(recipe: Recipe, choices: Choices, device: torch.device) -> Hypergradient:
     """The estimator with its options."""
+    snapshots = build_snapshots(recipe, device)
     match recipe.algorithm.hypergradient:
+        case AutoHypergradient():
+            assert choices.estimator is not None, "auto is chosen before anything is built with it"
+            return choices.estimator.build(snapshots)
+        case RematerializedHypergradient():
+            return Rematerialized(snapshots)
+        case MixedModeHypergradient():
+            return MixedMode(snapshots)
+        case FirstOrderHypergradient():
+            return FirstOrder(snapshots)
+        case TruncatedHypergradient(num_steps=num_steps, by=by):
+            return Truncated(snapshots, num_steps=num_steps, exact=EXACT_AND_FLAT[by]())
         case ImplicitHypergradient(solver=solver, damping=damping):
             return Implicit(_build_solver(solver), damping)
         case FiniteDifferenceHypergradient(epsilon=epsilon):
             return FiniteDifference(epsilon)
-        case without_options:
-            return HYPERGRADIENTS[without_options.kind]()
+        case ReptileHypergradient():
+            return Reptile()
+        case UnrolledHypergradient():
+            return Unrolled()
+
+
+def build_snapshots(recipe: Recipe, device: torch.device) -> SnapshotPlan:
+    """Which fast weights are kept."""
+    match recipe.memory.snapshots:
+        case BinomialSnapshots(num_slots=num_slots):
+            return Binomial(num_slots)
+        case HostSnapshots():
+            return HostMemory(device)
+        case AllSnapshots():
+            return KeepAll()
 
 
 def _build_solver(solver: ConjugateGradientSolver | NeumannSolver) -> Solver:
@@ -182,7 +266,8 @@ def initial_meta(recipe: Recipe, unroll: Unroll) -> dict[str, Tensor]:
     adapter = unroll.learner.adapter
     meta = adapter.meta_parameters(init=learned.init, backbone=learned.backbone)
     fast = adapter.init({}, 1)
-    return meta | unroll.rates.meta_parameters(fast)
+    like = next(iter(fast.values()))
+    return meta | unroll.rates.meta_parameters(fast) | unroll.learner.support_loss.meta_parameters(like)
 
 
 def outer_settings(recipe: Recipe) -> OuterSettings:
@@ -193,6 +278,7 @@ def outer_settings(recipe: Recipe) -> OuterSettings:
         optimizer="adam" if is_adam else "sgd",
         lr=optimizer.lr,
         lr_rates=optimizer.lr if outer.lr_rates is None else outer.lr_rates,
+        lr_loss=optimizer.lr if outer.lr_loss is None else outer.lr_loss,
         betas=optimizer.betas if isinstance(optimizer, AdamOptimizer) else (optimizer.momentum, 0.0),
         eps=optimizer.eps if isinstance(optimizer, AdamOptimizer) else 0.0,
         weight_decay=optimizer.weight_decay,
@@ -213,6 +299,7 @@ def ordinary_settings(
         optimizer="adam",
         lr=training.lr,
         lr_rates=training.lr,
+        lr_loss=training.lr,
         betas=(0.9, 0.95),
         eps=1e-8,
         weight_decay=training.weight_decay,

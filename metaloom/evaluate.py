@@ -12,8 +12,8 @@ from torch import Tensor
 
 from metaloom.budgets import ordinary_budget
 from metaloom.build import (
+    Choices,
     build_adapter,
-    build_algorithm,
     build_model,
     build_unroll,
     initial_meta,
@@ -93,7 +93,7 @@ def evaluate(recipe: Recipe, place: Place) -> None:
     """
     with open_job(recipe, place, is_training=False, first_step=None) as job:
         newest = _newest(job)
-        baselines = [_baseline(job, name, num_outer_steps=newest.step) for name in recipe.baselines]
+        baselines = [_baseline(job, name, newest) for name in recipe.baselines]
         contenders = [_meta_trained(job, newest), *baselines]
         curves = [_test_curves(job, contender) for contender in contenders]
         results = [
@@ -117,7 +117,8 @@ def _meta_trained(job: Job, newest: Checkpoint) -> Contender:
     model = build_model(recipe, job.place.device)
     if recipe.pretrain is not None:
         load_weights(model, _pretrained(job))
-    unroll = build_algorithm(recipe, build_adapter(recipe, model)).unroll
+    rule, choices = recipe.adaptation.rule, Choices.load(newest.scalars["choices"])
+    unroll = build_unroll(recipe, build_adapter(recipe, model, choices), rate=rule.lr, grain=rule.learned)
     prefix = "meta/" if recipe.outer.ema is None else "average/"
     meta = {
         name: checkpoint.tensors[prefix + name].to(job.place.device) for name in initial_meta(recipe, unroll)
@@ -143,22 +144,23 @@ def _newest(job: Job) -> Checkpoint:
     return newest
 
 
-def _baseline(job: Job, name: str, *, num_outer_steps: int) -> Contender:
+def _baseline(job: Job, name: str, newest: Checkpoint) -> Contender:
     """A baseline with its inner rate tuned on validation episodes.
 
     Args:
-        num_outer_steps: what meta-training has taken, from which budgets follow.
+        newest: the checkpoint of meta-training, from whose step and choices budgets follow.
     """
     model = build_model(job.recipe, job.place.device)
+    choices = Choices.load(newest.scalars["choices"])
     training = "none"
     if name == "pretrained":
         load_weights(model, _pretrained(job))
         training = _after_pretraining(job.recipe, "")
     elif name.startswith("ordinary_"):
-        num_samples, num_steps = ordinary_budget(job, name, num_outer_steps=num_outer_steps)
+        num_samples, num_steps = ordinary_budget(job, name, choices, num_outer_steps=newest.step)
         load_weights(model, _ordinarily_trained(job, name, num_steps))
         training = _after_pretraining(job.recipe, f"{num_steps} steps, {num_samples} samples")
-    adapter = build_adapter(job.recipe, model)
+    adapter = build_adapter(job.recipe, model, choices)
     shown = _SHOWN_NAMES[name]
     rate = _tuned_rate(job, shown, lambda rate: build_unroll(job.recipe, adapter, rate=rate, grain="none"))
     return Contender(

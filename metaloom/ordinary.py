@@ -11,9 +11,11 @@ from torch.func import functional_call
 
 from metaloom.checkpoints import Checkpoint, CheckpointStore
 from metaloom.datasets import Samples, slice_for_rank
+from metaloom.engine.draws import Draws
+from metaloom.engine.forward_pass import ForwardPass, Interception
 from metaloom.engine.losses import cross_entropy, example_means, is_right
 from metaloom.engine.outer import OuterOptimizer, OuterSettings
-from metaloom.engine.precision import Precision
+from metaloom.engine.precision import LossScaler, Precision
 from metaloom.engine.unroll import leaves
 from metaloom.errors import CheckpointError
 from metaloom.job import Job
@@ -63,22 +65,29 @@ def train_ordinary(
     if outer.step == settings.num_steps:
         return dict(outer.meta)
     precision = Precision(job.recipe.precision.compute)
+    scaler = LossScaler(precision)
+    if newest is not None:
+        scaler.load(newest.scalars["scaler"])
     rows = slice_for_rank(batch_size, job.sharding.rank, job.sharding.world_size)
     checkpoint_every = max(1, settings.num_steps // NUM_CHECKPOINTS)
     with job.console.phase(shown_name, total=settings.num_steps, num_done=outer.step) as phase:
         while outer.step < settings.num_steps:
             arrays = samples.batch(outer.step, batch_size)
             batch = {name: torch.from_numpy(array[rows.start : rows.stop]) for name, array in arrays.items()}
-            gradient, totals = _gradient(model, outer.meta, batch, precision)
+            draws = Draws(job.recipe.seed, tuple(rows), outer.step)
+            gradient, totals = _gradient(model, outer.meta, batch, precision, draws, scaler.scales.loss)
             total = job.sharding.sum_over_ranks(gradient | totals)
-            outer.update({name: total[name] / batch_size for name in gradient})
+            mean = {name: total[name] / (batch_size * scaler.scales.loss) for name in gradient}
+            updated = outer.update(mean, is_expected=scaler.can_shrink)
+            scaler.update(is_finite=updated["skipped"] == 0.0)
             metrics = {name: float(total[f"metrics/{name}"]) / batch_size for name in ("loss", "accuracy")}
             phase.advance(1, **metrics)
             if outer.step % LOG_EVERY == 0:
                 named = {f"{phase_name}/{name}": value for name, value in metrics.items()}
                 job.tracker.log(named, outer.step - settings.num_steps)
             if outer.step == settings.num_steps or outer.step % checkpoint_every == 0:
-                store.save(Checkpoint(outer.step, outer.tensors(), outer.scalars() | {"made_by": made_by}))
+                scalars = outer.scalars() | {"made_by": made_by, "scaler": scaler.scalars()}
+                store.save(Checkpoint(outer.step, outer.tensors(), scalars))
     return dict(outer.meta)
 
 
@@ -99,9 +108,19 @@ def finished_weights(job: Job, phase_name: str, *, num_steps: int) -> dict[str, 
 
 
 def _gradient(
-    model: nn.Module, weights: Mapping[str, Tensor], batch: Mapping[str, Tensor], precision: Precision
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    batch: Mapping[str, Tensor],
+    precision: Precision,
+    draws: Draws,
+    scale: float,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The gradient of the summed loss of this rank's samples, and the sums of loss and accuracy."""
+    """The gradient of `scale` times the summed loss of this rank's samples, and the sums of loss and
+    accuracy.
+
+    Args:
+        draws: dropout's, one "task" for each sample, so that the world size changes none.
+    """
     if not len(batch["targets"]):  # more ranks than samples
         nothing = torch.zeros((), dtype=torch.float64, device=next(iter(weights.values())).device)
         zeros = {name: torch.zeros_like(value) for name, value in weights.items()}
@@ -111,10 +130,10 @@ def _gradient(
     targets = batch["targets"].to(device)[None]
     inputs = batch["inputs"].to(device)
     inputs = inputs.to(precision.storage_dtype) if inputs.is_floating_point() else inputs
-    with precision.autocast(device):
+    with Interception(ForwardPass(precision, device, draws=draws)), precision.autocast(device):
         logits: Tensor = functional_call(model, parameters, (inputs,), tie_weights=True)[None]
     loss = cross_entropy(logits, targets).sum()
-    grads = torch.autograd.grad(loss, list(parameters.values()))
+    grads = torch.autograd.grad(scale * loss, list(parameters.values()))
     accuracy = example_means(is_right(logits, targets).double()).sum()
     totals = {"metrics/loss": loss.detach().double(), "metrics/accuracy": accuracy}
     return dict(zip(parameters, grads, strict=True)), totals

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from metaloom.build import (
+    Choices,
     build_adapter,
     build_algorithm,
     build_model,
@@ -24,11 +25,13 @@ from metaloom.build import (
 )
 from metaloom.checkpoints import Checkpoint, CheckpointStore
 from metaloom.checkpoints.store import require_same_tensors
+from metaloom.choosing import choose
 from metaloom.datasets import EpisodeSource, EpisodeStream, slice_for_rank
 from metaloom.engine.algorithms.maml import Maml
 from metaloom.engine.combiners.mean import Mean
 from metaloom.engine.evaluation import adaptation_curve
 from metaloom.engine.outer import OuterOptimizer
+from metaloom.engine.precision import LossScaler, Precision
 from metaloom.engine.step import StepTasks, outer_step
 from metaloom.job import Job, Place, open_job
 from metaloom.ordinary import finished_weights, train_ordinary
@@ -53,22 +56,25 @@ def train(recipe: Recipe, place: Place) -> None:
             job.console.warn(note)
         job.tracker.artifact(place.folder.recipe)
         model = build_model(recipe, place.device)
-        # Before any training: what it refuses must not cost a pre-training.
-        algorithm = build_algorithm(recipe, build_adapter(recipe, model))
+        # Before any training: what is refused must not cost a pre-training.
+        if newest is not None:
+            choices = Choices.load(newest.scalars["choices"])
+        else:
+            choices = choose(job, model, _train_source(job))
+        algorithm = build_algorithm(recipe, build_adapter(recipe, model, choices), choices, place.device)
         if recipe.pretrain is not None:
             is_resumed = newest is not None
             load_weights(model, _pretrained(job, recipe.pretrain, model, must_be_done=is_resumed))
         outer = OuterOptimizer(initial_meta(recipe, algorithm.unroll), outer_settings(recipe))
-        progress = Progress()
+        state = State(outer, LossScaler(Precision(recipe.precision.compute)), Progress(), choices)
         if newest is not None:
             require_same_tensors(outer.meta, newest.under("meta/"), source=store.root)
-            outer.load(newest.tensors, newest.scalars)
-            progress = Progress(**newest.scalars["progress"])
+            state.load(newest)
             job.console.note(f"resumed after outer step {outer.step} of {recipe.outer.num_steps}")
-        _outer_loop(job, algorithm, outer, store, progress)
+        _outer_loop(job, algorithm, state, store)
         where = job.tracker.describe()
     if job.sharding.rank == 0:
-        _say_closing(job, outer, progress, where)
+        _say_closing(job, state, where)
 
 
 @dataclasses.dataclass
@@ -95,6 +101,37 @@ class Progress:
         return True
 
 
+@dataclasses.dataclass
+class State:
+    """What a run is, apart from its recipe: what a checkpoint holds."""
+
+    outer: OuterOptimizer
+    scaler: LossScaler
+    progress: Progress
+    choices: Choices
+
+    def checkpoint(self) -> Checkpoint:
+        """Everything that the next outer step depends on."""
+        scalars = self.outer.scalars() | {
+            "progress": dataclasses.asdict(self.progress),
+            "scaler": self.scaler.scalars(),
+            "choices": self.choices.scalars(),
+        }
+        return Checkpoint(self.outer.step, self.outer.tensors(), scalars)
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Takes over what `checkpoint` returned; the choices are made before."""
+        self.outer.load(checkpoint.tensors, checkpoint.scalars)
+        self.scaler.load(checkpoint.scalars["scaler"])
+        self.progress = Progress(**checkpoint.scalars["progress"])
+
+
+def _train_source(job: Job) -> EpisodeSource:
+    recipe = job.recipe
+    num_inner = recipe.adaptation.num_steps
+    return episode_source(recipe, job.index, "train", seed=recipe.seed, num_steps=num_inner)
+
+
 def _pretrained(job: Job, pretrain: Pretrain, model: nn.Module, *, must_be_done: bool) -> dict[str, Tensor]:
     """The weights after the recipe's ordinary training phase, from its checkpoint if it is done."""
     if must_be_done:
@@ -110,17 +147,15 @@ def _pretrained(job: Job, pretrain: Pretrain, model: nn.Module, *, must_be_done:
     )
 
 
-def _outer_loop(
-    job: Job, algorithm: Maml, outer: OuterOptimizer, store: CheckpointStore, progress: Progress
-) -> None:
+def _outer_loop(job: Job, algorithm: Maml, state: State, store: CheckpointStore) -> None:
     recipe, sharding = job.recipe, job.sharding
+    outer, progress = state.outer, state.progress
     num_inner = recipe.adaptation.num_steps
-    source = episode_source(recipe, job.index, "train", seed=recipe.seed, num_steps=num_inner)
     validation = episode_source(recipe, job.index, "validation", seed=recipe.seed, num_steps=num_inner)
     combiner = Mean(outer.meta, sharding, metric_names=algorithm.hypergradient.metric_names)
     clock = _Clock(job)
     stream = EpisodeStream(
-        source,
+        _train_source(job),
         tasks_per_step=recipe.outer.tasks_per_step,
         rank=sharding.rank,
         world_size=sharding.world_size,
@@ -137,7 +172,7 @@ def _outer_loop(
             tasks = StepTasks(
                 batch, recipe.outer.tasks_per_step, recipe.outer.micro_batch or max(1, len(episodes))
             )
-            metrics = outer_step(tasks, algorithm, combiner, outer)
+            metrics = outer_step(tasks, algorithm, combiner, outer, state.scaler)
             metrics |= clock.end_step()
             is_best = False
             if _is_due(outer.step, recipe.validation.every_steps, recipe.outer.num_steps):
@@ -149,7 +184,7 @@ def _outer_loop(
             phase.advance(1, **_shown(metrics))
             is_last = outer.step == recipe.outer.num_steps or _stops_early(recipe, progress)
             if is_best or is_last or clock.is_checkpoint_due(outer.step):
-                _save(store, outer, progress)
+                _save(store, state)
                 clock.checkpoint_done()
 
 
@@ -179,10 +214,9 @@ def validate(
     return {f"validation_{name}": float(value) / num_episodes for name, value in total.items()}
 
 
-def _save(store: CheckpointStore, outer: OuterOptimizer, progress: Progress) -> None:
-    scalars = outer.scalars() | {"progress": dataclasses.asdict(progress)}
-    protect = frozenset() if progress.best_step is None else frozenset({progress.best_step})
-    store.save(Checkpoint(outer.step, outer.tensors(), scalars), protect=protect)
+def _save(store: CheckpointStore, state: State) -> None:
+    best_step = state.progress.best_step
+    store.save(state.checkpoint(), protect=frozenset() if best_step is None else frozenset({best_step}))
 
 
 def _first_step(recipe: Recipe, place: Place, newest: Checkpoint | None) -> int:
@@ -264,8 +298,8 @@ def _tokens_per_task(recipe: Recipe, data: StdlibData) -> int:
     return sequences * data.sequence_length
 
 
-def _say_closing(job: Job, outer: OuterOptimizer, progress: Progress, where: str) -> None:
-    folder = job.place.folder.path
+def _say_closing(job: Job, state: State, where: str) -> None:
+    folder, outer, progress = job.place.folder.path, state.outer, state.progress
     job.console.note(f"meta-trained for {outer.step} outer steps; the run is in {folder}")
     if progress.best_step is not None:
         job.console.note(f"best validation loss {progress.best_loss:.4f} at outer step {progress.best_step}")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from metaloom.engine.inner_loops.rates import RATES
+from metaloom.engine.losses import LOSS
 from metaloom.errors import MetaloomError
 
 MAX_SKIPPED_IN_A_ROW = 10
@@ -24,6 +25,7 @@ class OuterSettings:
         optimizer: `adam` is AdamW (decoupled weight decay); `sgd` has momentum `betas[0]`.
         lr: learning rate of initialisations and backbone.
         lr_rates: learning rate of the logarithms of learned inner rates.
+        lr_loss: learning rate of learned loss parameters.
         warmup_steps: outer steps over which the learning rates rise linearly from 0.
         decay: `cosine` to `final_ratio` at `num_steps`, or `constant`.
         clip_norm: the largest global norm of the gradient, or None.
@@ -33,6 +35,7 @@ class OuterSettings:
     optimizer: Literal["adam", "sgd"]
     lr: float
     lr_rates: float
+    lr_loss: float
     betas: tuple[float, float]
     eps: float
     weight_decay: float
@@ -58,11 +61,14 @@ class OuterOptimizer:
         self._average = None if settings.ema is None else _copies(self.meta)
         self._optimizer = _optimizer(self.meta, settings)
 
-    def update(self, gradient: Mapping[str, Tensor]) -> dict[str, float]:
+    def update(self, gradient: Mapping[str, Tensor], *, is_expected: bool = False) -> dict[str, float]:
         """One outer step, or none where the gradient is not finite. Returns what to log.
 
+        Args:
+            is_expected: whether a gradient that is not finite is one of those that half precision brings.
+
         Raises:
-            MetaloomError: the gradient was not finite ten times in a row.
+            MetaloomError: the gradient was not finite ten times in a row, and unexpectedly.
         """
         # The gradient is the same on every rank, bit for bit, so every rank decides alike.
         norm = torch.linalg.vector_norm(
@@ -72,7 +78,7 @@ class OuterOptimizer:
         self.step += 1
         metrics = {"gradient_norm": float(norm), "outer_lr": factor * self.settings.lr}
         if not math.isfinite(metrics["gradient_norm"]):
-            self._skipped_in_a_row += 1
+            self._skipped_in_a_row += not is_expected
             if self._skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
                 raise MetaloomError(
                     f"outer step {self.step}: the meta-gradient was not finite {MAX_SKIPPED_IN_A_ROW} times "
@@ -149,10 +155,11 @@ def _optimizer(meta: Mapping[str, Tensor], settings: OuterSettings) -> torch.opt
     # One group per parameter keeps the optimizer's order that of `meta`, whatever the kinds.
     groups: list[dict[str, Any]] = []
     for name, value in meta.items():
-        learns_a_rate = name.startswith(RATES)
-        lr = settings.lr_rates if learns_a_rate else settings.lr
-        # A rate's logarithm has no reason to be pulled towards 0, a rate of 1.
-        decay = 0.0 if learns_a_rate or value.ndim < 2 else settings.weight_decay
+        own = {RATES: settings.lr_rates, LOSS: settings.lr_loss}
+        prefix = next((prefix for prefix in own if name.startswith(prefix)), None)
+        lr = settings.lr if prefix is None else own[prefix]
+        # A rate's logarithm has no reason to be pulled towards 0, a rate of 1; nor has a loss parameter's.
+        decay = 0.0 if prefix is not None or value.ndim < 2 else settings.weight_decay
         groups.append({"params": [value], "lr": lr, "full_lr": lr, "weight_decay": decay})
     if settings.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.betas[0])

@@ -70,7 +70,7 @@ class LossScaler:
     @property
     def can_shrink(self) -> bool:
         """Whether an overflow can still be answered by smaller scales."""
-        return max(self.scales.loss, self.scales.tangent) > self.SMALLEST
+        return self._is_active and max(self.scales.loss, self.scales.tangent) > self.SMALLEST
 
     def update(self, *, is_finite: bool) -> None:
         """Takes in how an outer step ended."""
@@ -83,15 +83,17 @@ class LossScaler:
             self._multiply(2.0)
             self._num_good = 0
 
+    def metrics(self) -> dict[str, float]:
+        """What to log of this step's scales; nothing where they never change."""
+        if not self._is_active:
+            return {}
+        return {"loss_scale": self.scales.loss, "tangent_scale": self.scales.tangent}
+
     def scalars(self) -> dict[str, float]:
         """What the next step's scales depend on; empty where they never change."""
         if not self._is_active:
             return {}
-        return {
-            "loss_scale": self.scales.loss,
-            "tangent_scale": self.scales.tangent,
-            "num_good_steps": self._num_good,
-        }
+        return self.metrics() | {"num_good_steps": self._num_good}
 
     def load(self, scalars: dict[str, float]) -> None:
         """Takes over what `scalars` returned."""

@@ -99,15 +99,26 @@ def num_reversed(num_slots: int, num_repeats: int) -> int:
 @dataclasses.dataclass(frozen=True)
 class HostMemory(SnapshotPlan):
     """Every state, in the memory of the host: for GPUs, whose own is scarcer. They come and go beside the
-    computation. Memory: K + 1 states, pinned, in the host; two states on the GPU."""
+    computation. Memory: K + 1 states, pinned, in the host; two states on the GPU.
+
+    Attributes:
+        device: where the computation is.
+
+    Raises:
+        CapabilityError: it is not a GPU.
+    """
+
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        if self.device.type != "cuda":
+            raise CapabilityError(
+                f"memory.snapshots: host, and the weights are on the {self.device.type} already; choose all "
+                "or binomial."
+            )
 
     def backwards(self, start: Snapshot, num_steps: int, advance: Advance) -> Iterator[Snapshot]:
-        device = next(iter(start.fast.values())).device
-        if device.type != "cuda":
-            raise CapabilityError(
-                f"memory.snapshots: host, and the weights are on the {device.type} already: choose all or "
-                "binomial."
-            )
+        device = self.device
         transfer = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         kept = [_to_host(start, transfer)]
         at = start

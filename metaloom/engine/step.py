@@ -8,6 +8,7 @@ from metaloom.engine.algorithms.maml import Maml
 from metaloom.engine.combiners.mean import Mean
 from metaloom.engine.learner import TaskBatch
 from metaloom.engine.outer import OuterOptimizer
+from metaloom.engine.precision import LossScaler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +29,15 @@ class StepTasks:
         return [] if self.batch is None else self.batch.split(self.micro_batch)
 
 
-def outer_step(tasks: StepTasks, algorithm: Maml, combiner: Mean, outer: OuterOptimizer) -> dict[str, float]:
+def outer_step(
+    tasks: StepTasks, algorithm: Maml, combiner: Mean, outer: OuterOptimizer, scaler: LossScaler
+) -> dict[str, float]:
     """Moves the meta-parameters by one step; returns what to log. Every rank must call."""
     for batch in tasks.micro_batches():
-        combiner.add(algorithm.meta_gradient(outer.meta, batch))
+        combiner.add(algorithm.meta_gradient(outer.meta, batch, scaler.scales))
     combined = combiner.combine(tasks.num_global)  # the one place where ranks meet
-    return combined.metrics | outer.update(combined.gradient)
+    metrics = combined.metrics | scaler.metrics()
+    # An overflow that smaller scales may mend is no sign of a broken run.
+    metrics |= outer.update(combined.gradient, is_expected=scaler.can_shrink)
+    scaler.update(is_finite=metrics["skipped"] == 0.0)
+    return metrics

@@ -21,8 +21,11 @@ from metaloom.recipe.schema import (
     Recipe,
     SGDRule,
     StdlibData,
+    TruncatedHypergradient,
 )
 
+# The estimators that go back over the inner steps one by one, from fast weights that are kept.
+SWEEPS = ("auto", "rematerialized", "mixed_mode", "first_order", "truncated")
 Broken = Iterator[tuple[str, str]]
 NUM_FACES = 12
 GPT_BLOCK_LAYERS = ("attention.qkv", "attention.proj", "mlp.fc_in", "mlp.fc_out")
@@ -140,7 +143,12 @@ def nesterov_needs_momentum(recipe: Recipe) -> Broken:
 
 def proximal_needs_a_second_step(recipe: Recipe) -> Broken:
     proximal = recipe.adaptation.rule.proximal
-    if proximal != 0.0 and recipe.adaptation.num_steps == 1 and recipe.evaluation_num_steps == 1:
+    if (
+        proximal != 0.0
+        and recipe.adaptation.num_steps == 1
+        and recipe.evaluation_num_steps == 1
+        and recipe.algorithm.hypergradient.kind != "implicit"  # which reads it off the end of adaptation
+    ):
         yield (
             "adaptation.rule.proximal",
             f"{proximal}; has no effect, since adaptation.num_steps is 1 and that step starts where it pulls "
@@ -191,11 +199,16 @@ def full_adaptation_has_no_backbone(recipe: Recipe) -> Broken:
 
 def something_is_learned(recipe: Recipe) -> Broken:
     learned = recipe.algorithm.meta_parameters
-    if not (learned.init or learned.backbone or recipe.adaptation.rule.learned != "none"):
+    if not (
+        learned.init
+        or learned.backbone
+        or recipe.adaptation.rule.learned != "none"
+        or recipe.adaptation.loss.learned
+    ):
         yield (
             "algorithm.meta_parameters",
-            "init and backbone are both false and adaptation.rule.learned is none, so that nothing is "
-            "learned; set one of them",
+            "init and backbone are both false, adaptation.rule.learned is none and adaptation.loss.learned "
+            "is empty, so that nothing is learned; set one of them",
         )
 
 
@@ -205,6 +218,7 @@ def the_estimator_gives_what_is_learned(recipe: Recipe) -> Broken:
         "init": learned.init,
         "backbone": learned.backbone,
         "rates": recipe.adaptation.rule.learned != "none",
+        "loss": bool(recipe.adaptation.loss.learned),
     }
     for refusal in refusals(
         recipe.algorithm.hypergradient.kind,
@@ -222,14 +236,77 @@ def the_estimator_takes_the_step_weights(recipe: Recipe) -> Broken:
 
 
 def finite_differences_need_digits(recipe: Recipe) -> Broken:
-    if (
-        isinstance(recipe.algorithm.hypergradient, FiniteDifferenceHypergradient)
-        and recipe.precision.compute == "bfloat16"
-    ):
+    compute = recipe.precision.compute
+    is_half = compute in ("bfloat16", "float16")
+    if isinstance(recipe.algorithm.hypergradient, FiniteDifferenceHypergradient) and is_half:
         yield (
             "precision.compute",
-            "bfloat16; algorithm.hypergradient = finite_difference compares gradients at weights a little "
-            "apart, which bfloat16 rounds to the same; set it to float32",
+            f"{compute}; algorithm.hypergradient = finite_difference compares gradients at weights a little "
+            f"apart, which {compute} rounds to the same; set it to float32",
+        )
+
+
+def implicit_has_no_scales(recipe: Recipe) -> Broken:
+    if recipe.algorithm.hypergradient.kind == "implicit" and recipe.precision.compute == "float16":
+        yield (
+            "precision.compute",
+            "float16; algorithm.hypergradient = implicit has no scaling of what vanishes or overflows in it; "
+            "set it to bfloat16 or float32",
+        )
+
+
+def truncation_is_within_adaptation(recipe: Recipe) -> Broken:
+    estimator = recipe.algorithm.hypergradient
+    if isinstance(estimator, TruncatedHypergradient) and estimator.num_steps > recipe.adaptation.num_steps:
+        yield (
+            "algorithm.hypergradient.num_steps",
+            f"{estimator.num_steps}; must be at most adaptation.num_steps = {recipe.adaptation.num_steps}",
+        )
+
+
+def snapshots_have_a_use(recipe: Recipe) -> Broken:
+    kept, estimator = recipe.memory.snapshots.kind, recipe.algorithm.hypergradient.kind
+    if kept != "all" and estimator not in SWEEPS:
+        yield (
+            "memory.snapshots.kind",
+            f"{kept}; has no effect, since algorithm.hypergradient = {estimator} does not go back over the "
+            f"inner steps one by one, as {', '.join(SWEEPS)} do; set it to all",
+        )
+
+
+def vmap_recomputes_nothing(recipe: Recipe) -> Broken:
+    fast = recipe.adaptation.fast
+    if not (isinstance(fast, FullFast) and fast.tasks == "vmap"):
+        return
+    asked = [name for name in ("recompute_blocks", "head_chunk") if getattr(recipe.memory, name)]
+    for name in asked:
+        yield (
+            f"memory.{name}",
+            f"{getattr(recipe.memory, name)}; adaptation.fast.tasks = vmap recomputes nothing; set that to "
+            "loop",
+        )
+    if isinstance(recipe.model, GPTModel) and recipe.model.dropout > 0.0:
+        yield (
+            "model.dropout",
+            f"{recipe.model.dropout}; is not drawn under adaptation.fast.tasks = vmap; set that to loop",
+        )
+
+
+def a_learned_smoothing_starts_above_zero(recipe: Recipe) -> Broken:
+    loss = recipe.adaptation.loss
+    if "label_smoothing" in loss.learned and loss.label_smoothing == 0.0:
+        yield (
+            "adaptation.loss.label_smoothing",
+            "0.0; is learned as a logit, which has no value at 0; start above it, for example at 0.05",
+        )
+    yield from _repeated("adaptation.loss.learned", loss.learned)
+
+
+def loss_parameters_are_learned(recipe: Recipe) -> Broken:
+    if recipe.outer.lr_loss is not None and not recipe.adaptation.loss.learned:
+        yield (
+            "outer.lr_loss",
+            f"{recipe.outer.lr_loss}; has no effect, since adaptation.loss.learned is empty; leave it out",
         )
 
 
@@ -337,6 +414,12 @@ RULES: tuple[Callable[[Recipe], Broken], ...] = (
     the_estimator_gives_what_is_learned,
     the_estimator_takes_the_step_weights,
     finite_differences_need_digits,
+    implicit_has_no_scales,
+    truncation_is_within_adaptation,
+    snapshots_have_a_use,
+    vmap_recomputes_nothing,
+    a_learned_smoothing_starts_above_zero,
+    loss_parameters_are_learned,
     warmup_ends,
     sequences_fit_the_context,
     faces_suffice,

@@ -57,6 +57,10 @@ class GPTModel(Section):
     tied_embeddings: bool = Field(
         default=True, description="whether the output head shares the embedding's weight"
     )
+    dropout: BelowOne = Field(
+        default=0.0,
+        description="dropout of activations in ordinary training and in adaptation steps, 0 for none",
+    )
 
 
 class Pretrain(Section):
@@ -81,6 +85,11 @@ class FullFast(Section):
     """Every weight of the model is adapted, one copy per task."""
 
     kind: Literal["full"] = Field(default="full", description="adapt every weight of the model")
+    tasks: Literal["auto", "loop", "vmap"] = Field(
+        default="auto",
+        description="how one rank's tasks are computed: loop (one after the other), vmap (all in one "
+        "vectorised pass), or auto: what is faster on the first tasks",
+    )
 
 
 class LoRAFast(Section):
@@ -214,6 +223,20 @@ class Rehearsal(Section):
     num_sequences: Count = Field(default=1, description="stretches of rehearsal data per inner step and task")
 
 
+class SupportLoss(Section):
+    """The cross-entropy that tasks adapt by; what is learned of it acts through adaptation alone."""
+
+    temperature: PositiveFloat = Field(
+        default=1.0, description="what the logits are divided by; the starting value where it is learned"
+    )
+    label_smoothing: BelowOne = Field(
+        default=0.0, description="share of the target spread over all classes; above 0 where it is learned"
+    )
+    learned: tuple[Literal["temperature", "label_smoothing"], ...] = Field(
+        default=(), description="which of the two are meta-parameters"
+    )
+
+
 class Adaptation(Section):
     """How a model adapts to one task: what is fast, by which rule, for how many steps."""
 
@@ -222,6 +245,7 @@ class Adaptation(Section):
     )
     rule: InnerRule = Field(discriminator="kind", description="the inner update rule")
     num_steps: Count = Field(description="inner steps K per task")
+    loss: SupportLoss = Field(default=SupportLoss(), description="the loss that tasks adapt by")
     rehearsal: Rehearsal | None = Field(
         default=None, description="rehearsal during adaptation; null for none"
     )
@@ -259,6 +283,33 @@ class FirstOrderHypergradient(Section):
 
     kind: Literal["first_order"] = Field(
         default="first_order", description="approximate: second derivatives are dropped"
+    )
+
+
+class AutoHypergradient(Section):
+    """Exact; the fastest of the exact ways on the first tasks, within a limit on memory."""
+
+    kind: Literal["auto"] = Field(
+        default="auto",
+        description="exact: times rematerialized, mixed_mode and the graph of whole steps on the first "
+        "tasks, takes the fastest, and keeps to it",
+    )
+    limit_gib: PositiveFloat | None = Field(
+        default=None,
+        description="memory for graphs that are kept, per rank, in GiB; null for half of what is free at the "
+        "start",
+    )
+
+
+class TruncatedHypergradient(Section):
+    """Back-propagation through the last inner steps alone (Shaban et al. 2019)."""
+
+    kind: Literal["truncated"] = Field(
+        default="truncated", description="approximate: the last inner steps alone are differentiated"
+    )
+    num_steps: Count = Field(description="how many of the last inner steps; at most adaptation.num_steps")
+    by: Literal["rematerialized", "mixed_mode"] = Field(
+        default="rematerialized", description="how each of those is differentiated"
     )
 
 
@@ -323,7 +374,9 @@ Hypergradient = (
     UnrolledHypergradient
     | RematerializedHypergradient
     | MixedModeHypergradient
+    | AutoHypergradient
     | FirstOrderHypergradient
+    | TruncatedHypergradient
     | ImplicitHypergradient
     | FiniteDifferenceHypergradient
     | ReptileHypergradient
@@ -344,7 +397,7 @@ class MAMLAlgorithm(Section):
 
     kind: Literal["maml"] = Field(default="maml", description="model-agnostic meta-learning")
     hypergradient: Hypergradient = Field(
-        default=RematerializedHypergradient(),
+        default=AutoHypergradient(),
         discriminator="kind",
         description="how the gradient through the adaptation is computed",
     )
@@ -413,6 +466,10 @@ class Outer(Section):
         default=None,
         description="peak learning rate of the logarithms of learned inner rates; null for optimizer.lr",
     )
+    lr_loss: PositiveFloat | None = Field(
+        default=None,
+        description="peak learning rate of learned loss parameters; null for optimizer.lr",
+    )
     schedule: Schedule = Field(default=Schedule(), description="course of the outer learning rate")
     clip_norm: PositiveFloat | None = Field(
         default=None,
@@ -473,8 +530,52 @@ class StdlibData(Section):
 class Precision(Section):
     """Number formats."""
 
-    compute: Literal["float32", "bfloat16", "float64"] = Field(
-        default="float32", description="format of the forward and backward passes"
+    compute: Literal["float32", "bfloat16", "float16", "float64"] = Field(
+        default="float32",
+        description="format of the forward and backward passes; weights and optimizer states are float32 "
+        "in all but float64",
+    )
+
+
+class AllSnapshots(Section):
+    """The fast weights before every inner step are kept."""
+
+    kind: Literal["all"] = Field(default="all", description="one copy of the fast weights per inner step")
+
+
+class BinomialSnapshots(Section):
+    """Some are kept, and the steps between them are computed again (Griewank and Walther 2000)."""
+
+    kind: Literal["binomial"] = Field(
+        default="binomial", description="a given number of copies; the rest is computed again"
+    )
+    num_slots: Count = Field(
+        description="copies kept beside the first; 9 suffice for 65 steps that are computed twice"
+    )
+
+
+class HostSnapshots(Section):
+    """Every one is kept, in the memory of the host."""
+
+    kind: Literal["host"] = Field(default="host", description="one copy per inner step, in the host's memory")
+
+
+class Memory(Section):
+    """What is kept for the backward passes, and what is computed again."""
+
+    recompute_blocks: bool = Field(
+        default=False,
+        description="whether the model's blocks keep their inputs alone and are computed again when "
+        "differentiated: less memory, more time",
+    )
+    head_chunk: Count | None = Field(
+        default=None,
+        description="tokens per task whose logits exist at a time, for large vocabularies; null for all",
+    )
+    snapshots: AllSnapshots | BinomialSnapshots | HostSnapshots = Field(
+        default=AllSnapshots(),
+        discriminator="kind",
+        description="which fast weights are kept for the way back over the inner steps",
     )
 
 
@@ -624,6 +725,7 @@ class Recipe(Section):
     )
     outer: Outer = Field(description="the outer loop")
     precision: Precision = Field(default=Precision(), description="number formats")
+    memory: Memory = Field(default=Memory(), description="what is kept and what is computed again")
     sharding: ReplicatedSharding = Field(
         default=ReplicatedSharding(), description="how the meta-parameters lie on the ranks"
     )

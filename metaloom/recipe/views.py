@@ -77,6 +77,7 @@ class Difference:
 HARMLESS: tuple[str, ...] = (
     "name",
     "data.url",
+    "memory",
     "outer.micro_batch",
     "sharding",
     "launcher",

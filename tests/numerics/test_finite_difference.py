@@ -124,7 +124,14 @@ def test_every_task_is_moved_by_epsilon_whatever_the_length_of_its_vector(
     end, moved = problem.adapted(), []
     losses = type(problem.unroll.learner).losses
 
-    def record(self: object, objective: str, meta: object, fast: dict[str, Tensor], *rest: object, derivative: str = "once") -> object:
+    def record(
+        self: object,
+        objective: str,
+        meta: object,
+        fast: dict[str, Tensor],
+        *rest: object,
+        derivative: str = "once",
+    ) -> object:
         vectors = torch.cat([value.detach().flatten(1) for value in fast.values()], dim=1)
         distance = torch.linalg.vector_norm(vectors - end, dim=1)
         if objective == "support" and float(distance.max()) < 0.0051:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from metaloom.build import build_hypergradient
+from metaloom.build import Choices, build_hypergradient
 from metaloom.engine.algorithms.maml import Maml
 from metaloom.engine.capabilities import (
     ESTIMATORS,
@@ -34,7 +34,7 @@ from metaloom.engine.hypergradients.unrolled import Unrolled
 from metaloom.engine.inner_loops.sgd import Sgd
 from metaloom.engine.learner import TaskBatch
 from metaloom.engine.outer import OuterOptimizer
-from metaloom.engine.precision import ComputeFormat
+from metaloom.engine.precision import ComputeFormat, LossScaler, Precision
 from metaloom.engine.sharding.replicated import Replicated
 from metaloom.engine.step import StepTasks, outer_step
 from metaloom.engine.unroll import Unroll
@@ -217,7 +217,8 @@ def test_an_outer_step_logs_the_estimators_own_metrics(estimator: str) -> None:
     chosen = HYPERGRADIENTS[estimator]()
     combiner = Mean(problem.meta, Replicated(), metric_names=chosen.metric_names)
     outer = OuterOptimizer(problem.meta, SETTINGS)
-    metrics = outer_step(StepTasks(problem.batch, 2, 1), Maml(problem.unroll, chosen), combiner, outer)
+    tasks, scaler = StepTasks(problem.batch, 2, 1), LossScaler(Precision("float64"))
+    metrics = outer_step(tasks, Maml(problem.unroll, chosen), combiner, outer, scaler)
     assert metrics.keys() >= {"meta_loss", *chosen.metric_names}
     whole = chosen.meta_gradient(problem.unroll, problem.meta, problem.batch)
     for name in chosen.metric_names:
@@ -257,6 +258,8 @@ def test_the_documentation_shows_the_table_as_it_is() -> None:
 def test_a_recipe_gives_an_estimator_its_options(section: str, expected: Hypergradient) -> None:
     smoke = Path(__file__).parents[2] / "recipes" / "smoke.yaml"
     overrides = [f"algorithm.hypergradient={section}", "adaptation.rule={kind: sgd, lr: 1, proximal: 0.5}"]
-    built = build_hypergradient(load_recipe(smoke, overrides))
+    overrides.append("adaptation.num_steps=3")
+    recipe = load_recipe(smoke, overrides)
+    built = build_hypergradient(recipe, Choices(), torch.device("cpu"))
     assert type(built) is type(expected)
     assert vars(built) == vars(expected)

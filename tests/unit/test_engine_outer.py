@@ -17,6 +17,7 @@ PLAIN = OuterSettings(
     optimizer="adam",
     lr=0.02,
     lr_rates=0.1,
+    lr_loss=0.1,
     betas=(0.9, 0.95),
     eps=1e-8,
     weight_decay=0.3,

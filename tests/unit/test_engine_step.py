@@ -18,7 +18,7 @@ from metaloom.engine.inner_loops.rates import Rates
 from metaloom.engine.inner_loops.sgd import Sgd
 from metaloom.engine.learner import Learner, Rehearsal, TaskBatch
 from metaloom.engine.outer import OuterOptimizer, OuterSettings
-from metaloom.engine.precision import Precision
+from metaloom.engine.precision import LossScaler, Precision
 from metaloom.engine.sharding.replicated import Replicated
 from metaloom.engine.step import StepTasks, outer_step
 from metaloom.engine.unroll import Unroll, adapt
@@ -28,6 +28,7 @@ SETTINGS = OuterSettings(
     optimizer="sgd",
     lr=0.5,
     lr_rates=0.5,
+    lr_loss=0.1,
     betas=(0.0, 0.0),
     eps=0.0,
     weight_decay=0.0,
@@ -85,6 +86,7 @@ def test_an_outer_step_moves_theta_by_the_mean_hypergradient(micro_batch: int) -
         algorithm,
         Mean(outer.meta, Replicated(), metric_names=algorithm.hypergradient.metric_names),
         outer,
+        LossScaler(Precision("float64")),
     )
     assert_close(outer.meta, {name: value - 0.5 * whole.gradient[name] / T for name, value in before.items()})
     assert metrics.keys() == {
@@ -104,8 +106,8 @@ def test_repeated_outer_steps_lower_the_meta_loss() -> None:
     algorithm = Maml(unroll(), HYPERGRADIENTS["mixed_mode"]())
     outer = OuterOptimizer(initial_meta(algorithm.unroll), SETTINGS)
     combiner = Mean(outer.meta, Replicated(), metric_names=algorithm.hypergradient.metric_names)
-    tasks = StepTasks(batch(), T, 2)
-    losses = [outer_step(tasks, algorithm, combiner, outer)["meta_loss"] for _ in range(20)]
+    tasks, scaler = StepTasks(batch(), T, 2), LossScaler(Precision("float64"))
+    losses = [outer_step(tasks, algorithm, combiner, outer, scaler)["meta_loss"] for _ in range(20)]
     # Plain gradient descent on one batch with a small enough rate: each step goes down.
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < losses[0]

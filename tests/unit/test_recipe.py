@@ -117,7 +117,7 @@ def test_a_dump_spells_out_every_default(load: Load) -> None:
         "eps": 1e-8,
         "weight_decay": 0.0,
     }
-    assert dumped["algorithm"]["hypergradient"] == {"kind": "rematerialized"}
+    assert dumped["algorithm"]["hypergradient"] == {"kind": "auto", "limit_gib": None}
     assert dumped["checkpoint"] == {"every_steps": None, "every_minutes": None, "keep_last": 2}
 
 
@@ -487,7 +487,7 @@ outer:
         (
             STDLIB,
             ["algorithm.meta_parameters.init=false"],
-            "algorithm.meta_parameters: init and backbone are both false and adaptation.rule.learned is none",
+            "algorithm.meta_parameters: init and backbone are both false, adaptation.rule.learned is none",
         ),
         (
             STDLIB,

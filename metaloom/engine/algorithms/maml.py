@@ -10,6 +10,7 @@ from torch import Tensor
 
 from metaloom.engine.hypergradients.base import Hypergradient, MetaGradient
 from metaloom.engine.learner import TaskBatch
+from metaloom.engine.precision import Scales
 from metaloom.engine.unroll import Unroll
 
 
@@ -24,9 +25,16 @@ class Maml:
     unroll: Unroll
     hypergradient: Hypergradient
 
-    def meta_gradient(self, meta: Mapping[str, Tensor], batch: TaskBatch) -> MetaGradient:
-        """The hypergradient of a batch, summed over its tasks."""
-        return self.hypergradient.meta_gradient(self.unroll, meta, batch)
+    def meta_gradient(
+        self, meta: Mapping[str, Tensor], batch: TaskBatch, scales: Scales | None = None
+    ) -> MetaGradient:
+        """The hypergradient of a batch, summed over its tasks.
+
+        Args:
+            scales: of this outer step, in half precision.
+        """
+        unroll = self.unroll if scales is None else dataclasses.replace(self.unroll, scales=scales)
+        return self.hypergradient.meta_gradient(unroll, meta, batch)
 
 
 def step_weights(kind: Literal["last", "uniform"], num_steps: int) -> tuple[float, ...]:

@@ -1,4 +1,4 @@
-"""Estimators of the hypergradient, by the name that a recipe gives."""
+"""Estimators of the hypergradient by name, those that have no option without a default."""
 
 from metaloom.engine.hypergradients.base import Hypergradient
 from metaloom.engine.hypergradients.finite_difference import FiniteDifference

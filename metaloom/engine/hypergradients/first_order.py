@@ -9,6 +9,7 @@ from torch import Tensor
 
 from metaloom.engine.hypergradients.base import Tensors
 from metaloom.engine.hypergradients.sweep import Adjoint, AdjointSweep, rule_vjp
+from metaloom.engine.inner_loops.rates import RATES
 from metaloom.engine.learner import TaskBatch
 from metaloom.engine.unroll import Snapshot, Unroll, constants, leaves
 
@@ -27,7 +28,11 @@ class FirstOrder(AdjointSweep):
     def pull_back(
         self, unroll: Unroll, theta: Tensors, batch: TaskBatch, step: int, at: Snapshot, adjoint: Adjoint
     ) -> tuple[Adjoint, dict[str, Tensor]]:
-        with torch.enable_grad():
-            fast = leaves(at.fast)
-            grads = unroll.support_gradient(constants(theta), fast, batch, step, create_graph=False)
+        if unroll.rule.is_affine_in_gradient and not any(name.startswith(RATES) for name in theta):
+            # The update's Jacobians then are the same at any g.
+            grads = {name: torch.zeros_like(value) for name, value in at.fast.items()}
+        else:
+            fixed, fast = constants(theta), leaves(at.fast)
+            with torch.enable_grad():
+                grads = unroll.support_gradient(fixed, fast, batch, step, create_graph=False)
         return rule_vjp(unroll, theta, at, grads, step, adjoint)

@@ -1,0 +1,109 @@
+"""What a recipe leaves to be chosen by measuring: made once, on the first tasks, and kept to."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from metaloom.build import (
+    Choices,
+    Tasks,
+    build_adapter,
+    build_snapshots,
+    build_unroll,
+    initial_meta,
+    task_batch,
+)
+from metaloom.datasets import EpisodeSource, slice_for_rank
+from metaloom.engine.choice import choose_estimator, fastest, shortened
+from metaloom.engine.hypergradients.rematerialized import Rematerialized
+from metaloom.engine.learner import TaskBatch
+from metaloom.engine.unroll import Unroll
+from metaloom.job import Job
+from metaloom.recipe import AutoHypergradient, FullFast, Recipe
+
+FREE_SHARE = 0.5
+TIMED_STEPS = 2
+
+
+def needs_choices(recipe: Recipe) -> bool:
+    """Whether a recipe leaves anything to be chosen."""
+    fast, estimator = recipe.adaptation.fast, recipe.algorithm.hypergradient
+    return isinstance(estimator, AutoHypergradient) or (isinstance(fast, FullFast) and fast.tasks == "auto")
+
+
+def choose(job: Job, model: nn.Module, source: EpisodeSource) -> Choices:
+    """Measures what the recipe leaves open on the first outer step's tasks, and tells what was chosen.
+
+    Every rank must call, and chooses the same.
+
+    Args:
+        source: training episodes.
+    """
+    batch = _first_batch(job, source)
+    choices = Choices(tasks=_tasks(job, model, batch))
+    estimator = job.recipe.algorithm.hypergradient
+    if not isinstance(estimator, AutoHypergradient):
+        return choices
+    unroll = _unroll(job.recipe, model, choices)
+    limit = _free_bytes(job) if estimator.limit_gib is None else int(estimator.limit_gib * 2**30)
+    chosen, why = choose_estimator(
+        unroll,
+        initial_meta(job.recipe, unroll),
+        batch,
+        snapshots=build_snapshots(job.recipe, job.place.device),
+        memory_limit_bytes=limit,
+        sharding=job.sharding,
+    )
+    job.console.note(f"hypergradient: {why}")
+    return Choices(choices.tasks, chosen)
+
+
+def _tasks(job: Job, model: nn.Module, batch: TaskBatch | None) -> Tasks:
+    """How tasks are put side by side where every weight is fast."""
+    fast = job.recipe.adaptation.fast
+    if not isinstance(fast, FullFast):
+        return "loop"
+    if fast.tasks != "auto":
+        return fast.tasks
+    estimator = Rematerialized()
+
+    def differentiate(tasks: Tasks) -> None:
+        if batch is not None:
+            unroll = shortened(_unroll(job.recipe, model, Choices(tasks=tasks)), TIMED_STEPS)
+            estimator.meta_gradient(unroll, initial_meta(job.recipe, unroll), batch)
+
+    names: tuple[Tasks, ...] = ("loop", "vmap")
+    ways: dict[str, Callable[[], object]] = {name: functools.partial(differentiate, name) for name in names}
+    measured = fastest(ways, job.place.device, job.sharding, has_tasks=batch is not None)
+    job.console.note(f"tasks side by side: {measured.name} ({measured.in_words()})")
+    return next(name for name in names if name == measured.name)
+
+
+def _unroll(recipe: Recipe, model: nn.Module, choices: Choices) -> Unroll:
+    rule = recipe.adaptation.rule
+    return build_unroll(recipe, build_adapter(recipe, model, choices), rate=rule.lr, grain=rule.learned)
+
+
+def _first_batch(job: Job, source: EpisodeSource) -> TaskBatch | None:
+    """This rank's first micro-batch; None where there are fewer tasks than ranks."""
+    recipe, sharding = job.recipe, job.sharding
+    numbers = slice_for_rank(recipe.outer.tasks_per_step, sharding.rank, sharding.world_size)
+    if not numbers:
+        return None
+    episodes = [source.episode(number) for number in numbers[: recipe.outer.micro_batch]]
+    return task_batch(recipe, episodes, job.place.device, num_steps=recipe.adaptation.num_steps)
+
+
+def _free_bytes(job: Job) -> int:
+    """Half of the memory that is free now, shared among the ranks of this machine."""
+    device = job.place.device
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(FREE_SHARE * free)
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(FREE_SHARE * free / job.recipe.launcher.num_processes)
