@@ -139,7 +139,7 @@ class _Plan:
         if blocked is not None:
             scores.masked_fill_(blocked, torch.finfo(scores.dtype).min)
         elif self.mask is not None:
-            scores.add_(_finite(_rows(self.mask, rows, columns), scores.dtype))
+            scores.add_(_rows(self.mask, rows, columns))
         weights = scores.softmax(dim=-1)
         if self.mask is not None:
             weights.masked_fill_(_sees_nothing(_rows(self.mask, rows, columns)), 0.0)
