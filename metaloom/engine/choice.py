@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -178,26 +179,33 @@ def graph_bytes(unroll: Unroll, meta: Tensors, batch: TaskBatch) -> int:
     """Bytes of all tensors that the whole graph of an unroll keeps for its backward pass."""
     theta = leaves(meta)
     start = first_snapshot(unroll, meta, batch.num_tasks)
-    with torch.enable_grad(), _counted() as storages:
+    with torch.enable_grad(), _counted() as saved:
         losses, _ = meta_losses(unroll, theta, (leaves(start.fast), leaves(start.state)), batch, 0)
-        del losses
-    return sum(storages.values())
+    # What the passes inside have saved and freed is gone; the losses hold what their graph keeps.
+    storages = {one.tensor.untyped_storage().data_ptr(): one.tensor.untyped_storage() for one in saved}
+    del losses
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+class _Saved:
+    """A tensor that a graph keeps; it goes when the graph goes."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
 
 
 @contextlib.contextmanager
-def _counted() -> Iterator[dict[int, int]]:
-    """Sizes of the storages that autograd saves, by address."""
-    storages: dict[int, int] = {}
-    kept: list[Tensor] = []  # alive until the count ends, so that no address comes twice
+def _counted() -> Iterator[weakref.WeakSet[_Saved]]:
+    """What autograd has saved in this context and not freed since."""
+    alive: weakref.WeakSet[_Saved] = weakref.WeakSet()
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-        kept.append(tensor)
-        return tensor
+    def pack(tensor: Tensor) -> _Saved:
+        saved = _Saved(tensor)
+        alive.add(saved)
+        return saved
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield storages
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
+        yield alive
 
 
 def _mib(size: int) -> str:

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from metaloom.engine import kernels
 from metaloom.engine.draws import Draws
+from metaloom.engine.kernels.attention import refuse_dropout
 from metaloom.engine.precision import Precision
 from metaloom.errors import CapabilityError
 
@@ -89,12 +90,21 @@ class Interception(TorchFunctionMode):
 
     def __enter__(self) -> Interception:
         self._is_entered = True
+        self._generator_state = _generator_state(self._pass.device)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exc_info: Any) -> None:
         super().__exit__(*exc_info)  # type: ignore[no-untyped-call]
         self._is_entered = False
+        before, after = self._generator_state, _generator_state(self._pass.device)
+        if exc_info[0] is None and not torch.equal(before, after):
+            # What draws inside a function of torch (nn.MultiheadAttention, nn.LSTM) shows here alone.
+            raise CapabilityError(
+                "torch's random generator moved while the model ran, and draws from it cannot be repeated "
+                "when a step is computed again: set the dropout of its attention and recurrent layers to 0 "
+                "(torch.nn.functional.dropout takes its draws from the step)."
+            )
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -102,6 +112,8 @@ class Interception(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.dropout:
             return self._dropout(*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            refuse_dropout(args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0))
         replacement = self._replacements.get(func)
         if replacement is not None:
             return replacement(*args, **kwargs)
@@ -122,6 +134,11 @@ class Interception(TorchFunctionMode):
             raise CapabilityError("dropout is not drawn inside vmap: set adaptation.tasks to loop.")
         self._num_draws += 1
         return self._pass.draws.dropout(inputs, p, f"{self._site}/{self._num_draws}")
+
+
+def _generator_state(device: torch.device) -> Tensor:
+    """The state of torch's global generator of a device."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 _TWICE: dict[Any, Callable[..., Any]] = {

@@ -159,5 +159,5 @@ def not_finite(losses: Tensor, per_task: Iterable[Tensor]) -> Tensor:
     float64."""
     finite = losses.isfinite()
     for tensor in per_task:
-        finite = finite & tensor.flatten(1).isfinite().all(dim=1)
+        finite = finite & tensor.reshape(len(losses), -1).isfinite().all(dim=1)
     return (~finite).double()

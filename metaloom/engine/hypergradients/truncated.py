@@ -10,6 +10,7 @@ from metaloom.engine.hypergradients.base import Tensors
 from metaloom.engine.hypergradients.sweep import Adjoint, AdjointSweep
 from metaloom.engine.learner import TaskBatch
 from metaloom.engine.unroll import Snapshot, Unroll
+from metaloom.errors import CapabilityError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,13 @@ class Truncated(AdjointSweep):
 
     num_steps: int = dataclasses.field(kw_only=True)
     exact: AdjointSweep = dataclasses.field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.num_graph_steps > self.num_steps:
+            raise CapabilityError(
+                f"the graph of {self.num_graph_steps} inner steps is kept and {self.num_steps} are "
+                "differentiated: keep no more graphs than steps are differentiated."
+            )
 
     def pull_back(
         self, unroll: Unroll, theta: Tensors, batch: TaskBatch, step: int, at: Snapshot, adjoint: Adjoint

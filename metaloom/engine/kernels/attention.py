@@ -59,9 +59,10 @@ def attention(
 
     Raises:
         CapabilityError: dropout inside the attention, whose draws a fused kernel cannot replay; a mask
-            that is itself differentiated.
+            that is itself differentiated; a mask beside `is_causal`.
     """
-    _refuse_dropout(dropout_p)
+    refuse_dropout(dropout_p)
+    _refuse_two_masks(attn_mask, is_causal)
     if attn_mask is not None and attn_mask.requires_grad:
         raise CapabilityError(
             "this attention mask requires gradients, and second derivatives through a mask are not "
@@ -93,9 +94,10 @@ def written_out_attention(
     """The same from elementary functions, for `torch.func.vmap`: all scores at once, `[..., L, M]`.
 
     Raises:
-        CapabilityError: dropout inside the attention.
+        CapabilityError: dropout inside the attention; a mask beside `is_causal`.
     """
-    _refuse_dropout(dropout_p)
+    refuse_dropout(dropout_p)
+    _refuse_two_masks(attn_mask, is_causal)
     key, value = _for_each_head(query, key, value, enable_gqa)
     scores = query @ key.transpose(-2, -1) * (1.0 / math.sqrt(query.shape[-1]) if scale is None else scale)
     scores = _wide(scores)
@@ -107,8 +109,11 @@ def written_out_attention(
     elif attn_mask is not None and attn_mask.dtype == torch.bool:
         scores = scores.masked_fill(~attn_mask, lowest)
     elif attn_mask is not None:
-        scores = scores + attn_mask
-    return scores.softmax(dim=-1).to(value.dtype) @ value
+        scores = scores + _finite(attn_mask, scores.dtype)
+    weights = scores.softmax(dim=-1)
+    if attn_mask is not None:
+        weights = weights.masked_fill(_sees_nothing(attn_mask), 0.0)
+    return weights.to(value.dtype) @ value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,8 +141,8 @@ class _Plan:
         elif self.mask is not None:
             scores.add_(_rows(self.mask, rows, columns))
         weights = scores.softmax(dim=-1)
-        if blocked is not None and self.mask is not None:
-            weights.masked_fill_(blocked, 0.0)  # a query that may look at nothing, as torch has it
+        if self.mask is not None:
+            weights.masked_fill_(_sees_nothing(_rows(self.mask, rows, columns)), 0.0)
         return weights
 
     def _blocked(self, rows: slice, columns: slice, scores: Tensor) -> Tensor | None:
@@ -297,11 +302,24 @@ def _softmax_gradient(weights: Tensor, cotangent: Tensor) -> Tensor:
     return product
 
 
-def _refuse_dropout(probability: float) -> None:
+def refuse_dropout(probability: float) -> None:
+    """Refuses dropout inside an attention.
+
+    Raises:
+        CapabilityError: the probability is not 0.
+    """
     if probability != 0.0:
         raise CapabilityError(
             f"attention dropout ({probability}) inside a fused kernel cannot be replayed when a step is "
             "computed again: set the model's attention dropout to 0 (dropout of activations is replayed)."
+        )
+
+
+def _refuse_two_masks(mask: Tensor | None, is_causal: bool) -> None:
+    if mask is not None and is_causal:
+        raise CapabilityError(
+            "an attention has both is_causal=True and a mask, which torch leaves undefined: put the causal "
+            "part into the mask."
         )
 
 
@@ -316,6 +334,18 @@ def _for_each_head(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) 
 def _rows(mask: Tensor, rows: slice, columns: slice) -> Tensor:
     """The part of a mask `[..., L or 1, M]` that these queries and keys need."""
     return (mask if mask.shape[-2] == 1 else mask[..., rows, :])[..., columns]
+
+
+def _finite(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask of numbers with the lowest finite one in place of -inf, so that no row of scores is -inf alone:
+    its softmax, and every derivative of it, would be NaN."""
+    return mask.to(dtype).clamp(min=torch.finfo(dtype).min)
+
+
+def _sees_nothing(mask: Tensor) -> Tensor:
+    """Queries that may look at no key, `[..., L or 1, 1]`: torch gives them zeros."""
+    blocked = ~mask if mask.dtype == torch.bool else mask == -math.inf
+    return blocked.all(dim=-1, keepdim=True)
 
 
 def _wide(scores: Tensor) -> Tensor:
