@@ -122,10 +122,12 @@ class HostMemory(SnapshotPlan):
         transfer = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         kept = [_to_host(start, transfer)]
         at = start
+        del start  # `at` alone holds a state on the GPU, until it is given out
         for step in range(num_steps):
             at = advance(at, step)
             kept.append(_to_host(at, transfer))
         yield at
+        del at
         kept.pop()
         upcoming = _to_device(kept.pop(), device, transfer) if kept else None
         while upcoming is not None:

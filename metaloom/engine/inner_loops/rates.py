@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 RATES = "rates."
@@ -64,10 +63,8 @@ class Rates:
         """The rate of each fast weight at inner step `step`, by name: scalars, or with `per_element`
         the shape of one task's weight."""
         if self.grain == "none":
-            return {
-                name: torch.tensor(self.initial, dtype=value.dtype, device=value.device)
-                for name, value in fast.items()
-            }
+            # Filled where the weights are: a number copied to a GPU would make the host wait for it.
+            return {name: value.new_full((), self.initial) for name, value in fast.items()}
         if self.grain == "shared":
             return dict.fromkeys(fast, meta[_SHARED].exp())
         if self.grain == "per_group":
