@@ -69,7 +69,8 @@ def attention(
             "implemented: add learned biases to the scores by a mask that is a constant."
         )
     key, value = _for_each_head(query, key, value, enable_gqa)
-    query, key, value = as_autocast(query, key, value)
+    # Heads are often strided views; made contiguous once, every product after is free of copies.
+    query, key, value = (part.contiguous() for part in as_autocast(query, key, value))
     plan = _Plan(
         1.0 / math.sqrt(query.shape[-1]) if scale is None else scale,
         is_causal,
@@ -189,7 +190,7 @@ class _AttentionGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(d_output: Tensor, query: Tensor, key: Tensor, value: Tensor, plan: _Plan) -> Triple:
-        d_query = torch.empty_like(query)
+        d_query, d_output = torch.empty_like(query), d_output.contiguous()
         d_key, d_value = _zeros(key), _zeros(value)
         for rows, columns in plan.chunks(query, key):
             q, k, v, do = (
@@ -253,7 +254,8 @@ def _gradient_tangents(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(O., dQ., dK., dV.) along `directions` of (Q, K, V) and `d_output_dot` of dO (None for zero)."""
     query, key, value = inputs
-    q_dots, k_dots, v_dots = directions
+    q_dots, k_dots, v_dots = (direction.contiguous() for direction in directions)
+    d_output = d_output.contiguous()
     output_dot, d_query_dot = torch.empty_like(d_output), torch.empty_like(query)
     d_key_dot, d_value_dot = _zeros(key), _zeros(value)
     for rows, columns in plan.chunks(query, key):

@@ -24,7 +24,12 @@ def low_rank_update(output: Tensor, inputs: Tensor, lora_a: Tensor, lora_b: Tens
     """
     inputs, lora_a = as_autocast(inputs, lora_a)
     low_rank: Tensor = _Project.apply(inputs, lora_a)  # type: ignore[no-untyped-call]
-    return torch.baddbmm(output, low_rank, lora_b.transpose(1, 2), alpha=scale)
+    # Scaled where it is thin.
+    output, low_rank, lora_b = as_autocast(output, scale * low_rank, lora_b)
+    updated: Tensor = _AddExpanded.apply(  # type: ignore[no-untyped-call]
+        output, low_rank, lora_b.transpose(1, 2)
+    )
+    return updated
 
 
 class _Project(torch.autograd.Function):
@@ -55,4 +60,41 @@ class _Project(torch.autograd.Function):
             tangent = torch.bmm(inputs_dot, lora_a.transpose(1, 2))
         if lora_a_dot is not None:
             tangent = torch.baddbmm(tangent, inputs, lora_a_dot.transpose(1, 2))
+        return tangent
+
+
+class _AddExpanded(torch.autograd.Function):
+    """`output + l B`, `[T, M, D']`, for l `[T, M, R]` and B `[T, R, D']`: differentiated by `_Project`, for the
+    same reason."""
+
+    @staticmethod
+    def forward(output: Tensor, low_rank: Tensor, lora_b: Tensor) -> Tensor:
+        return torch.baddbmm(output, low_rank, lora_b)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+        ctx.save_for_forward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        low_rank, lora_b = ctx.saved_tensors
+        d_low_rank = None
+        if ctx.needs_input_grad[1]:
+            d_low_rank = _Project.apply(gradient, lora_b)  # type: ignore[no-untyped-call]
+        d_lora_b = torch.bmm(low_rank.transpose(1, 2), gradient) if ctx.needs_input_grad[2] else None
+        return gradient if ctx.needs_input_grad[0] else None, d_low_rank, d_lora_b
+
+    @staticmethod
+    def jvp(
+        ctx: Any, output_dot: Tensor | None, low_rank_dot: Tensor | None, lora_b_dot: Tensor | None
+    ) -> Tensor:
+        low_rank, lora_b = ctx.saved_tensors
+        tangent: Tensor = low_rank.new_zeros(*low_rank.shape[:2], lora_b.shape[2])
+        if output_dot is not None:
+            tangent = output_dot
+        if low_rank_dot is not None:
+            tangent = torch.baddbmm(tangent, low_rank_dot, lora_b)
+        if lora_b_dot is not None:
+            tangent = torch.baddbmm(tangent, low_rank, lora_b_dot)
         return tangent
