@@ -64,8 +64,8 @@ class _Project(torch.autograd.Function):
 
 
 class _AddExpanded(torch.autograd.Function):
-    """`output + l B`, `[T, M, D']`, for l `[T, M, R]` and B `[T, R, D']`: differentiated by `_Project`, for the
-    same reason."""
+    """`output + l B`, `[T, M, D']`, for l `[T, M, R]` and B `[T, R, D']`: differentiated by `_Project`, for
+    the same reason."""
 
     @staticmethod
     def forward(output: Tensor, low_rank: Tensor, lora_b: Tensor) -> Tensor:
