@@ -77,22 +77,33 @@ def gradient_of(
     retain_graph: bool = False,
 ) -> dict[str, Tensor]:
     """The vector-Jacobian product of `outputs` for each of `inputs`; zero where nothing depends on it."""
+    found = gradient_if_any(outputs, inputs, cotangents, retain_graph=retain_graph)
+    return filled(found, inputs)
+
+
+def gradient_if_any(
+    outputs: Sequence[Tensor],
+    inputs: Tensors,
+    cotangents: Sequence[Tensor | None] | None = None,
+    *,
+    retain_graph: bool = False,
+) -> dict[str, Tensor]:
+    """The same for those of `inputs` that `outputs` depend on: no memory for the others."""
     connected = [
         (output, None if cotangents is None else cotangents[position])
         for position, output in enumerate(outputs)
         if output.requires_grad
     ]
     if not connected:
-        return {name: torch.zeros_like(value) for name, value in inputs.items()}
+        return {}
     grads = torch.autograd.grad(
         [output for output, _ in connected],
         list(inputs.values()),
         None if cotangents is None else [cotangent for _, cotangent in connected],
         retain_graph=retain_graph,
         allow_unused=True,
-        materialize_grads=True,
     )
-    return dict(zip(inputs, grads, strict=True))
+    return {name: grad for name, grad in zip(inputs, grads, strict=True) if grad is not None}
 
 
 def prefixed(prefix: str, tensors: Tensors) -> dict[str, Tensor]:
@@ -106,14 +117,29 @@ def unprefixed(prefix: str, tensors: Tensors) -> dict[str, Tensor]:
 
 
 def add_(total: dict[str, Tensor], increment: Tensors) -> None:
-    """`total += increment`, by name, in place; `total` must be the caller's own."""
+    """`total += increment`, by name, in place, where what `total` lacks counts as zero; `total` must be the
+    caller's own."""
     for name, value in increment.items():
-        total[name] += value
+        if name in total:
+            total[name] += value
+        else:
+            total[name] = value.clone()  # what autograd returns may share memory
 
 
 def added(left: Tensors, right: Tensors) -> dict[str, Tensor]:
-    """`left + right`, by name. Not in place: what autograd returns may share memory."""
-    return {name: value + right[name] for name, value in left.items()}
+    """`left + right`, by name; what only one of them has counts as zero in the other. Not in place: what
+    autograd returns may share memory."""
+    total = dict(left)
+    for name, value in right.items():
+        total[name] = total[name] + value if name in total else value
+    return total
+
+
+def filled(tensors: Tensors, like: Tensors) -> dict[str, Tensor]:
+    """The tensors by the names of `like`, zeros where there is none."""
+    return {
+        name: tensors[name] if name in tensors else torch.zeros_like(value) for name, value in like.items()
+    }
 
 
 def meta_losses(

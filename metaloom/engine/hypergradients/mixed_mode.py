@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from metaloom.engine.hypergradients.base import Tensors, added, unprefixed
+from metaloom.engine.hypergradients.base import Tensors, added, filled, gradient_if_any, prefixed, unprefixed
 from metaloom.engine.hypergradients.sweep import Adjoint, AdjointSweep, rule_vjp
 from metaloom.engine.learner import TaskBatch
 from metaloom.engine.unroll import Snapshot, Unroll, leaves, unscaled
@@ -56,17 +56,13 @@ def _gradient_and_products(
         duals = {name: _dual(value, tangents[name]) for name, value in fast.items()}
         parameters = leaves(theta)
         losses, _ = unroll.learner.losses("support", parameters, duals, batch, step, derivative="forward")
-        results = torch.autograd.grad(
-            scale * losses.sum(),
-            [*duals.values(), *parameters.values()],
-            allow_unused=True,
-            materialize_grads=True,
+        results = gradient_if_any(
+            [scale * losses.sum()], prefixed("fast/", duals) | prefixed("theta/", parameters)
         )
-        pairs = [_unpacked(result) for result in results]
-    names = [*(f"fast/{name}" for name in duals), *(f"theta/{name}" for name in parameters)]
-    products = {name: tangent for name, (_, tangent) in zip(names, pairs, strict=True)}
-    grads = {name: primal for name, (primal, _) in zip(duals, pairs, strict=False)}
-    return unscaled(grads, scale), unscaled(products, scale)
+        pairs = {name: _unpacked(result) for name, result in results.items()}
+    grads = unprefixed("fast/", {name: primal for name, (primal, _) in pairs.items()})
+    products = {name: tangent for name, (_, tangent) in pairs.items() if tangent is not None}
+    return unscaled(filled(grads, fast), scale), unscaled(products, scale)
 
 
 def _dual(primal: Tensor, tangent: Tensor) -> Tensor:
@@ -77,7 +73,7 @@ def _dual(primal: Tensor, tangent: Tensor) -> Tensor:
     return dual
 
 
-def _unpacked(dual: Tensor) -> tuple[Tensor, Tensor]:
-    """Primal and tangent of a dual number; the tangent is zero where nothing dual reached it."""
+def _unpacked(dual: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Primal and tangent of a dual number; no tangent where nothing dual reached it."""
     primal, tangent = forward_ad.unpack_dual(dual)  # type: ignore[no-untyped-call]
-    return primal.detach(), torch.zeros_like(primal) if tangent is None else tangent.detach()
+    return primal.detach(), None if tangent is None else tangent.detach()

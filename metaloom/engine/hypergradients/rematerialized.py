@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from metaloom.engine.hypergradients.base import Tensors, added, gradient_of, prefixed, unprefixed
+from metaloom.engine.hypergradients.base import Tensors, added, gradient_if_any, prefixed, unprefixed
 from metaloom.engine.hypergradients.sweep import Adjoint, AdjointSweep, rule_vjp
 from metaloom.engine.learner import TaskBatch
 from metaloom.engine.unroll import Snapshot, Unroll, leaves, unscaled
@@ -33,7 +33,7 @@ class Rematerialized(AdjointSweep):
             grads = unroll.scaled_support_gradient(theta, fast, batch, step, derivative="reverse")
         before, share = rule_vjp(unroll, theta, at, unscaled(grads, unroll.scales.loss), step, adjoint)
         # The products of the scaled gradient with g_bar itself: g_bar / S would vanish in half precision.
-        scaled = gradient_of(
+        scaled = gradient_if_any(
             list(grads.values()),
             prefixed("fast/", fast) | prefixed("theta/", theta),
             [before.grads[name] for name in grads],

@@ -24,7 +24,8 @@ from metaloom.engine.hypergradients.base import (
     Tensors,
     add_,
     added,
-    gradient_of,
+    filled,
+    gradient_if_any,
     meta_losses,
     not_finite,
     prefixed,
@@ -72,7 +73,7 @@ class AdjointSweep(Hypergradient):
             adjoint: (v, w) at (phi_{k+1}, s_{k+1}).
 
         Returns:
-            (v, w) at (phi_k, s_k), and the step's share of dtheta.
+            (v, w) at (phi_k, s_k), and the step's share of dtheta, of what the step depends on alone.
         """
 
     def estimate(self, unroll: Unroll, meta: Tensors, batch: TaskBatch) -> MetaGradient:
@@ -98,9 +99,10 @@ class AdjointSweep(Hypergradient):
         with torch.enable_grad():
             fast, state = unroll.start(theta, batch.num_tasks)
             cotangents = [adjoint.fast[name] for name in fast] + [adjoint.state[name] for name in state]
-            add_(d_theta, gradient_of([*fast.values(), *state.values()], theta, cotangents))
+            add_(d_theta, gradient_if_any([*fast.values(), *state.values()], theta, cotangents))
         metrics["not_finite"] = not_finite(losses, adjoint.fast.values())
-        return MetaGradient(unscaled(d_theta, unroll.scales.tangent), losses, metrics)
+        gradient = unscaled(filled(d_theta, theta), unroll.scales.tangent)
+        return MetaGradient(gradient, losses, metrics)
 
     def _top(
         self, unroll: Unroll, theta: Tensors, batch: TaskBatch, at: Snapshot, first_step: int
@@ -110,9 +112,10 @@ class AdjointSweep(Hypergradient):
         with torch.enable_grad():
             losses, metrics = meta_losses(unroll, theta, (fast, state), batch, first_step)
             inputs = prefixed("fast/", fast) | prefixed("state/", state) | prefixed("theta/", theta)
-            bars = gradient_of([unroll.scales.tangent * losses.sum()], inputs)
-        adjoint = Adjoint(unprefixed("fast/", bars), unprefixed("state/", bars))
-        d_theta = {name: value.clone() for name, value in unprefixed("theta/", bars).items()}
+            bars = gradient_if_any([unroll.scales.tangent * losses.sum()], inputs)
+        adjoint = Adjoint(filled(unprefixed("fast/", bars), fast), filled(unprefixed("state/", bars), state))
+        d_theta: dict[str, Tensor] = {}
+        add_(d_theta, unprefixed("theta/", bars))
         return losses.detach(), metrics, adjoint, d_theta
 
 
@@ -134,7 +137,7 @@ def _query_gradient(
         if losses is None:
             return _Query(None, metrics, {}, {})
         weighted = unroll.step_weights[step] * losses.double()
-        grads = gradient_of(
+        grads = gradient_if_any(
             [unroll.scales.tangent * weighted.sum()], prefixed("fast/", fast) | prefixed("theta/", theta)
         )
     return _Query(weighted.detach(), metrics, unprefixed("fast/", grads), unprefixed("theta/", grads))
@@ -172,6 +175,10 @@ def rule_vjp(
         | prefixed("theta/", theta)
         | prefixed("grads/", inner)
     )
-    bars = gradient_of(outputs, inputs, cotangents)
-    before = Adjoint(unprefixed("fast/", bars), unprefixed("state/", bars), unprefixed("grads/", bars))
+    bars = gradient_if_any(outputs, inputs, cotangents)
+    before = Adjoint(
+        filled(unprefixed("fast/", bars), fast),
+        filled(unprefixed("state/", bars), state),
+        filled(unprefixed("grads/", bars), inner),
+    )
     return before, unprefixed("theta/", bars)
