@@ -27,11 +27,13 @@ class Visit:
         self.order: list[int] = []
         self.computed: Counter[int] = Counter()
         self.alive_at_each: list[int] = []
+        self.alive_after_each: list[int] = []
         self.most_alive_within = 0
         for at in plan.backwards(self._state(0), num_steps, self._advance):
             self.order.append(int(at.fast["k"]))
             self.alive_at_each.append(len(self._alive))
             del at
+            self.alive_after_each.append(len(self._alive))
 
     def _state(self, number: int) -> Snapshot:
         state = Hashable({"k": torch.tensor(number)}, {})
@@ -106,7 +108,9 @@ def test_keep_all_computes_every_step_once() -> None:
 
 
 def test_keep_all_lets_go_of_each_state_that_it_has_given_out() -> None:
-    assert Visit(KeepAll(), 5).alive_at_each == [6, 5, 4, 3, 2, 1]
+    visit = Visit(KeepAll(), 5)
+    assert visit.alive_at_each == [6, 5, 4, 3, 2, 1]
+    assert visit.alive_after_each == [5, 4, 3, 2, 1, 0]
 
 
 @pytest.mark.parametrize("num_slots", range(1, 5))
