@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from metaloom.engine.forward_pass import Derivative
+from metaloom.engine.kernels.order import last_derivative
 
 Compute = Callable[..., tuple[Tensor, ...]]
 
@@ -86,7 +86,7 @@ class _RecomputedGradient(torch.autograd.Function):
             return _gradients(outputs, [inputs[position] for position in needed], d_outputs)
 
     @staticmethod
-    @once_differentiable
+    @last_derivative
     def backward(ctx: Any, *directions: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         d_outputs = tuple(

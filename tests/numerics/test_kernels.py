@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from metaloom.engine import kernels
 from metaloom.engine.kernels.low_rank import low_rank_update
+from metaloom.engine.recomputation import recomputed
 from metaloom.errors import CapabilityError
 from tests.numerics.problems import relative_error
 
@@ -425,3 +426,21 @@ def test_written_out_forms_run_under_vmap() -> None:
     together = vmap(lambda q, k, v: kernels.written_out_attention(q, k, v, is_causal=True))(q, k, v)
     assert_all_close(list(together), each)
     assert_all_close([vmap(kernels.written_out_silu)(q)], [silu_from_elementary(q)])
+
+
+@pytest.mark.parametrize("through", ["attention", "gelu", "recomputed"])
+def test_a_third_derivative_is_refused(through: str) -> None:
+    x = torch.randn(1, 1, 3, 2, dtype=torch.float64, requires_grad=True)
+    value = {
+        "attention": lambda: kernels.attention(x, x, x),
+        "gelu": lambda: kernels.gelu(x),
+        "recomputed": lambda: recomputed(lambda y: (y.sin(),), (x,), derivative="reverse")[0],
+    }[through]()
+    (first,) = torch.autograd.grad(value.square().sum(), x, create_graph=True)
+    with pytest.raises(CapabilityError, match="a third derivative is taken"):
+        torch.autograd.grad(first.square().sum(), x, create_graph=True)
+
+
+def test_an_unknown_approximation_of_gelu_is_torchs_own_error() -> None:
+    with pytest.raises(RuntimeError, match="approximate"):
+        kernels.gelu(torch.ones(2), "tahn")

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from metaloom.engine.kernels.order import last_derivative
 
 
 class _Rule(NamedTuple):
@@ -28,7 +29,9 @@ class _Rule(NamedTuple):
 
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
     """`torch.nn.functional.gelu`: x Phi(x), or its approximation by tanh."""
-    rule = _GELU_TANH if approximate == "tanh" else _GELU
+    if approximate not in _GELUS:
+        return F.gelu(x, approximate=approximate)  # which says what is wrong with it
+    rule = _GELUS[approximate]
     output: Tensor = _Activation.apply(x, rule)  # type: ignore[no-untyped-call]
     return output
 
@@ -85,7 +88,7 @@ class _ActivationGradient(torch.autograd.Function):
         ctx.save_for_forward(d_output, x)
 
     @staticmethod
-    @once_differentiable
+    @last_derivative
     def backward(ctx: Any, direction: Tensor) -> tuple[Tensor | None, ...]:
         d_output, x = ctx.saved_tensors
         second = ctx.rule.second(x).mul_(d_output).mul_(direction)
@@ -132,4 +135,5 @@ _GELU_TANH = _Rule(
     lambda dy, x: torch.ops.aten.gelu_backward(dy, x, approximate="tanh"),
     _gelu_tanh_second,
 )
+_GELUS = {"none": _GELU, "tanh": _GELU_TANH}
 _SILU = _Rule(F.silu, lambda dy, x: torch.ops.aten.silu_backward(dy, x), _silu_second)

@@ -27,10 +27,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from metaloom.engine.kernels.autocast import as_autocast
+from metaloom.engine.kernels.order import last_derivative
 from metaloom.errors import CapabilityError
 
 # Large enough for efficient matrix products, small enough that a chunk's scores stay in a CPU's cache.
@@ -214,7 +214,7 @@ class _AttentionGradient(torch.autograd.Function):
         ctx.save_for_forward(*tensors)
 
     @staticmethod
-    @once_differentiable
+    @last_derivative
     def backward(ctx: Any, *directions: Tensor) -> tuple[Tensor | None, ...]:
         d_output, *inputs = ctx.saved_tensors
         result = _gradient_tangents(ctx.plan, d_output, tuple(inputs), directions, None)
