@@ -114,7 +114,7 @@ class Row:
 
     def _plan(self) -> SnapshotPlan:
         if self.snapshots == "host":
-            return HostMemory()
+            return HostMemory(torch.device("cuda"))
         return Binomial(NUM_SLOTS) if self.snapshots == "binomial" else KeepAll()
 
 

@@ -9,6 +9,14 @@ alone:
     dx = f'(x)^T dy                             keeps x and dy; computes f again
     (d/dx, d/ddy) <u, f'(x)^T dy>               computes f and f'(x)^T dy again, with a graph, for this block
     only
+
+Under dual numbers the same in one go, all of it with tangents (x., y., dy.):
+
+    y, y. = f(x), f'(x) x.                      keeps x and x.
+    dx, dx. = f'(x)^T dy and its tangent        computes f again, on dual numbers
+
+Here too torch's own will not do: the graph keeps the tangent of every tensor that it saves, whatever becomes
+of the tensor itself, and that of torch 2.11 refuses dual numbers.
 """
 
 from __future__ import annotations
@@ -18,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from metaloom.engine.forward_pass import Derivative
@@ -41,7 +50,9 @@ def recomputed(compute: Compute, tensors: Sequence[Tensor], *, derivative: Deriv
     if derivative == "reverse":
         outputs: tuple[Tensor, ...] = _Recomputed.apply(compute, *tensors)  # type: ignore[no-untyped-call]
         return outputs
-    # Under dual numbers the backward pass runs once, tangents and all: torch's own serves.
+    if derivative == "forward":
+        duals: tuple[Tensor, ...] = _RecomputedDual.apply(compute, *tensors)  # type: ignore[no-untyped-call]
+        return duals
     returned: tuple[Tensor, ...] = checkpoint(
         compute, *tensors, use_reentrant=False, preserve_rng_state=False
     )
@@ -104,6 +115,64 @@ class _RecomputedGradient(torch.autograd.Function):
         for position, result in zip(ctx.needed, results, strict=True):
             spread[position] = result
         return (None, None, None, *back, *spread)
+
+
+class _RecomputedDual(torch.autograd.Function):
+    """x -> f(x), on dual numbers."""
+
+    @staticmethod
+    def forward(ctx: Any, compute: Compute, *tensors: Tensor) -> tuple[Tensor, ...]:
+        # Switched off inside a Function; on again, so that values and tangents come out of one pass.
+        with forward_ad._set_fwd_grad_enabled(True):
+            outputs = compute(*_dual_leaves(tensors, ()))
+            pairs = [_unpacked(output) for output in outputs]
+            is_dual = any(_unpacked(tensor)[1] is not None for tensor in tensors)
+        primals = tuple(primal for primal, _ in pairs)
+        # Where an input is dual, torch wants a tangent of every number, zero or not.
+        ctx.tangents = tuple(
+            torch.zeros_like(primal)
+            if tangent is None and is_dual and primal.is_floating_point()
+            else tangent
+            for primal, tangent in pairs
+        )
+        ctx.compute = compute
+        ctx.save_for_backward(*tensors)
+        ctx.mark_non_differentiable(*(primal for primal in primals if not primal.is_floating_point()))
+        return primals
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        tangents: tuple[Tensor | None, ...] = ctx.tangents
+        del ctx.tangents  # the outputs hold them from here on
+        return tangents
+
+    @staticmethod
+    def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        needed = [position for position, wanted in enumerate(ctx.needs_input_grad[1:]) if wanted]
+        spread: list[Tensor | None] = [None] * len(ctx.saved_tensors)
+        with torch.enable_grad():
+            inputs = _dual_leaves(ctx.saved_tensors, needed)
+            gradients = _gradients(ctx.compute(*inputs), [inputs[position] for position in needed], d_outputs)
+        for position, gradient in zip(needed, gradients, strict=True):
+            spread[position] = gradient
+        return (None, *spread)
+
+
+def _dual_leaves(tensors: Sequence[Tensor], needed: Sequence[int]) -> list[Tensor]:
+    """The same dual numbers without their graph."""
+    tangents = [_unpacked(tensor)[1] for tensor in tensors]
+    return [
+        leaf if tangent is None else forward_ad.make_dual(leaf, tangent.detach())  # type: ignore[no-untyped-call]
+        for leaf, tangent in zip(_leaves(tensors, needed), tangents, strict=True)
+    ]
+
+
+def _unpacked(tensor: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Value and tangent; None where there is none."""
+    if not tensor.is_floating_point():
+        return tensor, None
+    primal, tangent = forward_ad.unpack_dual(tensor)  # type: ignore[no-untyped-call]
+    return primal, tangent
 
 
 def _leaves(tensors: Sequence[Tensor], needed: Sequence[int]) -> list[Tensor]:

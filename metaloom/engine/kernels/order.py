@@ -23,8 +23,8 @@ def last_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
     def checked(*args: Any) -> Any:
         if torch.is_grad_enabled():
             raise CapabilityError(
-                "a third derivative is taken of something that has two: meta-gradients of meta-gradients need "
-                "kernels of their own."
+                "a third derivative is taken of something that has two: meta-gradients of meta-gradients "
+                "need kernels of their own."
             )
         return backward(*args)
 
