@@ -73,8 +73,8 @@ def _say_what(console: Console, recipe: Recipe) -> None:
         f"tasks, with {num_steps} inner step{'' if num_steps == 1 else 's'}"
     )
     console.note(
-        f"at random initial weights{pretrained}, with noise, so that no gradient is zero because matrices are "
-        "zero or rates equal"
+        f"at random initial weights{pretrained}, with noise, so that no gradient is zero because matrices "
+        "are zero or rates equal"
     )
 
 

@@ -2,7 +2,8 @@
 
 Two witnesses. The *oracle* is `unrolled`, the whole graph differentiated once. *Differences* of the meta-loss
 need forward passes and first-order inner gradients alone, so that they see what every way of differentiating
-twice would lose alike: a tensor that was detached, a backward pass that is computed from constants.
+twice would lose alike: a tensor that was detached, a backward pass that is computed from constants or marked
+`once_differentiable`, whose second derivative torch.autograd.grad leaves out without a word.
 
 Tasks are looked at, too: the engine takes the gradient of the summed losses for the stack of the tasks' own,
 which is wrong where one task's data or fast weights reach the loss of another.
@@ -163,8 +164,9 @@ class CheckReport:
             f"the hypergradient of {_listed([group.name for group in wrong])} by {source} differs from "
             f"differences of the meta-loss by up to {worst:.1e} (at most {DIFFERENCE_TOLERANCE:g} is "
             "rounding): differentiating the model loses terms. Something in it is detached (.detach(), "
-            ".data, .item(), torch.no_grad), or has a backward pass that is wrong or computed from "
-            f"constants; compute it with differentiable operations.{own}"
+            ".data, .item(), torch.no_grad), or has a backward pass that is wrong, computed from "
+            "constants or marked once_differentiable; compute it with operations that can be differentiated "
+            f"twice.{own}"
         )
 
     def _wrong_estimator(self) -> str:
