@@ -175,10 +175,10 @@ class CheckReport:
             return ""
         worst = max(group.oracle_error or 0.0 for group in wrong)
         return (
-            f"`{self.estimator}` differs from `unrolled`, which agrees with differences of the meta-loss, "
-            f"by up to {worst:.1e} in {_listed([group.name for group in wrong])} (at most "
+            f"`{self.estimator}` as the recipe has it differs from plain `unrolled`, which agrees with "
+            f"differences of the meta-loss, by up to {worst:.1e} in {_listed([group.name for group in wrong])} (at most "
             f"{ORACLE_TOLERANCE:g} is rounding): an operation of the model has derivatives that contradict "
-            "each other (its jvp and its backward pass), or computes in less than float64. Set "
+            "each other (its jvp and its backward pass), or depends on what is not its input. Set "
             "algorithm.hypergradient to another estimator, or mend the operation."
         )
 

@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -165,6 +165,13 @@ class _Net(nn.Module):
         return logits
 
 
+class _CentersInputs(_Net):
+    """The same, with inputs from which the mean over all examples at hand is taken."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return super().forward(inputs - inputs.mean(0))
+
+
 def net_problem(
     operation: Callable[[Tensor], Tensor] = torch.tanh,
     *,
@@ -172,12 +179,13 @@ def net_problem(
     grain: Grain = "none",
     lora: bool = False,
     norm: bool = False,
+    centers: bool = False,
     num_tasks: int = 3,
 ) -> Problem:
     """Two inner steps of a small dense net, all weights fast or LoRA."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
-        model = _Net(operation, norm=norm).double()
+        model = (_CentersInputs if centers else _Net)(operation, norm=norm).double()
     generator = torch.Generator().manual_seed(4)
 
     def part(num_examples: int) -> dict[str, Tensor]:
@@ -347,7 +355,10 @@ def test_derivatives_that_contradict_each_other_are_found() -> None:
     problem = net_problem(_TanhWithWrongJvp.apply)
     report = checked(problem, "mixed_mode")
     (finding,) = report.findings()
-    assert "`mixed_mode` differs from `unrolled`, which agrees with differences" in finding
+    assert (
+        "`mixed_mode` as the recipe has it differs from plain `unrolled`, which agrees with differences"
+        in finding
+    )
     assert checked(problem, "unrolled").passed
 
 
@@ -365,6 +376,26 @@ def test_an_estimator_that_is_wrong_by_little_is_found() -> None:
         )
         assert report.passed == passes
         assert report.groups[0].oracle_error == pytest.approx(factor, rel=1e-6)
+
+
+def test_recomputation_is_checked_against_an_oracle_that_does_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def wrong(
+        compute: Callable[..., tuple[Tensor, ...]], tensors: Sequence[Tensor], *, derivative: str
+    ) -> tuple[Tensor, ...]:
+        return tuple(1.01 * output for output in compute(*tensors))
+
+    monkeypatch.setattr("metaloom.engine.adapters.model.recomputed", wrong)
+    problem = gpt_problem(step_weights=last(1))
+    assert checked(problem, "unrolled").passed
+    learner = dataclasses.replace(problem.unroll.learner, recompute_blocks=True)
+    recomputing = dataclasses.replace(problem, unroll=dataclasses.replace(problem.unroll, learner=learner))
+    (finding,) = checked(recomputing, "unrolled").findings()
+    assert (
+        "`unrolled` as the recipe has it differs from plain `unrolled`, which agrees with differences"
+        in finding
+    )
 
 
 def test_a_part_in_float32_is_not_taken_for_exact() -> None:
@@ -440,6 +471,12 @@ def test_coupling_of_tasks_with_equal_data_is_found_by_their_fast_weights() -> N
         problem.batch, support=equal(problem.batch.support), query=equal(problem.batch.query)
     )
     assert len(checked(dataclasses.replace(problem, batch=batch), "unrolled").couplings) == 2
+
+
+def test_coupling_by_data_alone_is_found() -> None:
+    report = checked(net_problem(lora=True, centers=True), "unrolled")
+    assert {coupling.quantity for coupling in report.couplings} == {"inner loss"}
+    assert checked(net_problem(centers=True), "unrolled").couplings == ()
 
 
 def test_one_task_alone_has_no_coupling_to_show() -> None:
