@@ -43,9 +43,9 @@ COUPLING_TOLERANCE = 1e-12
 # of the whole gradient: what is left of such a group is rounding.
 SMALLEST_SHARE = 1e-6
 # Rounding errors of a meta-loss, in units of its last place.
-LOSS_ROUNDING = 100.0 * torch.finfo(torch.float64).eps
+LOSS_ROUNDING = 8.0 * torch.finfo(torch.float64).eps
 # Pairs of distances, relative to the parameters, in the order in which they are tried.
-DISTANCES = ((1e-4, 1e-5), (1e-5, 1e-6), (1e-6, 1e-7), (1e-3, 1e-4))
+DISTANCES = ((1e-4, 1e-5), (1e-5, 1e-6), (1e-6, 1e-7), (1e-7, 1e-8), (1e-3, 1e-4))
 # Spread over this share of the error leaves open whose error it is.
 CONCLUSIVE_SHARE = 1.0 / 3.0
 
@@ -176,8 +176,9 @@ class CheckReport:
         worst = max(group.oracle_error or 0.0 for group in wrong)
         return (
             f"`{self.estimator}` as the recipe has it differs from plain `unrolled`, which agrees with "
-            f"differences of the meta-loss, by up to {worst:.1e} in {_listed([group.name for group in wrong])} (at most "
-            f"{ORACLE_TOLERANCE:g} is rounding): an operation of the model has derivatives that contradict "
+            f"differences of the meta-loss, by up to {worst:.1e} in "
+            f"{_listed([group.name for group in wrong])} (at most {ORACLE_TOLERANCE:g} is rounding): an "
+            "operation of the model has derivatives that contradict "
             "each other (its jvp and its backward pass), or depends on what is not its input. Set "
             "algorithm.hypergradient to another estimator, or mend the operation."
         )
@@ -406,7 +407,8 @@ def _median_difference(
     side, and the spread there.
 
     Few directions suffice: that a lost term of 1e-3 is missed by two takes a chance of 1e-4. More than
-    half of them have to agree, so that one that a kink has spoiled does not decide.
+    half of `num_directions` have to be on one side of the tolerance; those in which kinks leave the
+    differences undecided do not count, up to as many again.
 
     A direction is uniform on a sphere, scaled by each tensor's root mean square s: the slope's root
     mean square over directions is then |s * gradient|, against which errors are measured.
@@ -414,12 +416,12 @@ def _median_difference(
     scales = {name: _root_mean_square(meta[name]) or 1.0 for name in gradient}
     num_numbers = sum(value.numel() for value in gradient.values())
     typical = _norm([scales[name] * value for name, value in gradient.items()])
-    if num_numbers == 1:
-        num_directions = 1  # one number has no other
+    # One number has one direction.
+    num_needed, limit = (num_directions // 2 + 1, 2 * num_directions) if num_numbers > 1 else (1, 1)
     within: list[tuple[float, float]] = []
     beyond: list[tuple[float, float]] = []
-    # Until it is decided on which side of the tolerance the median is.
-    while max(len(within), len(beyond)) <= num_directions // 2:
+    vague: list[tuple[float, float]] = []
+    for _ in range(limit):
         normal = {name: _normal(value, generator) for name, value in gradient.items()}
         length = math.sqrt(num_numbers) / _norm(normal.values())
         direction = {name: length * scales[name] * value for name, value in normal.items()}
@@ -434,8 +436,15 @@ def _median_difference(
         )
         scale = max(typical, abs(slope.value), slope.rounding / DIFFERENCE_TOLERANCE)
         error, spread = (_or_infinite(value / scale) for value in (abs(slope.value - expected), slope.spread))
-        (within if error <= DIFFERENCE_TOLERANCE else beyond).append((error, spread))
-    return max(within) if len(within) > len(beyond) else min(beyond)
+        if error <= DIFFERENCE_TOLERANCE:
+            within.append((error, spread))
+        else:
+            (beyond if _is_conclusive(error, spread) else vague).append((error, spread))
+        if len(within) == num_needed:
+            return max(within)
+        if len(beyond) == num_needed:
+            return min(beyond)
+    return min(vague)
 
 
 # ---------------------------------------------------------------- coupling
@@ -599,11 +608,15 @@ def _verdict(
     if oracle_error is not None and not math.isfinite(oracle_error):
         return "wrong"
     if is_judged_by_differences and not difference_error <= DIFFERENCE_TOLERANCE:
-        is_conclusive = difference_spread <= CONCLUSIVE_SHARE * difference_error
-        return "wrong" if is_conclusive or math.isinf(difference_error) else "not shown"
+        return "wrong" if _is_conclusive(difference_error, difference_spread) else "not shown"
     if is_exact and oracle_error is not None and not oracle_error <= ORACLE_TOLERANCE:
         return "wrong"
     return "exact" if is_exact else "approximate"
+
+
+def _is_conclusive(difference_error: float, difference_spread: float) -> bool:
+    """Whether an error beyond the tolerance is the gradient's, and not that of the differences."""
+    return math.isinf(difference_error) or difference_spread <= CONCLUSIVE_SHARE * difference_error
 
 
 def _is_finite(group: GroupCheck) -> bool:

@@ -501,8 +501,8 @@ def test_differences_go_on_to_shorter_distances_past_a_kink_and_a_jump() -> None
         return 2.0 + 0.5 * x + max(0.0, x - 3e-6) + (1e-3 if x > 2e-5 else 0.0)
 
     slope = slope_by_differences(kinked, 2.0, enough=1e-6, distances=DISTANCES)
-    # 100 units in the last place of 2 at a distance of 1e-7.
-    assert slope.value == pytest.approx(0.5, abs=4e-7)
+    # A unit in the last place of 2 is 4e-16, the distance 1e-7.
+    assert slope.value == pytest.approx(0.5, abs=1e-8)
 
 
 def test_differences_of_a_function_without_a_slope_say_so_by_their_spread() -> None:
