@@ -1,4 +1,4 @@
-"""One rank of a job: `python -m metaloom.worker train|evaluate RUN ...`, started by the agent.
+"""One rank of a job: `python -m metaloom.worker train|evaluate|check RUN ...`, started by the agent.
 
 Reads its place from the variables that torch elastic sets, does the job, and ends with an exit
 code that says why: 0, the code of a `MetaloomError`, or 1.
@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from metaloom.agent import LOST_PARTNER_EXIT_CODE
+from metaloom.check import check
 from metaloom.errors import MetaloomError
 from metaloom.evaluate import evaluate
 from metaloom.job import Place, Shutdown
@@ -29,7 +30,7 @@ from metaloom.recipe import Recipe, load_recipe
 from metaloom.run_folder import RunFolder
 from metaloom.train import train
 
-JOBS: dict[str, Callable[[Recipe, Place], None]] = {"train": train, "evaluate": evaluate}
+JOBS: dict[str, Callable[[Recipe, Place], None]] = {"train": train, "evaluate": evaluate, "check": check}
 
 
 def main() -> int:

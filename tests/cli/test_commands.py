@@ -19,6 +19,7 @@ from tests.commands import RECIPES, curve, run, run_well
         [],
         ["train"],
         ["evaluate"],
+        ["check"],
         ["data"],
         ["data", "make"],
         ["recipe"],
