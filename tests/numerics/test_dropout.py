@@ -24,7 +24,7 @@ from metaloom.engine.precision import Precision
 from metaloom.engine.snapshots import Binomial
 from metaloom.engine.unroll import adapt
 from metaloom.errors import CapabilityError
-from tests.numerics.problems import Problem, assert_gradients_agree
+from tests.numerics.problems import FOR_EVERYTHING, Problem, assert_gradients_agree
 from tests.numerics.transformers import Fast, distance, hypergradient, recomputing, transformer_problem
 
 P = 0.3
@@ -126,7 +126,7 @@ def test_the_query_and_retention_losses_have_no_dropout() -> None:
 
 def test_the_global_generator_is_not_touched() -> None:
     before = torch.get_rng_state()
-    for estimator in HYPERGRADIENTS.values():
+    for estimator in (HYPERGRADIENTS[name] for name in FOR_EVERYTHING):
         hypergradient(recomputing(problem_of(), blocks=True, head_chunk=None), estimator())
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -284,7 +284,7 @@ def test_an_error_of_the_model_is_not_covered_by_one_about_its_draws() -> None:
         draw_and_fail()
 
 
-@pytest.mark.parametrize("estimator", HYPERGRADIENTS)
+@pytest.mark.parametrize("estimator", FOR_EVERYTHING)
 def test_dropout_under_vmap_is_refused(estimator: str) -> None:
     problem = problem_of("full under vmap")
     assert isinstance(problem.unroll.learner.adapter, FullAdapter)

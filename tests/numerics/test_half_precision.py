@@ -13,11 +13,11 @@ from torch import Tensor
 from metaloom.engine.hypergradients import HYPERGRADIENTS
 from metaloom.engine.learner import TaskBatch
 from metaloom.engine.precision import ComputeFormat, LossScaler, Precision, Scales
-from tests.numerics.problems import Problem
+from tests.numerics.problems import FOR_EVERYTHING, Problem
 from tests.numerics.transformers import Fast, distance, hypergradient, recomputing, transformer_problem
 
 SCALES = Scales(loss=2.0**8, tangent=2.0**6)
-every_estimator = pytest.mark.parametrize("estimator", HYPERGRADIENTS)
+every_estimator = pytest.mark.parametrize("estimator", FOR_EVERYTHING)
 both_kinds = pytest.mark.parametrize("fast", ["lora", "full"])
 
 
