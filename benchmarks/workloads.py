@@ -82,7 +82,9 @@ WORKLOADS: dict[str, Workload] = {
         lora_rank=None,
         learn_backbone=False,
         num_tasks=4,
-        rate=0.1,
+        # At 0.1 rounding to float32 pushes some activation across the kink of a ReLU within five steps,
+        # and libraries differ by 1e-3 that agree to 1e-14 in float64.
+        rate=0.05,
         steps=(1, 5, 10),
     ),
     "W2": Workload(
