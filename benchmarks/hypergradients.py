@@ -202,7 +202,7 @@ def table(block: Block) -> str:
     fastest = min(peers, key=lambda row: row.best_s, default=None)
     lines = [
         f"{block.workload}, K = {block.num_steps}: {WORKLOADS[block.workload].title}",
-        f"{'contender':24}{'best s':>9}{'median s':>10}{'/ peer':>8}"
+        f"{'contender':24}{'best s':>9}{'median s':>10}{'/ peer':>8}{'cpu s':>9}"
         f"{'peak MiB':>10}{'/ peer':>8}{'error':>10}",
     ]
     for row in block.rows:
@@ -210,13 +210,14 @@ def table(block: Block) -> str:
             lines.append(f"{row.contender:24}  {row.failure}")
             continue
         median_s = statistics.median(timing.wall_s for timing in row.timings)
+        cpu_s = min(timing.cpu_s for timing in row.timings)
         time_ratio = memory_ratio = "-"
         if fastest is not None and fastest.first is not None:
             time_ratio = f"{row.best_s / fastest.best_s:.2f}"
             memory_ratio = f"{row.first.peak_mib / fastest.first.peak_mib:.2f}"
         error = "-" if row.error is None else f"{row.error:.1e}"
         lines.append(
-            f"{row.contender:24}{row.best_s:9.3f}{median_s:10.3f}{time_ratio:>8}"
+            f"{row.contender:24}{row.best_s:9.3f}{median_s:10.3f}{time_ratio:>8}{cpu_s:9.3f}"
             f"{row.first.peak_mib:10.0f}{memory_ratio:>8}{error:>10}{_remarks(row, row.first)}"
         )
     return "\n".join(lines)

@@ -93,13 +93,13 @@ def test_a_row_that_fails_says_why_and_stops_no_other(monkeypatch: pytest.Monkey
 
 def test_ratios_are_to_the_fastest_peer() -> None:
     def row(name: str, wall_s: float, peak_mib: float) -> Row:
-        return Row(name, First(Timing(wall_s, wall_s), 0.0, peak_mib, True))
+        return Row(name, First(Timing(wall_s, wall_s - 1.0), 0.0, peak_mib, True))
 
     rows = [row("metaloom/unrolled", 3.0, 50.0), row("higher", 2.0, 400.0), row("jax/reverse", 4.0, 100.0)]
     lines = table(Block("W2", 4, rows, "metaloom/unrolled")).splitlines()
-    assert lines[2].split()[:6] == ["metaloom/unrolled", "3.000", "3.000", "1.50", "50", "0.12"]
-    assert lines[3].split()[:6] == ["higher", "2.000", "2.000", "1.00", "400", "1.00"]
-    assert lines[4].split()[:6] == ["jax/reverse", "4.000", "4.000", "2.00", "100", "0.25"]
+    assert lines[2].split()[:7] == ["metaloom/unrolled", "3.000", "3.000", "1.50", "2.000", "50", "0.12"]
+    assert lines[3].split()[:7] == ["higher", "2.000", "2.000", "1.00", "1.000", "400", "1.00"]
+    assert lines[4].split()[:7] == ["jax/reverse", "4.000", "4.000", "2.00", "3.000", "100", "0.25"]
 
 
 def test_relative_error_is_of_all_tensors_as_one_vector() -> None:
