@@ -2,7 +2,7 @@
 
     python -m benchmarks.hypergradients [--workload W1 W2] [--steps 1 4] [--contenders jax/mixed_mode]
 
-All contenders have the same model, weights, data and one thread. Each row is measured in a process of its
+All contenders have the same model, weights, data and one core. Each row is measured in a process of its
 own (see `row.py`); repeats alternate between the rows of a block, so that a noisy machine hits all alike.
 A library that is not installed is a row that says so. See docs/benchmarks.md.
 """
@@ -31,12 +31,8 @@ from benchmarks.row import First, Request, Timing
 from benchmarks.workloads import WORKLOADS, Array, DType
 
 REPOSITORY = Path(__file__).parent.parent
-ONE_THREAD = {
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
-    "JAX_PLATFORMS": "cpu",
-}
+# Before a library is loaded; the row's process keeps itself to one core, too.
+ONE_THREAD_OF_A_CPU = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
 
 
 @dataclasses.dataclass
@@ -87,7 +83,7 @@ class Measuring:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.row"],
             cwd=REPOSITORY,
-            env=os.environ | ONE_THREAD,
+            env=os.environ | ONE_THREAD_OF_A_CPU,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._complaints,

@@ -64,8 +64,8 @@ class First:
 def main() -> None:
     """Serves one request."""
     answers = _claim_standard_output()
+    _keep_to_one_core()
     request = Request(**json.loads(sys.stdin.readline()))
-    torch.set_num_threads(1)
     contender = CONTENDERS[request.contender]
     module = importlib.import_module(f"benchmarks.peers.{contender.module}")
 
@@ -81,6 +81,13 @@ def main() -> None:
     _answer(answers, _first(prepared, Path(request.gradient)))
     for _ in sys.stdin:
         _answer(answers, _timed(prepared))
+
+
+def _keep_to_one_core() -> None:
+    """One thread at a time, whatever libraries start: XLA has no setting that is enough for it."""
+    torch.set_num_threads(1)
+    if sys.platform == "linux":
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
 
 def _claim_standard_output() -> TextIO:
