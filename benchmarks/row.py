@@ -1,0 +1,153 @@
+"""Measures one contender on one problem, in a process of its own, as `hypergradients.py` asks it to.
+
+The first line of standard input is a `Request` as JSON. The process then makes one hypergradient and
+answers with a `First` as JSON on a line; for every further line it makes another and answers with a
+`Timing`. It ends with its input.
+
+Memory is the peak of the resident set during the first hypergradient above what was resident before it,
+when model and data are there, the hypergradient of a tiny problem and one forward pass have been made, and
+a compiler has done its work. Linux resets that peak on request (proc(5), `clear_refs`); where it does not,
+the peak above the highest one before is taken, which hides memory that a compiler has needed, too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import gc
+import importlib
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+import torch
+
+from benchmarks.peers import CONTENDERS
+from benchmarks.peers.base import Prepared
+from benchmarks.workloads import WORKLOADS, DType, Workload, draw, tiny_one_like
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What to measure, and the file to write the gradient to (.npz)."""
+
+    workload: str
+    num_steps: int
+    contender: str
+    dtype: DType
+    gradient: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Wall-clock time of one hypergradient, and the processor time of all threads."""
+
+    wall_s: float
+    cpu_s: float
+
+
+@dataclasses.dataclass(frozen=True)
+class First:
+    """The first hypergradient, and what went before it."""
+
+    timing: Timing
+    compile_s: float
+    peak_mib: float
+    peak_was_reset: bool
+
+
+def main() -> None:
+    """Serves one request."""
+    answers = _claim_standard_output()
+    _keep_to_one_core()
+    request = Request(**json.loads(sys.stdin.readline()))
+    contender = CONTENDERS[request.contender]
+    module = importlib.import_module(f"benchmarks.peers.{contender.module}")
+
+    def prepare(workload: Workload, num_steps: int) -> Prepared:
+        prepared: Prepared = module.prepare(draw(workload, num_steps, request.dtype), contender.variant)
+        prepared.forward()
+        return prepared
+
+    workload = WORKLOADS[request.workload]
+    # Libraries import parts of themselves and load kernels on first use, which is in no figure.
+    prepare(tiny_one_like(workload), 1).hypergradient()
+    prepared = prepare(workload, request.num_steps)
+    _answer(answers, _first(prepared, Path(request.gradient)))
+    for _ in sys.stdin:
+        _answer(answers, _timed(prepared))
+
+
+def _keep_to_one_core() -> None:
+    """One thread at a time, whatever libraries start: XLA has no setting that is enough for it."""
+    torch.set_num_threads(1)
+    if sys.platform == "linux":
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+
+def _claim_standard_output() -> TextIO:
+    """A stream to the old standard output; whatever a library prints goes to standard error."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    return answers
+
+
+def _answer(answers: TextIO, result: First | Timing) -> None:
+    print(json.dumps(dataclasses.asdict(result)), file=answers, flush=True)
+
+
+def _first(prepared: Prepared, gradient_path: Path) -> First:
+    _give_back_freed_memory()
+    was_reset = _reset_peak()
+    before_mib = _status_mib("VmRSS") if was_reset else _peak_mib(was_reset)
+    wall_s, cpu_s = time.perf_counter(), time.process_time()
+    gradient = prepared.hypergradient()
+    timing = Timing(time.perf_counter() - wall_s, time.process_time() - cpu_s)
+    peak_mib = _peak_mib(was_reset) - before_mib
+    with gradient_path.open("wb") as file:
+        np.savez(file, **gradient)  # type: ignore[arg-type]
+    return First(timing, prepared.compile_s, peak_mib, was_reset)
+
+
+def _timed(prepared: Prepared) -> Timing:
+    _give_back_freed_memory()
+    wall_s, cpu_s = time.perf_counter(), time.process_time()
+    prepared.hypergradient()
+    return Timing(time.perf_counter() - wall_s, time.process_time() - cpu_s)
+
+
+def _give_back_freed_memory() -> None:
+    """Returns freed memory to the system, so that none is counted twice or hides what is used next."""
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _reset_peak() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _peak_mib(was_reset: bool) -> float:
+    if was_reset:
+        return _status_mib("VmHWM")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _status_mib(field: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+if __name__ == "__main__":
+    main()
