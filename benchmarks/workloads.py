@@ -72,6 +72,7 @@ class Workload:
 
 _OMNIGLOT = Images(width=64, image=28, n_way=5, n_shot=1, n_query=15)
 _GPT = Tokens(num_layers=4, width=256, num_heads=4, length=128, num_support=4, num_query=4)
+_SMALL = dataclasses.replace(_GPT, length=32, num_support=1, num_query=1)
 _TINY_IMAGES = Images(width=4, image=12, n_way=3, n_shot=2, n_query=2)
 _TINY_TOKENS = Tokens(num_layers=2, width=16, num_heads=2, length=6, num_support=2, num_query=2)
 
@@ -116,6 +117,15 @@ WORKLOADS: dict[str, Workload] = {
     ),
     "W3-one-task": Workload(
         "as W3, 1 task", _GPT, lora_rank=8, learn_backbone=False, num_tasks=1, rate=0.1, steps=(64,)
+    ),
+    "W3-small": Workload(
+        "as W3, each task 1 + 1 sequences of 32 tokens",
+        _SMALL,
+        lora_rank=8,
+        learn_backbone=False,
+        num_tasks=8,
+        rate=0.1,
+        steps=(4,),
     ),
     "tiny-conv4": Workload(
         "conv4, width 4, 2 tasks; all weights fast",

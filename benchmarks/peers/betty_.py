@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.peers.base import Prepared
-from benchmarks.peers.torch_task import Task, TorchProblem, torch_problem
+from benchmarks.peers.torch_task import Task, TorchProblem, torch_problem, twice_differentiable
 from benchmarks.workloads import Array, Problem
 
 
@@ -69,7 +69,8 @@ class _Inner(IterativeProblem):  # type: ignore[misc]
 
 def _loss(problem: Any, examples: tuple[Tensor, Tensor]) -> Tensor:
     inputs, targets = examples
-    logits = problem.fmodule(problem.params, problem.buffers, inputs)
+    with twice_differentiable():
+        logits = problem.fmodule(problem.params, problem.buffers, inputs)
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
 
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.workloads import Array, Problem
 
@@ -86,10 +88,16 @@ def torch_problem(problem: Problem) -> TorchProblem:
     return TorchProblem(module, names, backbone, tasks, problem.num_steps, problem.workload.rate)
 
 
+def twice_differentiable() -> AbstractContextManager[None]:
+    """Keeps torch from its fused attention, which has no second derivative."""
+    return sdpa_kernel(SDPBackend.MATH)
+
+
 def loss(module: nn.Module, examples: tuple[Tensor, Tensor]) -> Tensor:
     """Mean cross-entropy of one task's examples, in nats."""
     inputs, targets = examples
-    logits: Tensor = module(inputs)
+    with twice_differentiable():
+        logits: Tensor = module(inputs)
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
 
 

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from benchmarks import hypergradients
 from benchmarks.hypergradients import Block, Row, measure_block, relative_error, table
 from benchmarks.peers import CONTENDERS, Contender, metaloom_
-from benchmarks.peers.torch_task import TorchProblem, torch_problem
+from benchmarks.peers.torch_task import TorchProblem, torch_problem, twice_differentiable
 from benchmarks.row import First, Timing
 from benchmarks.workloads import WORKLOADS, Array, draw
 
@@ -27,7 +27,8 @@ def maml_by_hand(torch_side: TorchProblem) -> dict[str, Array]:
     total = torch.zeros((), dtype=torch.float64)
 
     def loss(fast: dict[str, torch.Tensor], examples: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        logits: torch.Tensor = functional_call(torch_side.module, fast, (examples[0],)).flatten(0, -2)
+        with twice_differentiable():
+            logits: torch.Tensor = functional_call(torch_side.module, fast, (examples[0],)).flatten(0, -2)
         chosen = logits.gather(1, examples[1].reshape(-1, 1)).squeeze(1)
         return (logits.logsumexp(1) - chosen).mean()
 
