@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from metaloom.build import Choices, build_adapter, build_algorithm, build_model, initial_meta, task_batch
 from metaloom.datasets import ClassSamples
+from metaloom.engine.kernels.linear import PRODUCT_FLOPS
 from metaloom.engine.losses import cross_entropy
 from metaloom.engine.unroll import leaves
 from metaloom.job import Job
@@ -77,6 +78,6 @@ def _flops_per_sample(job: Job) -> int:
 
 
 def _count_flops(compute: Callable[[], object]) -> int:
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=PRODUCT_FLOPS) as counter:
         compute()
     return int(counter.get_total_flops())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -65,11 +65,9 @@ class Interception(TorchFunctionMode):
     def __init__(self, forward_pass: ForwardPass, *, is_vectorized: bool = False) -> None:
         super().__init__()
         self._pass = forward_pass
-        self._replacements: Mapping[Any, Callable[..., Any]] = {}
-        if forward_pass.derivative != "once":
-            self._replacements = _WRITTEN_OUT if is_vectorized else _TWICE
-        elif is_vectorized:
-            self._replacements = {F.scaled_dot_product_attention: kernels.written_out_attention}
+        self._replacements = _ONCE if forward_pass.derivative == "once" else _TWICE
+        if is_vectorized:
+            self._replacements = _WRITTEN_OUT
         self._is_vectorized = is_vectorized
         self._is_entered = False
         self._site, self._num_draws = "", 0
@@ -141,7 +139,9 @@ def _generator_state(device: torch.device) -> Tensor:
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
+_ONCE: dict[Any, Callable[..., Any]] = {F.linear: kernels.linear}
 _TWICE: dict[Any, Callable[..., Any]] = {
+    F.linear: kernels.linear,
     F.scaled_dot_product_attention: kernels.attention,
     F.gelu: kernels.gelu,
     F.silu: kernels.silu,

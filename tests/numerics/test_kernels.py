@@ -21,8 +21,10 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from metaloom.engine import kernels
+from metaloom.engine.kernels.linear import PRODUCT_FLOPS
 from metaloom.engine.kernels.low_rank import low_rank_update
 from metaloom.engine.recomputation import recomputed
 from metaloom.errors import CapabilityError
@@ -444,3 +446,54 @@ def test_a_third_derivative_is_refused(through: str) -> None:
 def test_an_unknown_approximation_of_gelu_is_torchs_own_error() -> None:
     with pytest.raises(RuntimeError, match="approximate"):
         kernels.gelu(torch.ones(2), "tahn")
+
+
+def big(*shape: int, seed: int) -> Tensor:
+    """Numbers in float32: `linear` is another kernel in float32 alone, and for large products."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("frozen", ["nothing", "weight", "inputs"])
+def test_a_linear_layer_equals_torchs_in_every_derivative(has_bias: bool, frozen: str) -> None:
+    values = {"inputs": big(4, 32, 64, seed=1), "weight": big(96, 64, seed=2), "bias": big(96, seed=3)}
+    learned = [name for name in values if name != frozen and (has_bias or name != "bias")]
+    directions = {name: big(*values[name].shape, seed=4 + len(name)) for name in learned}
+
+    def derivatives(function: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+        tensors = {name: value.to(dtype).requires_grad_(name in learned) for name, value in values.items()}
+        output = function(tensors["inputs"], tensors["weight"], tensors["bias"] if has_bias else None)
+        inputs = [tensors[name] for name in learned]
+        first = torch.autograd.grad(output.sin().sum(), inputs, create_graph=True)
+        terms = [(grad * directions[name]).sum() for name, grad in zip(learned, first, strict=True)]
+        slope = torch.stack(terms).sum()
+        second = torch.autograd.grad(slope, inputs)
+        with forward_ad.dual_level():
+            duals = dict(tensors)
+            for name in learned:
+                primal, tangent = tensors[name].detach().requires_grad_(), directions[name].to(dtype)
+                duals[name] = forward_ad.make_dual(primal, tangent)  # type: ignore[no-untyped-call]
+            output = function(duals["inputs"], duals["weight"], duals["bias"] if has_bias else None)
+            grads = torch.autograd.grad(output.sin().sum(), [duals[name] for name in learned])
+            unpacked = [forward_ad.unpack_dual(grad) for grad in grads]  # type: ignore[no-untyped-call]
+            forward = [pair.tangent for pair in unpacked]
+        return [output.detach(), *(grad.detach() for grad in first), *second, *forward]
+
+    found = derivatives(kernels.linear, torch.float32)
+    expected = derivatives(F.linear, torch.float64)
+    for one, other in zip(found, expected, strict=True):
+        # float32's rounding of 6e-8, over sums of up to 128 products.
+        assert relative_error(one.double(), other) < 2e-6
+
+
+def test_a_linear_layer_takes_expanded_and_transposed_gradients() -> None:
+    weight, inputs = big(64, 128, seed=1).requires_grad_(), big(128, 64, seed=2).t()
+    total = kernels.linear(inputs, weight).sum()  # whose gradient is one number, expanded
+    (gradient,) = torch.autograd.grad(total, weight)
+    torch.testing.assert_close(gradient, inputs.sum(0).expand(64, -1), rtol=1e-5, atol=1e-4)
+
+
+def test_the_operations_of_a_large_product_are_counted() -> None:
+    with FlopCounterMode(display=False, custom_mapping=PRODUCT_FLOPS) as counter:
+        kernels.linear(big(128, 64, seed=1), big(96, 64, seed=2))
+    assert counter.get_total_flops() == 2 * 128 * 64 * 96

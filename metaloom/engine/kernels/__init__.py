@@ -1,7 +1,16 @@
-"""Forms of torch's fused functions that can be differentiated twice, by reverse and by forward mode."""
+"""torch's functions in forms that can be differentiated twice, in reverse and forward mode, or are faster."""
 
 from metaloom.engine.kernels.activations import gelu, silu, written_out_silu
 from metaloom.engine.kernels.attention import attention, written_out_attention
+from metaloom.engine.kernels.linear import linear
 from metaloom.engine.kernels.low_rank import low_rank_update
 
-__all__ = ["attention", "gelu", "low_rank_update", "silu", "written_out_attention", "written_out_silu"]
+__all__ = [
+    "attention",
+    "gelu",
+    "linear",
+    "low_rank_update",
+    "silu",
+    "written_out_attention",
+    "written_out_silu",
+]
