@@ -51,13 +51,10 @@ class EndProblem:
 
     def adapted(self) -> Tensor:
         """phi_K, `[T, D]`."""
-        return flat(self._path()[-1].fast)
+        return flat(self.path()[-1].fast)
 
-    def before_last(self) -> Tensor:
-        """phi_{K-1}, `[T, D]`."""
-        return flat(self._path()[-2].fast)
-
-    def _path(self) -> list[Snapshot]:
+    def path(self) -> list[Snapshot]:
+        """(phi_k, s_k) for k = 0 .. K."""
         return list(adapt(self.unroll, self.meta, self.batch, num_steps=self.unroll.num_steps))
 
     def start(self) -> Tensor:

@@ -17,11 +17,13 @@ from torch.func import jacrev
 from metaloom.engine.hypergradients.base import MetaGradient
 from metaloom.engine.hypergradients.finite_difference import FiniteDifference
 from metaloom.engine.hypergradients.unrolled import Unrolled
+from metaloom.engine.inner_loops.adam import Adam
 from metaloom.engine.inner_loops.base import InnerRule
+from metaloom.engine.inner_loops.rmsprop import RmsProp
 from metaloom.engine.inner_loops.sgd import Sgd
 from metaloom.engine.learner import Rehearsal, TaskBatch
 from metaloom.errors import CapabilityError
-from tests.numerics.end_problems import EndProblem, dense, logistic_end_problem, quadratic_end_problem
+from tests.numerics.end_problems import EndProblem, dense, flat, logistic_end_problem, quadratic_end_problem
 from tests.numerics.problems import (
     assert_gradients_agree,
     conv4_problem,
@@ -33,15 +35,33 @@ from tests.numerics.problems import (
 RATE = 0.3
 CLIP = 0.1
 
-# (phi_{K-1} - phi_0, g_{K-1}), of one task, [D] -> what the last step adds to phi, up to a constant.
-Step = Callable[[Tensor, Tensor], Tensor]
+# (phi_{K-1} - phi_0, g_{K-1}, g_0 .. g_{K-2}), of one task, [D] -> what the last step adds to phi, up to a
+# constant.
+Step = Callable[[Tensor, Tensor, list[Tensor]], Tensor]
+EPS = 1e-8
 
 
-def descend(way: Tensor, slope: Tensor) -> Tensor:
+def descend(way: Tensor, slope: Tensor, earlier: list[Tensor]) -> Tensor:
     return -RATE * slope
 
 
-def descend_clipped(way: Tensor, slope: Tensor) -> Tensor:
+def descend_by_adam(way: Tensor, slope: Tensor, earlier: list[Tensor]) -> Tensor:
+    """Kingma and Ba 2015, algorithm 1, with an epsilon under the root."""
+    first = second = torch.zeros_like(slope)
+    for gradient in (*earlier, slope):
+        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+    count = len(earlier) + 1
+    return -RATE * first / (1 - 0.9**count) / ((second / (1 - 0.999**count) + EPS).sqrt() + EPS)
+
+
+def descend_by_rmsprop(way: Tensor, slope: Tensor, earlier: list[Tensor]) -> Tensor:
+    average = torch.zeros_like(slope)
+    for gradient in (*earlier, slope):
+        average = 0.99 * average + 0.01 * gradient**2
+    return -RATE * slope / ((average + EPS).sqrt() + EPS)
+
+
+def descend_clipped(way: Tensor, slope: Tensor, earlier: list[Tensor]) -> Tensor:
     """With the proximal term, where the clipping is active."""
     pulled = slope + 0.1 * way
     step: Tensor = -RATE * pulled * CLIP / torch.linalg.vector_norm(pulled)
@@ -52,6 +72,12 @@ RULES: dict[str, tuple[InnerRule, Step]] = {
     "plain": (Sgd(), descend),
     # One step's gradient enters the momentum once, undamped: the same derivative.
     "momentum, decay": (Sgd(momentum=0.7, weight_decay=0.1), descend),
+    "adam": (Adam(eps=EPS, eps_root=EPS), descend_by_adam),
+    "adamw": (
+        Adam(eps=EPS, eps_root=EPS, weight_decay=0.1, decoupled_weight_decay=True),
+        descend_by_adam,
+    ),
+    "rmsprop": (RmsProp(alpha=0.99, eps=EPS, eps_root=EPS), descend_by_rmsprop),
     "clipped, proximal": (Sgd(momentum=0.5, clip_norm=CLIP, proximal=0.1), descend_clipped),
 }
 every_rule = pytest.mark.parametrize("rule", RULES)
@@ -67,12 +93,12 @@ def by_definition(problem: EndProblem, step: Step) -> dict[str, Tensor]:
     is taken at phi_{K-1}; M and v at phi_K. Dense."""
     init = torch.zeros_like(problem.start())
     omega = torch.zeros_like(problem.meta[problem.omega].flatten())
-    before = problem.before_last()
+    path = [flat(at.fast) for at in problem.path()]
     for task, phi in enumerate(problem.adapted()):
         at = dense(problem, phi, task)
-        slope = dense(problem, before[task], task).inner_slope
-        assert float(torch.linalg.vector_norm(slope)) > 1.2 * CLIP  # else clipping is not active
-        jacobian = jacrev(step, argnums=1)(before[task] - problem.start(), slope)
+        *earlier, slope = (dense(problem, phi_k[task], task).inner_slope for phi_k in path[:-1])
+        assert step is not descend_clipped or float(torch.linalg.vector_norm(slope)) > 1.2 * CLIP  # active
+        jacobian = jacrev(step, argnums=1)(path[-2][task] - problem.start(), slope, earlier)
         init = init + at.query_slope
         omega = omega + at.query_omega + at.mixed @ jacobian.T @ at.query_slope
     return problem.named(init, omega)
@@ -188,7 +214,7 @@ def test_after_one_short_step_a_backbones_gradient_is_nearly_exact() -> None:
     for rate in (0.02, 0.01):
         problem = logistic_end_problem(rule=Sgd(), num_steps=1, rate=rate)
         exact = Unrolled().meta_gradient(problem.unroll, problem.meta, problem.batch).gradient
-        query_only = by_definition(problem, lambda way, slope: 0.0 * slope)[problem.omega]
+        query_only = by_definition(problem, lambda way, slope, earlier: 0.0 * slope)[problem.omega]
         inner_part = exact[problem.omega] - query_only
         actual = estimate(problem, 1e-4).gradient[problem.omega] - query_only
         errors.append(relative_error(actual, inner_part))

@@ -81,9 +81,6 @@ def test_an_estimator_gives_a_kind_as_exactly_as_the_table_says(estimator: str, 
         with pytest.raises(CapabilityError, match=f"{estimator} gives no gradient of {KIND_NAMES[kind]}: "):
             gradient_of(estimator, problem)
         return
-    if kind == "init" and capability.degree == "exact":
-        # With no pull towards the start: its share by the adjoint sweep is tested with the rules.
-        problem = dataclasses.replace(problem, unroll=dataclasses.replace(problem.unroll, rule=Sgd()))
     exact, actual = gradient_of("unrolled", problem), gradient_of(estimator, problem)
     errors = {name: relative_error(actual[name], value) for name, value in exact.items()}
     assert all(bool(value.isfinite().all()) and bool((value != 0).any()) for value in actual.values())
