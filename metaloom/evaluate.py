@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from metaloom.adapting import measured_episodes
 from metaloom.budgets import ordinary_budget
 from metaloom.build import (
     Choices,
@@ -19,12 +20,10 @@ from metaloom.build import (
     initial_meta,
     load_weights,
     ordinary_settings,
-    task_batch,
 )
 from metaloom.checkpoints import Checkpoint, CheckpointStore
 from metaloom.confidence import confidence_95
 from metaloom.datasets import ClassSamples, EpisodeSource, slice_for_rank
-from metaloom.engine.evaluation import adaptation_curve
 from metaloom.engine.losses import bits_per_byte
 from metaloom.engine.unroll import Unroll
 from metaloom.errors import CheckpointError
@@ -322,15 +321,11 @@ def _curves(
     on_done: Callable[[int], None] = lambda count: None,
 ) -> list[EpisodeCurve]:
     """The curves of episodes 0 .. `num_episodes` - 1, on every rank. Every rank must call."""
-    recipe, sharding = job.recipe, job.sharding
-    num_inner = recipe.evaluation_num_steps
-    numbers = slice_for_rank(num_episodes, sharding.rank, sharding.world_size)
-    size = recipe.outer.micro_batch or math.ceil(recipe.outer.tasks_per_step / sharding.world_size)
     curves: list[EpisodeCurve] = []
-    for start in range(numbers.start, numbers.stop, size):
-        episodes = [source.episode(number) for number in range(start, min(start + size, numbers.stop))]
-        batch = task_batch(recipe, episodes, job.place.device, num_steps=num_inner)
-        measured = adaptation_curve(unroll, meta, batch, num_steps=num_inner)
+    num_steps = job.recipe.evaluation_num_steps
+    for episodes, measured in measured_episodes(
+        job, unroll, meta, source, num_episodes=num_episodes, num_steps=num_steps
+    ):
         values = measured["accuracy" if metric == "accuracy" else "loss"].tolist()
         retention = measured["retention_loss"].tolist() if "retention_loss" in measured else None
         for row, episode in enumerate(episodes):
@@ -338,7 +333,7 @@ def _curves(
             pair = None if retention is None else (unit(retention[row][0]), unit(retention[row][1]))
             curves.append(EpisodeCurve(episode.task, tuple(unit(value) for value in values[row]), pair))
         on_done(len(episodes))
-    return sharding.gather(curves)
+    return job.sharding.gather(curves)
 
 
 # ---------------------------------------------------------------- telling

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from metaloom.adapting import measured_episodes
 from metaloom.build import (
     Choices,
     build_adapter,
@@ -26,10 +27,9 @@ from metaloom.build import (
 from metaloom.checkpoints import Checkpoint, CheckpointStore
 from metaloom.checkpoints.store import require_same_tensors
 from metaloom.choosing import choose
-from metaloom.datasets import EpisodeSource, EpisodeStream, slice_for_rank
+from metaloom.datasets import EpisodeSource, EpisodeStream
 from metaloom.engine.algorithms.maml import Maml
 from metaloom.engine.combiners.mean import Mean
-from metaloom.engine.evaluation import adaptation_curve
 from metaloom.engine.outer import OuterOptimizer
 from metaloom.engine.precision import LossScaler, Precision
 from metaloom.engine.step import StepTasks, outer_step
@@ -196,16 +196,13 @@ def validate(
     Every rank must call; each adapts its share.
     """
     recipe, sharding = job.recipe, job.sharding
-    num_inner = recipe.adaptation.num_steps
     num_episodes = recipe.validation.num_episodes
     names = ("loss_before", "accuracy_before", "loss", "accuracy")
     sums = {name: torch.zeros((), dtype=torch.float64) for name in names}
-    numbers = slice_for_rank(num_episodes, sharding.rank, sharding.world_size)
-    size = recipe.outer.micro_batch or math.ceil(recipe.outer.tasks_per_step / sharding.world_size)
-    for start in range(numbers.start, numbers.stop, size):
-        episodes = [source.episode(number) for number in range(start, min(start + size, numbers.stop))]
-        batch = task_batch(recipe, episodes, job.place.device, num_steps=num_inner)
-        curve = adaptation_curve(algorithm.unroll, meta, batch, num_steps=num_inner)
+    num_steps = recipe.adaptation.num_steps
+    for _, curve in measured_episodes(
+        job, algorithm.unroll, meta, source, num_episodes=num_episodes, num_steps=num_steps
+    ):
         for name in ("loss", "accuracy"):
             sums[f"{name}_before"] += curve[name][:, 0].sum().cpu()
             sums[name] += curve[name][:, -1].sum().cpu()
