@@ -591,6 +591,63 @@ outer:
         ),
         (
             GLYPHS,
+            ["algorithm.hypergradient={kind: truncated, num_steps: 4}"],
+            "algorithm.hypergradient.num_steps: 4; must be at most adaptation.num_steps = 3",
+        ),
+        (
+            GLYPHS,
+            ["algorithm.hypergradient=unrolled", "memory.snapshots={kind: binomial, num_slots: 2}"],
+            "memory.snapshots.kind: binomial; has no effect, since algorithm.hypergradient = unrolled does "
+            "not go back over the inner steps one by one, as auto, rematerialized, mixed_mode, first_order, "
+            "truncated do; set it to all",
+        ),
+        (
+            GLYPHS,
+            ["adaptation.fast={kind: full, tasks: vmap}", "memory.recompute_blocks=true"],
+            "memory.recompute_blocks: True; adaptation.fast.tasks = vmap recomputes nothing; set that "
+            "to loop",
+        ),
+        (
+            STDLIB,
+            [
+                "adaptation.fast={kind: full, tasks: vmap}",
+                "algorithm.meta_parameters.backbone=false",
+                "model.dropout=0.1",
+            ],
+            "model.dropout: 0.1; is not drawn under adaptation.fast.tasks = vmap; set that to loop",
+        ),
+        (
+            GLYPHS,
+            ["adaptation.loss.learned=[label_smoothing]"],
+            "adaptation.loss.label_smoothing: 0.0; is learned as a logit, which has no value at 0; start",
+        ),
+        (
+            GLYPHS,
+            ["adaptation.loss.learned=[temperature, temperature]"],
+            "adaptation.loss.learned: 'temperature' is listed twice; list it once",
+        ),
+        (
+            GLYPHS,
+            ["outer.lr_loss=0.1"],
+            "outer.lr_loss: 0.1; has no effect, since adaptation.loss.learned is empty; leave it out",
+        ),
+        (
+            GLYPHS,
+            ["algorithm.hypergradient=first_order", "adaptation.loss.learned=[temperature]"],
+            "algorithm.hypergradient.kind: first_order gives no gradient of loss parameters: loss parameters "
+            "act through the inner gradients alone, which it holds constant; unrolled, rematerialized,",
+        ),
+        (
+            GLYPHS,
+            [
+                "algorithm.hypergradient=implicit",
+                "adaptation.rule.proximal=1",
+                "precision.compute=float16",
+            ],
+            "precision.compute: float16; algorithm.hypergradient = implicit has no scaling of what vanishes",
+        ),
+        (
+            GLYPHS,
             ["tracking.uri=https://user:word@host"],
             "tracking.uri: holds a user name, password or token (not shown), and a recipe is stored with "
             "each run; remove it, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
