@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.func import functional_call
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from metaloom.build import Choices, build_adapter, build_algorithm, build_model, initial_meta, task_batch
 from metaloom.datasets import ClassSamples
@@ -78,6 +80,32 @@ def _flops_per_sample(job: Job) -> int:
 
 
 def _count_flops(compute: Callable[[], object]) -> int:
-    with FlopCounterMode(display=False, custom_mapping=PRODUCT_FLOPS) as counter:
+    with _FlopCounter() as counter:
         compute()
-    return int(counter.get_total_flops())
+    total: int = counter.total
+    return total
+
+
+class _FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up what torch's formulas, and the kernels' own, say of every operation.
+
+    torch's own counter also follows modules, by hooks that fail inside a backward pass in which a block is
+    computed again.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+        self._formulas = dict(flop_registry)
+        for op, count in PRODUCT_FLOPS.items():
+            self._formulas[op] = shape_wrapper(count)  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        formula = self._formulas.get(func._overloadpacket)
+        if formula is not None:
+            self.total += int(formula(*args, **kwargs, out_val=result))
+        return result

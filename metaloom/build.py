@@ -189,8 +189,15 @@ def build_rule(section: InnerRuleSection) -> InnerRule:
     )
 
 
-def build_unroll(recipe: Recipe, adapter: Adapter, *, rate: float, grain: Grain) -> Unroll:
-    """The inner problem with a given rate, fixed or where learned rates start."""
+def build_unroll(
+    recipe: Recipe, adapter: Adapter, *, rate: float, grain: Grain, learns_loss: bool = True
+) -> Unroll:
+    """The inner problem with a given rate, fixed or where learned rates start.
+
+    Args:
+        learns_loss: whether the loss parameters that the recipe learns are read from the meta-parameters;
+            they stay where they start otherwise.
+    """
     adaptation = recipe.adaptation
     rehearsal, loss = adaptation.rehearsal, adaptation.loss
     return Unroll(
@@ -198,7 +205,9 @@ def build_unroll(recipe: Recipe, adapter: Adapter, *, rate: float, grain: Grain)
             adapter,
             Precision(recipe.precision.compute),
             None if rehearsal is None else Rehearsal(rehearsal.ratio, rehearsal.num_sequences),
-            support_loss=SupportLoss(loss.temperature, loss.label_smoothing, loss.learned),
+            support_loss=SupportLoss(
+                loss.temperature, loss.label_smoothing, loss.learned if learns_loss else ()
+            ),
             seed=recipe.seed,
             recompute_blocks=recipe.memory.recompute_blocks,
             head_chunk=recipe.memory.head_chunk,

@@ -161,10 +161,14 @@ def _baseline(job: Job, name: str, newest: Checkpoint) -> Contender:
         training = _after_pretraining(job.recipe, f"{num_steps} steps, {num_samples} samples")
     adapter = build_adapter(job.recipe, model, choices)
     shown = _SHOWN_NAMES[name]
-    rate = _tuned_rate(job, shown, lambda rate: build_unroll(job.recipe, adapter, rate=rate, grain="none"))
+
+    def unroll_at(rate: float) -> Unroll:
+        return build_unroll(job.recipe, adapter, rate=rate, grain="none", learns_loss=False)
+
+    rate = _tuned_rate(job, shown, unroll_at)
     return Contender(
         name=shown,
-        unroll=build_unroll(job.recipe, adapter, rate=rate, grain="none"),
+        unroll=unroll_at(rate),
         meta={},
         inner_rate=f"{rate:.3g} (tuned)",
         training=training,

@@ -132,20 +132,21 @@ def choose_estimator(
 
     ways = {name: functools.partial(differentiate, estimator) for name, estimator in estimators.items()}
     measured = fastest(ways, device, sharding, has_tasks=batch is not None)
-    flat = {name: value for name, value in measured.seconds.items() if name in EXACT_AND_FLAT}
-    sizes = sharding.gather([] if batch is None else [_graph_sizes(short, meta, batch)])
+    what = f"timed on {short.num_steps} inner steps: {measured.in_words()}"
+    if measured.name in EXACT_AND_FLAT:
+        return EstimatorChoice(measured.name, 0), f"{measured.name} ({what})"
+    # Only where the graph is fastest: where it could not be built, its size cannot be measured either.
+    sizes = sharding.gather([] if batch is None else [_graph_sizes(unroll, meta, batch)])
     query_bytes, step_bytes = (max(column) for column in zip(*sizes, strict=True))
     limit = min(sharding.gather([memory_limit_bytes]))
     # One more step's worth is needed while the last graph is differentiated.
     fitting = max(0, min(unroll.num_steps, (limit - query_bytes) // max(1, step_bytes) - 1))
-    what = f"timed on {short.num_steps} inner steps: {measured.in_words()}"
     space = (
         f"one step's graph keeps {_mib(step_bytes)}, so {fitting} of {unroll.num_steps} fit into the limit "
         f"of {_mib(limit)}"
     )
+    flat = {name: value for name, value in measured.seconds.items() if name in EXACT_AND_FLAT}
     kind = min(flat, key=lambda name: flat[name]) if flat else "rematerialized"
-    if measured.name in EXACT_AND_FLAT:
-        return EstimatorChoice(kind, 0), f"{kind} ({what})"
     choice = EstimatorChoice(kind, fitting)
     return choice, f"{kind}, keeping the graph of the last {fitting} inner steps ({what}; {space})"
 
@@ -170,8 +171,10 @@ def _wait(device: torch.device) -> None:
 
 
 def _graph_sizes(unroll: Unroll, meta: Tensors, batch: TaskBatch) -> tuple[int, int]:
-    """Bytes that the graph of the query pass keeps, and that of one inner step."""
-    sizes = [graph_bytes(shortened(unroll, count), meta, batch) for count in (0, 1)]
+    """Bytes that the graph of the query pass keeps, and that of one inner step, with the query pass before it
+    where the meta-loss has a term there."""
+    ends = (dataclasses.replace(unroll, step_weights=unroll.step_weights[-1 - count :]) for count in (0, 1))
+    sizes = [graph_bytes(end, meta, batch) for end in ends]
     return sizes[0], max(0, sizes[1] - sizes[0])
 
 

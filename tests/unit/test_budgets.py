@@ -71,3 +71,16 @@ def test_equal_compute_equals_a_count_by_hand(estimator: str, glyphs: Path) -> N
         low = total * (query + again + 2 * step) / (ordinary * batch_size)
         high = total * (query + again + 4 * step) / (ordinary * batch_size)
         assert low <= steps <= high + 1
+
+
+@pytest.mark.parametrize("estimator", ["unrolled", "rematerialized", "mixed_mode"])
+@pytest.mark.parametrize("memory", ["{recompute_blocks: true}", "{head_chunk: 16}"])
+def test_equal_compute_counts_what_is_computed_again(estimator: str, memory: str, stdlib: Path) -> None:
+    small = (f"data.url={stdlib}", f"algorithm.hypergradient={estimator}", "model.num_layers=1")
+    plain, again = (
+        ordinary_budget(
+            job("stdlib-lora.yaml", *small, *more), "ordinary_equal_compute", Choices(), num_outer_steps=10**4
+        )
+        for more in ((), (f"memory={memory}",))
+    )
+    assert plain[0] < again[0] < 2.5 * plain[0]

@@ -254,9 +254,7 @@ def test_a_limit_of_nothing_keeps_no_graph_and_a_huge_one_all(timed: Timed) -> N
 
 def test_a_limit_between_keeps_as_many_graphs_as_fit(timed: Timed) -> None:
     one = problem()
-    query, with_one_step = (
-        graph_bytes(shortened(one.unroll, count), one.meta, one.batch) for count in (0, 1)
-    )
+    query, with_one_step = (_end_bytes(one, count) for count in (0, 1))
     step = with_one_step - query
     for fitting in (1, 2, 3):
         for limit, expected in (
@@ -267,6 +265,43 @@ def test_a_limit_between_keeps_as_many_graphs_as_fit(timed: Timed) -> None:
             choice_made, why = chosen(limit)
             assert choice_made == EstimatorChoice("rematerialized", expected)
             assert f"keeping the graph of the last {expected} inner steps" in why
+
+
+def _end_bytes(one: Problem, num_steps: int) -> int:
+    """What the graph of the last steps keeps, with their terms of the meta-loss."""
+    end = dataclasses.replace(one.unroll, step_weights=one.unroll.step_weights[-1 - num_steps :])
+    return graph_bytes(end, one.meta, one.batch)
+
+
+def test_graphs_that_are_kept_fit_the_limit_where_every_step_has_a_query_loss(timed: Timed) -> None:
+    one = transformer_problem(step_weights=(0.2,) * (NUM_STEPS + 1))
+    limit = _end_bytes(one, 2)
+    timed(GRAPH_IS_FASTER)
+    made, _ = choose_estimator(
+        one.unroll,
+        one.meta,
+        one.batch,
+        snapshots=KeepAll(),
+        memory_limit_bytes=limit,
+        sharding=Replicated(),
+    )
+    # One more step's worth is needed while the last graph is differentiated.
+    assert _end_bytes(one, made.num_graph_steps + 1) <= limit
+
+
+def test_where_a_graph_cannot_be_built_its_size_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(way: Any, device: torch.device) -> float:
+        (estimator,) = way.args
+        if type(estimator) is not choice.EXACT_AND_FLAT["mixed_mode"]:
+            raise torch.OutOfMemoryError("out of memory")
+        return 1.0
+
+    def broken(*args: Any) -> tuple[int, int]:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(choice, "_timed", measure)
+    monkeypatch.setattr(choice, "_graph_sizes", broken)
+    assert chosen(10**9)[0] == EstimatorChoice("mixed_mode", 0)
 
 
 def test_where_a_flat_estimator_is_fastest_no_graph_is_kept(timed: Timed) -> None:
