@@ -14,7 +14,7 @@ from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from metaloom.build import Choices, build_adapter, build_algorithm, build_model, initial_meta, task_batch
 from metaloom.datasets import ClassSamples
-from metaloom.engine.kernels.linear import PRODUCT_FLOPS
+from metaloom.engine.kernels.linear import product_flops
 from metaloom.engine.losses import cross_entropy
 from metaloom.engine.unroll import leaves
 from metaloom.job import Job
@@ -97,7 +97,7 @@ class _FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0
         self._formulas = dict(flop_registry)
-        for op, count in PRODUCT_FLOPS.items():
+        for op, count in product_flops().items():
             self._formulas[op] = shape_wrapper(count)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(

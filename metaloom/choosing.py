@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -101,12 +102,13 @@ def _first_batch(job: Job, source: EpisodeSource) -> TaskBatch | None:
 
 
 def _free_bytes(job: Job) -> int:
-    """Half of the memory that is free now, shared among the ranks of this machine."""
-    device = job.place.device
+    """Half of the memory that is free now, shared among the ranks that have it in common."""
+    device, num_processes = job.place.device, job.recipe.launcher.num_processes
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(device)
-        return int(FREE_SHARE * free)
-    return int(FREE_SHARE * _available_bytes() / job.recipe.launcher.num_processes)
+        return int(FREE_SHARE * free / math.ceil(num_processes / torch.cuda.device_count()))
+    return int(FREE_SHARE * min(_available_bytes(), _allowed_bytes()) / num_processes)
 
 
 def _available_bytes() -> int:
@@ -117,3 +119,19 @@ def _available_bytes() -> int:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     sizes = dict(line.split(":", 1) for line in lines)
     return int(sizes["MemAvailable"].split()[0]) * 1024
+
+
+def _allowed_bytes() -> float:
+    """What the limit of this container or batch job leaves; infinite where there is none."""
+    folder = Path("/sys/fs/cgroup")
+    for limit, usage in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            text = (folder / limit).read_text(encoding="ascii").strip()
+            used = int((folder / usage).read_text(encoding="ascii"))
+        except OSError:
+            continue
+        return math.inf if text == "max" else max(0, int(text) - used)
+    return math.inf

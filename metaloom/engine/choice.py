@@ -12,7 +12,7 @@ import functools
 import math
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from metaloom.errors import CapabilityError
 Tensors = Mapping[str, Tensor]
 TIMED_STEPS = 3
 NUM_REPEATS = 2
+GRAPH = "graph of all steps"
 EXACT_AND_FLAT: dict[str, type[AdjointSweep]] = {"rematerialized": Rematerialized, "mixed_mode": MixedMode}
 
 
@@ -123,8 +124,13 @@ def choose_estimator(
     """
     short = shortened(unroll, TIMED_STEPS)
     device = next(iter(meta.values())).device
+    # First what a graph takes, so that timing one does not exceed the limit either.
+    sizes = sharding.gather([] if batch is None else [_graph_sizes(unroll, meta, batch)])
+    limit = min(sharding.gather([memory_limit_bytes]))
+    fitting, space = _fitting(sizes, limit, unroll.num_steps)
     estimators = {name: estimator() for name, estimator in EXACT_AND_FLAT.items()}
-    estimators["graph of all steps"] = Rematerialized(KeepAll(), short.num_steps)
+    if fitting > 0:
+        estimators[GRAPH] = Rematerialized(KeepAll(), min(fitting, short.num_steps))
 
     def differentiate(estimator: AdjointSweep) -> None:
         if batch is not None:
@@ -132,23 +138,30 @@ def choose_estimator(
 
     ways = {name: functools.partial(differentiate, estimator) for name, estimator in estimators.items()}
     measured = fastest(ways, device, sharding, has_tasks=batch is not None)
-    what = f"timed on {short.num_steps} inner steps: {measured.in_words()}"
-    if measured.name in EXACT_AND_FLAT:
-        return EstimatorChoice(measured.name, 0), f"{measured.name} ({what})"
-    # Only where the graph is fastest: where it could not be built, its size cannot be measured either.
-    sizes = sharding.gather([] if batch is None else [_graph_sizes(unroll, meta, batch)])
-    query_bytes, step_bytes = (max(column) for column in zip(*sizes, strict=True))
-    limit = min(sharding.gather([memory_limit_bytes]))
-    # One more step's worth is needed while the last graph is differentiated.
-    fitting = max(0, min(unroll.num_steps, (limit - query_bytes) // max(1, step_bytes) - 1))
-    space = (
-        f"one step's graph keeps {_mib(step_bytes)}, so {fitting} of {unroll.num_steps} fit into the limit "
-        f"of {_mib(limit)}"
-    )
+    what = f"timed on {short.num_steps} inner steps: {measured.in_words()}; {space}"
     flat = {name: value for name, value in measured.seconds.items() if name in EXACT_AND_FLAT}
-    kind = min(flat, key=lambda name: flat[name]) if flat else "rematerialized"
-    choice = EstimatorChoice(kind, fitting)
-    return choice, f"{kind}, keeping the graph of the last {fitting} inner steps ({what}; {space})"
+    if not flat:
+        # The graph alone is possible, and not all steps need fit: nothing would sweep over the others.
+        raise CapabilityError(f"neither exact way over single steps is possible ({what})")
+    kind = min(flat, key=lambda name: flat[name])
+    if measured.name != GRAPH:
+        return EstimatorChoice(kind, 0), f"{kind} ({what})"
+    return (
+        EstimatorChoice(kind, fitting),
+        f"{kind}, keeping the graph of the last {fitting} inner steps ({what})",
+    )
+
+
+def _fitting(sizes: Sequence[tuple[int, int] | None], limit: int, num_steps: int) -> tuple[int, str]:
+    """How many steps' graphs fit into the limit on every rank, and that in words."""
+    known = [size for size in sizes if size is not None]
+    if len(known) < len(sizes):
+        return 0, "the graph of a step cannot be built"
+    query_bytes, step_bytes = (max(column) for column in zip(*known, strict=True))
+    # One more step's worth is needed while the last graph is differentiated.
+    fitting = max(0, min(num_steps, (limit - query_bytes) // max(1, step_bytes) - 1))
+    words = f"one step's graph keeps {_mib(step_bytes)}, so {fitting} of {num_steps} fit into the limit"
+    return fitting, f"{words} of {_mib(limit)}"
 
 
 def shortened(unroll: Unroll, num_steps: int) -> Unroll:
@@ -170,11 +183,14 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _graph_sizes(unroll: Unroll, meta: Tensors, batch: TaskBatch) -> tuple[int, int]:
+def _graph_sizes(unroll: Unroll, meta: Tensors, batch: TaskBatch) -> tuple[int, int] | None:
     """Bytes that the graph of the query pass keeps, and that of one inner step, with the query pass before it
-    where the meta-loss has a term there."""
+    where the meta-loss has a term there; None where there is no such graph, or no memory for one."""
     ends = (dataclasses.replace(unroll, step_weights=unroll.step_weights[-1 - count :]) for count in (0, 1))
-    sizes = [graph_bytes(end, meta, batch) for end in ends]
+    try:
+        sizes = [graph_bytes(end, meta, batch) for end in ends]
+    except RuntimeError:  # what cannot be built is not timed either, and told
+        return None
     return sizes[0], max(0, sizes[1] - sizes[0])
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,9 +56,13 @@ class Unroll:
 
         `fast` must require gradients; with `create_graph` the result is differentiable again.
         """
-        derivative: Derivative = "reverse" if create_graph else "once"
-        grads = self.scaled_support_gradient(meta, fast, batch, step, derivative=derivative)
-        return unscaled(grads, self.scales.loss)
+        if not create_graph:
+            grads = self.scaled_support_gradient(meta, fast, batch, step, derivative="once")
+            return unscaled(grads, self.scales.loss)
+        scale = self.scales.loss
+        meta, fast = entered(meta, scale), entered(fast, scale)
+        grads = self.scaled_support_gradient(meta, fast, batch, step, derivative="reverse")
+        return left(grads, scale)
 
     def scaled_support_gradient(
         self, meta: Tensors, fast: Tensors, batch: TaskBatch, step: int, *, derivative: Derivative
@@ -75,6 +80,49 @@ class Unroll:
         """(phi_{k+1}, s_{k+1}) from (phi_k, s_k)."""
         grads = self.support_gradient(meta, fast, batch, step, create_graph=create_graph)
         return self.rule.update(fast, state, grads, self.rates.at(meta, fast, step))
+
+
+def entered(tensors: Tensors, scale: float) -> dict[str, Tensor]:
+    """The tensors as a scaled gradient is to see them: what comes back for them is divided by the scale, in
+    their own precision. With `left`, the derivatives of the gradient are right and its graph stays scaled:
+    an adjoint that were divided on the way in would vanish in half precision."""
+    if scale == 1.0:
+        return dict(tensors)
+    return {
+        name: _Entered.apply(value, scale)  # type: ignore[no-untyped-call]
+        for name, value in tensors.items()
+    }
+
+
+def left(tensors: Tensors, scale: float) -> dict[str, Tensor]:
+    """Scaled gradients divided by the scale, through which adjoints pass as they are: see `entered`."""
+    if scale == 1.0:
+        return dict(tensors)
+    return {
+        name: _Left.apply(value, scale)  # type: ignore[no-untyped-call]
+        for name, value in tensors.items()
+    }
+
+
+class _Entered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient / ctx.scale, None
+
+
+class _Left(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, scale: float) -> Tensor:
+        return value / scale
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
 
 
 def unscaled(tensors: Tensors, scale: float) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from metaloom.engine.capabilities import Kind, refusals, step_weights_refusal
 from metaloom.recipe.credentials import has_credentials
 from metaloom.recipe.schema import (
+    AdamWRule,
     Conv4Model,
     FiniteDifferenceHypergradient,
     FullFast,
@@ -255,6 +256,18 @@ def implicit_has_no_scales(recipe: Recipe) -> Broken:
         )
 
 
+def implicit_needs_a_minimum(recipe: Recipe) -> Broken:
+    rule = recipe.adaptation.rule
+    is_implicit = recipe.algorithm.hypergradient.kind == "implicit"
+    if is_implicit and isinstance(rule, AdamWRule) and rule.weight_decay != 0.0:
+        yield (
+            "adaptation.rule.weight_decay",
+            f"{rule.weight_decay}; is decoupled under adamw, so no term of what is minimised, and "
+            "algorithm.hypergradient = implicit takes the end of adaptation for a minimum; set it to 0, or "
+            "take adam",
+        )
+
+
 def truncation_is_within_adaptation(recipe: Recipe) -> Broken:
     estimator = recipe.algorithm.hypergradient
     if isinstance(estimator, TruncatedHypergradient) and estimator.num_steps > recipe.adaptation.num_steps:
@@ -415,6 +428,7 @@ RULES: tuple[Callable[[Recipe], Broken], ...] = (
     the_estimator_takes_the_step_weights,
     finite_differences_need_digits,
     implicit_has_no_scales,
+    implicit_needs_a_minimum,
     truncation_is_within_adaptation,
     snapshots_have_a_use,
     vmap_recomputes_nothing,

@@ -213,3 +213,19 @@ def test_outside_float16_scales_are_one_and_stay_so(compute: ComputeFormat) -> N
         scaler.update(is_finite=is_finite)
     scaler.load({})
     assert (scaler.scales, scaler.scalars(), scaler.can_shrink) == (Scales(), {}, False)
+
+
+@pytest.mark.parametrize("estimator", ["unrolled", "rematerialized", "mixed_mode"])
+def test_small_adjoints_keep_their_digits_whatever_the_loss_scale(estimator: str) -> None:
+    """An adjoint divided by the loss scale on its way into the half-precision graph would vanish there."""
+    problem = problem_of("full", "float16")
+    weights = (*(0.0,) * problem.unroll.num_steps, 1e-6)
+    unroll = dataclasses.replace(
+        problem.unroll, step_weights=weights, scales=Scales(loss=2.0**12, tangent=2.0**10)
+    )
+    small = dataclasses.replace(problem, unroll=unroll)
+    double = in_float64(small, "full")
+    double = dataclasses.replace(double, unroll=dataclasses.replace(double.unroll, step_weights=weights))
+    exact = hypergradient(double, HYPERGRADIENTS["unrolled"]())
+    # With the adjoint of 1e-6 * 2^10 divided by 2^12, three quarters of the second order were lost.
+    assert distance(hypergradient(small, HYPERGRADIENTS[estimator]()), exact) < 0.04

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from metaloom.engine import kernels
-from metaloom.engine.kernels.linear import PRODUCT_FLOPS
+from metaloom.engine.kernels.linear import product_flops
 from metaloom.engine.kernels.low_rank import low_rank_update
 from metaloom.engine.recomputation import recomputed
 from metaloom.errors import CapabilityError
@@ -494,6 +494,6 @@ def test_a_linear_layer_takes_expanded_and_transposed_gradients() -> None:
 
 
 def test_the_operations_of_a_large_product_are_counted() -> None:
-    with FlopCounterMode(display=False, custom_mapping=PRODUCT_FLOPS) as counter:
+    with FlopCounterMode(display=False, custom_mapping=product_flops()) as counter:
         kernels.linear(big(128, 64, seed=1), big(96, 64, seed=2))
     assert counter.get_total_flops() == 2 * 128 * 64 * 96

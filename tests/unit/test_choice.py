@@ -264,7 +264,10 @@ def test_a_limit_between_keeps_as_many_graphs_as_fit(timed: Timed) -> None:
             timed(GRAPH_IS_FASTER)
             choice_made, why = chosen(limit)
             assert choice_made == EstimatorChoice("rematerialized", expected)
-            assert f"keeping the graph of the last {expected} inner steps" in why
+            assert f"so {expected} of 4 fit into the limit" in why
+            # Where none fits, none is timed either.
+            assert (f"keeping the graph of the last {expected} inner steps" in why) == (expected > 0)
+            assert (GRAPH in why) == (expected > 0)
 
 
 def _end_bytes(one: Problem, num_steps: int) -> int:
@@ -289,7 +292,7 @@ def test_graphs_that_are_kept_fit_the_limit_where_every_step_has_a_query_loss(ti
     assert _end_bytes(one, made.num_graph_steps + 1) <= limit
 
 
-def test_where_a_graph_cannot_be_built_its_size_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_a_graph_cannot_be_built_none_is_kept_and_that_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def measure(way: Any, device: torch.device) -> float:
         (estimator,) = way.args
         if type(estimator) is not choice.EXACT_AND_FLAT["mixed_mode"]:
@@ -300,8 +303,23 @@ def test_where_a_graph_cannot_be_built_its_size_is_not_asked_for(monkeypatch: py
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(choice, "_timed", measure)
-    monkeypatch.setattr(choice, "_graph_sizes", broken)
-    assert chosen(10**9)[0] == EstimatorChoice("mixed_mode", 0)
+    monkeypatch.setattr(choice, "graph_bytes", broken)
+    choice_made, why = chosen(10**9)
+    assert choice_made == EstimatorChoice("mixed_mode", 0)
+    assert "the graph of a step cannot be built" in why
+    assert "rematerialized not possible (out of memory)" in why
+
+
+def test_where_neither_flat_way_is_possible_nothing_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(way: Any, device: torch.device) -> float:
+        (estimator,) = way.args
+        if estimator.num_graph_steps == 0:
+            raise NotImplementedError("no rule")
+        return 1.0
+
+    monkeypatch.setattr(choice, "_timed", measure)
+    with pytest.raises(CapabilityError, match=r"neither exact way over single steps is possible .*no rule"):
+        chosen(10**15)
 
 
 def test_where_a_flat_estimator_is_fastest_no_graph_is_kept(timed: Timed) -> None:
@@ -334,10 +352,10 @@ def test_ranks_with_other_times_sizes_and_limits_choose_alike(timed: Timed) -> N
         timed(seconds[rank])
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(choice, "_graph_sizes", lambda *args, at=rank: sizes[at])
-            sharding = OneOfSeveral([[(seconds[other], {})], [sizes[other]], [limits[other]]])
+            sharding = OneOfSeveral([[sizes[other]], [limits[other]], [(seconds[other], {})]])
             made.append(chosen(limits[rank], sharding)[0])
     # A rank without tasks.
-    sharding = OneOfSeveral([[(each, {}) for each in seconds], sizes, limits])
+    sharding = OneOfSeveral([sizes, limits, [(each, {}) for each in seconds]])
     made.append(chosen(10**9, sharding, has_tasks=False)[0])
     # 4 + 4.5 seconds: rematerialized 4, mixed_mode 4.5; the larger sizes and the smaller limit: 2 steps fit.
     assert made == [EstimatorChoice("rematerialized", 2)] * 3

@@ -648,6 +648,14 @@ outer:
         ),
         (
             GLYPHS,
+            [
+                "algorithm.hypergradient=implicit",
+                "adaptation.rule={kind: adamw, lr: 0.1, proximal: 1}",
+            ],
+            "adaptation.rule.weight_decay: 0.01; is decoupled under adamw, so no term of what is minimised",
+        ),
+        (
+            GLYPHS,
             ["tracking.uri=https://user:word@host"],
             "tracking.uri: holds a user name, password or token (not shown), and a recipe is stored with "
             "each run; remove it, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",

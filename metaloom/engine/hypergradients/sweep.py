@@ -76,16 +76,23 @@ class AdjointSweep(Hypergradient):
             (v, w) at (phi_k, s_k), and the step's share of dtheta, of what the step depends on alone.
         """
 
+    def num_passed_over(self, unroll: Unroll) -> int:
+        """How many of the first inner steps have no part in the sweep, and need not be kept."""
+        return 0
+
     def estimate(self, unroll: Unroll, meta: Tensors, batch: TaskBatch) -> MetaGradient:
         theta = leaves(meta)
         top = max(0, unroll.num_steps - self.num_graph_steps)
+        first = self.num_passed_over(unroll)
+        start = first_snapshot(unroll, meta, batch.num_tasks)
+        for step in range(first):
+            start = advance(unroll, meta, batch, start, step)
         states = self.snapshots.backwards(
-            first_snapshot(unroll, meta, batch.num_tasks),
-            top,
-            lambda at, step: advance(unroll, meta, batch, at, step),
+            start, top - first, lambda at, step: advance(unroll, meta, batch, at, first + step)
         )
+        del start
         losses, metrics, adjoint, d_theta = self._top(unroll, theta, batch, next(states), top)
-        for step in range(top - 1, -1, -1):
+        for step in range(top - 1, first - 1, -1):
             at = next(states)
             adjoint, share = self.pull_back(unroll, theta, batch, step, at, adjoint)
             add_(d_theta, share)

@@ -39,6 +39,11 @@ class Truncated(AdjointSweep):
                 "differentiated: keep no more graphs than steps are differentiated."
             )
 
+    def num_passed_over(self, unroll: Unroll) -> int:
+        count = max(0, unroll.num_steps - self.num_steps)
+        # A query loss at an earlier step is differentiated there.
+        return 0 if any(unroll.step_weights[:count]) else count
+
     def pull_back(
         self, unroll: Unroll, theta: Tensors, batch: TaskBatch, step: int, at: Snapshot, adjoint: Adjoint
     ) -> tuple[Adjoint, dict[str, Tensor]]:

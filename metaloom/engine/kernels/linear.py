@@ -23,8 +23,10 @@ def _product_flops(a: Sequence[int], b: Sequence[int], *rest: Any, out_shape: An
     return 2 * a[0] * a[1] * b[0]
 
 
-# For torch.utils.flop_counter.FlopCounterMode.
-PRODUCT_FLOPS = {torch.ops.mkldnn._linear_pointwise: _product_flops}
+def product_flops() -> dict[Any, Any]:
+    """For counters of floating-point operations: torch's own do not know of this product."""
+    return {_onednns_product(): _product_flops} if _has_onednn() else {}
+
 
 # Below so many multiplications a product takes less time than what surrounds it.
 SMALLEST_PRODUCT = 2**18
@@ -78,8 +80,12 @@ class _Product(torch.autograd.Function):
 
 
 def _multiplied(a: Tensor, b: Tensor) -> Tensor:
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(_dense(a), _dense(b), None, "none", [], "")
+    product: Tensor = _onednns_product()(_dense(a), _dense(b), None, "none", [], "")
     return product
+
+
+def _onednns_product() -> Any:
+    return torch.ops.mkldnn._linear_pointwise
 
 
 def _dense(matrix: Tensor) -> Tensor:
