@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -17,6 +18,9 @@ def one_intra_op_thread() -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell starts jobs in the background with Ctrl-C ignored, and what they start would inherit that.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # Torch scripts its forward-mode rules when the first dual number is made, and warns of itself.
     config.addinivalue_line("filterwarnings", r"ignore:.torch\.jit\.script. is:DeprecationWarning:torch\.jit")
 
