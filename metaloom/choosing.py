@@ -15,7 +15,6 @@ from metaloom.build import (
     Choices,
     Tasks,
     build_adapter,
-    build_snapshots,
     build_unroll,
     initial_meta,
     task_batch,
@@ -32,12 +31,6 @@ FREE_SHARE = 0.5
 TIMED_STEPS = 2
 
 
-def needs_choices(recipe: Recipe) -> bool:
-    """Whether a recipe leaves anything to be chosen."""
-    fast, estimator = recipe.adaptation.fast, recipe.algorithm.hypergradient
-    return isinstance(estimator, AutoHypergradient) or (isinstance(fast, FullFast) and fast.tasks == "auto")
-
-
 def choose(job: Job, model: nn.Module, source: EpisodeSource) -> Choices:
     """Measures what the recipe leaves open on the first outer step's tasks, and tells what was chosen.
 
@@ -46,7 +39,8 @@ def choose(job: Job, model: nn.Module, source: EpisodeSource) -> Choices:
     Args:
         source: training episodes.
     """
-    batch = _first_batch(job, source)
+    # Tasks are drawn only where there is something to measure on them.
+    batch = _first_batch(job, source) if _is_open(job.recipe) else None
     choices = Choices(tasks=_tasks(job, model, batch))
     estimator = job.recipe.algorithm.hypergradient
     if not isinstance(estimator, AutoHypergradient):
@@ -57,12 +51,17 @@ def choose(job: Job, model: nn.Module, source: EpisodeSource) -> Choices:
         unroll,
         initial_meta(job.recipe, unroll),
         batch,
-        snapshots=build_snapshots(job.recipe, job.place.device),
         memory_limit_bytes=limit,
         sharding=job.sharding,
     )
     job.console.note(f"hypergradient: {why}")
     return Choices(choices.tasks, chosen)
+
+
+def _is_open(recipe: Recipe) -> bool:
+    """Whether a recipe leaves anything to be chosen."""
+    fast, estimator = recipe.adaptation.fast, recipe.algorithm.hypergradient
+    return isinstance(estimator, AutoHypergradient) or (isinstance(fast, FullFast) and fast.tasks == "auto")
 
 
 def _tasks(job: Job, model: nn.Module, batch: TaskBatch | None) -> Tasks:

@@ -86,7 +86,6 @@ def _estimator(
             unroll,
             meta,
             batch,
-            snapshots=KeepAll(),
             memory_limit_bytes=AUTO_LIMIT_BYTES,
             sharding=Replicated(),
         )

@@ -108,7 +108,6 @@ def choose_estimator(
     meta: Tensors,
     batch: TaskBatch | None,
     *,
-    snapshots: SnapshotPlan,
     memory_limit_bytes: int,
     sharding: Replicated,
 ) -> tuple[EstimatorChoice, str]:

@@ -239,7 +239,6 @@ def chosen(
         one.unroll,
         one.meta,
         one.batch if has_tasks else None,
-        snapshots=KeepAll(),
         memory_limit_bytes=limit,
         sharding=sharding or Replicated(),
     )
@@ -284,7 +283,6 @@ def test_graphs_that_are_kept_fit_the_limit_where_every_step_has_a_query_loss(ti
         one.unroll,
         one.meta,
         one.batch,
-        snapshots=KeepAll(),
         memory_limit_bytes=limit,
         sharding=Replicated(),
     )
