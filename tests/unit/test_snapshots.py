@@ -106,10 +106,24 @@ def test_keep_all_computes_every_step_once() -> None:
         assert visit.computed == Counter(range(num_steps))
 
 
-def test_keep_all_lets_go_of_each_state_that_it_has_given_out() -> None:
+def test_keep_all_copies_each_state_and_lets_go_of_the_one_that_the_step_made() -> None:
     visit = Visit(KeepAll(), 5)
-    assert visit.alive_at_each == [6, 5, 4, 3, 2, 1]
-    assert visit.alive_after_each == [5, 4, 3, 2, 1, 0]
+    assert set(visit.alive_at_each) == {1}  # the first, which nobody computed
+    assert visit.most_alive_within <= 2
+
+
+def test_keep_all_keeps_each_tensor_of_all_states_in_one_block() -> None:
+    def advance(at: Snapshot, step: int) -> Snapshot:
+        return Snapshot({"w": at.fast["w"] + 1}, {"momentum": at.state["momentum"] * 2})
+
+    start = Snapshot({"w": torch.zeros(2, 3)}, {"momentum": torch.ones(2, dtype=torch.float64)})
+    states = list(KeepAll().backwards(start, 4, advance))
+    assert states.pop() is start
+    for name, of in (("w", [at.fast["w"] for at in states]), ("m", [at.state["momentum"] for at in states])):
+        assert len({value.untyped_storage().data_ptr() for value in of}) == 1, name
+    assert [float(at.fast["w"][1, 2]) for at in states] == [4, 3, 2, 1]
+    assert [float(at.state["momentum"][1]) for at in states] == [16, 8, 4, 2]
+    assert states[0].state["momentum"].dtype == torch.float64
 
 
 @pytest.mark.parametrize("num_slots", range(1, 5))
