@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 
 from metaloom.datasets import Index
+from metaloom.engine.sharding.base import Sharding
 from metaloom.engine.sharding.replicated import Replicated
 from metaloom.recipe import MLflowTracking, Recipe, flatten_recipe, recipe_digest
 from metaloom.run_folder import RunFolder
@@ -55,7 +56,7 @@ class Job:
     recipe: Recipe
     place: Place
     index: Index
-    sharding: Replicated
+    sharding: Sharding
     console: Console
     tracker: RunTracker
 

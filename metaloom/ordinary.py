@@ -49,7 +49,8 @@ def train_ordinary(
         shown_name: names the progress bar.
     """
     store = CheckpointStore(job.place.folder.checkpoints(phase_name), keep_last=1)
-    outer = OuterOptimizer({name: value.detach() for name, value in model.named_parameters()}, settings)
+    weights = {name: value.detach() for name, value in model.named_parameters()}
+    outer = OuterOptimizer(weights, settings, job.sharding)
     made_by = dataclasses.asdict(settings) | {"batch_size": batch_size}
     if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
         # Batch statistics are those of a rank's share: with other shares it is another training.

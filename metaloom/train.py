@@ -65,7 +65,8 @@ def train(recipe: Recipe, place: Place) -> None:
         if recipe.pretrain is not None:
             is_resumed = newest is not None
             load_weights(model, _pretrained(job, recipe.pretrain, model, must_be_done=is_resumed))
-        outer = OuterOptimizer(initial_meta(recipe, algorithm.unroll), outer_settings(recipe))
+        meta = initial_meta(recipe, algorithm.unroll)
+        outer = OuterOptimizer(meta, outer_settings(recipe), job.sharding)
         state = State(outer, LossScaler(Precision(recipe.precision.compute)), Progress(), choices)
         if newest is not None:
             require_same_tensors(outer.meta, newest.under("meta/"), source=store.root)

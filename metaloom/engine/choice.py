@@ -22,7 +22,7 @@ from metaloom.engine.hypergradients.mixed_mode import MixedMode
 from metaloom.engine.hypergradients.rematerialized import Rematerialized
 from metaloom.engine.hypergradients.sweep import AdjointSweep
 from metaloom.engine.learner import TaskBatch
-from metaloom.engine.sharding.replicated import Replicated
+from metaloom.engine.sharding.base import Sharding
 from metaloom.engine.snapshots import KeepAll, SnapshotPlan
 from metaloom.engine.unroll import Unroll, first_snapshot, leaves
 from metaloom.errors import CapabilityError
@@ -68,7 +68,7 @@ class EstimatorChoice:
 
 
 def fastest(
-    ways: Mapping[str, Callable[[], object]], device: torch.device, sharding: Replicated, *, has_tasks: bool
+    ways: Mapping[str, Callable[[], object]], device: torch.device, sharding: Sharding, *, has_tasks: bool
 ) -> Measured:
     """Times each way on every rank that has tasks, and takes the one that is fastest on all together.
 
@@ -109,7 +109,7 @@ def choose_estimator(
     batch: TaskBatch | None,
     *,
     memory_limit_bytes: int,
-    sharding: Replicated,
+    sharding: Sharding,
 ) -> tuple[EstimatorChoice, str]:
     """The exact estimator that is fastest here, and why in words.
 

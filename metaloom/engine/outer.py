@@ -12,6 +12,7 @@ from torch import Tensor
 
 from metaloom.engine.inner_loops.rates import RATES
 from metaloom.engine.losses import LOSS
+from metaloom.engine.sharding.base import Sharding
 from metaloom.errors import MetaloomError
 
 MAX_SKIPPED_IN_A_ROW = 10
@@ -51,10 +52,15 @@ class OuterOptimizer:
     """Holds the meta-parameters, and the optimizer, schedule and moving average that follow them.
 
     All state is a function of the gradients given, so equal gradients keep ranks equal.
+
+    Args:
+        meta: what this rank holds of the meta-parameters, by name.
+        sharding: how they lie on the ranks.
     """
 
-    def __init__(self, meta: Mapping[str, Tensor], settings: OuterSettings) -> None:
+    def __init__(self, meta: Mapping[str, Tensor], settings: OuterSettings, sharding: Sharding) -> None:
         self.settings = settings
+        self._sharding = sharding
         self.meta = {name: value.detach().clone() for name, value in meta.items()}
         self.step = 0
         self._skipped_in_a_row = 0
@@ -63,6 +69,7 @@ class OuterOptimizer:
 
     def update(self, gradient: Mapping[str, Tensor], *, is_expected: bool = False) -> dict[str, float]:
         """One outer step, or none where the gradient is not finite. Returns what to log.
+        Every rank must call.
 
         Args:
             is_expected: whether a gradient that is not finite is one of those that half precision brings.
@@ -70,13 +77,11 @@ class OuterOptimizer:
         Raises:
             MetaloomError: the gradient was not finite ten times in a row, and unexpectedly.
         """
-        # The gradient is the same on every rank, bit for bit, so every rank decides alike.
-        norm = torch.linalg.vector_norm(
-            torch.stack([torch.linalg.vector_norm(value) for value in gradient.values()])
-        )
+        # The same on every rank, so every rank decides alike.
+        norm = self._sharding.norm(gradient)
         factor = self.lr_factor(self.step)
         self.step += 1
-        metrics = {"gradient_norm": float(norm), "outer_lr": factor * self.settings.lr}
+        metrics = {"gradient_norm": norm, "outer_lr": factor * self.settings.lr}
         if not math.isfinite(metrics["gradient_norm"]):
             self._skipped_in_a_row += not is_expected
             if self._skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:

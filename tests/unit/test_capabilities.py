@@ -213,7 +213,7 @@ def test_an_outer_step_logs_the_estimators_own_metrics(estimator: str) -> None:
     problem = problem_of("init")
     chosen = HYPERGRADIENTS[estimator]()
     combiner = Mean(problem.meta, Replicated(), metric_names=chosen.metric_names)
-    outer = OuterOptimizer(problem.meta, SETTINGS)
+    outer = OuterOptimizer(problem.meta, SETTINGS, Replicated())
     tasks, scaler = StepTasks(problem.batch, 2, 1), LossScaler(Precision("float64"))
     metrics = outer_step(tasks, Maml(problem.unroll, chosen), combiner, outer, scaler)
     assert metrics.keys() >= {"meta_loss", *chosen.metric_names}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from metaloom.engine.outer import MAX_SKIPPED_IN_A_ROW, OuterOptimizer, OuterSettings
+from metaloom.engine.sharding.replicated import Replicated
 from metaloom.errors import MetaloomError
 
 PLAIN = OuterSettings(
@@ -55,7 +56,7 @@ def assert_close(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -
 
 
 def test_adam_equals_torchs_adamw_with_the_schedule_written_out() -> None:
-    outer = OuterOptimizer(noise(0), settings(warmup_steps=3, decay="cosine"))
+    outer = OuterOptimizer(noise(0), settings(warmup_steps=3, decay="cosine"), Replicated())
     parameters = {name: value.clone().requires_grad_() for name, value in noise(0).items()}
     # Vectors and the logarithms of rates do not decay.
     decays = {"init.weight": 0.3, "init.bias": 0.0, "backbone.w": 0.3, "rates.table": 0.0}
@@ -81,7 +82,7 @@ def test_adam_equals_torchs_adamw_with_the_schedule_written_out() -> None:
 
 
 def test_sgd_equals_torchs_sgd_with_momentum() -> None:
-    outer = OuterOptimizer(noise(0), settings(optimizer="sgd", weight_decay=0.0))
+    outer = OuterOptimizer(noise(0), settings(optimizer="sgd", weight_decay=0.0), Replicated())
     parameters = {name: value.clone().requires_grad_() for name, value in noise(0).items()}
     optimizer = torch.optim.SGD(
         [{"params": [value], "lr": 0.1 if "rates" in name else 0.02} for name, value in parameters.items()],
@@ -98,13 +99,13 @@ def test_sgd_equals_torchs_sgd_with_momentum() -> None:
 
 @pytest.mark.parametrize("warmup", [0, 1, 4])
 def test_warm_up_rises_linearly_and_never_starts_at_zero(warmup: int) -> None:
-    outer = OuterOptimizer(noise(0), settings(warmup_steps=warmup))
+    outer = OuterOptimizer(noise(0), settings(warmup_steps=warmup), Replicated())
     factors = [outer.lr_factor(step) for step in range(warmup + 3)]
     assert factors == pytest.approx([*((k + 1) / (warmup + 1) for k in range(warmup)), 1.0, 1.0, 1.0])
 
 
 def test_the_cosine_ends_at_the_final_ratio_and_stays_there() -> None:
-    outer = OuterOptimizer(noise(0), settings(decay="cosine", warmup_steps=2, num_steps=10))
+    outer = OuterOptimizer(noise(0), settings(decay="cosine", warmup_steps=2, num_steps=10), Replicated())
     assert outer.lr_factor(2) == 1.0
     assert outer.lr_factor(6) == pytest.approx(0.55)
     assert outer.lr_factor(10) == pytest.approx(0.1)
@@ -112,14 +113,14 @@ def test_the_cosine_ends_at_the_final_ratio_and_stays_there() -> None:
 
 
 def test_a_warm_up_as_long_as_the_training_leaves_a_finite_rate() -> None:
-    outer = OuterOptimizer(noise(0), settings(decay="cosine", warmup_steps=12))
+    outer = OuterOptimizer(noise(0), settings(decay="cosine", warmup_steps=12), Replicated())
     assert all(0.0 < outer.lr_factor(step) <= 1.0 for step in range(14))
 
 
 @pytest.mark.parametrize("scale", [100.0, 0.001])
 def test_clipping_scales_a_gradient_down_to_the_norm_and_never_up(scale: float) -> None:
     plain = settings(optimizer="sgd", betas=(0.0, 0.0), weight_decay=0.0, lr_rates=0.02)
-    outer = OuterOptimizer(noise(0), dataclasses.replace(plain, clip_norm=0.5))
+    outer = OuterOptimizer(noise(0), dataclasses.replace(plain, clip_norm=0.5), Replicated())
     gradient = noise(1, scale)
     norm = math.sqrt(sum(float(value.square().sum()) for value in gradient.values()))
     metrics = outer.update(gradient)
@@ -131,7 +132,7 @@ def test_clipping_scales_a_gradient_down_to_the_norm_and_never_up(scale: float) 
 
 
 def test_the_moving_average_follows_its_formula() -> None:
-    outer = OuterOptimizer(noise(0), settings(ema=0.4))
+    outer = OuterOptimizer(noise(0), settings(ema=0.4), Replicated())
     average = noise(0)
     for step in range(1, 9):
         outer.update(noise(step))
@@ -143,14 +144,14 @@ def test_the_moving_average_follows_its_formula() -> None:
 
 
 def test_without_an_average_the_meta_parameters_themselves_are_evaluated() -> None:
-    outer = OuterOptimizer(noise(0), PLAIN)
+    outer = OuterOptimizer(noise(0), PLAIN, Replicated())
     outer.update(noise(1))
     assert_equal(outer.evaluation_parameters(), outer.meta)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_gradient_that_is_not_finite_moves_nothing_but_the_schedule(bad: float) -> None:
-    outer = OuterOptimizer(noise(0), settings(ema=0.9, warmup_steps=5))
+    outer = OuterOptimizer(noise(0), settings(ema=0.9, warmup_steps=5), Replicated())
     outer.update(noise(1))
     before = {name: value.clone() for name, value in outer.tensors().items()}
     gradient = noise(2)
@@ -164,7 +165,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing_but_the_schedule(bad: float
 
 
 def test_ten_gradients_in_a_row_that_are_not_finite_end_the_run() -> None:
-    outer = OuterOptimizer(noise(0), PLAIN)
+    outer = OuterOptimizer(noise(0), PLAIN, Replicated())
     for _ in range(MAX_SKIPPED_IN_A_ROW - 1):
         outer.update(NAN)
     with pytest.raises(MetaloomError, match=r"outer step 10: the meta-gradient was not finite 10 times"):
@@ -172,7 +173,7 @@ def test_ten_gradients_in_a_row_that_are_not_finite_end_the_run() -> None:
 
 
 def test_a_finite_gradient_starts_the_count_of_skipped_steps_anew() -> None:
-    outer = OuterOptimizer(noise(0), PLAIN)
+    outer = OuterOptimizer(noise(0), PLAIN, Replicated())
     for _ in range(2):
         for _ in range(MAX_SKIPPED_IN_A_ROW - 1):
             outer.update(NAN)
@@ -191,10 +192,10 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("num_before", [0, 1, 5])
 def test_an_optimizer_loaded_from_anothers_state_continues_bit_for_bit(variant: str, num_before: int) -> None:
-    whole = OuterOptimizer(noise(0), VARIANTS[variant])
+    whole = OuterOptimizer(noise(0), VARIANTS[variant], Replicated())
     for step in range(num_before):
         whole.update(noise(step + 1))
-    resumed = OuterOptimizer(noise(99), VARIANTS[variant])
+    resumed = OuterOptimizer(noise(99), VARIANTS[variant], Replicated())
     resumed.load(whole.tensors(), whole.scalars())
     for step in range(num_before, num_before + 4):
         assert whole.update(noise(step + 1)) == resumed.update(noise(step + 1))
@@ -205,7 +206,7 @@ def test_an_optimizer_loaded_from_anothers_state_continues_bit_for_bit(variant: 
 
 def test_an_optimizer_shares_no_memory_with_what_it_was_given() -> None:
     meta = noise(0)
-    outer = OuterOptimizer(meta, settings(ema=0.9))
+    outer = OuterOptimizer(meta, settings(ema=0.9), Replicated())
     outer.update(noise(1))
     assert_equal(meta, noise(0))
     saved = {name: value.clone() for name, value in outer.tensors().items()}
@@ -216,10 +217,10 @@ def test_an_optimizer_shares_no_memory_with_what_it_was_given() -> None:
 
 
 def test_the_count_of_skipped_steps_is_part_of_the_state() -> None:
-    outer = OuterOptimizer(noise(0), PLAIN)
+    outer = OuterOptimizer(noise(0), PLAIN, Replicated())
     for _ in range(MAX_SKIPPED_IN_A_ROW - 1):
         outer.update(NAN)
-    resumed = OuterOptimizer(noise(0), PLAIN)
+    resumed = OuterOptimizer(noise(0), PLAIN, Replicated())
     resumed.load(outer.tensors(), outer.scalars())
     with pytest.raises(MetaloomError, match="10 times in a row"):
         resumed.update(NAN)

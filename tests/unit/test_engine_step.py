@@ -78,7 +78,7 @@ def assert_close(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -
 @pytest.mark.parametrize("micro_batch", [1, 3, 4])
 def test_an_outer_step_moves_theta_by_the_mean_hypergradient(micro_batch: int) -> None:
     algorithm = Maml(unroll(), HYPERGRADIENTS["rematerialized"]())
-    outer = OuterOptimizer(initial_meta(algorithm.unroll), SETTINGS)
+    outer = OuterOptimizer(initial_meta(algorithm.unroll), SETTINGS, Replicated())
     before = {name: value.clone() for name, value in outer.meta.items()}
     whole = algorithm.meta_gradient(before, batch())
     metrics = outer_step(
@@ -104,7 +104,7 @@ def test_an_outer_step_moves_theta_by_the_mean_hypergradient(micro_batch: int) -
 
 def test_repeated_outer_steps_lower_the_meta_loss() -> None:
     algorithm = Maml(unroll(), HYPERGRADIENTS["mixed_mode"]())
-    outer = OuterOptimizer(initial_meta(algorithm.unroll), SETTINGS)
+    outer = OuterOptimizer(initial_meta(algorithm.unroll), SETTINGS, Replicated())
     combiner = Mean(outer.meta, Replicated(), metric_names=algorithm.hypergradient.metric_names)
     tasks, scaler = StepTasks(batch(), T, 2), LossScaler(Precision("float64"))
     losses = [outer_step(tasks, algorithm, combiner, outer, scaler)["meta_loss"] for _ in range(20)]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metaloom.engine.hypergradients.base import MetaGradient, Tensors, add_
-from metaloom.engine.sharding.replicated import Replicated
+from metaloom.engine.sharding.base import Sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Mean:
             ranks without tasks take part in the sum.
     """
 
-    def __init__(self, like: Tensors, sharding: Replicated, *, metric_names: Sequence[str]) -> None:
+    def __init__(self, like: Tensors, sharding: Sharding, *, metric_names: Sequence[str]) -> None:
         self._like = like
         self._metric_names = ("meta_loss", *metric_names)
         self._sharding = sharding
@@ -53,10 +53,12 @@ class Mean:
         Starts the next outer step's sums.
         """
         device = next(iter(self._sum.values())).device
-        metrics = {f"metrics/{name}": value.to(device) for name, value in self._metrics.items()}
-        total = self._sharding.sum_over_ranks(self._sum | metrics)
+        metrics = self._sharding.sum_over_ranks(
+            {name: value.to(device) for name, value in self._metrics.items()}
+        )
+        gradient = self._sharding.sum_gradients(self._sum)
         self._reset()
         return Combined(
-            gradient={name: total[name] / num_global for name in self._sum},
-            metrics={name: float(total[f"metrics/{name}"]) / num_global for name in self._metric_names},
+            gradient={name: value / num_global for name, value in gradient.items()},
+            metrics={name: float(value) / num_global for name, value in metrics.items()},
         )

@@ -3,47 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-_Value = TypeVar("_Value")
+from metaloom.engine.sharding.base import Sharding
 
 
-class Replicated:
-    """Every rank holds all meta-parameters and its own share of the tasks.
+class Replicated(Sharding):
+    """Every rank holds all meta-parameters."""
 
-    Works without a process group too: one rank, no communication.
-    """
+    def sum_gradients(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self.sum_over_ranks(gradients)
 
-    def __init__(self) -> None:
-        self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
-
-    def sum_over_ranks(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The sum of each tensor over all ranks. Every rank must call, with the same names and shapes.
-
-        One all-reduce per dtype, over one flat buffer; the result is the same on every rank, bit for bit.
-        """
-        if self.world_size == 1:
-            return dict(tensors)
-        summed: dict[str, Tensor] = {}
-        for dtype in sorted({value.dtype for value in tensors.values()}, key=str):
-            names = [name for name, value in tensors.items() if value.dtype == dtype]
-            flat = torch.cat([tensors[name].reshape(-1) for name in names])
-            dist.all_reduce(flat)
-            pieces = torch.split(flat, [tensors[name].numel() for name in names])
-            summed |= {
-                name: piece.view(tensors[name].shape) for name, piece in zip(names, pieces, strict=True)
-            }
-        return {name: summed[name] for name in tensors}
-
-    def gather(self, values: list[_Value]) -> list[_Value]:
-        """All ranks' lists, joined in the order of ranks, on every rank. Every rank must call."""
-        if self.world_size == 1:
-            return values
-        parts: list[list[_Value]] = [[] for _ in range(self.world_size)]
-        dist.all_gather_object(parts, values)
-        return [value for part in parts for value in part]
+    def norm(self, gradients: Mapping[str, Tensor]) -> float:
+        # The same numbers on every rank, bit for bit: nothing to agree on.
+        return float(
+            torch.linalg.vector_norm(
+                torch.stack([torch.linalg.vector_norm(value) for value in gradients.values()])
+            )
+        )

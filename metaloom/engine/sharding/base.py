@@ -1,0 +1,70 @@
+"""How the meta-parameters lie on the ranks, and how ranks meet."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Value = TypeVar("Value")
+
+
+class Sharding(abc.ABC):
+    """A sharding backend.
+
+    Every rank has its own share of the tasks. What it holds of a meta-parameter is the backend's choice:
+    all of it, or a shard. Works without a process group too: one rank, no communication.
+    """
+
+    def __init__(self) -> None:
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+
+    @abc.abstractmethod
+    def sum_gradients(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Each meta-parameter's gradient, summed over the tasks of all ranks. Every rank must call.
+
+        Args:
+            gradients: by name of the meta-parameter, of what this rank holds of it.
+
+        Returns:
+            The same, of the same shapes; equal bit for bit on all ranks that hold the same.
+        """
+
+    @abc.abstractmethod
+    def norm(self, gradients: Mapping[str, Tensor]) -> float:
+        """The norm of the gradients of all meta-parameters, the same on every rank. Every rank must call.
+
+        Args:
+            gradients: what `sum_gradients` returned, or a multiple of it.
+        """
+
+    def sum_over_ranks(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The sum of each tensor over all ranks. Every rank must call, with the same names and shapes.
+
+        One all-reduce per dtype, over one flat buffer; the result is the same on every rank, bit for bit.
+        """
+        if self.world_size == 1:
+            return dict(tensors)
+        summed: dict[str, Tensor] = {}
+        for dtype in sorted({value.dtype for value in tensors.values()}, key=str):
+            names = [name for name, value in tensors.items() if value.dtype == dtype]
+            flat = torch.cat([tensors[name].reshape(-1) for name in names])
+            dist.all_reduce(flat)
+            pieces = torch.split(flat, [tensors[name].numel() for name in names])
+            summed |= {
+                name: piece.view(tensors[name].shape) for name, piece in zip(names, pieces, strict=True)
+            }
+        return {name: summed[name] for name in tensors}
+
+    def gather(self, values: list[Value]) -> list[Value]:
+        """All ranks' lists, joined in the order of ranks, on every rank. Every rank must call."""
+        if self.world_size == 1:
+            return values
+        parts: list[list[Value]] = [[] for _ in range(self.world_size)]
+        dist.all_gather_object(parts, values)
+        return [value for part in parts for value in part]
