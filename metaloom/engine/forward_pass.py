@@ -72,11 +72,24 @@ class Interception(TorchFunctionMode):
         self._is_entered = False
         self._site, self._num_draws = "", 0
 
+    @property
+    def position(self) -> tuple[str, int]:
+        """Where the pass is: the name of a region, and how many draws were made in it."""
+        return self._site, self._num_draws
+
+    @position.setter
+    def position(self, position: tuple[str, int]) -> None:
+        self._site, self._num_draws = position
+
     @contextlib.contextmanager
-    def region(self, name: str) -> Iterator[None]:
-        """Runs a part of the pass that may be computed again alone: its draws are counted from its start."""
-        before = self._site, self._num_draws
-        self._site, self._num_draws = name, 0
+    def region(self, name: str, num_draws: int = 0) -> Iterator[None]:
+        """Runs a part of the pass that may be computed again alone: its draws are counted from its start.
+
+        Args:
+            num_draws: those that were made in a region of that name before.
+        """
+        before = self.position
+        self.position = name, num_draws
         try:
             if self._is_entered:
                 yield
@@ -84,7 +97,7 @@ class Interception(TorchFunctionMode):
                 with self, self._pass.precision.autocast(self._pass.device):
                     yield
         finally:
-            self._site, self._num_draws = before
+            self.position = before
 
     def __enter__(self) -> Interception:
         self._is_entered = True

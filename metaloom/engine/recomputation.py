@@ -21,7 +21,7 @@ of the tensor itself, and that of torch 2.11 refuses dual numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from metaloom.engine.forward_pass import Derivative
 from metaloom.engine.kernels.order import last_derivative
+from metaloom.engine.kernels.wanted import wanted
 
 Compute = Callable[..., tuple[Tensor, ...]]
 
@@ -72,7 +73,7 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        needed = tuple(position for position, wanted in enumerate(ctx.needs_input_grad[1:]) if wanted)
+        needed = _positions(wanted(ctx))
         gradients = _RecomputedGradient.apply(  # type: ignore[no-untyped-call]
             ctx.compute, needed, len(d_outputs), *d_outputs, *ctx.saved_tensors
         )
@@ -99,22 +100,20 @@ class _RecomputedGradient(torch.autograd.Function):
     @staticmethod
     @last_derivative
     def backward(ctx: Any, *directions: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        d_outputs = tuple(
-            tensor.detach().requires_grad_() if tensor.is_floating_point() else tensor
-            for tensor in saved[: ctx.num_outputs]
-        )
-        inputs = _leaves(saved[ctx.num_outputs :], ctx.needed)
-        wanted = [inputs[position] for position in ctx.needed]
-        to_differentiate = [tensor for tensor in d_outputs if tensor.requires_grad] + wanted
+        saved, num_outputs = ctx.saved_tensors, ctx.num_outputs
+        by = _positions(wanted(ctx))  # what to differentiate by the second time
+        d_outputs = _leaves(saved[:num_outputs], [position for position in by if position < num_outputs])
+        by_inputs = [position - num_outputs for position in by if position >= num_outputs]
+        inputs = _leaves(saved[num_outputs:], {*ctx.needed, *by_inputs})
+        first = [inputs[position] for position in ctx.needed]
+        tensors = [*d_outputs, *inputs]
         with torch.enable_grad():
-            gradients = _gradients(ctx.compute(*inputs), wanted, d_outputs, create_graph=True)
-            results = iter(_gradients(gradients, to_differentiate, directions))
-        back = [next(results) if tensor.requires_grad else None for tensor in d_outputs]
-        spread: list[Tensor | None] = [None] * len(inputs)
-        for position, result in zip(ctx.needed, results, strict=True):
+            gradients = _gradients(ctx.compute(*inputs), first, d_outputs, create_graph=True)
+            results = _gradients(gradients, [tensors[position] for position in by], directions)
+        spread: list[Tensor | None] = [None] * len(saved)
+        for position, result in zip(by, results, strict=True):
             spread[position] = result
-        return (None, None, None, *back, *spread)
+        return (None, None, None, *spread)
 
 
 class _RecomputedDual(torch.autograd.Function):
@@ -148,7 +147,7 @@ class _RecomputedDual(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        needed = [position for position, wanted in enumerate(ctx.needs_input_grad[1:]) if wanted]
+        needed = _positions(wanted(ctx))
         spread: list[Tensor | None] = [None] * len(ctx.saved_tensors)
         with torch.enable_grad():
             inputs = _dual_leaves(ctx.saved_tensors, needed)
@@ -158,7 +157,7 @@ class _RecomputedDual(torch.autograd.Function):
         return (None, *spread)
 
 
-def _dual_leaves(tensors: Sequence[Tensor], needed: Sequence[int]) -> list[Tensor]:
+def _dual_leaves(tensors: Sequence[Tensor], needed: Collection[int]) -> list[Tensor]:
     """The same dual numbers without their graph."""
     tangents = [_unpacked(tensor)[1] for tensor in tensors]
     return [
@@ -175,7 +174,11 @@ def _unpacked(tensor: Tensor) -> tuple[Tensor, Tensor | None]:
     return primal, tangent
 
 
-def _leaves(tensors: Sequence[Tensor], needed: Sequence[int]) -> list[Tensor]:
+def _positions(flags: Sequence[bool]) -> tuple[int, ...]:
+    return tuple(position for position, flag in enumerate(flags) if flag)
+
+
+def _leaves(tensors: Sequence[Tensor], needed: Collection[int]) -> list[Tensor]:
     return [
         tensor.detach().requires_grad_(position in needed) if tensor.is_floating_point() else tensor
         for position, tensor in enumerate(tensors)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from metaloom.engine.adapters.base import BACKBONE, INIT, Adapter, broadcast_init
-from metaloom.engine.adapters.model import Readout, Structure, Tensors, run_model
+from metaloom.engine.adapters.model import Readout, Shards, Structure, Tensors, run_model
 from metaloom.engine.forward_pass import ForwardPass
 from metaloom.engine.kernels import low_rank_update
 from metaloom.errors import CapabilityError
@@ -36,6 +36,8 @@ class LoraAdapter(Adapter):
         generator: where the initial A (uniform, Kaiming with gain sqrt(5) as in the paper's code)
             comes from; B starts at zero.
         structure: where the backbone can be taken apart.
+        shards: the backbone's weights, where this rank holds shards of them; those of `model` are not read
+            then, and may be on the meta device.
 
     Raises:
         CapabilityError: a target matches no linear layer; names those that there are.
@@ -50,25 +52,27 @@ class LoraAdapter(Adapter):
         alpha: float,
         generator: torch.Generator,
         structure: Structure | None = None,
+        shards: Shards | None = None,
     ) -> None:
         self._model = model
+        self._shards = shards
         self._structure = structure or Structure()
         self._scale = alpha / rank
         self._targets = _matching_linear_layers(model, targets)
         self._initial: dict[str, Tensor] = {}
         for name, layer in self._targets.items():
+            weight = layer.weight if shards is None else shards.values[f"{name}.weight"]
             bound = 1.0 / math.sqrt(layer.in_features)
-            lora_a = torch.empty(rank, layer.in_features, dtype=layer.weight.dtype)
+            lora_a = torch.empty(rank, layer.in_features, dtype=weight.dtype)
             lora_a.uniform_(-bound, bound, generator=generator)
-            self._initial[f"{name}.lora_a"] = lora_a.to(layer.weight.device)
-            self._initial[f"{name}.lora_b"] = layer.weight.new_zeros(layer.out_features, rank)
+            self._initial[f"{name}.lora_a"] = lora_a.to(weight.device)
+            self._initial[f"{name}.lora_b"] = weight.new_zeros(layer.out_features, rank)
 
     def meta_parameters(self, *, init: bool, backbone: bool) -> dict[str, Tensor]:
         meta = {INIT + name: value.clone() for name, value in self._initial.items()} if init else {}
         if backbone:
-            meta |= {
-                BACKBONE + name: value.detach().clone() for name, value in self._model.named_parameters()
-            }
+            values = dict(self._model.named_parameters()) if self._shards is None else self._shards.values
+            meta |= {BACKBONE + name: value.detach().clone() for name, value in values.items()}
         return meta
 
     def init(self, meta: Mapping[str, Tensor], num_tasks: int) -> dict[str, Tensor]:
@@ -82,8 +86,12 @@ class LoraAdapter(Adapter):
         forward_pass: ForwardPass,
     ) -> Readout:
         num_tasks, num_examples = inputs.shape[:2]
-        backbone = {
-            name.removeprefix(BACKBONE): value for name, value in meta.items() if name.startswith(BACKBONE)
+        backbone = {} if self._shards is None else dict(self._shards.values)
+        backbone |= {
+            # A view is no leaf: see `kernels.wanted`.
+            name.removeprefix(BACKBONE): value.view_as(value)
+            for name, value in meta.items()
+            if name.startswith(BACKBONE)
         }
         features, head, tensors = run_model(
             self._model,
@@ -93,6 +101,7 @@ class LoraAdapter(Adapter):
             forward_pass,
             attachments=fast,
             attach=self._attached,
+            shards=self._shards,
         )
         return Readout(features.view(num_tasks, num_examples, *features.shape[1:]), head, tensors)
 

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,19 @@ from metaloom.errors import CapabilityError
 
 Tensors = Mapping[str, Tensor]
 Attach = Callable[[Tensors], AbstractContextManager[None]]
+
+
+class Shards(Protocol):
+    """Weights of which this rank has shards.
+
+    Attributes:
+        values: this rank's shards of the model's parameters, by name.
+    """
+
+    values: dict[str, Tensor]
+
+    def whole(self, shards: Tensors) -> dict[str, Tensor]:
+        """The whole weights by name, from this rank's shards of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +80,7 @@ def run_model(
     *,
     attachments: Tensors,
     attach: Attach,
+    shards: Shards | None = None,
 ) -> tuple[Tensor, Callable[..., Tensor] | None, tuple[Tensor, ...]]:
     """The model's output at substituted weights; where the head is held back its input, the head, and its
     weights.
@@ -74,43 +88,58 @@ def run_model(
     Each block runs as a function of its own inputs, weights and attachments, in a region of its own: so what
     it computes, draws included, does not depend on whether, or when, it is computed again.
 
+    Where the weights are shards, a block's are gathered inside its region, which is computed again whatever
+    `forward_pass.recompute_blocks` says: they are given back when it is done. So are those of every other
+    module that has any; what modules around these have themselves is gathered for the whole pass, and so is a
+    head that is held back.
+
     Args:
-        weights: the model's parameters by name; those that it lacks stay as they are.
+        weights: the model's parameters by name; those that it lacks stay as they are. With `shards` all of
+            them.
         inputs: the model's one argument.
         attachments: tensors that hooks add to layers, by `<module>.<tensor>`.
         attach: puts hooks for such tensors on the model while its context lasts.
+        shards: makes them whole, where `weights` are this rank's shards.
     """
     interception = Interception(forward_pass)
     modules = dict(model.named_modules())
     held_back = _HeldBack()
-    parts = [
-        *structure.blocks,
-        *([structure.head] if forward_pass.holds_back_head and structure.head else []),
-    ]
+    head_name = structure.head if forward_pass.holds_back_head else None
+    parts = [*structure.blocks, *([] if head_name is None else [head_name])]
     outside = {name: value for name, value in attachments.items() if not any(_is_in(name, p) for p in parts)}
     with contextlib.ExitStack() as stack:
         for position, name in enumerate(structure.blocks):
             inside = {key: value for key, value in attachments.items() if _is_in(key, name)}
-            block = _Block(modules[name], f"{position}", inside, attach, interception, forward_pass)
-            stack.enter_context(_replaced_forward(modules[name], block))
-        if forward_pass.holds_back_head and structure.head is not None:
-            stack.enter_context(
-                _replaced_forward(modules[structure.head], held_back.keep(modules[structure.head]))
+            block = _Block(
+                modules[name], name, f"{position}", inside, attach, interception, forward_pass, shards
             )
+            stack.enter_context(_replaced_forward(modules[name], block))
+        if shards is not None:
+            others, around = _outside_blocks(model, parts)
+            for name in others:
+                block = _Block(modules[name], name, None, {}, attach, interception, forward_pass, shards)
+                stack.enter_context(_replaced_forward(modules[name], block))
+            if around:
+                weights = {**weights, **shards.whole({name: weights[name] for name in around})}
+        if head_name is not None:
+            stack.enter_context(_replaced_forward(modules[head_name], held_back.keep(modules[head_name])))
         stack.enter_context(interception)
         stack.enter_context(forward_pass.precision.autocast(forward_pass.device))
         stack.enter_context(attach(outside))
         output: Tensor = functional_call(model, dict(weights), (inputs,), tie_weights=True)
-    if not forward_pass.holds_back_head or structure.head is None:
+    if head_name is None:
         return output, None, ()
     if held_back.features is None or output is not held_back.features:
         raise CapabilityError(
-            f"the model's output is not that of its head {structure.head!r} (something is computed after "
+            f"the model's output is not that of its head {head_name!r} (something is computed after "
             "it), so the head cannot be applied in chunks: set memory.head_chunk to null."
         )
-    layer = modules[structure.head]
-    attached = {key: value for key, value in attachments.items() if _is_in(key, structure.head)}
-    names = tuple(held_back.weights)
+    layer = modules[head_name]
+    attached = {key: value for key, value in attachments.items() if _is_in(key, head_name)}
+    head_weights = held_back.weights
+    if shards is not None:
+        head_weights = _whole(shards, head_name, head_weights)
+    names = tuple(head_weights)
 
     def head(features: Tensor, *tensors: Tensor) -> Tensor:
         substituted = dict(zip(names, tensors[: len(names)], strict=True))
@@ -119,7 +148,7 @@ def run_model(
             logits: Tensor = functional_call(layer, substituted, (features,))
             return logits
 
-    return output, head, (*held_back.weights.values(), *attached.values())
+    return output, head, (*head_weights.values(), *attached.values())
 
 
 class _HeldBack:
@@ -139,27 +168,35 @@ class _HeldBack:
 
 
 class _Block:
-    """In place of a block's `forward`: the same as a function of every tensor that it depends on."""
+    """In place of a block's `forward`: the same as a function of every tensor that it depends on.
+
+    Args:
+        site: what its draws are counted under, from 1; None: as a part of what is around it.
+    """
 
     def __init__(
         self,
         module: nn.Module,
         name: str,
+        site: str | None,
         attachments: Tensors,
         attach: Attach,
         interception: Interception,
         forward_pass: ForwardPass,
+        shards: Shards | None,
     ) -> None:
         self._original = _Original(module)
-        self._name, self._num_calls = name, 0
+        self._name, self._site, self._num_calls = name, site, 0
         self._attachments, self._attach = attachments, attach
-        self._interception, self._pass = interception, forward_pass
+        self._interception, self._pass, self._shards = interception, forward_pass, shards
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self._num_calls += 1
-        region = f"{self._name}#{self._num_calls}"
-        if not self._pass.recompute_blocks:
-            with self._interception.region(region), self._attach(self._attachments):
+        site, num_draws = self._interception.position
+        if self._site is not None:
+            site, num_draws = f"{self._site}#{self._num_calls}", 0
+        if not self._pass.recompute_blocks and self._shards is None:
+            with self._interception.region(site), self._attach(self._attachments):
                 return self._original(*args, **kwargs)
         values, layout = pytree.tree_flatten((args, kwargs))
         is_given = [isinstance(value, Tensor) for value in values]
@@ -167,6 +204,7 @@ class _Block:
         weights = dict(self._original.named_parameters())
         attachments = dict(self._attachments)
         layouts: list[Any] = []
+        positions: list[tuple[str, int]] = []
 
         def compute(*tensors: Tensor) -> tuple[Tensor, ...]:
             rest = iter(tensors)
@@ -175,9 +213,12 @@ class _Block:
             ]
             substituted = {name: next(rest) for name in weights}
             attached = {name: next(rest) for name in attachments}
+            if self._shards is not None:
+                substituted = _whole(self._shards, self._name, substituted, "module.")
             args, kwargs = pytree.tree_unflatten(filled, layout)
-            with self._interception.region(region), self._attach(attached):
+            with self._interception.region(site, num_draws), self._attach(attached):
                 result = functional_call(self._original, substituted, args, kwargs)
+                positions.append(self._interception.position)
             outputs, output_layout = pytree.tree_flatten(result)
             layouts.append(output_layout)
             return tuple(outputs)
@@ -185,6 +226,8 @@ class _Block:
         outputs = recomputed(
             compute, [*given, *weights.values(), *attachments.values()], derivative=self._pass.derivative
         )
+        if self._site is None:
+            self._interception.position = positions[0]
         return pytree.tree_unflatten(list(outputs), layouts[0])
 
 
@@ -206,6 +249,31 @@ def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterato
         yield
     finally:
         del module.__dict__["forward"]
+
+
+def _whole(shards: Shards, module: str, weights: Tensors, prefix: str = "") -> dict[str, Tensor]:
+    """The whole weights of a module from this rank's shards, by `<prefix><name in the module>`."""
+    full_names = {f"{module}.{name.removeprefix(prefix)}": name for name in weights}
+    whole = shards.whole({full: weights[name] for full, name in full_names.items()})
+    return {full_names[full]: value for full, value in whole.items()}
+
+
+def _outside_blocks(model: nn.Module, parts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The modules with weights of their own that hold no others, outside of `parts`; and the weights of those
+    that do hold others."""
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    owners = dict.fromkeys(
+        name.rpartition(".")[0] for name in names if not any(_is_in(name, part) for part in parts)
+    )
+    inner = [
+        owner
+        for owner in owners
+        if owner and not any(_is_in(other, owner) for other in (*owners, *parts) if other != owner)
+    ]
+    around = [
+        name for name, _ in model.named_parameters() if name.rpartition(".")[0] in set(owners) - set(inner)
+    ]
+    return inner, around
 
 
 def _is_in(name: str, module: str) -> bool:

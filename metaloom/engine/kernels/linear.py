@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from metaloom.engine.kernels.wanted import wanted
+
 
 def _product_flops(a: Sequence[int], b: Sequence[int], *rest: Any, out_shape: Any = None) -> int:
     """Operations of one product from its shapes, which torch's counters do not know of."""
@@ -62,9 +64,10 @@ class _Product(torch.autograd.Function):
         a, b = ctx.saved_tensors
         d_a: Tensor | None = None
         d_b: Tensor | None = None
-        if ctx.needs_input_grad[0]:
+        wants_a, wants_b = wanted(ctx)
+        if wants_a:
             d_a = _Product.apply(gradient, b.t())  # type: ignore[no-untyped-call]
-        if ctx.needs_input_grad[1]:
+        if wants_b:
             d_b = _Product.apply(gradient.t(), a.t())  # type: ignore[no-untyped-call]
         return d_a, d_b
 

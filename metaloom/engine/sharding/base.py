@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,12 @@ class Sharding(abc.ABC):
 
     Every rank has its own share of the tasks. What it holds of a meta-parameter is the backend's choice:
     all of it, or a shard. Works without a process group too: one rank, no communication.
+
+    Attributes:
+        is_lockstep: whether all ranks must run the same passes, since ranks meet within them.
     """
+
+    is_lockstep: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
@@ -48,18 +53,24 @@ class Sharding(abc.ABC):
 
         One all-reduce per dtype, over one flat buffer; the result is the same on every rank, bit for bit.
         """
-        if self.world_size == 1:
-            return dict(tensors)
-        summed: dict[str, Tensor] = {}
-        for dtype in sorted({value.dtype for value in tensors.values()}, key=str):
-            names = [name for name, value in tensors.items() if value.dtype == dtype]
-            flat = torch.cat([tensors[name].reshape(-1) for name in names])
-            dist.all_reduce(flat)
-            pieces = torch.split(flat, [tensors[name].numel() for name in names])
-            summed |= {
-                name: piece.view(tensors[name].shape) for name, piece in zip(names, pieces, strict=True)
-            }
-        return {name: summed[name] for name in tensors}
+        return dict(tensors) if self.world_size == 1 else sum_over(None, tensors)
+
+    def stored(self, name: str, value: Tensor) -> Tensor:
+        """A tensor as checkpoints hold it: whole, whatever this rank has of it.
+
+        Args:
+            name: of the meta-parameter that it is, or belongs to (its moving average, an optimizer's state).
+            value: what this rank holds.
+        """
+        return value
+
+    def room_for(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Room to read such a tensor from a checkpoint: as `stored` gives it, not filled.
+
+        Args:
+            shape: of the whole.
+        """
+        return torch.empty(shape, dtype=dtype)
 
     def gather(self, values: list[Value]) -> list[Value]:
         """All ranks' lists, joined in the order of ranks, on every rank. Every rank must call."""
@@ -68,3 +79,15 @@ class Sharding(abc.ABC):
         parts: list[list[Value]] = [[] for _ in range(self.world_size)]
         dist.all_gather_object(parts, values)
         return [value for part in parts for value in part]
+
+
+def sum_over(group: dist.ProcessGroup | None, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The sum of each tensor over the ranks of a group, None for all; every rank of it must call."""
+    summed: dict[str, Tensor] = {}
+    for dtype in sorted({value.dtype for value in tensors.values()}, key=str):
+        names = [name for name, value in tensors.items() if value.dtype == dtype]
+        flat = torch.cat([tensors[name].reshape(-1) for name in names])
+        dist.all_reduce(flat, group=group)
+        pieces = torch.split(flat, [tensors[name].numel() for name in names])
+        summed |= {name: piece.view(tensors[name].shape) for name, piece in zip(names, pieces, strict=True)}
+    return {name: summed[name] for name in tensors}
