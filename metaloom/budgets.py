@@ -8,17 +8,25 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
-from metaloom.build import Choices, build_adapter, build_algorithm, build_model, initial_meta, task_batch
+from metaloom.build import (
+    Choices,
+    build_adapter,
+    build_algorithm,
+    build_model,
+    initial_meta,
+    model_structure,
+    task_batch,
+)
 from metaloom.datasets import ClassSamples
 from metaloom.engine.kernels.linear import product_flops
-from metaloom.engine.losses import cross_entropy
-from metaloom.engine.unroll import leaves
+from metaloom.engine.ordinary import ordinary_gradient
+from metaloom.engine.precision import Precision
 from metaloom.job import Job
-from metaloom.recipe import GlyphsData, Precision, Recipe
+from metaloom.recipe import GlyphsData, Recipe
+from metaloom.recipe import Precision as PrecisionSection
 from metaloom.sources import episode_source, num_rehearsed, ordinary_samples
 
 
@@ -31,7 +39,7 @@ def ordinary_budget(job: Job, name: str, choices: Choices, *, num_outer_steps: i
         num_steps = num_tasks * _samples_per_task(recipe) / batch_size
     else:
         # Counts do not depend on the format, and the counter cannot follow dual numbers under autocast.
-        in_float32 = recipe.model_copy(update={"precision": Precision(compute="float32")})
+        in_float32 = recipe.model_copy(update={"precision": PrecisionSection(compute="float32")})
         job = dataclasses.replace(job, recipe=in_float32)
         num_steps = num_tasks * _flops_per_task(job, choices) / (_flops_per_sample(job) * batch_size)
     steps = max(1, math.ceil(num_steps))
@@ -51,7 +59,7 @@ def _flops_per_task(job: Job, choices: Choices) -> int:
     recipe, device = job.recipe, job.place.device
     num_inner = recipe.adaptation.num_steps
     source = episode_source(recipe, job.index, "train", seed=recipe.seed, num_steps=num_inner)
-    adapter = build_adapter(recipe, build_model(recipe, device), choices)
+    adapter = build_adapter(recipe, build_model(recipe, device, job.sharding), choices)
     algorithm = build_algorithm(recipe, adapter, choices, device)
     meta = initial_meta(recipe, algorithm.unroll)
     batch = task_batch(recipe, [source.episode(0)], device, num_steps=num_inner)
@@ -63,18 +71,21 @@ def _flops_per_sample(job: Job) -> int:
     recipe, device = job.recipe, job.place.device
     samples = ordinary_samples(recipe, job.index, ("train",), purpose="budget")
     num_classes = samples.num_classes if isinstance(samples, ClassSamples) else None
-    model = build_model(recipe, device, num_classes=num_classes)
-    arrays = samples.batch(0, 2)
-    inputs = torch.from_numpy(arrays["inputs"]).to(device)
-    inputs = inputs.to(next(model.parameters()).dtype) if inputs.is_floating_point() else inputs
-    targets = torch.from_numpy(arrays["targets"]).to(device)
-
-    weights = leaves(dict(model.named_parameters()))
+    model = build_model(recipe, device, job.sharding, num_classes=num_classes)
+    batch = {name: torch.from_numpy(array) for name, array in samples.batch(0, 2).items()}
 
     def step() -> None:
-        logits: torch.Tensor = functional_call(model, weights, (inputs,), tie_weights=True)
-        loss = cross_entropy(logits[None], targets[None]).sum()
-        torch.autograd.grad(loss, list(weights.values()))
+        ordinary_gradient(
+            model.module,
+            model_structure(model.module),
+            model.values(),
+            batch,
+            Precision(recipe.precision.compute),
+            draws=None,
+            scale=1.0,
+            recompute_blocks=recipe.memory.recompute_blocks,
+            shards=model.shards,
+        )
 
     return _count_flops(step) // 2
 

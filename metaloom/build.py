@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -36,6 +37,9 @@ from metaloom.engine.learner import Learner, Rehearsal, TaskBatch
 from metaloom.engine.losses import SupportLoss
 from metaloom.engine.outer import OuterSettings
 from metaloom.engine.precision import Precision
+from metaloom.engine.sharding.base import Sharding
+from metaloom.engine.sharding.replicated import Replicated
+from metaloom.engine.sharding.sharded import Sharded
 from metaloom.engine.snapshots import Binomial, HostMemory, KeepAll, SnapshotPlan
 from metaloom.engine.unroll import Unroll
 from metaloom.models.conv4 import Conv4
@@ -60,14 +64,17 @@ from metaloom.recipe import (
     Pretrain,
     Recipe,
     RematerializedHypergradient,
+    ReplicatedSharding,
     ReptileHypergradient,
     RMSPropRule,
     SGDRule,
+    ShardedSharding,
     TruncatedHypergradient,
     UnrolledHypergradient,
 )
 from metaloom.recipe import InnerRule as InnerRuleSection
 from metaloom.sources import num_rehearsed
+from metaloom.weights import HeldModel, hold
 
 Tasks = Literal["loop", "vmap"]
 
@@ -95,43 +102,58 @@ class Choices:
         return cls(scalars["tasks"], None if estimator is None else EstimatorChoice(**estimator))
 
 
-def build_model(recipe: Recipe, device: torch.device, *, num_classes: int | None = None) -> nn.Module:
-    """The recipe's model with its initial weights, which follow from the recipe's seed.
+def build_sharding(recipe: Recipe, device: torch.device) -> Sharding:
+    """How the meta-parameters lie on the ranks. Every rank must call."""
+    match recipe.sharding:
+        case ShardedSharding(shard_size=shard_size):
+            return Sharded(device, shard_size=shard_size)
+        case ReplicatedSharding():
+            return Replicated()
 
-    Its own parameters require no gradients: what is learned is substituted for them.
+
+def build_model(
+    recipe: Recipe, device: torch.device, sharding: Sharding, *, num_classes: int | None = None
+) -> HeldModel:
+    """The recipe's model with its initial weights: those of `model.weights`, or such as follow from the seed.
 
     Args:
         num_classes: outputs of a classifier; the recipe's n_way where None.
+
+    Raises:
+        CheckpointError: `model.weights` cannot be read, or belongs to another model.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        if isinstance(recipe.model, Conv4Model):
-            assert isinstance(recipe.data, GlyphsData)
-            model: nn.Module = Conv4(
-                num_classes=num_classes or recipe.data.n_way,
-                width=recipe.model.width,
-                num_blocks=recipe.model.num_blocks,
-                norm=recipe.model.norm,
-            )
-        else:
-            model = Gpt(
-                num_layers=recipe.model.num_layers,
-                width=recipe.model.width,
-                num_heads=recipe.model.num_heads,
-                context_length=recipe.model.context_length,
-                tied_embeddings=recipe.model.tied_embeddings,
-                dropout=recipe.model.dropout,
-            )
-    return model.to(device, Precision(recipe.precision.compute).storage_dtype).requires_grad_(False)
+
+    def make() -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            return _make_model(recipe, num_classes)
+
+    return hold(
+        make,
+        None if recipe.model.weights is None else Path(recipe.model.weights),
+        sharding,
+        device,
+        Precision(recipe.precision.compute).storage_dtype,
+    )
 
 
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
-    """The model with some of its weights replaced, in place; the others stay as they are."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in weights:
-                parameter.copy_(weights[name])
-    return model
+def _make_model(recipe: Recipe, num_classes: int | None) -> nn.Module:
+    if isinstance(recipe.model, Conv4Model):
+        assert isinstance(recipe.data, GlyphsData)
+        return Conv4(
+            num_classes=num_classes or recipe.data.n_way,
+            width=recipe.model.width,
+            num_blocks=recipe.model.num_blocks,
+            norm=recipe.model.norm,
+        )
+    return Gpt(
+        num_layers=recipe.model.num_layers,
+        width=recipe.model.width,
+        num_heads=recipe.model.num_heads,
+        context_length=recipe.model.context_length,
+        tied_embeddings=recipe.model.tied_embeddings,
+        dropout=recipe.model.dropout,
+    )
 
 
 def model_structure(model: nn.Module) -> Structure:
@@ -141,19 +163,20 @@ def model_structure(model: nn.Module) -> Structure:
     return Structure(blocks, "head")
 
 
-def build_adapter(recipe: Recipe, model: nn.Module, choices: Choices) -> Adapter:
+def build_adapter(recipe: Recipe, model: HeldModel, choices: Choices) -> Adapter:
     """What is fast in a model."""
     fast = recipe.adaptation.fast
-    structure = model_structure(model)
+    structure = model_structure(model.module)
     if isinstance(fast, FullFast):
-        return FullAdapter(model, structure=structure, tasks=choices.tasks)
+        return FullAdapter(model.module, structure=structure, tasks=choices.tasks)
     return LoraAdapter(
-        model,
+        model.module,
         targets=fast.targets,
         rank=fast.rank,
         alpha=fast.alpha,
         generator=torch.Generator().manual_seed(recipe.seed),
         structure=structure,
+        shards=model.shards,
     )
 
 

@@ -25,6 +25,7 @@ from metaloom.engine.check import (
     grouped,
 )
 from metaloom.engine.choice import EXACT_AND_FLAT, EstimatorChoice
+from metaloom.engine.sharding.replicated import Replicated
 from metaloom.errors import CapabilityError
 from metaloom.job import Place
 from metaloom.recipe import AutoHypergradient, FullFast, Precision, Recipe
@@ -52,7 +53,7 @@ def check(recipe: Recipe, place: Place) -> None:
     )
     episodes = [source.episode(number) for number in range(NUM_TASKS)]
     batch = task_batch(in_float64, episodes, place.device, num_steps=num_steps)
-    model = build_model(in_float64, place.device)
+    model = build_model(in_float64, place.device, Replicated())
     _say_what(console, recipe)
     ways = _ways(recipe)
     reports: dict[str, CheckReport] = {}

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from metaloom.build import (
     Choices,
@@ -26,12 +25,13 @@ from metaloom.engine.learner import TaskBatch
 from metaloom.engine.unroll import Unroll
 from metaloom.job import Job
 from metaloom.recipe import AutoHypergradient, FullFast, Recipe
+from metaloom.weights import HeldModel
 
 FREE_SHARE = 0.5
 TIMED_STEPS = 2
 
 
-def choose(job: Job, model: nn.Module, source: EpisodeSource) -> Choices:
+def choose(job: Job, model: HeldModel, source: EpisodeSource) -> Choices:
     """Measures what the recipe leaves open on the first outer step's tasks, and tells what was chosen.
 
     Every rank must call, and chooses the same.
@@ -64,7 +64,7 @@ def _is_open(recipe: Recipe) -> bool:
     return isinstance(estimator, AutoHypergradient) or (isinstance(fast, FullFast) and fast.tasks == "auto")
 
 
-def _tasks(job: Job, model: nn.Module, batch: TaskBatch | None) -> Tasks:
+def _tasks(job: Job, model: HeldModel, batch: TaskBatch | None) -> Tasks:
     """How tasks are put side by side where every weight is fast."""
     fast = job.recipe.adaptation.fast
     if not isinstance(fast, FullFast):
@@ -85,7 +85,7 @@ def _tasks(job: Job, model: nn.Module, batch: TaskBatch | None) -> Tasks:
     return next(name for name in names if name == measured.name)
 
 
-def _unroll(recipe: Recipe, model: nn.Module, choices: Choices) -> Unroll:
+def _unroll(recipe: Recipe, model: HeldModel, choices: Choices) -> Unroll:
     rule = recipe.adaptation.rule
     return build_unroll(recipe, build_adapter(recipe, model, choices), rate=rule.lr, grain=rule.learned)
 

@@ -16,9 +16,9 @@ from metaloom.build import (
     Choices,
     build_adapter,
     build_model,
+    build_sharding,
     build_unroll,
     initial_meta,
-    load_weights,
     ordinary_settings,
 )
 from metaloom.checkpoints import Checkpoint, CheckpointStore
@@ -27,7 +27,7 @@ from metaloom.datasets import ClassSamples, EpisodeSource, slice_for_rank
 from metaloom.engine.losses import bits_per_byte
 from metaloom.engine.unroll import Unroll
 from metaloom.errors import CheckpointError
-from metaloom.job import Job, Place, open_job
+from metaloom.job import Job, Place, open_job, stored_room
 from metaloom.ordinary import finished_weights, train_ordinary
 from metaloom.recipe import GlyphsData, Recipe, StdlibData
 from metaloom.sources import episode_source, ordinary_samples
@@ -90,7 +90,9 @@ def evaluate(recipe: Recipe, place: Place) -> None:
         CheckpointError: the run has no checkpoint yet.
         MetaloomError: the data or the tracking store cannot be used.
     """
-    with open_job(recipe, place, is_training=False, first_step=None) as job:
+    with open_job(
+        recipe, place, build_sharding(recipe, place.device), is_training=False, first_step=None
+    ) as job:
         newest = _newest(job)
         baselines = [_baseline(job, name, newest) for name in recipe.baselines]
         contenders = [_meta_trained(job, newest), *baselines]
@@ -110,17 +112,18 @@ def evaluate(recipe: Recipe, place: Place) -> None:
 
 
 def _meta_trained(job: Job, newest: Checkpoint) -> Contender:
-    recipe, folder = job.recipe, job.place.folder
+    recipe = job.recipe
     best_step = newest.scalars["progress"]["best_step"]  # None where there was no validation
-    checkpoint = newest if best_step is None else CheckpointStore(folder.checkpoints("meta")).load(best_step)
-    model = build_model(recipe, job.place.device)
+    checkpoint = newest if best_step is None else _checkpoints(job).load(best_step)
+    model = build_model(recipe, job.place.device, job.sharding)
     if recipe.pretrain is not None:
-        load_weights(model, _pretrained(job))
+        model.load(_pretrained(job))
     rule, choices = recipe.adaptation.rule, Choices.load(newest.scalars["choices"])
     unroll = build_unroll(recipe, build_adapter(recipe, model, choices), rate=rule.lr, grain=rule.learned)
     prefix = "meta/" if recipe.outer.ema is None else "average/"
     meta = {
-        name: checkpoint.tensors[prefix + name].to(job.place.device) for name in initial_meta(recipe, unroll)
+        name: job.sharding.held(checkpoint.tensors[prefix + name]).to(job.place.device)
+        for name in initial_meta(recipe, unroll)
     }
     learned = recipe.adaptation.rule.learned
     tasks = recipe.outer.tasks_per_step
@@ -135,12 +138,16 @@ def _meta_trained(job: Job, newest: Checkpoint) -> Contender:
 
 def _newest(job: Job) -> Checkpoint:
     folder = job.place.folder
-    newest = CheckpointStore(folder.checkpoints("meta")).load_newest(job.console.warn)
+    newest = _checkpoints(job).load_newest(job.console.warn)
     if newest is None:
         raise CheckpointError(
             f"{folder.path} has no checkpoint yet: train it with `metaloom train --resume {folder.path}`."
         )
     return newest
+
+
+def _checkpoints(job: Job) -> CheckpointStore:
+    return CheckpointStore(job.place.folder.checkpoints("meta"), room=stored_room(job.sharding))
 
 
 def _baseline(job: Job, name: str, newest: Checkpoint) -> Contender:
@@ -149,15 +156,15 @@ def _baseline(job: Job, name: str, newest: Checkpoint) -> Contender:
     Args:
         newest: the checkpoint of meta-training, from whose step and choices budgets follow.
     """
-    model = build_model(job.recipe, job.place.device)
+    model = build_model(job.recipe, job.place.device, job.sharding)
     choices = Choices.load(newest.scalars["choices"])
     training = "none"
     if name == "pretrained":
-        load_weights(model, _pretrained(job))
+        model.load(_pretrained(job))
         training = _after_pretraining(job.recipe, "")
     elif name.startswith("ordinary_"):
         num_samples, num_steps = ordinary_budget(job, name, choices, num_outer_steps=newest.step)
-        load_weights(model, _ordinarily_trained(job, name, num_steps))
+        model.load(_ordinarily_trained(job, name, num_steps))
         training = _after_pretraining(job.recipe, f"{num_steps} steps, {num_samples} samples")
     adapter = build_adapter(job.recipe, model, choices)
     shown = _SHOWN_NAMES[name]
@@ -200,9 +207,9 @@ def _ordinarily_trained(job: Job, name: str, num_steps: int) -> MetaTensors:
     recipe = job.recipe
     samples = ordinary_samples(recipe, job.index, ("train",), purpose=name)
     num_classes = samples.num_classes if isinstance(samples, ClassSamples) else None
-    model = build_model(recipe, job.place.device, num_classes=num_classes)
+    model = build_model(recipe, job.place.device, job.sharding, num_classes=num_classes)
     if recipe.pretrain is not None:
-        load_weights(model, _pretrained(job))
+        model.load(_pretrained(job))
     ordinary = recipe.evaluation.ordinary
     warmup_steps = round(ORDINARY_WARMUP_SHARE * num_steps)
     weights = train_ordinary(
@@ -216,8 +223,8 @@ def _ordinarily_trained(job: Job, name: str, num_steps: int) -> MetaTensors:
     )
     if num_classes is not None:
         # The new task's classes are others: no output is preferred before adaptation.
-        head = dict(build_model(recipe, job.place.device).named_parameters())
-        weights |= {key: torch.zeros_like(value) for key, value in head.items() if key.startswith("head.")}
+        fresh = build_model(recipe, job.place.device, job.sharding).values()
+        weights |= {key: torch.zeros_like(value) for key, value in fresh.items() if key.startswith("head.")}
     return weights
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 
 from metaloom.datasets import Index
+from metaloom.engine.outer import parameter_of
 from metaloom.engine.sharding.base import Sharding
-from metaloom.engine.sharding.replicated import Replicated
 from metaloom.recipe import MLflowTracking, Recipe, flatten_recipe, recipe_digest
 from metaloom.run_folder import RunFolder
 from metaloom.tracking import FinishStatus, RunTracker, environment_facts, make_tracker
@@ -61,8 +62,19 @@ class Job:
     tracker: RunTracker
 
 
+def stored_room(sharding: Sharding) -> Callable[[str, torch.Size, torch.dtype], Tensor]:
+    """Where a rank reads the tensors of a checkpoint of `OuterOptimizer`, by their names there."""
+
+    def room(key: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        return sharding.room_for(parameter_of(key), shape, dtype)
+
+    return room
+
+
 @contextlib.contextmanager
-def open_job(recipe: Recipe, place: Place, *, is_training: bool, first_step: int | None) -> Iterator[Job]:
+def open_job(
+    recipe: Recipe, place: Place, sharding: Sharding, *, is_training: bool, first_step: int | None
+) -> Iterator[Job]:
     """Opens the data, starts or continues the tracked run, and ends it with the right status.
 
     The status is that of the training: an evaluation leaves it as it was.
@@ -75,7 +87,6 @@ def open_job(recipe: Recipe, place: Place, *, is_training: bool, first_step: int
     Raises:
         MetaloomError: the data or a tracking store that was named cannot be used.
     """
-    sharding = Replicated()
     # Standard error goes to the run's logs: what a person should see is on standard output.
     console = make_console(rank=sharding.rank, error_stream=sys.stdout)
     index = Index.load(recipe.data.url)

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from metaloom.build import model_structure
 from metaloom.checkpoints import Checkpoint, CheckpointStore
 from metaloom.datasets import Samples, slice_for_rank
+from metaloom.engine.adapters.base import BACKBONE
 from metaloom.engine.draws import Draws
-from metaloom.engine.forward_pass import ForwardPass, Interception
-from metaloom.engine.losses import cross_entropy, example_means, is_right
+from metaloom.engine.hypergradients.base import prefixed, unprefixed
+from metaloom.engine.ordinary import ordinary_gradient
 from metaloom.engine.outer import OuterOptimizer, OuterSettings
 from metaloom.engine.precision import LossScaler, Precision
-from metaloom.engine.unroll import leaves
 from metaloom.errors import CheckpointError
-from metaloom.job import Job
+from metaloom.job import Job, stored_room
+from metaloom.weights import HeldModel
 
 NUM_CHECKPOINTS = 5
 LOG_EVERY = 10
@@ -26,7 +26,7 @@ LOG_EVERY = 10
 
 def train_ordinary(
     job: Job,
-    model: nn.Module,
+    model: HeldModel,
     samples: Samples,
     settings: OuterSettings,
     *,
@@ -34,7 +34,8 @@ def train_ordinary(
     phase_name: str,
     shown_name: str,
 ) -> dict[str, Tensor]:
-    """The model's weights after `settings.num_steps` steps on the mean loss of each batch.
+    """What this rank holds of the model's weights after `settings.num_steps` steps on the mean loss of each
+    batch.
 
     Goes on from the newest checkpoint of the phase if that was made by the same settings, and leaves the
     last one there; so calling it again costs nothing. Every rank must call. Each rank takes its share of
@@ -48,11 +49,11 @@ def train_ordinary(
         phase_name: names the checkpoints and metrics.
         shown_name: names the progress bar.
     """
-    store = CheckpointStore(job.place.folder.checkpoints(phase_name), keep_last=1)
-    weights = {name: value.detach() for name, value in model.named_parameters()}
-    outer = OuterOptimizer(weights, settings, job.sharding)
+    folder = job.place.folder.checkpoints(phase_name)
+    store = CheckpointStore(folder, keep_last=1, room=stored_room(job.sharding))
+    outer = OuterOptimizer(prefixed(BACKBONE, model.values()), settings, job.sharding)
     made_by = dataclasses.asdict(settings) | {"batch_size": batch_size}
-    if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+    if any(isinstance(module, nn.BatchNorm2d) for module in model.module.modules()):
         # Batch statistics are those of a rank's share: with other shares it is another training.
         made_by["world_size"] = job.sharding.world_size
     made_by["betas"] = list(settings.betas)  # as JSON has it
@@ -64,7 +65,7 @@ def train_ordinary(
     if newest is not None:
         outer.load(newest.tensors, newest.scalars)
     if outer.step == settings.num_steps:
-        return dict(outer.meta)
+        return unprefixed(BACKBONE, outer.meta)
     precision = Precision(job.recipe.precision.compute)
     scaler = LossScaler(precision)
     if newest is not None:
@@ -76,12 +77,13 @@ def train_ordinary(
             arrays = samples.batch(outer.step, batch_size)
             batch = {name: torch.from_numpy(array[rows.start : rows.stop]) for name, array in arrays.items()}
             draws = Draws(job.recipe.seed, tuple(rows), outer.step)
-            gradient, totals = _gradient(model, outer.meta, batch, precision, draws, scaler.scales.loss)
-            total = job.sharding.sum_over_ranks(gradient | totals)
-            mean = {name: total[name] / (batch_size * scaler.scales.loss) for name in gradient}
+            gradient, totals = _gradient(job, model, outer, batch, draws, scaler.scales.loss)
+            total = job.sharding.sum_over_ranks(totals)
+            summed = job.sharding.sum_gradients(gradient)
+            mean = {name: value / (batch_size * scaler.scales.loss) for name, value in summed.items()}
             updated = outer.update(mean, is_expected=scaler.can_shrink)
             scaler.update(is_finite=updated["skipped"] == 0.0)
-            metrics = {name: float(total[f"metrics/{name}"]) / batch_size for name in ("loss", "accuracy")}
+            metrics = {name: float(value) / batch_size for name, value in total.items()}
             phase.advance(1, **metrics)
             if outer.step % LOG_EVERY == 0:
                 named = {f"{phase_name}/{name}": value for name, value in metrics.items()}
@@ -89,52 +91,52 @@ def train_ordinary(
             if outer.step == settings.num_steps or outer.step % checkpoint_every == 0:
                 scalars = outer.scalars() | {"made_by": made_by, "scaler": scaler.scalars()}
                 store.save(Checkpoint(outer.step, outer.tensors(), scalars))
-    return dict(outer.meta)
+    return unprefixed(BACKBONE, outer.meta)
 
 
 def finished_weights(job: Job, phase_name: str, *, num_steps: int) -> dict[str, Tensor]:
-    """The weights that `train_ordinary` has left after its last step. Every rank must call.
+    """What this rank holds of the weights that `train_ordinary` has left after its last step. Every rank must
+    call.
 
     Raises:
         CheckpointError: they are missing, or of an earlier step.
     """
-    store = CheckpointStore(job.place.folder.checkpoints(phase_name))
+    store = CheckpointStore(job.place.folder.checkpoints(phase_name), room=stored_room(job.sharding))
     newest = store.load_newest(job.console.warn)
     if newest is None or newest.step != num_steps:
         raise CheckpointError(
             f"{store.root} has no valid checkpoint of step {num_steps}, from which this run went on. Restore "
             "that folder, or start a new run."
         )
-    return {name: value.to(job.place.device) for name, value in newest.under("meta/").items()}
+    return {
+        name: job.sharding.held(value).to(job.place.device)
+        for name, value in newest.under(f"meta/{BACKBONE}").items()
+    }
 
 
 def _gradient(
-    model: nn.Module,
-    weights: Mapping[str, Tensor],
-    batch: Mapping[str, Tensor],
-    precision: Precision,
+    job: Job,
+    model: HeldModel,
+    outer: OuterOptimizer,
+    batch: dict[str, Tensor],
     draws: Draws,
     scale: float,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The gradient of `scale` times the summed loss of this rank's samples, and the sums of loss and
-    accuracy.
-
-    Args:
-        draws: dropout's, one "task" for each sample, so that the world size changes none.
-    """
+    accuracy."""
     if not len(batch["targets"]):  # more ranks than samples
-        nothing = torch.zeros((), dtype=torch.float64, device=next(iter(weights.values())).device)
-        zeros = {name: torch.zeros_like(value) for name, value in weights.items()}
-        return zeros, {"metrics/loss": nothing, "metrics/accuracy": nothing.clone()}
-    parameters = leaves(weights)
-    device = next(iter(parameters.values())).device
-    targets = batch["targets"].to(device)[None]
-    inputs = batch["inputs"].to(device)
-    inputs = inputs.to(precision.storage_dtype) if inputs.is_floating_point() else inputs
-    with Interception(ForwardPass(precision, device, draws=draws)), precision.autocast(device):
-        logits: Tensor = functional_call(model, parameters, (inputs,), tie_weights=True)[None]
-    loss = cross_entropy(logits, targets).sum()
-    grads = torch.autograd.grad(scale * loss, list(parameters.values()))
-    accuracy = example_means(is_right(logits, targets).double()).sum()
-    totals = {"metrics/loss": loss.detach().double(), "metrics/accuracy": accuracy}
-    return dict(zip(parameters, grads, strict=True)), totals
+        nothing = torch.zeros((), dtype=torch.float64, device=job.place.device)
+        zeros = {name: torch.zeros_like(value) for name, value in outer.meta.items()}
+        return zeros, {"loss": nothing, "accuracy": nothing.clone()}
+    gradient, totals = ordinary_gradient(
+        model.module,
+        model_structure(model.module),
+        unprefixed(BACKBONE, outer.meta),
+        batch,
+        Precision(job.recipe.precision.compute),
+        draws=draws,
+        scale=scale,
+        recompute_blocks=job.recipe.memory.recompute_blocks,
+        shards=model.shards,
+    )
+    return prefixed(BACKBONE, gradient), totals

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from metaloom.adapting import measured_episodes
 from metaloom.build import (
@@ -18,8 +18,8 @@ from metaloom.build import (
     build_adapter,
     build_algorithm,
     build_model,
+    build_sharding,
     initial_meta,
-    load_weights,
     ordinary_settings,
     outer_settings,
     task_batch,
@@ -33,10 +33,11 @@ from metaloom.engine.combiners.mean import Mean
 from metaloom.engine.outer import OuterOptimizer
 from metaloom.engine.precision import LossScaler, Precision
 from metaloom.engine.step import StepTasks, outer_step
-from metaloom.job import Job, Place, open_job
+from metaloom.job import Job, Place, open_job, stored_room
 from metaloom.ordinary import finished_weights, train_ordinary
 from metaloom.recipe import Pretrain, Recipe, StdlibData
 from metaloom.sources import episode_source, num_rehearsed, ordinary_samples
+from metaloom.weights import HeldModel
 
 
 def train(recipe: Recipe, place: Place) -> None:
@@ -48,14 +49,19 @@ def train(recipe: Recipe, place: Place) -> None:
         MetaloomError: the data, a checkpoint or the tracking store cannot be used.
     """
     notes: list[str] = []
-    store = CheckpointStore(place.folder.checkpoints("meta"), keep_last=recipe.checkpoint.keep_last)
+    sharding = build_sharding(recipe, place.device)
+    store = CheckpointStore(
+        place.folder.checkpoints("meta"),
+        keep_last=recipe.checkpoint.keep_last,
+        room=stored_room(sharding),
+    )
     newest = store.load_newest(notes.append)
     first_step = _first_step(recipe, place, newest)
-    with open_job(recipe, place, is_training=True, first_step=first_step) as job:
+    with open_job(recipe, place, sharding, is_training=True, first_step=first_step) as job:
         for note in notes:
             job.console.warn(note)
         job.tracker.artifact(place.folder.recipe)
-        model = build_model(recipe, place.device)
+        model = build_model(recipe, place.device, sharding)
         # Before any training: what is refused must not cost a pre-training.
         if newest is not None:
             choices = Choices.load(newest.scalars["choices"])
@@ -64,12 +70,12 @@ def train(recipe: Recipe, place: Place) -> None:
         algorithm = build_algorithm(recipe, build_adapter(recipe, model, choices), choices, place.device)
         if recipe.pretrain is not None:
             is_resumed = newest is not None
-            load_weights(model, _pretrained(job, recipe.pretrain, model, must_be_done=is_resumed))
+            model.load(_pretrained(job, recipe.pretrain, model, must_be_done=is_resumed))
         meta = initial_meta(recipe, algorithm.unroll)
         outer = OuterOptimizer(meta, outer_settings(recipe), job.sharding)
         state = State(outer, LossScaler(Precision(recipe.precision.compute)), Progress(), choices)
         if newest is not None:
-            require_same_tensors(outer.meta, newest.under("meta/"), source=store.root)
+            require_same_tensors(outer.stored_meta(), newest.under("meta/"), source=store.root)
             state.load(newest)
             job.console.note(f"resumed after outer step {outer.step} of {recipe.outer.num_steps}")
         _outer_loop(job, algorithm, state, store)
@@ -133,7 +139,7 @@ def _train_source(job: Job) -> EpisodeSource:
     return episode_source(recipe, job.index, "train", seed=recipe.seed, num_steps=num_inner)
 
 
-def _pretrained(job: Job, pretrain: Pretrain, model: nn.Module, *, must_be_done: bool) -> dict[str, Tensor]:
+def _pretrained(job: Job, pretrain: Pretrain, model: HeldModel, *, must_be_done: bool) -> dict[str, Tensor]:
     """The weights after the recipe's ordinary training phase, from its checkpoint if it is done."""
     if must_be_done:
         return finished_weights(job, "pretrain", num_steps=pretrain.num_steps)

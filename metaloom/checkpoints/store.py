@@ -36,6 +36,14 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 
 
+Room = Callable[[str, torch.Size, torch.dtype], Tensor]
+
+
+def whole_tensor(name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Room for all of a tensor."""
+    return torch.empty(shape, dtype=dtype)
+
+
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """What a checkpoint holds.
@@ -65,14 +73,18 @@ class CheckpointStore:
     Args:
         root: the folder; made on the first save.
         keep_last: how many of the newest to keep; protected steps are kept besides.
+        room: `(name, shape, dtype)` to a tensor that a tensor of a checkpoint is read into: a `DTensor` of
+            that shape where a rank shall read a part of it alone.
     """
 
-    def __init__(self, root: Path, *, keep_last: int = 2) -> None:
+    def __init__(self, root: Path, *, keep_last: int = 2, room: Room = whole_tensor) -> None:
         self.root = root
         self._keep_last = keep_last
+        self._room = room
 
     def save(self, checkpoint: Checkpoint, *, protect: frozenset[int] = frozenset()) -> Path:
-        """Writes a checkpoint and prunes old ones. Every rank must call, with the same tensors.
+        """Writes a checkpoint and prunes old ones. Every rank must call, with the same tensors, or with its
+        shards of them (`DTensor`).
 
         Args:
             protect: steps that are not pruned (the best one, say).
@@ -168,7 +180,7 @@ class CheckpointStore:
             if digest != recorded["sha256"]:
                 raise CheckpointError(f"{path}: the bytes are not those that were written (SHA-256 differs).")
         tensors = {
-            name: torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]))
+            name: self._room(name, torch.Size(entry["shape"]), getattr(torch, entry["dtype"]))
             for name, entry in manifest["tensors"].items()
         }
         try:

@@ -122,14 +122,23 @@ class OuterOptimizer:
         """The meta-parameters to evaluate and export: the moving average where there is one."""
         return self.meta if self._average is None else self._average
 
+    def stored_meta(self) -> dict[str, Tensor]:
+        """The meta-parameters as checkpoints hold them."""
+        return {name: self._sharding.stored(name, value) for name, value in self.meta.items()}
+
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor that the next update depends on, by flat name: `meta/<name>`,
+        """Every tensor that the next update depends on, as checkpoints hold it, by flat name: `meta/<name>`,
         `average/<name>` and `optimizer/<name>/<state>`."""
-        tensors = {f"meta/{name}": value for name, value in self.meta.items()}
-        tensors |= {f"average/{name}": value for name, value in (self._average or {}).items()}
+        stored = self._sharding.stored
+        tensors = {f"meta/{name}": value for name, value in self.stored_meta().items()}
+        tensors |= {f"average/{name}": stored(name, value) for name, value in (self._average or {}).items()}
         for name, value in self.meta.items():
             state = self._optimizer.state.get(value, {})
-            tensors |= {f"optimizer/{name}/{key}": entry for key, entry in state.items() if entry is not None}
+            tensors |= {
+                f"optimizer/{name}/{key}": stored(name, entry)
+                for key, entry in state.items()
+                if entry is not None
+            }
         return tensors
 
     def scalars(self) -> dict[str, int]:
@@ -138,22 +147,29 @@ class OuterOptimizer:
 
     def load(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, int]) -> None:
         """Takes over what `tensors` and `scalars` returned, for the same meta-parameters."""
+        held = self._sharding.held
         with torch.no_grad():
             for name, value in self.meta.items():
-                value.copy_(tensors[f"meta/{name}"])
+                value.copy_(held(tensors[f"meta/{name}"]))
                 if self._average is not None:
-                    self._average[name].copy_(tensors[f"average/{name}"])
+                    self._average[name].copy_(held(tensors[f"average/{name}"]))
                 prefix = f"optimizer/{name}/"
                 self._optimizer.state[value] = {
                     # torch keeps Adam's step count on the CPU, whatever the parameter's device.
                     key.removeprefix(prefix): entry.clone()
                     if key == prefix + "step"
-                    else entry.to(value.device, copy=True)
+                    else held(entry).to(value.device, copy=True)
                     for key, entry in tensors.items()
                     if key.startswith(prefix)
                 }
         self.step = int(scalars["step"])
         self._skipped_in_a_row = int(scalars["skipped_in_a_row"])
+
+
+def parameter_of(key: str) -> str:
+    """The meta-parameter that a tensor of `OuterOptimizer.tensors` is, or belongs to."""
+    kind, _, name = key.partition("/")
+    return name.rpartition("/")[0] if kind == "optimizer" else name
 
 
 def _optimizer(meta: Mapping[str, Tensor], settings: OuterSettings) -> torch.optim.Optimizer:

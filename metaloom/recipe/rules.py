@@ -21,6 +21,7 @@ from metaloom.recipe.schema import (
     MLflowTracking,
     Recipe,
     SGDRule,
+    ShardedSharding,
     StdlibData,
     TruncatedHypergradient,
 )
@@ -407,6 +408,34 @@ def data_url_has_no_secret(recipe: Recipe) -> Broken:
         )
 
 
+def shards_divide_the_ranks(recipe: Recipe) -> Broken:
+    sharding, num_ranks = recipe.sharding, recipe.launcher.num_processes
+    size = sharding.shard_size if isinstance(sharding, ShardedSharding) else None
+    if size is not None and num_ranks % size:
+        yield (
+            "sharding.shard_size",
+            f"{size}; must divide the number of ranks, launcher.num_processes = {num_ranks}",
+        )
+
+
+def shards_are_of_a_shared_backbone(recipe: Recipe) -> Broken:
+    if isinstance(recipe.sharding, ShardedSharding) and isinstance(recipe.adaptation.fast, FullFast):
+        yield (
+            "sharding.kind",
+            "sharded divides the weights that tasks share, and with adaptation.fast.kind = full every task "
+            "has a whole copy of all weights; set sharding.kind to replicated, or adaptation.fast to lora",
+        )
+
+
+def shards_are_gathered_again(recipe: Recipe) -> Broken:
+    if isinstance(recipe.sharding, ShardedSharding) and not recipe.memory.recompute_blocks:
+        yield (
+            "memory.recompute_blocks",
+            "false; with sharding.kind = sharded a block is computed again when it is differentiated, or its "
+            "whole weights would be kept until then; set it to true, or sharding.kind to replicated",
+        )
+
+
 RULES: tuple[Callable[[Recipe], Broken], ...] = (
     heads_divide_the_width,
     model_reads_the_data,
@@ -441,6 +470,9 @@ RULES: tuple[Callable[[Recipe], Broken], ...] = (
     rates_exist_for_each_evaluation_step,
     pretrained_baseline_needs_pretrain,
     baselines_differ,
+    shards_divide_the_ranks,
+    shards_are_of_a_shared_backbone,
+    shards_are_gathered_again,
     tracking_uri_has_no_secret,
     data_url_has_no_secret,
 )

@@ -28,6 +28,12 @@ class Section(BaseModel):
 # ---------------------------------------------------------------- model
 
 
+WEIGHTS = (
+    "safetensors file to start from, or a folder with model.safetensors or several and their index; "
+    "null for random weights"
+)
+
+
 class Conv4Model(Section):
     """The convolutional network of the few-shot literature, for 28x28x1 images; n_way outputs."""
 
@@ -42,6 +48,7 @@ class Conv4Model(Section):
     norm: Literal["batch", "none"] = Field(
         default="batch", description="normalisation in each block: batch (statistics per task) or none"
     )
+    weights: str | None = Field(default=None, description=WEIGHTS)
 
 
 class GPTModel(Section):
@@ -61,6 +68,7 @@ class GPTModel(Section):
         default=0.0,
         description="dropout of activations in ordinary training and in adaptation steps, 0 for none",
     )
+    weights: str | None = Field(default=None, description=WEIGHTS)
 
 
 class Pretrain(Section):
@@ -579,6 +587,19 @@ class Memory(Section):
     )
 
 
+class ShardedSharding(Section):
+    """The backbone's weights, gradients and optimizer states in shards (ZeRO stage 3), exactly
+    differentiated."""
+
+    kind: Literal["sharded"] = Field(
+        default="sharded", description="each rank holds a part of every weight of the backbone"
+    )
+    shard_size: Count | None = Field(
+        default=None,
+        description="ranks that share one copy of the weights, those of one node say; null for all ranks",
+    )
+
+
 class ReplicatedSharding(Section):
     """Every rank holds all of theta; one all-reduce per outer step."""
 
@@ -726,8 +747,10 @@ class Recipe(Section):
     outer: Outer = Field(description="the outer loop")
     precision: Precision = Field(default=Precision(), description="number formats")
     memory: Memory = Field(default=Memory(), description="what is kept and what is computed again")
-    sharding: ReplicatedSharding = Field(
-        default=ReplicatedSharding(), description="how the meta-parameters lie on the ranks"
+    sharding: ReplicatedSharding | ShardedSharding = Field(
+        default=ReplicatedSharding(),
+        discriminator="kind",
+        description="how the meta-parameters lie on the ranks",
     )
     launcher: LocalLauncher = Field(default=LocalLauncher(), description="how the ranks are started")
     validation: Validation = Field(default=Validation(), description="validation during training")

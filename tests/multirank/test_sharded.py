@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
-import torch
 
 from metaloom.engine.hypergradients.first_order import FirstOrder
 from metaloom.engine.hypergradients.mixed_mode import MixedMode
@@ -16,17 +16,18 @@ from tests.multirank.sharded_problems import NUMBERS, Case, hypergradients_in_sh
 from tests.numerics.problems import assert_gradients_agree
 
 # Rows that 2 and 4 ranks do not share evenly (37 of the vocabulary), and fewer than 4 hold (6 positions).
-LEARNED = {"backbone": True, "tied_embeddings": True}
+LEARNED: dict[str, Any] = {"backbone": True, "tied_embeddings": True}
+VARIANTS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
+    ("tied weights", LEARNED, ()),
+    ("frozen", {}, ()),
+    ("partly frozen", {"backbone": True}, ("qkv.weight", "norm.bias", "token_embedding.weight")),
+    ("blocks and head in chunks", LEARNED | {"recompute_blocks": True, "head_chunk": 4}, ()),
+    ("dropout", LEARNED | {"dropout": 0.3, "seed": 5}, ()),
+]
 CASES = {
     f"{estimator.name}, {what}": Case(estimator, settings, frozen)
     for estimator in (FirstOrder(), Unrolled(), Rematerialized(), MixedMode())
-    for what, settings, frozen in [
-        ("tied weights", LEARNED, ()),
-        ("frozen", {}, ()),
-        ("partly frozen", {"backbone": True}, ("qkv.weight", "norm.bias", "token_embedding.weight")),
-        ("blocks and head in chunks", LEARNED | {"recompute_blocks": True, "head_chunk": 4}, ()),
-        ("dropout", LEARNED | {"dropout": 0.3, "seed": 5}, ()),
-    ]
+    for what, settings, frozen in VARIANTS
 }
 
 

@@ -72,6 +72,10 @@ class Sharding(abc.ABC):
         """
         return torch.empty(shape, dtype=dtype)
 
+    def held(self, stored: Tensor) -> Tensor:
+        """What this rank holds of a tensor that `stored` or `room_for` gave."""
+        return stored
+
     def gather(self, values: list[Value]) -> list[Value]:
         """All ranks' lists, joined in the order of ranks, on every rank. Every rank must call."""
         if self.world_size == 1:

@@ -308,6 +308,7 @@ class Sharded(Sharding):
         on_event: Callable[[Event], None] | None = None,
     ) -> None:
         super().__init__()
+        self._device = device
         size = self.world_size if shard_size is None else shard_size
         if self.world_size % size:
             raise CapabilityError(
@@ -346,23 +347,27 @@ class Sharded(Sharding):
         return math.sqrt(float(whole + total))
 
     def stored(self, name: str, value: Tensor) -> Tensor:
-        if self._mesh is None or not _is_sharded(name) or value.ndim == 0:
+        if not _is_sharded(name) or value.ndim == 0:
             return value
         assert self._weights is not None, "weights are divided before they are stored"
-        shape = self._weights.shape(name.removeprefix(BACKBONE))
-        stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(
-            value, self._mesh, (Replicate(), Shard(0)), run_check=False, shape=shape, stride=stride
-        )
+        return self._as_dtensor(value, self._weights.shape(name.removeprefix(BACKBONE)))
 
     def room_for(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        if self._mesh is None or not _is_sharded(name) or len(shape) == 0:
+        if not _is_sharded(name) or len(shape) == 0:
             return torch.empty(shape, dtype=dtype)
         rows = rows_of(shape[0], self.group.rank, self.group.size)
-        local = torch.empty(len(rows), *shape[1:], dtype=dtype)
+        return self._as_dtensor(torch.empty(len(rows), *shape[1:], dtype=dtype, device=self._device), shape)
+
+    def held(self, stored: Tensor) -> Tensor:
+        return stored.to_local() if isinstance(stored, DTensor) else stored
+
+    def _as_dtensor(self, rows: Tensor, shape: torch.Size) -> Tensor:
+        """This rank's rows of a tensor, as torch's distributed checkpoints know them."""
+        if self._mesh is None:
+            return rows
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(
-            local, self._mesh, (Replicate(), Shard(0)), run_check=False, shape=shape, stride=stride
+            rows, self._mesh, (Replicate(), Shard(0)), run_check=False, shape=shape, stride=stride
         )
 
 
