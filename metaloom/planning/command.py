@@ -76,6 +76,7 @@ def make_plan(path: Path, request: Request, *, say: Callable[[str], None]) -> Pl
     """
     recipe = load_recipe(path)
     hardware = _hardware(recipe, request, say)
+    on_gpu = hardware.device.is_asynchronous
     in_shards = isinstance(recipe.sharding, ShardedSharding)
     own = _layout(recipe)
 
@@ -87,7 +88,7 @@ def make_plan(path: Path, request: Request, *, say: Callable[[str], None]) -> Pl
             return None
         what = f" with {' '.join(settings)}" if settings else ""
         say(f"counting an outer step of {recipe.name}{what}, on tensors without data ...")
-        return count(changed, with_shards=in_shards)
+        return count(changed, with_shards=in_shards, on_gpu=on_gpu)
 
     facts = counted(())
     assert facts is not None, "the recipe was loaded"
@@ -107,7 +108,7 @@ def make_plan(path: Path, request: Request, *, say: Callable[[str], None]) -> Pl
                 continue  # gathers cost time, and memory is not wanting
             say(f"counting {recipe.name} with its backbone in shards ...")
             settings = () if recipe.memory.recompute_blocks else (RECOMPUTED,)
-            facts_there = count(load_recipe(path, settings), with_shards=True)
+            facts_there = count(load_recipe(path, settings), with_shards=True, on_gpu=on_gpu)
         else:
             settings, facts_there = (), facts
         estimates[layout] = [estimate(facts_there, hardware, layout, number) for number in request.ranks]

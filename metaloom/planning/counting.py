@@ -31,6 +31,7 @@ from metaloom.engine.choice import EXACT_AND_FLAT, EstimatorChoice
 from metaloom.engine.choice import TIMED_STEPS as TRIED_STEPS
 from metaloom.engine.combiners.mean import Mean
 from metaloom.engine.hypergradients.base import prefixed, unprefixed
+from metaloom.engine.kernels.attention import CHUNK_GPU, chunks_of
 from metaloom.engine.learner import TaskBatch
 from metaloom.engine.ordinary import ordinary_gradient
 from metaloom.engine.outer import OuterOptimizer, OuterSettings, parameter_of
@@ -68,15 +69,21 @@ SHARD_SIZES = (2, 64)
 Axes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
-def count(recipe: Recipe, *, with_shards: bool) -> Facts:
+def count(recipe: Recipe, *, with_shards: bool, on_gpu: bool) -> Facts:
     """The recipe's facts. Takes seconds to minutes on one core, and little memory, whatever the model's size.
 
     Args:
         with_shards: whether to count the backbone in shards too, where it can be.
+        on_gpu: whether kernels take as much at a time as on a GPU.
 
     Raises:
         CapabilityError: the recipe's estimator cannot be computed on its model.
     """
+    with chunks_of(CHUNK_GPU if on_gpu else None):
+        return _counted(recipe, with_shards=with_shards)
+
+
+def _counted(recipe: Recipe, *, with_shards: bool) -> Facts:
     fast, estimator, snapshots = recipe.adaptation.fast, recipe.algorithm.hypergradient, recipe.memory.snapshots
     tasks, steps, blocks, _ = axes = (_task_sizes(recipe), _step_sizes(recipe), _block_sizes(recipe), (1,))
     ways = tuple(_ways(recipe, axes))
