@@ -337,7 +337,7 @@ def test_a_section_without_a_kind_has_that_of_its_default(load: Load) -> None:
         ("algorithm.hypergradient.kind=mixed", "reptile; did you mean 'mixed_mode'?"),
         ("data.kind=glyps", "data.kind: 'glyps' is not one of glyphs, stdlib; did you mean 'glyphs'?"),
         ("tracking=mlfow", "tracking: 'mlfow' is not one of mlflow, none; did you mean 'mlflow'?"),
-        ("sharding=zero", "sharding: 'zero' is not one of replicated; choose one of them"),
+        ("sharding=zero", "sharding: 'zero' is not one of replicated, sharded; choose one of them"),
         (
             "evaluation.baselines=[randm]",
             "evaluation.baselines.0: 'randm' is not one of random, ordinary_equal",
