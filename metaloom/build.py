@@ -322,12 +322,18 @@ def ordinary_settings(
 
 
 def task_batch(
-    recipe: Recipe, episodes: Sequence[Episode], device: torch.device, *, num_steps: int
+    recipe: Recipe,
+    episodes: Sequence[Episode],
+    device: torch.device,
+    *,
+    num_steps: int,
+    num_dummies: int = 0,
 ) -> TaskBatch:
     """Episodes side by side, in the recipe's precision.
 
     Args:
         num_steps: inner steps: the rehearsal data beyond what they read is for measuring retention.
+        num_dummies: how many of the last episodes do not count.
     """
     dtype = Precision(recipe.precision.compute).storage_dtype
 
@@ -353,4 +359,12 @@ def task_batch(
         query=stack([episode.query for episode in episodes]),
         rehearsal=rehearsal,
         retention=retention,
+        weights=_task_weights(len(episodes), num_dummies, dtype, device) if num_dummies > 0 else None,
     )
+
+
+def _task_weights(num_tasks: int, num_dummies: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """1, and 0 for the last `num_dummies`; `[T]`."""
+    weights = torch.ones(num_tasks, dtype=dtype)
+    weights[num_tasks - num_dummies :] = 0.0
+    return weights.to(device)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from metaloom.checkpoints import Checkpoint, CheckpointStore
-from metaloom.datasets import Samples, slice_for_rank
+from metaloom.datasets import Samples, share_of_rank
 from metaloom.engine.draws import Draws
 from metaloom.engine.forward_pass import ForwardPass, Interception
 from metaloom.engine.losses import cross_entropy, example_means, is_right
@@ -38,7 +38,8 @@ def train_ordinary(
 
     Goes on from the newest checkpoint of the phase if that was made by the same settings, and leaves the
     last one there; so calling it again costs nothing. Every rank must call. Each rank takes its share of
-    every batch, so batch statistics (of a model that has batch norm) are those of the share.
+    every batch, so batch statistics (of a model that has batch norm) are those of the share, dummies
+    included.
 
     Loss and accuracy are logged as `<phase>/loss` and `<phase>/accuracy` at steps below 0, so that step 0
     is where meta-training begins.
@@ -69,19 +70,25 @@ def train_ordinary(
     scaler = LossScaler(precision)
     if newest is not None:
         scaler.load(newest.scalars["scaler"])
-    rows = slice_for_rank(batch_size, job.sharding.rank, job.sharding.world_size)
+    share = share_of_rank(
+        batch_size, job.sharding.rank, job.sharding.world_size, is_lockstep=job.sharding.is_lockstep
+    )
+    rows = list(share.positions)
     checkpoint_every = max(1, settings.num_steps // NUM_CHECKPOINTS)
     with job.console.phase(shown_name, total=settings.num_steps, num_done=outer.step) as phase:
         while outer.step < settings.num_steps:
             arrays = samples.batch(outer.step, batch_size)
-            batch = {name: torch.from_numpy(array[rows.start : rows.stop]) for name, array in arrays.items()}
-            draws = Draws(job.recipe.seed, tuple(rows), outer.step)
-            gradient, totals = _gradient(model, outer.meta, batch, precision, draws, scaler.scales.loss)
-            total = job.sharding.sum_over_ranks(gradient | totals)
-            mean = {name: total[name] / (batch_size * scaler.scales.loss) for name in gradient}
+            batch = {name: torch.from_numpy(array[rows]) for name, array in arrays.items()}
+            draws = Draws(job.recipe.seed, share.positions, outer.step)
+            own, totals = _gradient(
+                model, outer.meta, batch, precision, draws, scaler.scales.loss, share.num_dummies
+            )
+            gradient = job.sharding.sum_gradients(own)
+            total = job.sharding.sum_over_ranks(totals)
+            mean = {name: value / (batch_size * scaler.scales.loss) for name, value in gradient.items()}
             updated = outer.update(mean, is_expected=scaler.can_shrink)
             scaler.update(is_finite=updated["skipped"] == 0.0)
-            metrics = {name: float(total[f"metrics/{name}"]) / batch_size for name in ("loss", "accuracy")}
+            metrics = {name: float(value) / batch_size for name, value in total.items()}
             phase.advance(1, **metrics)
             if outer.step % LOG_EVERY == 0:
                 named = {f"{phase_name}/{name}": value for name, value in metrics.items()}
@@ -115,17 +122,19 @@ def _gradient(
     precision: Precision,
     draws: Draws,
     scale: float,
+    num_dummies: int,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The gradient of `scale` times the summed loss of this rank's samples, and the sums of loss and
     accuracy.
 
     Args:
         draws: dropout's, one "task" for each sample, so that the world size changes none.
+        num_dummies: how many of the last samples do not count.
     """
     if not len(batch["targets"]):  # more ranks than samples
         nothing = torch.zeros((), dtype=torch.float64, device=next(iter(weights.values())).device)
         zeros = {name: torch.zeros_like(value) for name, value in weights.items()}
-        return zeros, {"metrics/loss": nothing, "metrics/accuracy": nothing.clone()}
+        return zeros, {"loss": nothing, "accuracy": nothing.clone()}
     parameters = leaves(weights)
     device = next(iter(parameters.values())).device
     targets = batch["targets"].to(device)[None]
@@ -133,8 +142,11 @@ def _gradient(
     inputs = inputs.to(precision.storage_dtype) if inputs.is_floating_point() else inputs
     with Interception(ForwardPass(precision, device, draws=draws)), precision.autocast(device):
         logits: Tensor = functional_call(model, parameters, (inputs,), tie_weights=True)[None]
-    loss = cross_entropy(logits, targets).sum()
+    num_real = len(inputs) - num_dummies
+    # A dummy's loss has the weight 0, and is no constant: its backward pass takes part.
+    counts = (torch.arange(len(inputs), device=device) < num_real).to(logits.dtype)
+    loss = (counts * cross_entropy(logits, targets)[0]).sum()
     grads = torch.autograd.grad(scale * loss, list(parameters.values()))
-    accuracy = example_means(is_right(logits, targets).double()).sum()
-    totals = {"metrics/loss": loss.detach().double(), "metrics/accuracy": accuracy}
+    accuracy = example_means(is_right(logits, targets).double())[0, :num_real].sum()
+    totals = {"loss": loss.detach().double(), "accuracy": accuracy}
     return dict(zip(parameters, grads, strict=True)), totals

@@ -23,10 +23,10 @@ class MetaGradient:
 
     Attributes:
         gradient: d (sum over tasks of the meta-loss) / d theta, shaped like theta.
-        losses: the meta-loss of each task, `[T]`.
+        losses: the meta-loss of each task, `[T]`; 0 for a dummy.
         metrics: per task, `[T]` each, float64: `loss_after` and `accuracy_after` adaptation; `not_finite`, 1
             where the task's loss or its share of the gradient is not finite; and the
-            estimator's own.
+            estimator's own. All 0 for a dummy.
     """
 
     gradient: dict[str, Tensor]
@@ -57,7 +57,7 @@ class Hypergradient(abc.ABC):
             has_proximal=unroll.rule.penalties.proximal > 0.0,
             end_only=not any(unroll.step_weights[:-1]),
         )
-        return self.estimate(unroll, meta, batch)
+        return _without_dummies(self.estimate(unroll, meta, batch), batch)
 
     @property
     def metric_names(self) -> tuple[str, ...]:
@@ -67,6 +67,15 @@ class Hypergradient(abc.ABC):
     @abc.abstractmethod
     def estimate(self, unroll: Unroll, meta: Tensors, batch: TaskBatch) -> MetaGradient:
         """What `meta_gradient` returns, for meta-parameters of kinds that this estimator gives."""
+
+
+def _without_dummies(part: MetaGradient, batch: TaskBatch) -> MetaGradient:
+    """The same with metrics of nothing but the tasks that count."""
+    if batch.weights is None:
+        return part
+    is_dummy = batch.weights == 0
+    metrics = {name: value.masked_fill(is_dummy, 0.0) for name, value in part.metrics.items()}
+    return dataclasses.replace(part, metrics=metrics)
 
 
 def gradient_of(
@@ -169,7 +178,8 @@ def meta_losses(
 def query_losses(
     unroll: Unroll, meta: Tensors, fast: Tensors, batch: TaskBatch, step: int
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """Lq at phi_`step`, `[T]`, None where its weight is 0; and the metrics of the last step."""
+    """Lq at phi_`step` times the tasks' weights, `[T]`, None where c_k is 0; and the metrics of the last
+    step."""
     is_last = step == unroll.num_steps
     is_counted = unroll.step_weights[step] != 0.0
     if not is_counted and not is_last:
@@ -177,7 +187,14 @@ def query_losses(
     with torch.set_grad_enabled(is_counted and torch.is_grad_enabled()):
         losses, aux = unroll.learner.losses("query", meta, fast, batch, step)
     metrics = {"loss_after": losses.detach().double(), "accuracy_after": aux["accuracy"]}
+    if batch.weights is not None:
+        losses = losses * batch.weights
     return (losses if is_counted else None), (metrics if is_last else {})
+
+
+def weighted(weights: Tensor, tensor: Tensor) -> Tensor:
+    """Each task's part of a tensor `[T, ...]` times its weight."""
+    return tensor * weights.view(-1, *(1,) * (tensor.ndim - 1))
 
 
 def not_finite(losses: Tensor, per_task: Iterable[Tensor]) -> Tensor:

@@ -6,7 +6,14 @@ import dataclasses
 
 import torch
 
-from metaloom.engine.hypergradients.base import Hypergradient, MetaGradient, Tensors, meta_losses, not_finite
+from metaloom.engine.hypergradients.base import (
+    Hypergradient,
+    MetaGradient,
+    Tensors,
+    meta_losses,
+    not_finite,
+    weighted,
+)
 from metaloom.engine.hypergradients.endpoint import adapt_to_end, pull_back_start
 from metaloom.engine.learner import TaskBatch
 from metaloom.engine.unroll import Unroll, leaves
@@ -31,6 +38,8 @@ class Reptile(Hypergradient):
         with torch.no_grad():
             losses, metrics = meta_losses(unroll, theta, (path.end, {}), batch, unroll.num_steps)
         way_back = {name: value - path.end[name] for name, value in path.start.items()}
+        if batch.weights is not None:
+            way_back = {name: weighted(batch.weights, value) for name, value in way_back.items()}
         gradient = pull_back_start(unroll, theta, batch.num_tasks, way_back)
         metrics["not_finite"] = not_finite(losses, way_back.values())
         return MetaGradient(gradient, losses, metrics)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,14 @@ class Sharding(abc.ABC):
 
     Every rank has its own share of the tasks. What it holds of a meta-parameter is the backend's choice:
     all of it, or a shard. Works without a process group too: one rank, no communication.
+
+    Attributes:
+        is_lockstep: whether ranks meet in the middle of a forward or backward pass, so that all must run the
+            same passes: as many micro-batches of as many tasks, as many iterations of a solver. Tasks that
+            a rank lacks for that are dummies.
     """
+
+    is_lockstep: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
@@ -42,6 +49,14 @@ class Sharding(abc.ABC):
         Args:
             gradients: what `sum_gradients` returned, or a multiple of it.
         """
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank. Every rank must call."""
+        if self.world_size == 1:
+            return flag
+        flags = torch.tensor([flag], dtype=torch.uint8)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        return bool(flags.item())
 
     def sum_over_ranks(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The sum of each tensor over all ranks. Every rank must call, with the same names and shapes.
