@@ -36,6 +36,7 @@ from metaloom.engine.learner import Learner, Rehearsal, TaskBatch
 from metaloom.engine.losses import SupportLoss
 from metaloom.engine.outer import OuterSettings
 from metaloom.engine.precision import Precision
+from metaloom.engine.sharding.base import Sharding
 from metaloom.engine.snapshots import Binomial, HostMemory, KeepAll, SnapshotPlan
 from metaloom.engine.unroll import Unroll
 from metaloom.models.conv4 import Conv4
@@ -218,15 +219,28 @@ def build_unroll(
     )
 
 
-def build_algorithm(recipe: Recipe, adapter: Adapter, choices: Choices, device: torch.device) -> Maml:
-    """The algorithm with the estimator of its hypergradient."""
+def build_algorithm(
+    recipe: Recipe,
+    adapter: Adapter,
+    choices: Choices,
+    device: torch.device,
+    *,
+    sharding: Sharding | None = None,
+) -> Maml:
+    """The algorithm with the estimator of its hypergradient.
+
+    Args:
+        sharding: what the ranks that compute together agree by; None for a rank alone.
+    """
     rule = recipe.adaptation.rule
     unroll = build_unroll(recipe, adapter, rate=rule.lr, grain=rule.learned)
-    return Maml(unroll, build_hypergradient(recipe, choices, device))
+    return Maml(unroll, build_hypergradient(recipe, choices, device, sharding=sharding))
 
 
-def build_hypergradient(recipe: Recipe, choices: Choices, device: torch.device) -> Hypergradient:
-    """The estimator with its options."""
+def build_hypergradient(
+    recipe: Recipe, choices: Choices, device: torch.device, *, sharding: Sharding | None = None
+) -> Hypergradient:
+    """The estimator with its options; `sharding` as in `build_algorithm`."""
     snapshots = build_snapshots(recipe, device)
     match recipe.algorithm.hypergradient:
         case AutoHypergradient():
@@ -241,7 +255,7 @@ def build_hypergradient(recipe: Recipe, choices: Choices, device: torch.device) 
         case TruncatedHypergradient(num_steps=num_steps, by=by):
             return Truncated(snapshots, num_steps=num_steps, exact=EXACT_AND_FLAT[by]())
         case ImplicitHypergradient(solver=solver, damping=damping):
-            return Implicit(_build_solver(solver), damping)
+            return Implicit(_build_solver(solver, sharding), damping)
         case FiniteDifferenceHypergradient(epsilon=epsilon):
             return FiniteDifference(epsilon)
         case ReptileHypergradient():
@@ -261,10 +275,11 @@ def build_snapshots(recipe: Recipe, device: torch.device) -> SnapshotPlan:
             return KeepAll()
 
 
-def _build_solver(solver: ConjugateGradientSolver | NeumannSolver) -> Solver:
+def _build_solver(solver: ConjugateGradientSolver | NeumannSolver, sharding: Sharding | None) -> Solver:
     match solver:
         case ConjugateGradientSolver():
-            return ConjugateGradient(solver.num_iterations, solver.tolerance)
+            any_rank = sharding.any_rank if sharding is not None and sharding.is_lockstep else bool
+            return ConjugateGradient(solver.num_iterations, solver.tolerance, any_rank)
         case NeumannSolver():
             return Neumann(solver.num_terms, solver.step_size)
 

@@ -62,7 +62,8 @@ def train(recipe: Recipe, place: Place) -> None:
             choices = Choices.load(newest.scalars["choices"])
         else:
             choices = choose(job, model, _train_source(job))
-        algorithm = build_algorithm(recipe, build_adapter(recipe, model, choices), choices, place.device)
+        adapter = build_adapter(recipe, model, choices)
+        algorithm = build_algorithm(recipe, adapter, choices, place.device, sharding=job.sharding)
         if recipe.pretrain is not None:
             is_resumed = newest is not None
             load_weights(model, _pretrained(job, recipe.pretrain, model, must_be_done=is_resumed))
