@@ -33,7 +33,13 @@ def gpt(
     rule: InnerRule = PLAIN, *, grain: Grain = "per_tensor", backbone: bool = True
 ) -> Callable[[int], Problem]:
     return lambda num_tasks: gpt_problem(
-        step_weights=last(3), rule=rule, grain=grain, backbone=backbone, num_tasks=num_tasks, num_layers=2
+        step_weights=last(3),
+        rule=rule,
+        grain=grain,
+        backbone=backbone,
+        tied_embeddings=True,
+        num_tasks=num_tasks,
+        num_layers=2,
     )
 
 
@@ -68,6 +74,17 @@ def with_scales(make: Callable[[int], Problem]) -> Callable[[int], Problem]:
     return made
 
 
+def recomputed(make: Callable[[int], Problem]) -> Callable[[int], Problem]:
+    """Blocks and head are computed again in every backward pass."""
+
+    def made(num_tasks: int) -> Problem:
+        problem = make(num_tasks)
+        learner = dataclasses.replace(problem.unroll.learner, recompute_blocks=True, head_chunk=4)
+        return dataclasses.replace(problem, unroll=dataclasses.replace(problem.unroll, learner=learner))
+
+    return made
+
+
 SWEEPS: dict[str, Way] = {
     "unrolled": (Unrolled(), with_a_learned_loss(gpt(HEAVY))),
     "unrolled, every weight fast": (Unrolled(), conv4()),
@@ -75,6 +92,8 @@ SWEEPS: dict[str, Way] = {
     "rematerialized, proximal": (Rematerialized(), gpt(PULLED)),
     "rematerialized, scaled": (Rematerialized(), with_scales(gpt(Adam()))),
     "rematerialized, every weight fast": (Rematerialized(Binomial(1)), conv4(HEAVY)),
+    "rematerialized, recomputed": (Rematerialized(), recomputed(gpt())),
+    "mixed_mode, recomputed": (MixedMode(), recomputed(gpt())),
     "some graphs": (Rematerialized(num_graph_steps=1), gpt()),
     "all graphs": (Rematerialized(num_graph_steps=3), with_scales(with_a_learned_loss(gpt(PULLED)))),
     "mixed_mode": (MixedMode(), with_a_learned_loss(gpt(HEAVY))),

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from metaloom.engine.capabilities import require
+from metaloom.engine.inner_loops.rates import RATES
 from metaloom.engine.learner import TaskBatch
 from metaloom.engine.unroll import Unroll
 
 Tensors = Mapping[str, Tensor]
+OnGradient = Callable[[str, Tensor], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +49,15 @@ class Hypergradient(abc.ABC):
     name: ClassVar[str]
     own_metrics: ClassVar[tuple[str, ...]] = ()
 
-    def meta_gradient(self, unroll: Unroll, meta: Tensors, batch: TaskBatch) -> MetaGradient:
+    def meta_gradient(
+        self, unroll: Unroll, meta: Tensors, batch: TaskBatch, *, on_final: OnGradient | None = None
+    ) -> MetaGradient:
         """Differentiates `unroll` at `meta` on `batch`; leaves both unchanged.
+
+        Args:
+            on_final: called with the gradient of a meta-parameter, in the midst of a backward pass, where
+                that is final before the others are. What is returned has it too. An estimator need not
+                call it.
 
         Raises:
             CapabilityError: this estimator does not give the gradient of something in `meta`.
@@ -57,7 +68,7 @@ class Hypergradient(abc.ABC):
             has_proximal=unroll.rule.penalties.proximal > 0.0,
             end_only=not any(unroll.step_weights[:-1]),
         )
-        return _without_dummies(self.estimate(unroll, meta, batch), batch)
+        return _without_dummies(self.estimate(unroll, meta, batch, on_final), batch)
 
     @property
     def metric_names(self) -> tuple[str, ...]:
@@ -65,7 +76,9 @@ class Hypergradient(abc.ABC):
         return ("loss_after", "accuracy_after", "not_finite", *self.own_metrics)
 
     @abc.abstractmethod
-    def estimate(self, unroll: Unroll, meta: Tensors, batch: TaskBatch) -> MetaGradient:
+    def estimate(
+        self, unroll: Unroll, meta: Tensors, batch: TaskBatch, on_final: OnGradient | None
+    ) -> MetaGradient:
         """What `meta_gradient` returns, for meta-parameters of kinds that this estimator gives."""
 
 
@@ -84,9 +97,15 @@ def gradient_of(
     cotangents: Sequence[Tensor | None] | None = None,
     *,
     retain_graph: bool = False,
+    on_gradient: OnGradient | None = None,
 ) -> dict[str, Tensor]:
-    """The vector-Jacobian product of `outputs` for each of `inputs`; zero where nothing depends on it."""
-    found = gradient_if_any(outputs, inputs, cotangents, retain_graph=retain_graph)
+    """The vector-Jacobian product of `outputs` for each of `inputs`; zero where nothing depends on it.
+
+    Args:
+        on_gradient: called with each input's product as soon as the backward pass has it; not where nothing
+            depends on it.
+    """
+    found = gradient_if_any(outputs, inputs, cotangents, retain_graph=retain_graph, on_gradient=on_gradient)
     return filled(found, inputs)
 
 
@@ -96,6 +115,7 @@ def gradient_if_any(
     cotangents: Sequence[Tensor | None] | None = None,
     *,
     retain_graph: bool = False,
+    on_gradient: OnGradient | None = None,
 ) -> dict[str, Tensor]:
     """The same for those of `inputs` that `outputs` depend on: no memory for the others."""
     connected = [
@@ -105,14 +125,50 @@ def gradient_if_any(
     ]
     if not connected:
         return {}
-    grads = torch.autograd.grad(
-        [output for output, _ in connected],
-        list(inputs.values()),
-        None if cotangents is None else [cotangent for _, cotangent in connected],
-        retain_graph=retain_graph,
-        allow_unused=True,
-    )
+    with _hooked(inputs, on_gradient):
+        grads = torch.autograd.grad(
+            [output for output, _ in connected],
+            list(inputs.values()),
+            None if cotangents is None else [cotangent for _, cotangent in connected],
+            retain_graph=retain_graph,
+            allow_unused=True,
+        )
     return {name: grad for name, grad in zip(inputs, grads, strict=True) if grad is not None}
+
+
+@contextlib.contextmanager
+def _hooked(inputs: Tensors, on_gradient: OnGradient | None) -> Iterator[None]:
+    """In this context a backward pass tells of each input's gradient when nothing more is added to it."""
+    with contextlib.ExitStack() as stack:
+        if on_gradient is not None:
+            for name, value in inputs.items():
+                hook = value.register_hook(functools.partial(on_gradient, name))  # type: ignore[no-untyped-call]
+                stack.callback(hook.remove)
+        yield
+
+
+def finishing(on_final: OnGradient | None, finish: Callable[[str, Tensor], Tensor]) -> OnGradient | None:
+    """What takes the gradients of a last pass, by key, and tells of those under `theta/<name>` what they
+    make final; None where nobody waits."""
+    if on_final is None:
+        return None
+
+    def tell(key: str, gradient: Tensor) -> None:
+        kind, _, name = key.partition("/")
+        if kind == "theta":
+            on_final(name, finish(name, gradient))
+
+    return tell
+
+
+def order_of_completion(names: Iterable[str]) -> list[str]:
+    """Names of meta-parameters, those whose gradients tend to be final first first.
+
+    A backward pass comes to the last layers first. The gradients of rates need the inner gradients, which
+    may be had at the end alone.
+    """
+    backwards = list(names)[::-1]
+    return sorted(backwards, key=lambda name: name.startswith(RATES))
 
 
 def prefixed(prefix: str, tensors: Tensors) -> dict[str, Tensor]:

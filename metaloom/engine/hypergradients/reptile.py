@@ -9,6 +9,7 @@ import torch
 from metaloom.engine.hypergradients.base import (
     Hypergradient,
     MetaGradient,
+    OnGradient,
     Tensors,
     meta_losses,
     not_finite,
@@ -32,7 +33,9 @@ class Reptile(Hypergradient):
 
     name = "reptile"
 
-    def estimate(self, unroll: Unroll, meta: Tensors, batch: TaskBatch) -> MetaGradient:
+    def estimate(
+        self, unroll: Unroll, meta: Tensors, batch: TaskBatch, on_final: OnGradient | None
+    ) -> MetaGradient:
         theta = leaves(meta)
         path = adapt_to_end(unroll, meta, batch)
         with torch.no_grad():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from metaloom.engine.sharding.gradient_sum import GradientSum, SumAtOnce
 
 Value = TypeVar("Value")
 
@@ -41,6 +43,15 @@ class Sharding(abc.ABC):
         Returns:
             The same, of the same shapes; equal bit for bit on all ranks that hold the same.
         """
+
+    def gradient_sum(self, like: Mapping[str, Tensor], order: Sequence[str]) -> GradientSum:
+        """A new sum of gradients, of one outer step.
+
+        Args:
+            like: the meta-parameters, for their names and shapes.
+            order: their names, those whose gradients are complete first first.
+        """
+        return SumAtOnce(like, self.sum_gradients)
 
     @abc.abstractmethod
     def norm(self, gradients: Mapping[str, Tensor]) -> float:
