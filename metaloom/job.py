@@ -75,7 +75,7 @@ def open_job(recipe: Recipe, place: Place, *, is_training: bool, first_step: int
     Raises:
         MetaloomError: the data or a tracking store that was named cannot be used.
     """
-    sharding = Replicated()
+    sharding = Replicated(bucket_bytes=int(recipe.sharding.bucket_mib * 2**20))
     # Standard error goes to the run's logs: what a person should see is on standard output.
     console = make_console(rank=sharding.rank, error_stream=sys.stdout)
     index = Index.load(recipe.data.url)
