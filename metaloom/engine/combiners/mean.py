@@ -47,15 +47,16 @@ class Mean:
     def on_final(self) -> OnGradient | None:
         """What takes gradients of the last micro-batch that are final before the others are; None where that
         is of no use."""
-        return self._take if self._sum.sends_early else None
+        return self.take if self._sum.sends_early else None
 
-    def _take(self, name: str, gradient: Tensor) -> None:
+    def take(self, name: str, gradient: Tensor) -> None:
+        """Takes in the last that there is of one meta-parameter's gradient."""
         self._sum.add({name: gradient})
         self._sum.complete(name)
         self._final.add(name)
 
     def add(self, part: MetaGradient) -> None:
-        """Takes in one micro-batch, but for what `on_final` has taken of it."""
+        """Takes in one micro-batch, but for what `take` has had of it."""
         self._sum.add({name: value for name, value in part.gradient.items() if name not in self._final})
         for name, value in {"meta_loss": part.losses, **part.metrics}.items():
             self._metrics[name] += value.double().sum().cpu()
