@@ -601,10 +601,15 @@ class ShardedSharding(Section):
 
 
 class ReplicatedSharding(Section):
-    """Every rank holds all of theta; one all-reduce per outer step."""
+    """Every rank holds all of theta; gradients cross ranks once per outer step."""
 
     kind: Literal["replicated"] = Field(
         default="replicated", description="every rank holds all meta-parameters"
+    )
+    bucket_mib: PositiveFloat = Field(
+        default=25.0,
+        description="gradients that cross ranks together, in MiB: as soon as so much is complete, while "
+        "the rest is computed",
     )
 
 

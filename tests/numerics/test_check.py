@@ -30,7 +30,7 @@ from metaloom.engine.check import (
     slope_by_differences,
 )
 from metaloom.engine.hypergradients import HYPERGRADIENTS
-from metaloom.engine.hypergradients.base import Hypergradient, MetaGradient
+from metaloom.engine.hypergradients.base import Hypergradient, MetaGradient, OnGradient
 from metaloom.engine.hypergradients.first_order import FirstOrder
 from metaloom.engine.hypergradients.unrolled import Unrolled
 from metaloom.engine.inner_loops.adam import Adam
@@ -366,7 +366,13 @@ def test_an_estimator_that_is_wrong_by_little_is_found() -> None:
     class Scaled(Hypergradient):
         name = "unrolled"
 
-        def estimate(self, unroll: Unroll, meta: Mapping[str, Tensor], batch: TaskBatch) -> MetaGradient:
+        def estimate(
+            self,
+            unroll: Unroll,
+            meta: Mapping[str, Tensor],
+            batch: TaskBatch,
+            on_final: OnGradient | None,
+        ) -> MetaGradient:
             exact = Unrolled().meta_gradient(unroll, meta, batch)
             scaled = {name: (1.0 + factor) * value for name, value in exact.gradient.items()}
             return dataclasses.replace(exact, gradient=scaled)
