@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 from metaloom.engine.hypergradients.base import Hypergradient, query_losses
+from metaloom.engine.hypergradients.missing import operation_in
 from metaloom.engine.hypergradients.unrolled import Unrolled
 from metaloom.engine.learner import TaskBatch
 from metaloom.engine.unroll import Unroll, adapt, first_snapshot, leaves
@@ -541,15 +542,16 @@ def _attempt(
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, CapabilityError) as error:  # NotImplementedError is a RuntimeError
-        return None, (str(error).strip().splitlines() or [type(error).__name__])[0]
+        said = error.__cause__ or error  # what torch said, where it was put into other words
+        return None, (str(said).strip().splitlines() or [type(said).__name__])[0]
 
 
 def _refusal(estimator: str, failure: str | None, own_functions: tuple[str, ...], has_oracle: bool) -> str:
     """Which estimator, which operation, and what to do."""
     failure = failure or ""
-    named = re.search(r"(?:derivative for|forward AD with) (\S+)", failure)
+    named = operation_in(failure)
     if named is not None:
-        operation = named.group(1)
+        operation = named
     elif own_functions:
         operation = f"one of the model's own autograd functions ({', '.join(own_functions)})"
     else:

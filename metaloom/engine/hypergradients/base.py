@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from metaloom.engine.capabilities import require
+from metaloom.engine.hypergradients.missing import refusal_of
 from metaloom.engine.learner import TaskBatch
 from metaloom.engine.unroll import Unroll
+from metaloom.errors import CapabilityError
 
 Tensors = Mapping[str, Tensor]
 
@@ -49,7 +51,8 @@ class Hypergradient(abc.ABC):
         """Differentiates `unroll` at `meta` on `batch`; leaves both unchanged.
 
         Raises:
-            CapabilityError: this estimator does not give the gradient of something in `meta`.
+            CapabilityError: this estimator does not give the gradient of something in `meta`, or torch lacks
+                a derivative of an operation of the model that it needs.
         """
         require(
             self.name,
@@ -57,7 +60,13 @@ class Hypergradient(abc.ABC):
             has_proximal=unroll.rule.penalties.proximal > 0.0,
             end_only=not any(unroll.step_weights[:-1]),
         )
-        return self.estimate(unroll, meta, batch)
+        try:
+            return self.estimate(unroll, meta, batch)
+        except RuntimeError as error:  # NotImplementedError is one
+            refusal = refusal_of(self.name, str(error))
+            if refusal is None:
+                raise
+            raise CapabilityError(refusal) from error
 
     @property
     def metric_names(self) -> tuple[str, ...]:
