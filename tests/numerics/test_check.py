@@ -20,15 +20,10 @@ from torch.nn import functional as F
 
 from metaloom.engine.adapters.full import FullAdapter
 from metaloom.engine.adapters.lora import LoraAdapter
-from metaloom.engine.check import (
-    DISTANCES,
-    ORACLE_TOLERANCE,
-    CheckReport,
-    away_from_symmetry,
-    check_hypergradient,
-    grouped,
-    slope_by_differences,
-)
+from metaloom.engine.checking.comparison import check_hypergradient, grouped
+from metaloom.engine.checking.differences import DISTANCES, slope_by_differences
+from metaloom.engine.checking.report import ORACLE_TOLERANCE, CheckReport
+from metaloom.engine.checking.vectors import away_from_symmetry
 from metaloom.engine.hypergradients import HYPERGRADIENTS
 from metaloom.engine.hypergradients.base import Hypergradient, MetaGradient
 from metaloom.engine.hypergradients.first_order import FirstOrder
