@@ -42,6 +42,7 @@ from metaloom.engine.sharding.replicated import Replicated
 from metaloom.engine.sharding.sharded import Sharded
 from metaloom.engine.snapshots import Binomial, HostMemory, KeepAll, SnapshotPlan
 from metaloom.engine.unroll import Unroll
+from metaloom.errors import CapabilityError
 from metaloom.models.conv4 import Conv4
 from metaloom.models.gpt import Gpt
 from metaloom.recipe import (
@@ -287,11 +288,20 @@ def build_hypergradient(
 
 
 def build_snapshots(recipe: Recipe, device: torch.device) -> SnapshotPlan:
-    """Which fast weights are kept."""
+    """Which fast weights are kept.
+
+    Raises:
+        CapabilityError: they are to go to the host's memory, and are there already.
+    """
     match recipe.memory.snapshots:
         case BinomialSnapshots(num_slots=num_slots):
             return Binomial(num_slots)
         case HostSnapshots():
+            if device.type == "cpu":
+                raise CapabilityError(
+                    "memory.snapshots.kind: host; has no effect, since this run computes on a CPU, whose "
+                    "memory is the host's: set it to all or binomial, or run on a GPU."
+                )
             return HostMemory(device)
         case AllSnapshots():
             return KeepAll()

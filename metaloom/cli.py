@@ -16,7 +16,8 @@ from pathlib import Path
 
 from metaloom import __version__
 from metaloom.errors import LaunchError, MetaloomError, RecipeError, StreamError
-from metaloom.run_folder import RunFolder, new_run_path, replace_text
+from metaloom.files import replace_file
+from metaloom.run_folder import RunFolder, new_run_path
 
 EXAMPLES = """\
 examples:
@@ -329,7 +330,7 @@ def _write_recipe(recipe: object, path: Path) -> None:
 
     assert isinstance(recipe, Recipe)
     try:
-        replace_text(path, dump_recipe(recipe))
+        replace_file(path, dump_recipe(recipe))
     except OSError as error:
         raise LaunchError(f"{path} cannot be written: {error.strerror or error}.") from error
 

@@ -366,7 +366,9 @@ class FiniteDifferenceHypergradient(Section):
         description="approximate: the last inner step alone, by differences of first-order gradients",
     )
     epsilon: PositiveFloat = Field(
-        default=0.01, description="how far a task's fast weights are moved either way, in their norm"
+        default=0.01,
+        description="how far a task's fast weights are moved either way, in their norm, where more than the "
+        "initialisation is learned",
     )
 
 

@@ -559,6 +559,12 @@ outer:
             "precision.compute: bfloat16; algorithm.hypergradient = finite_difference compares gradients at",
         ),
         (
+            STDLIB,
+            ["algorithm.hypergradient={kind: finite_difference, epsilon: 0.1}"],
+            "algorithm.hypergradient.epsilon: 0.1; has no effect, since the initialisation alone is learned, "
+            "for which finite_difference takes no difference; leave it out",
+        ),
+        (
             GLYPHS,
             ["outer.schedule.warmup_steps=100"],
             "outer.schedule.warmup_steps: 100; must be less than outer.num_steps = 100",
@@ -699,7 +705,21 @@ def test_a_rule_between_values_is_enforced(load: Load, text: str, overrides: lis
                 "algorithm.meta_parameters={init: false, backbone: true}",
             ],
         ),
-        (STDLIB, ["algorithm.hypergradient=finite_difference", "algorithm.meta_parameters.backbone=true"]),
+        (GLYPHS, ["algorithm.hypergradient={kind: finite_difference, epsilon: 0.01}"]),
+        (
+            STDLIB,
+            [
+                "algorithm.hypergradient={kind: finite_difference, epsilon: 0.1}",
+                "algorithm.meta_parameters.backbone=true",
+            ],
+        ),
+        (
+            GLYPHS,
+            [
+                "algorithm.hypergradient={kind: finite_difference, epsilon: 0.1}",
+                "adaptation.loss.learned=[temperature]",
+            ],
+        ),
         (
             GLYPHS,
             ["algorithm.hypergradient=reptile", "algorithm.step_weights=uniform", "adaptation.num_steps=1"],

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from metaloom.engine.capabilities import require
+from metaloom.engine.hypergradients.missing import refusal_of
 from metaloom.engine.inner_loops.rates import RATES
 from metaloom.engine.learner import TaskBatch
 from metaloom.engine.unroll import Unroll
+from metaloom.errors import CapabilityError
 
 Tensors = Mapping[str, Tensor]
 OnGradient = Callable[[str, Tensor], None]
@@ -60,7 +62,8 @@ class Hypergradient(abc.ABC):
                 call it.
 
         Raises:
-            CapabilityError: this estimator does not give the gradient of something in `meta`.
+            CapabilityError: this estimator does not give the gradient of something in `meta`, or torch lacks
+                a derivative of an operation of the model that it needs.
         """
         require(
             self.name,
@@ -68,7 +71,13 @@ class Hypergradient(abc.ABC):
             has_proximal=unroll.rule.penalties.proximal > 0.0,
             end_only=not any(unroll.step_weights[:-1]),
         )
-        return _without_dummies(self.estimate(unroll, meta, batch, on_final), batch)
+        try:
+            return _without_dummies(self.estimate(unroll, meta, batch, on_final), batch)
+        except RuntimeError as error:  # NotImplementedError is one
+            refusal = refusal_of(self.name, str(error))
+            if refusal is None:
+                raise
+            raise CapabilityError(refusal) from error
 
     @property
     def metric_names(self) -> tuple[str, ...]:
