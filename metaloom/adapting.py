@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor
 
 from metaloom.build import task_batch
-from metaloom.datasets import Episode, EpisodeSource, slice_for_rank
+from metaloom.datasets import Episode, EpisodeSource, share_of_rank
 from metaloom.engine.evaluation import adaptation_curve
 from metaloom.engine.unroll import Unroll
 from metaloom.job import Job
@@ -25,13 +25,19 @@ def measured_episodes(
 ) -> Iterator[tuple[list[Episode], dict[str, Tensor]]]:
     """This rank's share of episodes 0 .. `num_episodes` - 1, some at a time, each with its adaptation curve.
 
+    Every rank must call. Dummies are adapted to as well, so that ranks in lockstep do the same, and dropped.
+
     Args:
         num_steps: inner steps.
     """
     recipe, sharding = job.recipe, job.sharding
-    numbers = slice_for_rank(num_episodes, sharding.rank, sharding.world_size)
+    share = share_of_rank(num_episodes, sharding.rank, sharding.world_size, is_lockstep=sharding.is_lockstep)
+    num_real = len(share.positions) - share.num_dummies
     size = recipe.outer.micro_batch or math.ceil(recipe.outer.tasks_per_step / sharding.world_size)
-    for start in range(0, len(numbers), size):
-        episodes = [source.episode(number) for number in numbers[start : start + size]]
+    for start in range(0, len(share.positions), size):
+        episodes = [source.episode(number) for number in share.positions[start : start + size]]
         batch = task_batch(recipe, episodes, job.place.device, num_steps=num_steps)
-        yield episodes, adaptation_curve(unroll, meta, batch, num_steps=num_steps)
+        curve = adaptation_curve(unroll, meta, batch, num_steps=num_steps)
+        count = min(len(episodes), num_real - start)
+        if count > 0:
+            yield episodes[:count], {name: value[:count] for name, value in curve.items()}

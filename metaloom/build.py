@@ -42,6 +42,7 @@ from metaloom.engine.sharding.replicated import Replicated
 from metaloom.engine.sharding.sharded import Sharded
 from metaloom.engine.snapshots import Binomial, HostMemory, KeepAll, SnapshotPlan
 from metaloom.engine.unroll import Unroll
+from metaloom.errors import CapabilityError
 from metaloom.models.conv4 import Conv4
 from metaloom.models.gpt import Gpt
 from metaloom.recipe import (
@@ -107,8 +108,8 @@ def build_sharding(recipe: Recipe, device: torch.device) -> Sharding:
     match recipe.sharding:
         case ShardedSharding(shard_size=shard_size):
             return Sharded(device, shard_size=shard_size)
-        case ReplicatedSharding():
-            return Replicated()
+        case ReplicatedSharding(bucket_mib=bucket_mib):
+            return Replicated(bucket_bytes=int(bucket_mib * 2**20))
 
 
 def build_model(
@@ -241,15 +242,28 @@ def build_unroll(
     )
 
 
-def build_algorithm(recipe: Recipe, adapter: Adapter, choices: Choices, device: torch.device) -> Maml:
-    """The algorithm with the estimator of its hypergradient."""
+def build_algorithm(
+    recipe: Recipe,
+    adapter: Adapter,
+    choices: Choices,
+    device: torch.device,
+    *,
+    sharding: Sharding | None = None,
+) -> Maml:
+    """The algorithm with the estimator of its hypergradient.
+
+    Args:
+        sharding: what the ranks that compute together agree by; None for a rank alone.
+    """
     rule = recipe.adaptation.rule
     unroll = build_unroll(recipe, adapter, rate=rule.lr, grain=rule.learned)
-    return Maml(unroll, build_hypergradient(recipe, choices, device))
+    return Maml(unroll, build_hypergradient(recipe, choices, device, sharding=sharding))
 
 
-def build_hypergradient(recipe: Recipe, choices: Choices, device: torch.device) -> Hypergradient:
-    """The estimator with its options."""
+def build_hypergradient(
+    recipe: Recipe, choices: Choices, device: torch.device, *, sharding: Sharding | None = None
+) -> Hypergradient:
+    """The estimator with its options; `sharding` as in `build_algorithm`."""
     snapshots = build_snapshots(recipe, device)
     match recipe.algorithm.hypergradient:
         case AutoHypergradient():
@@ -264,7 +278,7 @@ def build_hypergradient(recipe: Recipe, choices: Choices, device: torch.device) 
         case TruncatedHypergradient(num_steps=num_steps, by=by):
             return Truncated(snapshots, num_steps=num_steps, exact=EXACT_AND_FLAT[by]())
         case ImplicitHypergradient(solver=solver, damping=damping):
-            return Implicit(_build_solver(solver), damping)
+            return Implicit(_build_solver(solver, sharding), damping)
         case FiniteDifferenceHypergradient(epsilon=epsilon):
             return FiniteDifference(epsilon)
         case ReptileHypergradient():
@@ -274,20 +288,30 @@ def build_hypergradient(recipe: Recipe, choices: Choices, device: torch.device) 
 
 
 def build_snapshots(recipe: Recipe, device: torch.device) -> SnapshotPlan:
-    """Which fast weights are kept."""
+    """Which fast weights are kept.
+
+    Raises:
+        CapabilityError: they are to go to the host's memory, and are there already.
+    """
     match recipe.memory.snapshots:
         case BinomialSnapshots(num_slots=num_slots):
             return Binomial(num_slots)
         case HostSnapshots():
+            if device.type == "cpu":
+                raise CapabilityError(
+                    "memory.snapshots.kind: host; has no effect, since this run computes on a CPU, whose "
+                    "memory is the host's: set it to all or binomial, or run on a GPU."
+                )
             return HostMemory(device)
         case AllSnapshots():
             return KeepAll()
 
 
-def _build_solver(solver: ConjugateGradientSolver | NeumannSolver) -> Solver:
+def _build_solver(solver: ConjugateGradientSolver | NeumannSolver, sharding: Sharding | None) -> Solver:
     match solver:
         case ConjugateGradientSolver():
-            return ConjugateGradient(solver.num_iterations, solver.tolerance)
+            any_rank = sharding.any_rank if sharding is not None and sharding.is_lockstep else bool
+            return ConjugateGradient(solver.num_iterations, solver.tolerance, any_rank)
         case NeumannSolver():
             return Neumann(solver.num_terms, solver.step_size)
 
@@ -345,12 +369,18 @@ def ordinary_settings(
 
 
 def task_batch(
-    recipe: Recipe, episodes: Sequence[Episode], device: torch.device, *, num_steps: int
+    recipe: Recipe,
+    episodes: Sequence[Episode],
+    device: torch.device,
+    *,
+    num_steps: int,
+    num_dummies: int = 0,
 ) -> TaskBatch:
     """Episodes side by side, in the recipe's precision.
 
     Args:
         num_steps: inner steps: the rehearsal data beyond what they read is for measuring retention.
+        num_dummies: how many of the last episodes do not count.
     """
     dtype = Precision(recipe.precision.compute).storage_dtype
 
@@ -376,4 +406,12 @@ def task_batch(
         query=stack([episode.query for episode in episodes]),
         rehearsal=rehearsal,
         retention=retention,
+        weights=_task_weights(len(episodes), num_dummies, dtype, device) if num_dummies > 0 else None,
     )
+
+
+def _task_weights(num_tasks: int, num_dummies: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """1, and 0 for the last `num_dummies`; `[T]`."""
+    weights = torch.ones(num_tasks, dtype=dtype)
+    weights[num_tasks - num_dummies :] = 0.0
+    return weights.to(device)

@@ -15,15 +15,11 @@ from metaloom.build import (
 )
 from metaloom.datasets import Index
 from metaloom.engine.capabilities import ESTIMATORS, kind_of
-from metaloom.engine.check import (
-    COUPLING_TOLERANCE,
-    DIFFERENCE_TOLERANCE,
-    ORACLE_TOLERANCE,
-    CheckReport,
-    away_from_symmetry,
-    check_hypergradient,
-    grouped,
-)
+from metaloom.engine.checking.comparison import check_hypergradient, grouped
+from metaloom.engine.checking.coupling import COUPLING_TOLERANCE
+from metaloom.engine.checking.differences import DIFFERENCE_TOLERANCE
+from metaloom.engine.checking.report import ORACLE_TOLERANCE, CheckReport
+from metaloom.engine.checking.vectors import away_from_symmetry
 from metaloom.engine.choice import EXACT_AND_FLAT, EstimatorChoice
 from metaloom.engine.sharding.replicated import Replicated
 from metaloom.errors import CapabilityError

@@ -18,7 +18,7 @@ from metaloom.build import (
     initial_meta,
     task_batch,
 )
-from metaloom.datasets import EpisodeSource, slice_for_rank
+from metaloom.datasets import EpisodeSource, share_of_rank
 from metaloom.engine.choice import choose_estimator, fastest, shortened
 from metaloom.engine.hypergradients.rematerialized import Rematerialized
 from metaloom.engine.learner import TaskBatch
@@ -93,10 +93,12 @@ def _unroll(recipe: Recipe, model: HeldModel, choices: Choices) -> Unroll:
 def _first_batch(job: Job, source: EpisodeSource) -> TaskBatch | None:
     """This rank's first micro-batch; None where there are fewer tasks than ranks."""
     recipe, sharding = job.recipe, job.sharding
-    numbers = slice_for_rank(recipe.outer.tasks_per_step, sharding.rank, sharding.world_size)
-    if not numbers:
+    share = share_of_rank(
+        recipe.outer.tasks_per_step, sharding.rank, sharding.world_size, is_lockstep=sharding.is_lockstep
+    )
+    if not share.positions:
         return None
-    episodes = [source.episode(number) for number in numbers[: recipe.outer.micro_batch]]
+    episodes = [source.episode(number) for number in share.positions[: recipe.outer.micro_batch]]
     return task_batch(recipe, episodes, job.place.device, num_steps=recipe.adaptation.num_steps)
 
 

@@ -18,9 +18,10 @@ from pathlib import Path
 
 from metaloom import __version__
 from metaloom.errors import LaunchError, MetaloomError, RecipeError, StreamError
+from metaloom.files import replace_file
 from metaloom.planning.hardware import DEVICES, HERE, LINKS
 from metaloom.planning.request import DEFAULT_RANKS, Request, checked, ranks_in
-from metaloom.run_folder import RunFolder, new_run_path, replace_text
+from metaloom.run_folder import RunFolder, new_run_path
 
 EXAMPLES = """\
 examples:
@@ -396,7 +397,7 @@ def _write_recipe(recipe: object, path: Path) -> None:
 
     assert isinstance(recipe, Recipe)
     try:
-        replace_text(path, dump_recipe(recipe))
+        replace_file(path, dump_recipe(recipe))
     except OSError as error:
         raise LaunchError(f"{path} cannot be written: {error.strerror or error}.") from error
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from metaloom.build import model_structure
 from metaloom.checkpoints import Checkpoint, CheckpointStore
-from metaloom.datasets import Samples, slice_for_rank
+from metaloom.datasets import Samples, share_of_rank
 from metaloom.engine.adapters.base import BACKBONE
 from metaloom.engine.draws import Draws
 from metaloom.engine.hypergradients.base import prefixed, unprefixed
@@ -39,7 +39,8 @@ def train_ordinary(
 
     Goes on from the newest checkpoint of the phase if that was made by the same settings, and leaves the
     last one there; so calling it again costs nothing. Every rank must call. Each rank takes its share of
-    every batch, so batch statistics (of a model that has batch norm) are those of the share.
+    every batch, so batch statistics (of a model that has batch norm) are those of the share, dummies
+    included.
 
     Loss and accuracy are logged as `<phase>/loss` and `<phase>/accuracy` at steps below 0, so that step 0
     is where meta-training begins.
@@ -70,17 +71,20 @@ def train_ordinary(
     scaler = LossScaler(precision)
     if newest is not None:
         scaler.load(newest.scalars["scaler"])
-    rows = slice_for_rank(batch_size, job.sharding.rank, job.sharding.world_size)
+    share = share_of_rank(
+        batch_size, job.sharding.rank, job.sharding.world_size, is_lockstep=job.sharding.is_lockstep
+    )
+    rows = list(share.positions)
     checkpoint_every = max(1, settings.num_steps // NUM_CHECKPOINTS)
     with job.console.phase(shown_name, total=settings.num_steps, num_done=outer.step) as phase:
         while outer.step < settings.num_steps:
             arrays = samples.batch(outer.step, batch_size)
-            batch = {name: torch.from_numpy(array[rows.start : rows.stop]) for name, array in arrays.items()}
-            draws = Draws(job.recipe.seed, tuple(rows), outer.step)
-            gradient, totals = _gradient(job, model, outer, batch, draws, scaler.scales.loss)
+            batch = {name: torch.from_numpy(array[rows]) for name, array in arrays.items()}
+            draws = Draws(job.recipe.seed, share.positions, outer.step)
+            own, totals = _gradient(job, model, outer, batch, draws, scaler.scales.loss, share.num_dummies)
+            gradient = job.sharding.sum_gradients(own)
             total = job.sharding.sum_over_ranks(totals)
-            summed = job.sharding.sum_gradients(gradient)
-            mean = {name: value / (batch_size * scaler.scales.loss) for name, value in summed.items()}
+            mean = {name: value / (batch_size * scaler.scales.loss) for name, value in gradient.items()}
             updated = outer.update(mean, is_expected=scaler.can_shrink)
             scaler.update(is_finite=updated["skipped"] == 0.0)
             metrics = {name: float(value) / batch_size for name, value in total.items()}
@@ -121,9 +125,14 @@ def _gradient(
     batch: dict[str, Tensor],
     draws: Draws,
     scale: float,
+    num_dummies: int,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The gradient of `scale` times the summed loss of this rank's samples, and the sums of loss and
-    accuracy."""
+    accuracy.
+
+    Args:
+        num_dummies: how many of the last samples do not count.
+    """
     if not len(batch["targets"]):  # more ranks than samples
         nothing = torch.zeros((), dtype=torch.float64, device=job.place.device)
         zeros = {name: torch.zeros_like(value) for name, value in outer.meta.items()}
@@ -136,6 +145,7 @@ def _gradient(
         Precision(job.recipe.precision.compute),
         draws=draws,
         scale=scale,
+        num_dummies=num_dummies,
         recompute_blocks=job.recipe.memory.recompute_blocks,
         shards=model.shards,
     )

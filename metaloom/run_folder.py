@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from metaloom.errors import LaunchError
+from metaloom.files import replace_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,7 @@ class RunFolder:
 
     def record(self, **facts: Any) -> None:
         """Keeps facts of the run, beside and over those kept before. One rank must call."""
-        replace_text(self.path / "run.json", json.dumps(self.facts() | facts, indent=1))
+        replace_file(self.path / "run.json", json.dumps(self.facts() | facts, indent=1))
 
     def create(self) -> None:
         """Makes the folder of a new run.
@@ -102,13 +103,6 @@ class RunFolder:
         """
         if not self.recipe.is_file():
             raise LaunchError(f"{self.path} holds no run: {self.recipe.name} is not there.")
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file so that readers, and a kill in between, leave the old one or the whole new one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def new_run_path(name: str) -> Path:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -27,9 +27,10 @@ from metaloom.build import (
 from metaloom.checkpoints import Checkpoint, CheckpointStore
 from metaloom.checkpoints.store import require_same_tensors
 from metaloom.choosing import choose
-from metaloom.datasets import EpisodeSource, EpisodeStream
+from metaloom.datasets import Episode, EpisodeSource, EpisodeStream
 from metaloom.engine.algorithms.maml import Maml
 from metaloom.engine.combiners.mean import Mean
+from metaloom.engine.learner import TaskBatch
 from metaloom.engine.outer import OuterOptimizer
 from metaloom.engine.precision import LossScaler, Precision
 from metaloom.engine.step import StepTasks, outer_step
@@ -67,7 +68,8 @@ def train(recipe: Recipe, place: Place) -> None:
             choices = Choices.load(newest.scalars["choices"])
         else:
             choices = choose(job, model, _train_source(job))
-        algorithm = build_algorithm(recipe, build_adapter(recipe, model, choices), choices, place.device)
+        adapter = build_adapter(recipe, model, choices)
+        algorithm = build_algorithm(recipe, adapter, choices, place.device, sharding=job.sharding)
         if recipe.pretrain is not None:
             is_resumed = newest is not None
             model.load(_pretrained(job, recipe.pretrain, model, must_be_done=is_resumed))
@@ -168,6 +170,7 @@ def _outer_loop(job: Job, algorithm: Maml, state: State, store: CheckpointStore)
         world_size=sharding.world_size,
         start_step=outer.step,
         stop_step=recipe.outer.num_steps,
+        is_lockstep=sharding.is_lockstep,
     )
     phases = job.console.phase("meta-train", total=recipe.outer.num_steps, num_done=outer.step)
     with stream, phases as phase:
@@ -175,9 +178,10 @@ def _outer_loop(job: Job, algorithm: Maml, state: State, store: CheckpointStore)
             clock.start_step()
             _, episodes = next(stream)
             clock.data_ready()
-            batch = task_batch(recipe, episodes, job.place.device, num_steps=num_inner) if episodes else None
             tasks = StepTasks(
-                batch, recipe.outer.tasks_per_step, recipe.outer.micro_batch or max(1, len(episodes))
+                _own_tasks(job, episodes, num_dummies=stream.share.num_dummies),
+                recipe.outer.tasks_per_step,
+                recipe.outer.micro_batch or max(1, len(episodes)),
             )
             metrics = outer_step(tasks, algorithm, combiner, outer, state.scaler)
             metrics |= clock.end_step()
@@ -193,6 +197,14 @@ def _outer_loop(job: Job, algorithm: Maml, state: State, store: CheckpointStore)
             if is_best or is_last or clock.is_checkpoint_due(outer.step):
                 _save(store, state)
                 clock.checkpoint_done()
+
+
+def _own_tasks(job: Job, episodes: Sequence[Episode], *, num_dummies: int) -> TaskBatch | None:
+    """This rank's tasks of one outer step; None where there are fewer tasks than ranks."""
+    if not episodes:
+        return None
+    num_inner = job.recipe.adaptation.num_steps
+    return task_batch(job.recipe, episodes, job.place.device, num_steps=num_inner, num_dummies=num_dummies)
 
 
 def validate(

@@ -199,7 +199,7 @@ class SafetensorsFiles:
         """Some rows of a weight; nothing else is read."""
         with _opened(self._files[name]) as file:
             read: Tensor = file.get_slice(name)[rows.start : rows.stop]
-        return read
+            return read.clone()  # what is read is a view of the file
 
 
 def _files_of(source: Path) -> list[Path]:

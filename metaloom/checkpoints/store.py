@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 import time
 import warnings
@@ -31,6 +30,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from metaloom.errors import CheckpointError
+from metaloom.files import replace_file, sync_folder
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -209,7 +209,9 @@ class CheckpointStore:
                 for path in sorted(folder.iterdir())
             },
         }
-        write_json(folder / MANIFEST, manifest | {"sha256": _manifest_sha256(manifest)})
+        content = manifest | {"sha256": _manifest_sha256(manifest)}
+        replace_file(folder / MANIFEST, json.dumps(content, indent=1))
+        sync_folder(self.root)  # before older ones go
 
     def _prune(self, protect: frozenset[int]) -> None:
         for step in self.steps()[: -self._keep_last]:
@@ -266,16 +268,6 @@ def require_same_tensors(
         raise CheckpointError(
             f"{source} belongs to another model ({len(problems)} differences):\n" + "\n".join(problems)
         )
-
-
-def write_json(path: Path, value: object) -> None:
-    """Writes JSON so that readers see the old file or the whole new one."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _manifest_sha256(manifest: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from metaloom.datasets.episodes import (
 from metaloom.datasets.index import ClassEntry, Index, ShardEntry, SplitTable
 from metaloom.datasets.make import DATASETS, MadeDataset, make_dataset
 from metaloom.datasets.shards import Sample, ShardReader, SplitSamples, write_shards
-from metaloom.datasets.stream import EpisodeStream, slice_for_rank
+from metaloom.datasets.stream import EpisodeStream, Share, share_of_rank, slice_for_rank
 
 __all__ = [
     "DATASETS",
@@ -32,9 +32,11 @@ __all__ = [
     "Samples",
     "ShardEntry",
     "ShardReader",
+    "Share",
     "SplitSamples",
     "SplitTable",
     "make_dataset",
+    "share_of_rank",
     "slice_for_rank",
     "write_shards",
 ]

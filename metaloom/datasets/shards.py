@@ -31,6 +31,7 @@ from metaloom.datasets.index import (
     shards_digest,
 )
 from metaloom.errors import StreamError
+from metaloom.files import replace_file
 
 _BLOCK = 512  # tar pads every payload to this many bytes
 _READ_ATTEMPTS = 3
@@ -149,7 +150,7 @@ def _write(
         "splits": tables,
     }
     text = json.dumps(index, ensure_ascii=False, separators=(",", ":")) + "\n"
-    _replace_file(directory / INDEX_NAME, text.encode())
+    replace_file(directory / INDEX_NAME, text)
     return Index.load(directory)
 
 
@@ -189,7 +190,7 @@ class _TarShard:
         """The shard's entry; its file is now complete on disk."""
         self._writer.close()
         content = self._buffer.getvalue()
-        _replace_file(self._path, content)
+        replace_file(self._path, content)
         return ShardEntry(
             self._path.name, len(content), hashlib.sha256(content).hexdigest(), self._num_samples
         )
@@ -197,16 +198,6 @@ class _TarShard:
 
 def _padded(num_bytes: int) -> int:
     return -(-num_bytes // _BLOCK) * _BLOCK
-
-
-def _replace_file(path: Path, content: bytes) -> None:
-    """The file holds this content; at no time does a reader see a part of it under this name."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
 
 
 class ShardReader:

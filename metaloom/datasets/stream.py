@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -22,18 +24,45 @@ def slice_for_rank(num: int, rank: int, world_size: int) -> range:
     return range(start, start + share + (rank < rest))
 
 
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """What one rank computes of things that are dealt to all ranks.
+
+    Attributes:
+        positions: of the things; those of dummies come last.
+        num_dummies: how many are dummies, which repeat what counts elsewhere.
+    """
+
+    positions: tuple[int, ...]
+    num_dummies: int
+
+
+def share_of_rank(num: int, rank: int, world_size: int, *, is_lockstep: bool) -> Share:
+    """The share of `slice_for_rank`; in lockstep filled up with dummies, so that all are equally long.
+
+    A dummy repeats the first thing, which every rank can have, whatever it has of its own.
+    """
+    own = tuple(slice_for_rank(num, rank, world_size))
+    num_dummies = math.ceil(num / world_size) - len(own) if is_lockstep else 0
+    return Share((*own, *(0,) * num_dummies), num_dummies)
+
+
 class EpisodeStream(Iterator[tuple[int, list[Episode]]]):
     """(step, this rank's episodes) for step = start_step, start_step + 1 ...
 
     The episodes of a step are those of numbers step * tasks_per_step + i, dealt to the ranks by
-    `slice_for_rank`; so neither the world size nor a resumption changes what a step sees. An error of the
+    `share_of_rank`; so neither the world size nor a resumption changes what a step sees. An error of the
     source is raised in the consumer, after the steps that were ready before it. Close the stream, or use it
     in a `with` block, to end its thread.
+
+    Attributes:
+        share: of this rank, in every step.
 
     Args:
         tasks_per_step: tasks of all ranks together.
         read_ahead: the number of steps that are kept ready.
         stop_step: the first step that is no longer given; None for no end.
+        is_lockstep: whether every rank needs as many episodes as the others.
     """
 
     def __init__(
@@ -46,12 +75,13 @@ class EpisodeStream(Iterator[tuple[int, list[Episode]]]):
         start_step: int,
         read_ahead: int = 2,
         stop_step: int | None = None,
+        is_lockstep: bool = False,
     ) -> None:
         if read_ahead < 1:
             raise ValueError(f"read_ahead is {read_ahead}; it must be at least 1")
         self._source = source
         self._tasks_per_step = tasks_per_step
-        self._slice = slice_for_rank(tasks_per_step, rank, world_size)
+        self.share = share_of_rank(tasks_per_step, rank, world_size, is_lockstep=is_lockstep)
         self._next_step = start_step
         self._stop_step = stop_step
         self._read_ahead = read_ahead
@@ -96,7 +126,9 @@ class EpisodeStream(Iterator[tuple[int, list[Episode]]]):
             step = self._next_step
             while (self._stop_step is None or step < self._stop_step) and self._wait_for_room():
                 first = step * self._tasks_per_step
-                self._add(step, [self._source.episode(first + i) for i in self._slice])
+                # A dummy is drawn once, however often it is repeated.
+                drawn = {i: self._source.episode(first + i) for i in dict.fromkeys(self.share.positions)}
+                self._add(step, [drawn[i] for i in self.share.positions])
                 step += 1
         except BaseException as error:  # whatever it is, the consumer must hear of it
             with self._changed:

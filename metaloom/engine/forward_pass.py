@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import types
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -68,6 +69,8 @@ class Interception(TorchFunctionMode):
         self._replacements = _ONCE if forward_pass.derivative == "once" else _TWICE
         if is_vectorized:
             self._replacements = _WRITTEN_OUT
+        if forward_pass.derivative == "forward":
+            self._replacements = self._replacements | _FORWARD
         self._is_vectorized = is_vectorized
         self._is_entered = False
         self._site, self._num_draws = "", 0
@@ -110,10 +113,10 @@ class Interception(TorchFunctionMode):
         self._is_entered = False
         before, after = self._generator_state, _generator_state(self._pass.device)
         if exc_info[0] is None and not torch.equal(before, after):
-            # What draws inside a function of torch (nn.MultiheadAttention, nn.LSTM) shows here alone.
+            # What draws inside a function of torch (nn.LSTM) shows here alone.
             raise CapabilityError(
                 "torch's random generator moved while the model ran, and draws from it cannot be repeated "
-                "when a step is computed again: set the dropout of its attention and recurrent layers to 0 "
+                "when a step is computed again: set the dropout of its recurrent layers to 0 "
                 "(torch.nn.functional.dropout takes its draws from the step)."
             )
 
@@ -123,6 +126,11 @@ class Interception(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.dropout:
             return self._dropout(*args, **kwargs)
+        if func is F.multi_head_attention_forward:
+            with _Within(self):
+                return _ATTENTION_OF_SEVERAL_HEADS(*args, **kwargs)
+        if func in (F.batch_norm, F.instance_norm):
+            _refuse_running_statistics(func, *args, **kwargs)
         if func is F.scaled_dot_product_attention:
             refuse_dropout(args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0))
         replacement = self._replacements.get(func)
@@ -142,9 +150,61 @@ class Interception(TorchFunctionMode):
         if not training or p == 0.0 or self._pass.draws is None:
             return inputs
         if self._is_vectorized:
-            raise CapabilityError("dropout is not drawn inside vmap: set adaptation.tasks to loop.")
+            raise CapabilityError("dropout is not drawn inside vmap: set adaptation.fast.tasks to loop.")
         self._num_draws += 1
         return self._pass.draws.dropout(inputs, p, f"{self._site}/{self._num_draws}")
+
+
+class _Within(TorchFunctionMode):
+    """Lets an interception see what a function calls that it was itself asked about: torch turns a mode off
+    while it is asked."""
+
+    def __init__(self, interception: Interception) -> None:
+        super().__init__()
+        self._interception = interception
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return self._interception.__torch_function__(func, types, args, kwargs)
+
+
+def _opened(function: Any) -> Callable[..., Any]:
+    """A function of torch.nn.functional that does not look for modes, and so runs where one is on: its parts
+    are then seen one by one."""
+    names = function.__globals__ | {"has_torch_function": lambda tensors: False}
+    opened = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__)
+    opened.__kwdefaults__ = function.__kwdefaults__
+    return opened
+
+
+# nn.MultiheadAttention and nn.Transformer's layers: attention, dropout and linear layers are inside.
+_ATTENTION_OF_SEVERAL_HEADS = _opened(F.multi_head_attention_forward)
+
+
+def _refuse_running_statistics(
+    func: Any,
+    inputs: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *rest: Any,
+    **options: Any,
+) -> None:
+    """Passes where a norm leaves its running statistics as they are.
+
+    Raises:
+        CapabilityError: each forward pass would move them.
+    """
+    if func is F.batch_norm:  # weight, bias, training
+        is_moving = rest[2] if len(rest) > 2 else options.get("training", False)
+    else:  # weight, bias, use_input_stats
+        is_moving = rest[2] if len(rest) > 2 else options.get("use_input_stats", True)
+    if is_moving and running_mean is not None:
+        raise CapabilityError(
+            f"the model calls {resolve_name(func)} with running statistics, which every inner step of every "
+            "task would move: set track_running_stats=False, so that it takes those of a task's examples, or "
+            "put the layer into eval(), so that they stay."
+        )
 
 
 def _generator_state(device: torch.device) -> Tensor:
@@ -162,6 +222,11 @@ _TWICE: dict[Any, Callable[..., Any]] = {
 _WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
     F.scaled_dot_product_attention: kernels.written_out_attention,
     F.silu: kernels.written_out_silu,
+}
+# Whose backward pass has no forward-mode rule.
+_FORWARD: dict[Any, Callable[..., Any]] = {
+    F.group_norm: kernels.written_out_group_norm,
+    F.mish: kernels.written_out_mish,
 }
 _RANDOM = frozenset(
     {

@@ -37,6 +37,9 @@ class TaskBatch:
         rehearsal: the same with the stretches that the inner steps rehearse, or None.
         retention: the same with stretches of that kind that are not rehearsed: what forgetting
             is measured on, or None.
+        weights: what each task's meta-loss is multiplied by, `[T]`: 1, and 0 for a dummy, which is there so
+            that every rank computes as many tasks; None where there are none. A dummy repeats the data of a
+            task, so that it is finite where that is: 0 times infinity would not vanish.
     """
 
     numbers: tuple[int, ...]
@@ -44,6 +47,7 @@ class TaskBatch:
     query: Tensors
     rehearsal: Tensors | None = None
     retention: Tensors | None = None
+    weights: Tensor | None = None
 
     @property
     def num_tasks(self) -> int:
@@ -57,8 +61,14 @@ class TaskBatch:
         def cut(tensors: Tensors) -> dict[str, Tensor]:
             return {name: tensor[start:stop] for name, tensor in tensors.items()}
 
-        optional = (None if part is None else cut(part) for part in (self.rehearsal, self.retention))
-        return TaskBatch(self.numbers[start:stop], cut(self.support), cut(self.query), *optional)
+        return TaskBatch(
+            self.numbers[start:stop],
+            cut(self.support),
+            cut(self.query),
+            rehearsal=None if self.rehearsal is None else cut(self.rehearsal),
+            retention=None if self.retention is None else cut(self.retention),
+            weights=None if self.weights is None else self.weights[start:stop],
+        )
 
 
 @dataclasses.dataclass(frozen=True)

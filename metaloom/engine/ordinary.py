@@ -27,6 +27,7 @@ def ordinary_gradient(
     *,
     draws: Draws | None,
     scale: float,
+    num_dummies: int = 0,
     recompute_blocks: bool,
     shards: Shards | None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -38,6 +39,7 @@ def ordinary_gradient(
         batch: `inputs` `[N, ...]` and `targets` `[N]` or `[N, L]`.
         draws: dropout's, one "task" for each sample, so that the world size changes none; None for no
             dropout.
+        num_dummies: how many of the last samples do not count.
         recompute_blocks: keep the inputs of blocks alone.
     """
     parameters = leaves(weights)
@@ -58,10 +60,13 @@ def ordinary_gradient(
             shards=shards,
         )
         logits = output[None]
-        loss = cross_entropy(logits, targets).sum()
+        num_real = len(inputs) - num_dummies
+        # A dummy's loss has the weight 0, and is no constant: its backward pass takes part.
+        counts = (torch.arange(len(inputs), device=device) < num_real).to(logits.dtype)
+        loss = (counts * cross_entropy(logits, targets)[0]).sum()
     grads = torch.autograd.grad(scale * loss, list(parameters.values()))
     totals = {
         "loss": loss.detach().double(),
-        "accuracy": example_means(is_right(logits, targets).double()).sum(),
+        "accuracy": example_means(is_right(logits, targets).double())[0, :num_real].sum(),
     }
     return dict(zip(parameters, grads, strict=True)), totals

@@ -8,13 +8,12 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from metaloom.engine.unroll import Snapshot
-from metaloom.errors import CapabilityError
 
 Advance = Callable[[Snapshot, int], Snapshot]
 
@@ -35,33 +34,36 @@ class SnapshotPlan(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class KeepAll(SnapshotPlan):
-    """Every state: nothing is computed again. Memory: K + 1 states, reserved at once.
+    """Every state: nothing is computed again. Memory: K + 1 states, reserved with the first step; what the
+    steps pass on as it is (`passed_on`) once.
 
-    The K states of a tensor lie in one block. Were each left where its step made it, then what a step takes
+    The states of a tensor lie in one block. Were each left where its step made it, then what a step takes
     and gives back between them would be holes that the next step does not quite fit: a tenth of the whole,
     with glibc's allocator.
     """
 
     def backwards(self, start: Snapshot, num_steps: int, advance: Advance) -> Iterator[Snapshot]:
-        blocks = _mapped(start, lambda tensor: tensor.new_empty(num_steps, *tensor.shape))
-        at = start
+        blocks: dict[str, Tensor] = {}
+        kept = [start]
         for step in range(num_steps):
-            at = _stored(advance(at, step), blocks, step)
-        del at
-        for step in reversed(range(num_steps)):
-            yield _mapped(blocks, lambda block: block[step])  # noqa: B023
-        del blocks
-        yield start
+            after = advance(kept[-1], step)
+            kept.append(_stored(after, passed_on(kept[-1], after), blocks, step - num_steps))
+            del after  # before the next one is made
+        blocks.clear()
+        while kept:
+            yield kept.pop()
 
 
-def _stored(snapshot: Snapshot, blocks: Snapshot, row: int) -> Snapshot:
-    """The snapshot, now in that row of the blocks."""
-    kept = _mapped(blocks, lambda block: block[row])
-    for name, value in snapshot.fast.items():
-        kept.fast[name].copy_(value)
-    for name, value in snapshot.state.items():
-        kept.state[name].copy_(value)
-    return kept
+def _stored(snapshot: Snapshot, passed: frozenset[str], blocks: dict[str, Tensor], row: int) -> Snapshot:
+    """The snapshot, now in that row of the blocks, counted from their end; what was passed on stays where
+    it is."""
+
+    def store(name: str, tensor: Tensor) -> Tensor:
+        if name not in blocks:  # the first step to make it: room for this one and all that follow
+            blocks[name] = tensor.new_empty(-row, *tensor.shape)
+        return blocks[name][row].copy_(tensor)
+
+    return _copied(snapshot, store, {name: snapshot.state[name] for name in passed})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,66 +118,109 @@ def num_reversed(num_slots: int, num_repeats: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class HostMemory(SnapshotPlan):
-    """Every state, in the memory of the host: for GPUs, whose own is scarcer. They come and go beside the
-    computation. Memory: K + 1 states, pinned, in the host; two states on the GPU.
+    """Every state, in the memory of the host: for GPUs, whose own is scarcer.
+
+    Memory: K states in the host, pinned (torch rounds the size of each tensor up to a power of two); on the
+    GPU two states. What the steps pass on as it is (`passed_on`) is in each of them once.
+
+    The states come and go on a stream of their own, beside the computation: state k goes while step k runs
+    from it, and comes while step k + 1 is pulled back. A copy waits for all that the computation was given
+    before it; the computation waits for the copy before it uses the state that came, or gives back the memory
+    of the one that went. So memory is used again no sooner than both are done with it, and the GPU never
+    holds a third state because the host ran ahead. Only pinned memory is given back while a copy still reads
+    it: torch's allocator keeps it until then.
 
     Attributes:
-        device: where the computation is.
-
-    Raises:
-        CapabilityError: it is not a GPU.
+        device: where the computation is, on the stream that is current when it begins. On a CPU it is right,
+            and gains nothing.
     """
 
     device: torch.device
 
-    def __post_init__(self) -> None:
-        if self.device.type != "cuda":
-            raise CapabilityError(
-                f"memory.snapshots: host, and the weights are on the {self.device.type} already; choose all "
-                "or binomial."
-            )
-
     def backwards(self, start: Snapshot, num_steps: int, advance: Advance) -> Iterator[Snapshot]:
-        device = self.device
-        transfer = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        kept = [_to_host(start, transfer)]
+        transfer = _Transfer(self.device)
+        kept: list[Snapshot] = []
+        passed = [frozenset[str]()]  # from state k - 1 to state k
         at = start
-        del start  # `at` alone holds a state on the GPU, until it is given out
-        for step in range(num_steps):
-            at = advance(at, step)
-            kept.append(_to_host(at, transfer))
-        yield at
-        del at
-        kept.pop()
-        upcoming = _to_device(kept.pop(), device, transfer) if kept else None
-        while upcoming is not None:
-            torch.cuda.current_stream(device).wait_stream(transfer)
-            current = upcoming
-            upcoming = _to_device(kept.pop(), device, transfer) if kept else None
-            for tensor in (*current.fast.values(), *current.state.values()):
-                tensor.record_stream(torch.cuda.current_stream(device))
-            yield current
+        del start
+        try:
+            for step in range(num_steps):
+                kept.append(transfer.to_host(at, {name: kept[-1].state[name] for name in passed[-1]}))
+                after = advance(at, step)
+                passed.append(passed_on(at, after))
+                transfer.wait()
+                at = after
+                del after
+            while kept:
+                upcoming = transfer.to_device(kept.pop(), {name: at.state[name] for name in passed.pop()})
+                yield at
+                transfer.wait()
+                at = upcoming
+                del upcoming
+            yield at
+        finally:
+            transfer.wait()  # whoever stops early gives back memory that a copy still writes to
 
 
-def _to_host(snapshot: Snapshot, transfer: torch.cuda.Stream) -> Snapshot:
-    def copy(tensor: Tensor) -> Tensor:
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        host.copy_(tensor, non_blocking=True)
-        tensor.record_stream(transfer)
-        return host
+class _Transfer:
+    """Copies between a device and the host, on a stream beside that of the computation.
 
-    transfer.wait_stream(torch.cuda.current_stream(transfer.device))
-    with torch.cuda.stream(transfer):
-        return _mapped(snapshot, copy)
+    Args:
+        device: where the computation is, on the stream that is current there now.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._streams = torch.get_device_module(device)
+        self._computation = self._streams.current_stream(device)
+        self._stream = self._streams.Stream(device)
+
+    def to_host(self, snapshot: Snapshot, shared: Mapping[str, Tensor]) -> Snapshot:
+        """The snapshot in the host's memory, with `shared` for these entries of its state: under way."""
+        pinned = self._device.type != "cpu"
+        return self._copied(
+            snapshot, shared, lambda like: torch.empty(like.shape, dtype=like.dtype, pin_memory=pinned)
+        )
+
+    def to_device(self, snapshot: Snapshot, shared: Mapping[str, Tensor]) -> Snapshot:
+        """The snapshot on the device, with `shared` for these entries of its state: under way."""
+        return self._copied(
+            snapshot, shared, lambda like: torch.empty(like.shape, dtype=like.dtype, device=self._device)
+        )
+
+    def wait(self) -> None:
+        """The computation goes on when all copies so far are done; the host does not wait."""
+        self._computation.wait_stream(self._stream)
+
+    def _copied(
+        self, snapshot: Snapshot, shared: Mapping[str, Tensor], room: Callable[[Tensor], Tensor]
+    ) -> Snapshot:
+        # What is copied may still be computed, and what it is copied to may still be read by its last owner.
+        self._stream.wait_stream(self._computation)
+
+        def copy(_: str, tensor: Tensor) -> Tensor:
+            made = room(tensor)  # the computation's memory, as it outlives the copy
+            with self._streams.stream(self._stream):
+                return made.copy_(tensor, non_blocking=True)
+
+        return _copied(snapshot, copy, shared)
 
 
-def _to_device(snapshot: Snapshot, device: torch.device, transfer: torch.cuda.Stream) -> Snapshot:
-    with torch.cuda.stream(transfer):
-        return _mapped(snapshot, lambda tensor: tensor.to(device, non_blocking=True))
+def passed_on(before: Snapshot, after: Snapshot) -> frozenset[str]:
+    """The entries of the state that a step returned as it got them, such as the anchors of a proximal term:
+    the very tensors, so that one copy serves both states."""
+    return frozenset(name for name, value in after.state.items() if before.state.get(name) is value)
 
 
-def _mapped(snapshot: Snapshot, function: Callable[[Tensor], Tensor]) -> Snapshot:
+def _copied(
+    snapshot: Snapshot, copy: Callable[[str, Tensor], Tensor], shared: Mapping[str, Tensor]
+) -> Snapshot:
+    """Copies of a snapshot's tensors, each by a name of its own, with `shared` for these entries of its
+    state."""
     return Snapshot(
-        {name: function(value) for name, value in snapshot.fast.items()},
-        {name: function(value) for name, value in snapshot.state.items()},
+        {name: copy(f"fast/{name}", value) for name, value in snapshot.fast.items()},
+        {
+            name: shared[name] if name in shared else copy(f"state/{name}", value)
+            for name, value in snapshot.state.items()
+        },
     )

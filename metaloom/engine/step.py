@@ -33,9 +33,12 @@ def outer_step(
     tasks: StepTasks, algorithm: Maml, combiner: Mean, outer: OuterOptimizer, scaler: LossScaler
 ) -> dict[str, float]:
     """Moves the meta-parameters by one step; returns what to log. Every rank must call."""
-    for batch in tasks.micro_batches():
-        combiner.add(algorithm.meta_gradient(outer.meta, batch, scaler.scales))
-    combined = combiner.combine(tasks.num_global)  # the one place where ranks meet
+    batches = tasks.micro_batches()
+    for index, batch in enumerate(batches):
+        # What the last micro-batch makes final is sent while the rest is computed.
+        on_final = combiner.on_final if index == len(batches) - 1 else None
+        combiner.add(algorithm.meta_gradient(outer.meta, batch, scaler.scales, on_final=on_final))
+    combined = combiner.combine(tasks.num_global)  # out of lockstep the one place where ranks meet
     metrics = combined.metrics | scaler.metrics()
     # An overflow that smaller scales may mend is no sign of a broken run.
     metrics |= outer.update(combined.gradient, is_expected=scaler.can_shrink)

@@ -31,6 +31,7 @@ from metaloom.engine.choice import EXACT_AND_FLAT, EstimatorChoice
 from metaloom.engine.choice import TIMED_STEPS as TRIED_STEPS
 from metaloom.engine.combiners.mean import Mean
 from metaloom.engine.hypergradients.base import prefixed, unprefixed
+from metaloom.engine.inner_loops.gradient_terms import kept_anchors
 from metaloom.engine.kernels.attention import CHUNK_GPU, chunks_of
 from metaloom.engine.learner import TaskBatch
 from metaloom.engine.ordinary import ordinary_gradient
@@ -274,13 +275,14 @@ def _held(recipe: Recipe, tasks: Tasks) -> _Held:
         kinds[True] = kinds[True].with_more("weights", _bytes_of(parameters))
         initial = parts.algorithm.unroll.learner.init({}, 1)
         kinds[False] = kinds[False].with_more("weights", _extra_bytes(initial, parameters))
-        state = parts.algorithm.unroll.start(parts.outer.meta, 1)
+        fast, state = parts.algorithm.unroll.start(parts.outer.meta, 1)
         return _Held(
             num_parameters=sum(value.numel() for value in parameters.values()),
             backbone=kinds[True],
             own=kinds[False],
             update=update,
-            state_bytes=_bytes_of(state[0]) + _bytes_of(state[1]),
+            # What every state passes on, the anchors of a proximal term, is kept once.
+            state_bytes=_bytes_of(fast) + _bytes_of(state) - _bytes_of(kept_anchors(state)),
         )
 
 

@@ -210,11 +210,11 @@ def _update_bytes(facts: Facts, layout: Layout, num_ranks: int) -> float:
         return 0.0
     on_rank = own + backbone / layout.group_size(num_ranks)
     peak = facts.update.peak_bytes * on_rank / in_full
-    if num_ranks == 1:
+    if layout.kind != "deepspeed_zero":
         return peak
-    if layout.kind == "deepspeed_zero" and layout.stage == 2:
-        return peak + on_rank / num_ranks + min(on_rank, DEEPSPEED_BUCKET_BYTES)
-    return peak + on_rank  # the buffer in which gradients cross
+    # The gradients as they are handed over: whole, or a rank's part of them by way of a bucket.
+    handed = on_rank / num_ranks + min(on_rank, DEEPSPEED_BUCKET_BYTES) if layout.stage == 2 else on_rank
+    return peak + handed
 
 
 def _pretrain_bytes(facts: Facts, num_ranks: int, group_size: int) -> float:

@@ -248,6 +248,20 @@ def finite_differences_need_digits(recipe: Recipe) -> Broken:
         )
 
 
+def a_difference_is_taken(recipe: Recipe) -> Broken:
+    estimator = recipe.algorithm.hypergradient
+    if (
+        isinstance(estimator, FiniteDifferenceHypergradient)
+        and estimator.epsilon != FiniteDifferenceHypergradient().epsilon
+        and not (recipe.algorithm.meta_parameters.backbone or recipe.adaptation.loss.learned)
+    ):
+        yield (
+            "algorithm.hypergradient.epsilon",
+            f"{estimator.epsilon}; has no effect, since the initialisation alone is learned, for which "
+            "finite_difference takes no difference; leave it out",
+        )
+
+
 def implicit_has_no_scales(recipe: Recipe) -> Broken:
     if recipe.algorithm.hypergradient.kind == "implicit" and recipe.precision.compute == "float16":
         yield (
@@ -456,6 +470,7 @@ RULES: tuple[Callable[[Recipe], Broken], ...] = (
     the_estimator_gives_what_is_learned,
     the_estimator_takes_the_step_weights,
     finite_differences_need_digits,
+    a_difference_is_taken,
     implicit_has_no_scales,
     implicit_needs_a_minimum,
     truncation_is_within_adaptation,

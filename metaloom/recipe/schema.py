@@ -366,7 +366,9 @@ class FiniteDifferenceHypergradient(Section):
         description="approximate: the last inner step alone, by differences of first-order gradients",
     )
     epsilon: PositiveFloat = Field(
-        default=0.01, description="how far a task's fast weights are moved either way, in their norm"
+        default=0.01,
+        description="how far a task's fast weights are moved either way, in their norm, where more than the "
+        "initialisation is learned",
     )
 
 
@@ -601,10 +603,15 @@ class ShardedSharding(Section):
 
 
 class ReplicatedSharding(Section):
-    """Every rank holds all of theta; one all-reduce per outer step."""
+    """Every rank holds all of theta; gradients cross ranks once per outer step."""
 
     kind: Literal["replicated"] = Field(
         default="replicated", description="every rank holds all meta-parameters"
+    )
+    bucket_mib: PositiveFloat = Field(
+        default=25.0,
+        description="gradients that cross ranks together, in MiB: as soon as so much is complete, while "
+        "the rest is computed",
     )
 
 

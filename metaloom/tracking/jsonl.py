@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from metaloom.errors import TrackingError
+from metaloom.files import replace_file
 from metaloom.tracking.base import RESERVED_METRIC_NAMES, FinishStatus, MetricRecord, RunTracker
 
 
@@ -102,12 +103,7 @@ def truncate_from(path: Path, step: int) -> int:
                 kept.append(line)
     if len(kept) == total:
         return 0
-    replacement = path.with_name(path.name + ".new")
-    with replacement.open("wb") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    replacement.replace(path)
+    replace_file(path, b"".join(kept))
     return total - len(kept)
 
 

@@ -16,25 +16,28 @@ import metaloom
 PACKAGE = Path(metaloom.__file__).parent
 ERRORS = "metaloom.errors"
 RECIPE = "metaloom.recipe"
+FILES = "metaloom.files"
 
 # What the modules under a name may import of metaloom, besides themselves.
 EDGES = {
     ERRORS: set[str](),
+    FILES: set[str](),
     "metaloom.engine": {ERRORS},
     "metaloom.models": set[str](),
-    "metaloom.datasets": {ERRORS, RECIPE},
-    "metaloom.checkpoints": {ERRORS, RECIPE},
+    "metaloom.datasets": {ERRORS, FILES, RECIPE},
+    "metaloom.checkpoints": {ERRORS, FILES, RECIPE},
     # The version is recorded with a run.
-    "metaloom.tracking": {"metaloom", ERRORS, RECIPE},
+    "metaloom.tracking": {"metaloom", ERRORS, FILES, RECIPE},
     # What an estimator gives is refused before anything starts; the table imports no torch.
     RECIPE: {ERRORS, "metaloom.engine.capabilities"},
-    "metaloom.run_folder": {ERRORS, RECIPE},
+    "metaloom.run_folder": {ERRORS, FILES, RECIPE},
     "metaloom.launchers": {ERRORS, RECIPE, "metaloom.run_folder", "metaloom.k8s"},
     "metaloom.k8s": {ERRORS, RECIPE},
 }
 # What the modules under a name may import from outside, besides the standard library.
 OUTSIDE = {
     ERRORS: set[str](),
+    FILES: set[str](),
     "metaloom.engine": {"torch"},
     "metaloom.models": {"torch"},
     "metaloom.checkpoints": {"torch", "fsspec"},
@@ -53,6 +56,7 @@ TORCH_FREE = (
     "metaloom.cli",
     "metaloom.datasets",
     "metaloom.errors",
+    "metaloom.files",
     "metaloom.k8s",
     "metaloom.launchers",
     "metaloom.recipe",

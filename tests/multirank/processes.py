@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import importlib
 import os
 import pickle
 import signal
@@ -108,6 +109,8 @@ def _start_ranks(folder: Path) -> int:
     path, world_size, timeout_s, content = pickle.loads((folder / "job").read_bytes())
     sys.path[:] = path
     pickle.loads(content)  # imports what the ranks need, before they are forked
+    if "metaloom.engine.outer" in sys.modules:
+        importlib.import_module("torch._dynamo")  # torch's optimizers would, on every rank
     alive: list[int] = []
     for rank in range(world_size):
         child = os.fork()

@@ -219,10 +219,6 @@ RANDOM: dict[str, Callable[[], object]] = {
 }
 # Their draws are made inside torch, where no call is seen.
 HIDDEN: dict[str, Callable[[], Callable[[], object]]] = {
-    "attention layer": lambda: functools.partial(
-        nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True), X, X, X
-    ),
-    "encoder layer": lambda: functools.partial(nn.TransformerEncoderLayer(8, 2, 8, batch_first=True), X),
     "recurrent layer": lambda: functools.partial(nn.LSTM(8, 8, 2, dropout=0.5), X),
     "Tensor.cauchy_": lambda: X.clone().cauchy_,
     "torch.native_dropout": lambda: functools.partial(torch.native_dropout, X, 0.5, True),

@@ -136,6 +136,16 @@ def test_elsewhere_the_error_falls_with_the_square_of_epsilon(rule: str) -> None
     )
 
 
+def test_the_distance_has_no_effect_where_the_initialisation_alone_is_learned() -> None:
+    # Which is why a recipe that sets it there is refused.
+    problem = logistic_end_problem(rule=Sgd(), rate=RATE)
+    alone = problem.learning("init.")
+    near, far = estimate(alone, 1e-4).gradient, estimate(alone, 1.0).gradient
+    assert all(torch.equal(near[name], value) for name, value in far.items())
+    everything = estimate(problem, 1e-4).gradient, estimate(problem, 1.0).gradient
+    assert not torch.equal(everything[0][problem.omega], everything[1][problem.omega])
+
+
 def test_the_inner_loss_is_that_of_the_last_step() -> None:
     mixed = Rehearsal(ratio=0.4, num_sequences=1)
     for num_steps in (2, 3):

@@ -1,10 +1,13 @@
 """From recipes to the engine's parts."""
 
+import pytest
 import torch
 
-from metaloom.build import Choices, build_adapter, build_model, build_unroll, initial_meta
+from metaloom.build import Choices, build_adapter, build_model, build_snapshots, build_unroll, initial_meta
 from metaloom.engine.losses import LossTensors
 from metaloom.engine.sharding.replicated import Replicated
+from metaloom.engine.snapshots import HostMemory
+from metaloom.errors import CapabilityError
 from metaloom.recipe import load_recipe
 from tests.commands import RECIPES
 
@@ -19,3 +22,12 @@ def test_what_learns_no_loss_adapts_by_the_loss_that_the_recipe_starts_from() ->
     assert unroll.learner.support_loss.at({}) == LossTensors(1.5, None)
     learned = build_unroll(recipe, adapter, rate=0.1, grain="none")
     assert "loss.temperature" in initial_meta(recipe, learned)
+
+
+def test_snapshots_in_the_hosts_memory_are_refused_where_the_weights_are_there_already() -> None:
+    recipe = load_recipe(RECIPES / "smoke.yaml", ("memory.snapshots={kind: host}",))
+    with pytest.raises(
+        CapabilityError, match=r"memory\.snapshots\.kind: host; has no effect.*all or binomial"
+    ):
+        build_snapshots(recipe, torch.device("cpu"))
+    assert build_snapshots(recipe, torch.device("cuda")) == HostMemory(torch.device("cuda"))

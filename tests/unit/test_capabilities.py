@@ -25,7 +25,7 @@ from metaloom.engine.capabilities import (
 )
 from metaloom.engine.combiners.mean import Mean
 from metaloom.engine.hypergradients import HYPERGRADIENTS
-from metaloom.engine.hypergradients.base import Hypergradient, MetaGradient
+from metaloom.engine.hypergradients.base import Hypergradient, MetaGradient, OnGradient
 from metaloom.engine.hypergradients.finite_difference import FiniteDifference
 from metaloom.engine.hypergradients.implicit import Implicit
 from metaloom.engine.hypergradients.reptile import Reptile
@@ -148,7 +148,13 @@ class Unlisted(Hypergradient):
 
     name = "unlisted"
 
-    def estimate(self, unroll: Unroll, meta: Mapping[str, Tensor], batch: TaskBatch) -> MetaGradient:
+    def estimate(
+        self,
+        unroll: Unroll,
+        meta: Mapping[str, Tensor],
+        batch: TaskBatch,
+        on_final: OnGradient | None,
+    ) -> MetaGradient:
         raise AssertionError("not reached")
 
 
@@ -256,7 +262,26 @@ def test_a_recipe_gives_an_estimator_its_options(section: str, expected: Hypergr
     smoke = Path(__file__).parents[2] / "recipes" / "smoke.yaml"
     overrides = [f"algorithm.hypergradient={section}", "adaptation.rule={kind: sgd, lr: 1, proximal: 0.5}"]
     overrides.append("adaptation.num_steps=3")
+    if "epsilon" in section:  # has no effect on the initialisation
+        overrides.append("adaptation.loss.learned=[temperature]")
     recipe = load_recipe(smoke, overrides)
     built = build_hypergradient(recipe, Choices(), torch.device("cpu"))
     assert type(built) is type(expected)
     assert vars(built) == vars(expected)
+
+
+class Lockstep(Replicated):
+    """Ranks that iterate together."""
+
+    is_lockstep = True
+
+
+def test_in_lockstep_a_solver_asks_the_other_ranks_whether_to_go_on() -> None:
+    smoke = Path(__file__).parents[2] / "recipes" / "smoke.yaml"
+    overrides = ["algorithm.hypergradient=implicit", "adaptation.rule={kind: sgd, lr: 1, proximal: 0.5}"]
+    recipe = load_recipe(smoke, overrides)
+    for sharding in (Replicated(), Lockstep()):
+        built = build_hypergradient(recipe, Choices(), torch.device("cpu"), sharding=sharding)
+        assert isinstance(built, Implicit)
+        assert isinstance(built.solver, ConjugateGradient)
+        assert built.solver.any_rank == (sharding.any_rank if sharding.is_lockstep else bool)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from metaloom.checkpoints import Checkpoint, CheckpointStore
-from metaloom.checkpoints.store import MANIFEST, read_manifest, require_same_tensors, write_json
+from metaloom.checkpoints.store import MANIFEST, read_manifest, require_same_tensors
 from metaloom.errors import CheckpointError
 
 
@@ -84,7 +83,7 @@ def test_the_manifest_is_written_last(tmp_path: Path, monkeypatch: pytest.Monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("metaloom.checkpoints.store.write_json", dies)
+        patch.setattr("metaloom.checkpoints.store.replace_file", dies)
         with pytest.raises(KeyboardInterrupt):
             store.save(checkpoint(2))
     assert store.steps() == [1]
@@ -234,7 +233,7 @@ def no_space(*args: object, **keywords: object) -> None:
     raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("where", ["torch.save", "metaloom.checkpoints.store.write_json"])
+@pytest.mark.parametrize("where", ["torch.save", "metaloom.checkpoints.store.replace_file"])
 def test_a_full_disk_is_an_error_that_names_it_and_leaves_no_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
@@ -245,16 +244,21 @@ def test_a_full_disk_is_an_error_that_names_it_and_leaves_no_checkpoint(
     assert store.steps() == [1]
 
 
-def test_json_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "facts.json"
-    write_json(path, {"a": 1})
-    with pytest.raises(TypeError):
-        write_json(path, {"a": 2, "b": object()})
-    assert json.loads(path.read_text()) == {"a": 1}
-    monkeypatch.setattr("os.fsync", no_space)
-    with pytest.raises(OSError, match="No space"):
-        write_json(path, {"a": 3})
-    assert json.loads(path.read_text()) == {"a": 1}
+def test_a_checkpoint_is_on_disk_before_older_ones_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = store_with(tmp_path, 1, 2, keep_last=2)
+    synced: list[str] = []
+    monkeypatch.setattr("os.fsync", lambda file: synced.append(Path(f"/proc/self/fd/{file}").readlink().name))
+    prune = CheckpointStore._prune
+
+    def pruned(self: CheckpointStore, protect: frozenset[int]) -> None:
+        assert synced[-3:] == ["manifest.json.partial", "step-00000003", tmp_path.name]
+        prune(self, protect)
+
+    monkeypatch.setattr(CheckpointStore, "_prune", pruned)
+    store.save(checkpoint(3))
+    assert store.steps() == [2, 3]
 
 
 def test_the_same_tensors_are_accepted_whatever_their_values_and_order(tmp_path: Path) -> None:

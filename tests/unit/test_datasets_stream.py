@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metaloom.datasets import Episode, EpisodeSource, EpisodeStream, slice_for_rank
+from metaloom.datasets import Episode, EpisodeSource, EpisodeStream, share_of_rank, slice_for_rank
 from metaloom.errors import StreamError
 
 
@@ -36,6 +36,38 @@ def test_the_ranks_shares_are_contiguous_nearly_equal_and_all(num: int, world_si
     shares = [slice_for_rank(num, rank, world_size) for rank in range(world_size)]
     assert [i for share in shares for i in share] == list(range(num))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@given(num=st.integers(1, 50), world_size=st.integers(1, 12))
+def test_in_lockstep_shares_are_equally_long_and_hold_everything_once_beside_dummies(
+    num: int, world_size: int
+) -> None:
+    shares = [share_of_rank(num, rank, world_size, is_lockstep=True) for rank in range(world_size)]
+    assert {len(share.positions) for share in shares} == {-(-num // world_size)}
+    real = [share.positions[: len(share.positions) - share.num_dummies] for share in shares]
+    assert [i for positions in real for i in positions] == list(range(num))
+    # What a dummy repeats is there, whatever the rank has of its own.
+    assert {i for s in shares for i in s.positions[len(s.positions) - s.num_dummies :]} <= {0}
+
+
+def test_out_of_lockstep_there_are_no_dummies() -> None:
+    shares = [share_of_rank(4, rank, 3, is_lockstep=False) for rank in range(3)]
+    assert [share.positions for share in shares] == [(0, 1), (2,), (3,)]
+    assert {share.num_dummies for share in shares} == {0}
+
+
+def test_a_rank_in_lockstep_gets_the_steps_first_episode_as_its_dummies() -> None:
+    source = Numbers()
+    words = {"tasks_per_step": 4, "world_size": 3, "start_step": 2, "stop_step": 3}
+    with EpisodeStream(source, rank=2, is_lockstep=True, **words) as stream:
+        assert stream.share.num_dummies == 1
+        [(_, episodes)] = list(stream)
+    assert [episode.number for episode in episodes] == [11, 8]
+    numbers = Numbers()
+    with EpisodeStream(numbers, rank=0, is_lockstep=True, **words) as stream:
+        assert stream.share.num_dummies == 0
+        [(_, episodes)] = list(stream)
+    assert [episode.number for episode in episodes] == numbers.drawn == [8, 9]
 
 
 def test_a_rank_beyond_the_world_is_refused() -> None:

@@ -337,7 +337,7 @@ def test_a_section_without_a_kind_has_that_of_its_default(load: Load) -> None:
         ("algorithm.hypergradient.kind=mixed", "reptile; did you mean 'mixed_mode'?"),
         ("data.kind=glyps", "data.kind: 'glyps' is not one of glyphs, stdlib; did you mean 'glyphs'?"),
         ("tracking=mlfow", "tracking: 'mlfow' is not one of mlflow, none; did you mean 'mlflow'?"),
-        ("sharding=zero", "sharding: 'zero' is not one of replicated; choose one of them"),
+        ("sharding=zero", "sharding: 'zero' is not one of replicated, sharded; choose one of them"),
         (
             "evaluation.baselines=[randm]",
             "evaluation.baselines.0: 'randm' is not one of random, ordinary_equal",
@@ -559,6 +559,12 @@ outer:
             "precision.compute: bfloat16; algorithm.hypergradient = finite_difference compares gradients at",
         ),
         (
+            STDLIB,
+            ["algorithm.hypergradient={kind: finite_difference, epsilon: 0.1}"],
+            "algorithm.hypergradient.epsilon: 0.1; has no effect, since the initialisation alone is learned, "
+            "for which finite_difference takes no difference; leave it out",
+        ),
+        (
             GLYPHS,
             ["outer.schedule.warmup_steps=100"],
             "outer.schedule.warmup_steps: 100; must be less than outer.num_steps = 100",
@@ -699,7 +705,21 @@ def test_a_rule_between_values_is_enforced(load: Load, text: str, overrides: lis
                 "algorithm.meta_parameters={init: false, backbone: true}",
             ],
         ),
-        (STDLIB, ["algorithm.hypergradient=finite_difference", "algorithm.meta_parameters.backbone=true"]),
+        (GLYPHS, ["algorithm.hypergradient={kind: finite_difference, epsilon: 0.01}"]),
+        (
+            STDLIB,
+            [
+                "algorithm.hypergradient={kind: finite_difference, epsilon: 0.1}",
+                "algorithm.meta_parameters.backbone=true",
+            ],
+        ),
+        (
+            GLYPHS,
+            [
+                "algorithm.hypergradient={kind: finite_difference, epsilon: 0.1}",
+                "adaptation.loss.learned=[temperature]",
+            ],
+        ),
         (
             GLYPHS,
             ["algorithm.hypergradient=reptile", "algorithm.step_weights=uniform", "adaptation.num_steps=1"],

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from metaloom.engine.hypergradients.sweep import AdjointSweep
+from metaloom.engine.inner_loops.adam import Adam
 from metaloom.engine.snapshots import Binomial, HostMemory, KeepAll, SnapshotPlan, num_reversed, split
 from metaloom.engine.unroll import Snapshot
-from metaloom.errors import CapabilityError
 from tests.numerics.problems import assert_gradients_agree, conv4_problem
 from tests.numerics.transformers import EXACT, hypergradient, transformer_problem
 
@@ -145,25 +145,54 @@ def test_a_split_leaves_both_parts_inside() -> None:
     assert all(1 <= split(n, s) <= n for n in range(1, 60) for s in range(1, 7))
 
 
-def test_host_memory_refuses_weights_that_are_there_already() -> None:
-    with pytest.raises(CapabilityError, match=r"memory\.snapshots: host, .* on the cpu already"):
-        HostMemory(torch.device("cpu"))
+def test_keep_all_keeps_what_steps_pass_on_once_and_copies_what_they_make() -> None:
+    def advance(at: Snapshot, step: int) -> Snapshot:
+        # `late` is passed on by the first steps and made by the others, `early` the other way round.
+        late = at.state["late"] if step < 2 else at.state["late"] + 1
+        early = at.state["early"] if step >= 2 else at.state["early"] + 1
+        return Snapshot({"w": at.fast["w"] + 1}, {"anchor": at.state["anchor"], "late": late, "early": early})
+
+    weight = torch.zeros(2, 3)
+    start = Snapshot({"w": weight}, {"anchor": weight, "late": torch.zeros(2), "early": torch.zeros(2)})
+    for plan in (KeepAll(), HostMemory(torch.device("cpu"))):
+        states = list(plan.backwards(start, 4, advance))
+        assert [float(at.fast["w"][1, 2]) for at in states] == [4, 3, 2, 1, 0]
+        assert [float(at.state["late"][1]) for at in states] == [2, 1, 0, 0, 0]
+        assert [float(at.state["early"][1]) for at in states] == [2, 2, 2, 1, 0]
+        assert all(torch.equal(at.state["anchor"], weight) for at in states)
+        assert len({at.state["anchor"].data_ptr() for at in states}) == 1
+        assert len({at.state["late"].data_ptr() for at in states[2:]}) == 1
+        assert len({at.state["early"].data_ptr() for at in states[:3]}) == 1
+
+
+def test_host_memory_computes_every_step_once_and_lets_go_of_each_state() -> None:
+    for num_steps in (0, 1, 7):
+        visit = Visit(HostMemory(torch.device("cpu")), num_steps)
+        assert visit.order == list(range(num_steps, -1, -1))
+        assert visit.computed == Counter(range(num_steps))
+        assert visit.most_alive_within <= 2
+        assert max(visit.alive_after_each) <= 1  # the last, which the plan has no copy of
 
 
 FLAT = [type(EXACT[name]) for name in ("rematerialized", "mixed_mode")]
 
 
+# On a CPU a copy to the host's memory is made at once; its order is tested in test_host_snapshots.py.
+PLANS = [Binomial(1), Binomial(2), Binomial(5), HostMemory(torch.device("cpu"))]
+
+
 @pytest.mark.parametrize("estimator", FLAT)
-@pytest.mark.parametrize("num_slots", [1, 2, 5])
-def test_a_sweep_over_binomial_snapshots_equals_one_over_all_bit_for_bit(
-    estimator: type[AdjointSweep], num_slots: int
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_a_sweep_over_any_plan_equals_one_over_all_bit_for_bit(
+    estimator: type[AdjointSweep], plan: SnapshotPlan
 ) -> None:
     for problem in (
         conv4_problem(step_weights=(0.1, 0.0, 0.0, 0.4, 0.0, 1.0), grain="per_tensor"),
+        conv4_problem(step_weights=(0.0, 0.0, 0.5, 1.0), rule=Adam(proximal=0.3)),
         transformer_problem(step_weights=(0.0, 0.0, 0.3, 0.0, 1.0), dropout=0.3),
     ):
         expected = hypergradient(problem, estimator(KeepAll()))
-        actual = hypergradient(problem, estimator(Binomial(num_slots)))
+        actual = hypergradient(problem, estimator(plan))
         assert actual.keys() == expected.keys()
         for name, value in expected.items():
             assert torch.equal(actual[name], value), name

@@ -79,8 +79,10 @@ class FullAdapter(Adapter):
                 "memory.recompute_blocks to false and memory.head_chunk to null."
             )
 
+        buffers = dict(self._model.named_buffers())
+
         def one_task(weights: dict[str, Tensor], examples: Tensor) -> Tensor:
-            logits: Tensor = functional_call(self._model, weights, (examples,), strict=True)
+            logits: Tensor = functional_call(self._model, weights | buffers, (examples,), strict=True)
             return logits
 
         with (

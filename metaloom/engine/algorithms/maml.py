@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from metaloom.engine.hypergradients.base import Hypergradient, MetaGradient
+from metaloom.engine.hypergradients.base import Hypergradient, MetaGradient, OnGradient
 from metaloom.engine.learner import TaskBatch
 from metaloom.engine.precision import Scales
 from metaloom.engine.unroll import Unroll
@@ -26,15 +26,21 @@ class Maml:
     hypergradient: Hypergradient
 
     def meta_gradient(
-        self, meta: Mapping[str, Tensor], batch: TaskBatch, scales: Scales | None = None
+        self,
+        meta: Mapping[str, Tensor],
+        batch: TaskBatch,
+        scales: Scales | None = None,
+        *,
+        on_final: OnGradient | None = None,
     ) -> MetaGradient:
         """The hypergradient of a batch, summed over its tasks.
 
         Args:
             scales: of this outer step, in half precision.
+            on_final: told of gradients that are final before the others are.
         """
         unroll = self.unroll if scales is None else dataclasses.replace(self.unroll, scales=scales)
-        return self.hypergradient.meta_gradient(unroll, meta, batch)
+        return self.hypergradient.meta_gradient(unroll, meta, batch, on_final=on_final)
 
 
 def step_weights(kind: Literal["last", "uniform"], num_steps: int) -> tuple[float, ...]:

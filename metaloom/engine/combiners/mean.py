@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from metaloom.engine.hypergradients.base import MetaGradient, Tensors, add_
+from metaloom.engine.hypergradients.base import MetaGradient, OnGradient, Tensors, order_of_completion
 from metaloom.engine.sharding.base import Sharding
 
 
@@ -31,34 +31,48 @@ class Mean:
 
     def __init__(self, like: Tensors, sharding: Sharding, *, metric_names: Sequence[str]) -> None:
         self._like = like
+        self._order = order_of_completion(like)
         self._metric_names = ("meta_loss", *metric_names)
         self._sharding = sharding
-        self._reset()
+        self._start()
 
-    def _reset(self) -> None:
-        self._sum = {name: torch.zeros_like(value) for name, value in self._like.items()}
+    def _start(self) -> None:
+        self._sum = self._sharding.gradient_sum(self._like, self._order)
+        self._final: set[str] = set()
         self._metrics: dict[str, Tensor] = {
             name: torch.zeros((), dtype=torch.float64) for name in self._metric_names
         }
 
+    @property
+    def on_final(self) -> OnGradient | None:
+        """What takes gradients of the last micro-batch that are final before the others are; None where that
+        is of no use."""
+        return self.take if self._sum.sends_early else None
+
+    def take(self, name: str, gradient: Tensor) -> None:
+        """Takes in the last that there is of one meta-parameter's gradient."""
+        self._sum.add({name: gradient})
+        self._sum.complete(name)
+        self._final.add(name)
+
     def add(self, part: MetaGradient) -> None:
-        """Takes in one micro-batch."""
-        add_(self._sum, part.gradient)
+        """Takes in one micro-batch, but for what `take` has had of it."""
+        self._sum.add({name: value for name, value in part.gradient.items() if name not in self._final})
         for name, value in {"meta_loss": part.losses, **part.metrics}.items():
             self._metrics[name] += value.double().sum().cpu()
 
     def combine(self, num_global: int) -> Combined:
-        """The mean over `num_global` tasks. Every rank must call: the one place where ranks meet.
+        """The mean over `num_global` tasks. Every rank must call: out of lockstep the one place where ranks
+        meet.
 
         Starts the next outer step's sums.
         """
-        device = next(iter(self._sum.values())).device
+        gradient = self._sum.result()
+        device = next(iter(gradient.values())).device
         metrics = self._sharding.sum_over_ranks(
             {name: value.to(device) for name, value in self._metrics.items()}
         )
-        gradient = self._sharding.sum_gradients(self._sum)
-        self._reset()
-        return Combined(
-            gradient={name: value / num_global for name, value in gradient.items()},
-            metrics={name: float(value) / num_global for name, value in metrics.items()},
-        )
+        for value in gradient.values():
+            value /= num_global
+        self._start()
+        return Combined(gradient, {name: float(value) / num_global for name, value in metrics.items()})

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from metaloom.engine.capabilities import require
+from metaloom.engine.hypergradients.missing import refusal_of
+from metaloom.engine.inner_loops.rates import RATES
 from metaloom.engine.learner import TaskBatch
 from metaloom.engine.unroll import Unroll
+from metaloom.errors import CapabilityError
 
 Tensors = Mapping[str, Tensor]
+OnGradient = Callable[[str, Tensor], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +29,10 @@ class MetaGradient:
 
     Attributes:
         gradient: d (sum over tasks of the meta-loss) / d theta, shaped like theta.
-        losses: the meta-loss of each task, `[T]`.
+        losses: the meta-loss of each task, `[T]`; 0 for a dummy.
         metrics: per task, `[T]` each, float64: `loss_after` and `accuracy_after` adaptation; `not_finite`, 1
             where the task's loss or its share of the gradient is not finite; and the
-            estimator's own.
+            estimator's own. All 0 for a dummy.
     """
 
     gradient: dict[str, Tensor]
@@ -45,11 +51,19 @@ class Hypergradient(abc.ABC):
     name: ClassVar[str]
     own_metrics: ClassVar[tuple[str, ...]] = ()
 
-    def meta_gradient(self, unroll: Unroll, meta: Tensors, batch: TaskBatch) -> MetaGradient:
+    def meta_gradient(
+        self, unroll: Unroll, meta: Tensors, batch: TaskBatch, *, on_final: OnGradient | None = None
+    ) -> MetaGradient:
         """Differentiates `unroll` at `meta` on `batch`; leaves both unchanged.
 
+        Args:
+            on_final: called with the gradient of a meta-parameter, in the midst of a backward pass, where
+                that is final before the others are. What is returned has it too. An estimator need not
+                call it.
+
         Raises:
-            CapabilityError: this estimator does not give the gradient of something in `meta`.
+            CapabilityError: this estimator does not give the gradient of something in `meta`, or torch lacks
+                a derivative of an operation of the model that it needs.
         """
         require(
             self.name,
@@ -57,7 +71,13 @@ class Hypergradient(abc.ABC):
             has_proximal=unroll.rule.penalties.proximal > 0.0,
             end_only=not any(unroll.step_weights[:-1]),
         )
-        return self.estimate(unroll, meta, batch)
+        try:
+            return _without_dummies(self.estimate(unroll, meta, batch, on_final), batch)
+        except RuntimeError as error:  # NotImplementedError is one
+            refusal = refusal_of(self.name, str(error))
+            if refusal is None:
+                raise
+            raise CapabilityError(refusal) from error
 
     @property
     def metric_names(self) -> tuple[str, ...]:
@@ -65,8 +85,19 @@ class Hypergradient(abc.ABC):
         return ("loss_after", "accuracy_after", "not_finite", *self.own_metrics)
 
     @abc.abstractmethod
-    def estimate(self, unroll: Unroll, meta: Tensors, batch: TaskBatch) -> MetaGradient:
+    def estimate(
+        self, unroll: Unroll, meta: Tensors, batch: TaskBatch, on_final: OnGradient | None
+    ) -> MetaGradient:
         """What `meta_gradient` returns, for meta-parameters of kinds that this estimator gives."""
+
+
+def _without_dummies(part: MetaGradient, batch: TaskBatch) -> MetaGradient:
+    """The same with metrics of nothing but the tasks that count."""
+    if batch.weights is None:
+        return part
+    is_dummy = batch.weights == 0
+    metrics = {name: value.masked_fill(is_dummy, 0.0) for name, value in part.metrics.items()}
+    return dataclasses.replace(part, metrics=metrics)
 
 
 def gradient_of(
@@ -75,9 +106,15 @@ def gradient_of(
     cotangents: Sequence[Tensor | None] | None = None,
     *,
     retain_graph: bool = False,
+    on_gradient: OnGradient | None = None,
 ) -> dict[str, Tensor]:
-    """The vector-Jacobian product of `outputs` for each of `inputs`; zero where nothing depends on it."""
-    found = gradient_if_any(outputs, inputs, cotangents, retain_graph=retain_graph)
+    """The vector-Jacobian product of `outputs` for each of `inputs`; zero where nothing depends on it.
+
+    Args:
+        on_gradient: called with each input's product as soon as the backward pass has it; not where nothing
+            depends on it.
+    """
+    found = gradient_if_any(outputs, inputs, cotangents, retain_graph=retain_graph, on_gradient=on_gradient)
     return filled(found, inputs)
 
 
@@ -87,6 +124,7 @@ def gradient_if_any(
     cotangents: Sequence[Tensor | None] | None = None,
     *,
     retain_graph: bool = False,
+    on_gradient: OnGradient | None = None,
 ) -> dict[str, Tensor]:
     """The same for those of `inputs` that `outputs` depend on: no memory for the others."""
     connected = [
@@ -96,14 +134,50 @@ def gradient_if_any(
     ]
     if not connected:
         return {}
-    grads = torch.autograd.grad(
-        [output for output, _ in connected],
-        list(inputs.values()),
-        None if cotangents is None else [cotangent for _, cotangent in connected],
-        retain_graph=retain_graph,
-        allow_unused=True,
-    )
+    with _hooked(inputs, on_gradient):
+        grads = torch.autograd.grad(
+            [output for output, _ in connected],
+            list(inputs.values()),
+            None if cotangents is None else [cotangent for _, cotangent in connected],
+            retain_graph=retain_graph,
+            allow_unused=True,
+        )
     return {name: grad for name, grad in zip(inputs, grads, strict=True) if grad is not None}
+
+
+@contextlib.contextmanager
+def _hooked(inputs: Tensors, on_gradient: OnGradient | None) -> Iterator[None]:
+    """In this context a backward pass tells of each input's gradient when nothing more is added to it."""
+    with contextlib.ExitStack() as stack:
+        if on_gradient is not None:
+            for name, value in inputs.items():
+                hook = value.register_hook(functools.partial(on_gradient, name))  # type: ignore[no-untyped-call]
+                stack.callback(hook.remove)
+        yield
+
+
+def finishing(on_final: OnGradient | None, finish: Callable[[str, Tensor], Tensor]) -> OnGradient | None:
+    """What takes the gradients of a last pass, by key, and tells of those under `theta/<name>` what they
+    make final; None where nobody waits."""
+    if on_final is None:
+        return None
+
+    def tell(key: str, gradient: Tensor) -> None:
+        kind, _, name = key.partition("/")
+        if kind == "theta":
+            on_final(name, finish(name, gradient))
+
+    return tell
+
+
+def order_of_completion(names: Iterable[str]) -> list[str]:
+    """Names of meta-parameters, those whose gradients tend to be final first first.
+
+    A backward pass comes to the last layers first. The gradients of rates need the inner gradients, which
+    may be had at the end alone.
+    """
+    backwards = list(names)[::-1]
+    return sorted(backwards, key=lambda name: name.startswith(RATES))
 
 
 def prefixed(prefix: str, tensors: Tensors) -> dict[str, Tensor]:
@@ -169,7 +243,8 @@ def meta_losses(
 def query_losses(
     unroll: Unroll, meta: Tensors, fast: Tensors, batch: TaskBatch, step: int
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """Lq at phi_`step`, `[T]`, None where its weight is 0; and the metrics of the last step."""
+    """Lq at phi_`step` times the tasks' weights, `[T]`, None where c_k is 0; and the metrics of the last
+    step."""
     is_last = step == unroll.num_steps
     is_counted = unroll.step_weights[step] != 0.0
     if not is_counted and not is_last:
@@ -177,7 +252,14 @@ def query_losses(
     with torch.set_grad_enabled(is_counted and torch.is_grad_enabled()):
         losses, aux = unroll.learner.losses("query", meta, fast, batch, step)
     metrics = {"loss_after": losses.detach().double(), "accuracy_after": aux["accuracy"]}
+    if batch.weights is not None:
+        losses = losses * batch.weights
     return (losses if is_counted else None), (metrics if is_last else {})
+
+
+def weighted(weights: Tensor, tensor: Tensor) -> Tensor:
+    """Each task's part of a tensor `[T, ...]` times its weight."""
+    return tensor * weights.view(-1, *(1,) * (tensor.ndim - 1))
 
 
 def not_finite(losses: Tensor, per_task: Iterable[Tensor]) -> Tensor:

@@ -12,7 +12,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from metaloom.engine.capabilities import kind_of
 from metaloom.engine.hypergradients.base import (
+    OnGradient,
     Tensors,
     gradient_of,
     meta_losses,
@@ -93,6 +95,13 @@ def pull_back_start(unroll: Unroll, theta: Tensors, num_tasks: int, cotangents: 
     with torch.enable_grad():
         start = unroll.learner.init(theta, num_tasks)
         return gradient_of(list(start.values()), theta, [cotangents[name] for name in start])
+
+
+def tell_of_initialisation(gradient: Tensors, on_final: OnGradient | None) -> None:
+    """Tells of what is final once the start is pulled back: the initialisation acts in no other way."""
+    for name, value in gradient.items():
+        if on_final is not None and kind_of(name) == "init":
+            on_final(name, value)
 
 
 def refuse_float16(name: str, unroll: Unroll) -> None:

@@ -11,13 +11,24 @@ import torch
 from torch import Tensor
 
 from metaloom.engine.capabilities import kind_of
-from metaloom.engine.hypergradients.base import Hypergradient, MetaGradient, Tensors, add_, gradient_of
+from metaloom.engine.hypergradients.base import (
+    Hypergradient,
+    MetaGradient,
+    OnGradient,
+    Tensors,
+    add_,
+    finishing,
+    gradient_of,
+    prefixed,
+    unprefixed,
+)
 from metaloom.engine.hypergradients.endpoint import (
     Path,
     adapt_to_end,
     differentiate_end,
     flatten,
     pull_back_start,
+    tell_of_initialisation,
     unflatten,
 )
 from metaloom.engine.learner import TaskBatch
@@ -56,7 +67,9 @@ class FiniteDifference(Hypergradient):
 
     epsilon: float = 0.01
 
-    def estimate(self, unroll: Unroll, meta: Tensors, batch: TaskBatch) -> MetaGradient:
+    def estimate(
+        self, unroll: Unroll, meta: Tensors, batch: TaskBatch, on_final: OnGradient | None
+    ) -> MetaGradient:
         precision = unroll.learner.precision.compute
         if precision in HALF:
             raise CapabilityError(
@@ -70,25 +83,42 @@ class FiniteDifference(Hypergradient):
         add_(gradient, pull_back_start(unroll, theta, batch.num_tasks, end.d_fast))
         if any(kind_of(name) != "init" for name in theta):  # where adaptation starts, L does not see
             grads_bar = _gradient_adjoint(unroll, theta, path, end.d_fast)
-            add_(gradient, self._mixed_product(unroll, theta, batch, path, grads_bar))
+            tell_of_initialisation(gradient, on_final)
+            self._add_mixed_product(gradient, unroll, theta, batch, path, grads_bar, on_final)
         return MetaGradient(gradient, end.losses, end.metrics)
 
-    def _mixed_product(
-        self, unroll: Unroll, theta: Tensors, batch: TaskBatch, path: Path, vectors: Tensors
-    ) -> dict[str, Tensor]:
-        """`M t` by central differences, for one vector t per task; summed over tasks."""
+    def _add_mixed_product(
+        self,
+        gradient: dict[str, Tensor],
+        unroll: Unroll,
+        theta: Tensors,
+        batch: TaskBatch,
+        path: Path,
+        vectors: Tensors,
+        on_final: OnGradient | None,
+    ) -> None:
+        """Adds `M t` by central differences, for one vector t per task; summed over tasks. With it the
+        gradient is final."""
         at, towards = flatten(path.end), flatten(vectors)
         norms = torch.linalg.vector_norm(towards, dim=1)  # [T]
         # A task whose vector is zero is not moved, and its weight is zero.
         moves = towards * (self.epsilon / torch.where(norms == 0.0, 1.0, norms))[:, None]
         weights = norms / (2.0 * self.epsilon)
         product = {name: torch.zeros_like(value) for name, value in theta.items()}
+
+        def finish(name: str, value: Tensor) -> Tensor:
+            return gradient[name] + (product[name] + value)
+
         for sign in (1.0, -1.0):
+            on_gradient = finishing(on_final if sign < 0.0 else None, finish)
             fast = unflatten(at + sign * moves, path.end)
             with torch.enable_grad():
                 losses, _ = unroll.learner.losses("support", theta, fast, batch, unroll.num_steps - 1)
-                add_(product, gradient_of([losses @ (sign * weights)], theta))
-        return product
+                grads = gradient_of(
+                    [losses @ (sign * weights)], prefixed("theta/", theta), on_gradient=on_gradient
+                )
+            add_(product, unprefixed("theta/", grads))
+        add_(gradient, product)
 
 
 def _gradient_adjoint(unroll: Unroll, theta: Tensors, path: Path, adjoint: Tensors) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from metaloom.engine.hypergradients.base import Tensors
+from metaloom.engine.hypergradients.base import OnGradient, Tensors
 from metaloom.engine.hypergradients.sweep import Adjoint, AdjointSweep, rule_vjp
 from metaloom.engine.inner_loops.rates import RATES
 from metaloom.engine.learner import TaskBatch
@@ -26,7 +26,14 @@ class FirstOrder(AdjointSweep):
     name = "first_order"
 
     def pull_back(
-        self, unroll: Unroll, theta: Tensors, batch: TaskBatch, step: int, at: Snapshot, adjoint: Adjoint
+        self,
+        unroll: Unroll,
+        theta: Tensors,
+        batch: TaskBatch,
+        step: int,
+        at: Snapshot,
+        adjoint: Adjoint,
+        on_complete: OnGradient | None,
     ) -> tuple[Adjoint, dict[str, Tensor]]:
         if unroll.rule.is_affine_in_gradient and not any(name.startswith(RATES) for name in theta):
             # The update's Jacobians then are the same at any g.

@@ -13,8 +13,10 @@ from torch import Tensor
 from metaloom.engine.hypergradients.base import (
     Hypergradient,
     MetaGradient,
+    OnGradient,
     Tensors,
     add_,
+    finishing,
     gradient_of,
     prefixed,
     unprefixed,
@@ -26,6 +28,7 @@ from metaloom.engine.hypergradients.endpoint import (
     flatten,
     pull_back_start,
     refuse_float16,
+    tell_of_initialisation,
     unflatten,
 )
 from metaloom.engine.hypergradients.solvers import ConjugateGradient, Solver
@@ -70,7 +73,9 @@ class Implicit(Hypergradient):
     solver: Solver = dataclasses.field(default_factory=ConjugateGradient)
     damping: float = 0.0
 
-    def estimate(self, unroll: Unroll, meta: Tensors, batch: TaskBatch) -> MetaGradient:
+    def estimate(
+        self, unroll: Unroll, meta: Tensors, batch: TaskBatch, on_final: OnGradient | None
+    ) -> MetaGradient:
         refuse_float16(self.name, unroll)
         penalties = unroll.rule.penalties
         if penalties.decoupled_decay != 0.0:
@@ -94,12 +99,19 @@ class Implicit(Hypergradient):
         b = flatten(end.d_fast)
         solution = self.solver.solve(multiply, b)
         x = unflatten(solution.x, fast)
-        products = _products(grads, x, prefixed("fast/", fast) | prefixed("theta/", theta))
-        residual = b - flatten(unprefixed("fast/", products)) - diagonal * solution.x
         gradient = dict(end.d_theta)
-        add_(gradient, {name: -value for name, value in unprefixed("theta/", products).items()})
         scaled = {name: penalties.proximal * value for name, value in x.items()}
         add_(gradient, pull_back_start(unroll, theta, batch.num_tasks, scaled))
+
+        tell_of_initialisation(gradient, on_final)
+        products = _products(
+            grads,
+            x,
+            prefixed("fast/", fast) | prefixed("theta/", theta),
+            on_gradient=finishing(on_final, lambda name, product: gradient[name] - product),
+        )
+        residual = b - flatten(unprefixed("fast/", products)) - diagonal * solution.x
+        add_(gradient, {name: -value for name, value in unprefixed("theta/", products).items()})
         own = {
             "stationarity": _norms(_objective_gradient(grads, path, penalties)),
             "solver_residual": _ratio(_norms(residual), _norms(b)),
@@ -108,12 +120,20 @@ class Implicit(Hypergradient):
         return MetaGradient(gradient, end.losses, end.metrics | own)
 
 
-def _products(grads: Tensors, vectors: Tensors, inputs: Tensors) -> dict[str, Tensor]:
+def _products(
+    grads: Tensors, vectors: Tensors, inputs: Tensors, *, on_gradient: OnGradient | None = None
+) -> dict[str, Tensor]:
     """The derivatives of the tasks' `g . v` by `inputs`: H v for the fast weights, M v for theta.
 
     The graph of g stays, for the next product.
     """
-    return gradient_of(list(grads.values()), inputs, [vectors[name] for name in grads], retain_graph=True)
+    return gradient_of(
+        list(grads.values()),
+        inputs,
+        [vectors[name] for name in grads],
+        retain_graph=True,
+        on_gradient=on_gradient,
+    )
 
 
 def _objective_gradient(grads: Tensors, path: Path, penalties: Penalties) -> Tensor:

@@ -8,8 +8,16 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from metaloom.engine.hypergradients.base import Tensors, added, filled, gradient_if_any, prefixed, unprefixed
-from metaloom.engine.hypergradients.sweep import Adjoint, AdjointSweep, rule_vjp
+from metaloom.engine.hypergradients.base import (
+    OnGradient,
+    Tensors,
+    added,
+    filled,
+    gradient_if_any,
+    prefixed,
+    unprefixed,
+)
+from metaloom.engine.hypergradients.sweep import Adjoint, AdjointSweep, completed, rule_vjp
 from metaloom.engine.learner import TaskBatch
 from metaloom.engine.unroll import Snapshot, Unroll, leaves, unscaled
 
@@ -28,36 +36,66 @@ class MixedMode(AdjointSweep):
     name = "mixed_mode"
 
     def pull_back(
-        self, unroll: Unroll, theta: Tensors, batch: TaskBatch, step: int, at: Snapshot, adjoint: Adjoint
+        self,
+        unroll: Unroll,
+        theta: Tensors,
+        batch: TaskBatch,
+        step: int,
+        at: Snapshot,
+        adjoint: Adjoint,
+        on_complete: OnGradient | None,
     ) -> tuple[Adjoint, dict[str, Tensor]]:
         if unroll.rule.is_affine_in_gradient:
-            # g_bar does not depend on g, which comes out of the same pass as the products.
+            # No adjoint but that of the rates depends on g, which comes out of the same pass as the products.
             anything = {name: torch.zeros_like(value) for name, value in at.fast.items()}
             before, _ = rule_vjp(unroll, theta, at, anything, step, adjoint)
-            grads, products = _gradient_and_products(unroll, theta, at.fast, before.grads, batch, step)
-            before, share = rule_vjp(unroll, theta, at, grads, step, adjoint)
+            grads, products = _gradient_and_products(unroll, theta, at.fast, before, batch, step, on_complete)
+            _, share = rule_vjp(unroll, theta, at, grads, step, adjoint)
         else:
             with torch.enable_grad():
                 fast = leaves(at.fast)
                 grads = unroll.support_gradient(theta, fast, batch, step, create_graph=False)
             before, share = rule_vjp(unroll, theta, at, grads, step, adjoint)
-            _, products = _gradient_and_products(unroll, theta, at.fast, before.grads, batch, step)
+            _, products = _gradient_and_products(unroll, theta, at.fast, before, batch, step, on_complete)
         d_fast = added(before.fast, unprefixed("fast/", products))
         return Adjoint(d_fast, before.state), added(share, unprefixed("theta/", products))
 
 
 def _gradient_and_products(
-    unroll: Unroll, theta: Tensors, fast: Tensors, tangents: Tensors, batch: TaskBatch, step: int
+    unroll: Unroll,
+    theta: Tensors,
+    fast: Tensors,
+    before: Adjoint,
+    batch: TaskBatch,
+    step: int,
+    on_complete: OnGradient | None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """g by the fast weights' names; `H t` under `fast/<name>` and `M t` under `theta/<name>`, t tangents of
-    phi."""
+    """g by the fast weights' names; `H t` under `fast/<name>` and `M t` under `theta/<name>`, t the adjoint
+    of g as tangents of phi.
+
+    Args:
+        before: the update's adjoints, to which the products add.
+        on_complete: as in `pull_back`.
+    """
     scale = unroll.scales.loss
+    tell = completed(on_complete, prefixed("fast/", before.fast), scale)
+    if on_complete is not None:
+        for name, value in before.state.items():
+            on_complete(f"state/{name}", value)
+
+    def on_dual(key: str, dual: Tensor) -> None:
+        _, tangent = _unpacked(dual)
+        if tell is not None and tangent is not None:
+            tell(key, tangent)
+
     with forward_ad.dual_level(), torch.enable_grad():
-        duals = {name: _dual(value, tangents[name]) for name, value in fast.items()}
+        duals = {name: _dual(value, before.grads[name]) for name, value in fast.items()}
         parameters = leaves(theta)
         losses, _ = unroll.learner.losses("support", parameters, duals, batch, step, derivative="forward")
         results = gradient_if_any(
-            [scale * losses.sum()], prefixed("fast/", duals) | prefixed("theta/", parameters)
+            [scale * losses.sum()],
+            prefixed("fast/", duals) | prefixed("theta/", parameters),
+            on_gradient=None if tell is None else on_dual,
         )
         pairs = {name: _unpacked(result) for name, result in results.items()}
     grads = unprefixed("fast/", {name: primal for name, (primal, _) in pairs.items()})

@@ -6,7 +6,15 @@ import dataclasses
 
 import torch
 
-from metaloom.engine.hypergradients.base import Hypergradient, MetaGradient, Tensors, meta_losses, not_finite
+from metaloom.engine.hypergradients.base import (
+    Hypergradient,
+    MetaGradient,
+    OnGradient,
+    Tensors,
+    meta_losses,
+    not_finite,
+    weighted,
+)
 from metaloom.engine.hypergradients.endpoint import adapt_to_end, pull_back_start
 from metaloom.engine.learner import TaskBatch
 from metaloom.engine.unroll import Unroll, leaves
@@ -25,12 +33,16 @@ class Reptile(Hypergradient):
 
     name = "reptile"
 
-    def estimate(self, unroll: Unroll, meta: Tensors, batch: TaskBatch) -> MetaGradient:
+    def estimate(
+        self, unroll: Unroll, meta: Tensors, batch: TaskBatch, on_final: OnGradient | None
+    ) -> MetaGradient:
         theta = leaves(meta)
         path = adapt_to_end(unroll, meta, batch)
         with torch.no_grad():
             losses, metrics = meta_losses(unroll, theta, (path.end, {}), batch, unroll.num_steps)
         way_back = {name: value - path.end[name] for name, value in path.start.items()}
+        if batch.weights is not None:
+            way_back = {name: weighted(batch.weights, value) for name, value in way_back.items()}
         gradient = pull_back_start(unroll, theta, batch.num_tasks, way_back)
         metrics["not_finite"] = not_finite(losses, way_back.values())
         return MetaGradient(gradient, losses, metrics)

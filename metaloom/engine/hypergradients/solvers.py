@@ -53,10 +53,13 @@ class ConjugateGradient(Solver):
     Attributes:
         num_iterations: at most so many products; at least 1.
         tolerance: a task stops at `|b - A x| <= tolerance * |b|`; at least 0.
+        any_rank: whether a flag is set on any of the ranks that multiply together: none stops before the
+            last, and what its own tasks have come to stays. By default a rank's own flag.
     """
 
     num_iterations: int = 10
     tolerance: float = 1e-6
+    any_rank: Callable[[bool], bool] = bool
 
     def solve(self, multiply: Multiply, b: Tensor) -> Solution:
         x = torch.zeros_like(b)
@@ -67,7 +70,7 @@ class ConjugateGradient(Solver):
         moving = ~((square <= enough) & square.isfinite())
         negative = torch.zeros_like(moving)
         for _ in range(self.num_iterations):
-            if not bool(moving.any()):
+            if not self.any_rank(bool(moving.any())):
                 break
             product = multiply(direction)
             curvature = _dots(direction, product)

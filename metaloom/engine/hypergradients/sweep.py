@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from metaloom.engine.hypergradients.base import (
     Hypergradient,
     MetaGradient,
+    OnGradient,
     Tensors,
     add_,
     added,
@@ -63,7 +66,14 @@ class AdjointSweep(Hypergradient):
 
     @abc.abstractmethod
     def pull_back(
-        self, unroll: Unroll, theta: Tensors, batch: TaskBatch, step: int, at: Snapshot, adjoint: Adjoint
+        self,
+        unroll: Unroll,
+        theta: Tensors,
+        batch: TaskBatch,
+        step: int,
+        at: Snapshot,
+        adjoint: Adjoint,
+        on_complete: OnGradient | None,
     ) -> tuple[Adjoint, dict[str, Tensor]]:
         """The adjoint before inner step `step` from the one after it.
 
@@ -71,6 +81,8 @@ class AdjointSweep(Hypergradient):
             theta: meta-parameters, leaves that require gradients.
             at: (phi_k, s_k), where the step starts.
             adjoint: (v, w) at (phi_{k+1}, s_{k+1}).
+            on_complete: called with entries of what is returned that are complete before the others are,
+                under `fast/<name>`, `state/<name>` or `theta/<name>`; None where nobody waits for them.
 
         Returns:
             (v, w) at (phi_k, s_k), and the step's share of dtheta, of what the step depends on alone.
@@ -80,7 +92,9 @@ class AdjointSweep(Hypergradient):
         """How many of the first inner steps have no part in the sweep, and need not be kept."""
         return 0
 
-    def estimate(self, unroll: Unroll, meta: Tensors, batch: TaskBatch) -> MetaGradient:
+    def estimate(
+        self, unroll: Unroll, meta: Tensors, batch: TaskBatch, on_final: OnGradient | None
+    ) -> MetaGradient:
         theta = leaves(meta)
         top = max(0, unroll.num_steps - self.num_graph_steps)
         first = self.num_passed_over(unroll)
@@ -91,10 +105,16 @@ class AdjointSweep(Hypergradient):
             start, top - first, lambda at, step: advance(unroll, meta, batch, at, first + step)
         )
         del start
-        losses, metrics, adjoint, d_theta = self._top(unroll, theta, batch, next(states), top)
+        d_theta: dict[str, Tensor] = {}
+        end = _End(unroll, theta, batch.num_tasks, d_theta, on_final)
+        on_complete = end.take if on_final is not None and top == first else None
+        losses, metrics, adjoint, share = self._top(unroll, theta, batch, next(states), top, on_complete)
+        add_(d_theta, share)
         for step in range(top - 1, first - 1, -1):
             at = next(states)
-            adjoint, share = self.pull_back(unroll, theta, batch, step, at, adjoint)
+            is_last_pass = step == first and unroll.step_weights[step] == 0.0
+            on_complete = end.take if on_final is not None and is_last_pass else None
+            adjoint, share = self.pull_back(unroll, theta, batch, step, at, adjoint, on_complete)
             add_(d_theta, share)
             query = _query_gradient(unroll, theta, batch, step, at.fast)
             metrics |= query.metrics
@@ -103,27 +123,109 @@ class AdjointSweep(Hypergradient):
                 add_(d_theta, query.d_theta)
                 losses = losses + query.losses
             del at  # before the plan makes the next one
-        with torch.enable_grad():
-            fast, state = unroll.start(theta, batch.num_tasks)
-            cotangents = [adjoint.fast[name] for name in fast] + [adjoint.state[name] for name in state]
-            add_(d_theta, gradient_if_any([*fast.values(), *state.values()], theta, cotangents))
         metrics["not_finite"] = not_finite(losses, adjoint.fast.values())
-        gradient = unscaled(filled(d_theta, theta), unroll.scales.tangent)
-        return MetaGradient(gradient, losses, metrics)
+        return MetaGradient(end.gradient(adjoint), losses, metrics)
 
     def _top(
-        self, unroll: Unroll, theta: Tensors, batch: TaskBatch, at: Snapshot, first_step: int
+        self,
+        unroll: Unroll,
+        theta: Tensors,
+        batch: TaskBatch,
+        at: Snapshot,
+        first_step: int,
+        on_complete: OnGradient | None,
     ) -> tuple[Tensor, dict[str, Tensor], Adjoint, dict[str, Tensor]]:
-        """Losses, metrics, (v, w) and dtheta of everything from state `first_step` on, through its graph."""
+        """Losses, metrics, (v, w) and dtheta of everything from state `first_step` on, through its graph;
+        `on_complete` as in `pull_back`."""
         fast, state = leaves(at.fast), leaves(at.state)
         with torch.enable_grad():
             losses, metrics = meta_losses(unroll, theta, (fast, state), batch, first_step)
             inputs = prefixed("fast/", fast) | prefixed("state/", state) | prefixed("theta/", theta)
-            bars = gradient_if_any([unroll.scales.tangent * losses.sum()], inputs)
+            bars = gradient_if_any([unroll.scales.tangent * losses.sum()], inputs, on_gradient=on_complete)
         adjoint = Adjoint(filled(unprefixed("fast/", bars), fast), filled(unprefixed("state/", bars), state))
-        d_theta: dict[str, Tensor] = {}
-        add_(d_theta, unprefixed("theta/", bars))
-        return losses.detach(), metrics, adjoint, d_theta
+        return losses.detach(), metrics, adjoint, unprefixed("theta/", bars)
+
+
+class _End:
+    """The end of a sweep: the pull-back of the start, after which dtheta is what was asked for.
+
+    What the start depends on (the initialisation) acts in no other way, so its gradient is final as soon as
+    the adjoints of what it starts are complete; that of anything else with the last pass's share of it.
+
+    Args:
+        d_theta: without the last pass's share, while that runs; with it afterwards.
+        on_final: told of gradients that are final while the last pass runs.
+    """
+
+    def __init__(
+        self,
+        unroll: Unroll,
+        theta: Tensors,
+        num_tasks: int,
+        d_theta: dict[str, Tensor],
+        on_final: OnGradient | None,
+    ) -> None:
+        with torch.enable_grad():
+            fast, state = unroll.start(theta, num_tasks)
+        start = prefixed("fast/", fast) | prefixed("state/", state)
+        self._start = {key: value for key, value in start.items() if value.requires_grad}
+        self._starts = _dependents(self._start, theta)
+        self._theta, self._d_theta = theta, d_theta
+        self._scale = unroll.scales.tangent
+        self._on_final = on_final
+        self._adjoints: dict[str, Tensor] = {}
+        self._told: dict[str, Tensor] = {}
+
+    def take(self, key: str, value: Tensor) -> None:
+        """Takes in an adjoint at (phi_0, s_0), or the last pass's share of dtheta, that is complete."""
+        kind, _, name = key.partition("/")
+        if kind == "theta":
+            if name not in self._starts:
+                self._tell(name, value)
+            return
+        self._adjoints[key] = value
+        for started_by, keys in self._starts.items():
+            if key in keys and keys <= self._adjoints.keys():
+                share = self._pull_back([started_by], self._adjoints)
+                self._tell(started_by, share[started_by])
+
+    def gradient(self, adjoint: Adjoint) -> dict[str, Tensor]:
+        """dtheta, given the adjoints at (phi_0, s_0)."""
+        adjoints = prefixed("fast/", adjoint.fast) | prefixed("state/", adjoint.state)
+        rest = [name for name in self._theta if name not in self._told]
+        add_(self._d_theta, self._pull_back(rest, adjoints))
+        late = {name: value for name, value in self._d_theta.items() if name not in self._told}
+        return filled(self._told | unscaled(late, self._scale), self._theta)
+
+    def _pull_back(self, names: Sequence[str], adjoints: Tensors) -> dict[str, Tensor]:
+        keys = {key for name in names for key in self._starts.get(name, ())}
+        outputs = [key for key in self._start if key in keys]
+        inputs = {name: self._theta[name] for name in names}
+        return gradient_if_any(
+            [self._start[key] for key in outputs], inputs, [adjoints[key] for key in outputs]
+        )
+
+    def _tell(self, name: str, share: Tensor) -> None:
+        assert self._on_final is not None
+        own = {name: self._d_theta[name]} if name in self._d_theta else {}
+        final = unscaled(added(own, {name: share}), self._scale)
+        self._told |= final
+        self._on_final(name, final[name])
+
+
+def _dependents(outputs: Tensors, inputs: Tensors) -> dict[str, set[str]]:
+    """Which of `outputs`, all with a graph, depend on each of `inputs`, leaves; of these, those that any
+    depends on."""
+    leaf_nodes = {get_gradient_edge(value).node: name for name, value in inputs.items()}
+    found: dict[str, set[str]] = {}
+    for key, output in outputs.items():
+        waiting = [get_gradient_edge(output).node]
+        while waiting:
+            node = waiting.pop()
+            if node in leaf_nodes:
+                found.setdefault(leaf_nodes[node], set()).add(key)
+            waiting += [following for following, _ in node.next_functions if following is not None]
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,3 +291,16 @@ def rule_vjp(
         filled(unprefixed("grads/", bars), inner),
     )
     return before, unprefixed("theta/", bars)
+
+
+def completed(on_complete: OnGradient | None, known: Tensors, scale: float) -> OnGradient | None:
+    """What tells `on_complete` of `known` plus a pass's own gradients, divided by their scale, by key; None
+    where nobody waits."""
+    if on_complete is None:
+        return None
+
+    def tell(key: str, gradient: Tensor) -> None:
+        share = unscaled({key: gradient}, scale)
+        on_complete(key, added({key: known[key]} if key in known else {}, share)[key])
+
+    return tell

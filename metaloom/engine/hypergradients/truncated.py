@@ -6,7 +6,7 @@ import dataclasses
 
 from torch import Tensor
 
-from metaloom.engine.hypergradients.base import Tensors
+from metaloom.engine.hypergradients.base import OnGradient, Tensors
 from metaloom.engine.hypergradients.sweep import Adjoint, AdjointSweep
 from metaloom.engine.learner import TaskBatch
 from metaloom.engine.unroll import Snapshot, Unroll
@@ -45,8 +45,15 @@ class Truncated(AdjointSweep):
         return 0 if any(unroll.step_weights[:count]) else count
 
     def pull_back(
-        self, unroll: Unroll, theta: Tensors, batch: TaskBatch, step: int, at: Snapshot, adjoint: Adjoint
+        self,
+        unroll: Unroll,
+        theta: Tensors,
+        batch: TaskBatch,
+        step: int,
+        at: Snapshot,
+        adjoint: Adjoint,
+        on_complete: OnGradient | None,
     ) -> tuple[Adjoint, dict[str, Tensor]]:
         if step < unroll.num_steps - self.num_steps:
             return adjoint, {}
-        return self.exact.pull_back(unroll, theta, batch, step, at, adjoint)
+        return self.exact.pull_back(unroll, theta, batch, step, at, adjoint, on_complete)

@@ -7,7 +7,9 @@ import torch
 from metaloom.engine.hypergradients.base import (
     Hypergradient,
     MetaGradient,
+    OnGradient,
     Tensors,
+    finishing,
     gradient_of,
     meta_losses,
     not_finite,
@@ -26,16 +28,20 @@ class Unrolled(Hypergradient):
 
     name = "unrolled"
 
-    def estimate(self, unroll: Unroll, meta: Tensors, batch: TaskBatch) -> MetaGradient:
+    def estimate(
+        self, unroll: Unroll, meta: Tensors, batch: TaskBatch, on_final: OnGradient | None
+    ) -> MetaGradient:
         theta = leaves(meta)
+        scale = unroll.scales.tangent
         with torch.enable_grad():
             fast, state = unroll.start(theta, batch.num_tasks)
             # Fast weights that no meta-parameter starts must still be differentiated inside.
             fast = {name: value if value.requires_grad else leaf(value) for name, value in fast.items()}
             losses, metrics = meta_losses(unroll, theta, (fast, state), batch, 0)
-            scale = unroll.scales.tangent
             gradient = gradient_of(
-                [scale * losses.sum()], prefixed("theta/", theta) | prefixed("fast/", fast)
+                [scale * losses.sum()],
+                prefixed("theta/", theta) | prefixed("fast/", fast),
+                on_gradient=finishing(on_final, lambda name, value: unscaled({name: value}, scale)[name]),
             )
         metrics["not_finite"] = not_finite(losses, unprefixed("fast/", gradient).values())
         return MetaGradient(unscaled(unprefixed("theta/", gradient), scale), losses.detach(), metrics)

@@ -60,5 +60,5 @@ class InnerRule(abc.ABC):
     @property
     @abc.abstractmethod
     def is_affine_in_gradient(self) -> bool:
-        """Whether `update` at fixed phi, s and rates is affine in g: its vjp by g is then the same at
-        every g, and so can be taken without knowing g."""
+        """Whether `update` at fixed rates is affine in phi, s and g together: its vjp by these is then the
+        same at every g, and so can be taken without knowing g."""

@@ -1,9 +1,10 @@
 """torch's functions in forms that can be differentiated twice, in reverse and forward mode, or are faster."""
 
-from metaloom.engine.kernels.activations import gelu, silu, written_out_silu
+from metaloom.engine.kernels.activations import gelu, silu, written_out_mish, written_out_silu
 from metaloom.engine.kernels.attention import attention, written_out_attention
 from metaloom.engine.kernels.linear import linear
 from metaloom.engine.kernels.low_rank import low_rank_update
+from metaloom.engine.kernels.norms import written_out_group_norm
 
 __all__ = [
     "attention",
@@ -12,5 +13,7 @@ __all__ = [
     "low_rank_update",
     "silu",
     "written_out_attention",
+    "written_out_group_norm",
+    "written_out_mish",
     "written_out_silu",
 ]

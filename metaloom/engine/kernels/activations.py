@@ -47,6 +47,12 @@ def written_out_silu(x: Tensor, inplace: bool = False) -> Tensor:
     return x * torch.sigmoid(x)
 
 
+def written_out_mish(x: Tensor, inplace: bool = False) -> Tensor:
+    """`torch.nn.functional.mish`, x tanh(softplus(x)), from elementary functions, never in place: its
+    backward pass has no forward-mode rule."""
+    return x * F.softplus(x).tanh()
+
+
 class _Activation(torch.autograd.Function):
     """x -> f(x)."""
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from metaloom.engine.sharding.gradient_sum import GradientSum, SumAtOnce
 
 Value = TypeVar("Value")
 
@@ -20,7 +22,9 @@ class Sharding(abc.ABC):
     all of it, or a shard. Works without a process group too: one rank, no communication.
 
     Attributes:
-        is_lockstep: whether all ranks must run the same passes, since ranks meet within them.
+        is_lockstep: whether ranks meet in the middle of a forward or backward pass, so that all must run the
+            same passes: as many micro-batches of as many tasks, as many iterations of a solver. Tasks that
+            a rank lacks for that are dummies.
     """
 
     is_lockstep: ClassVar[bool] = False
@@ -40,6 +44,15 @@ class Sharding(abc.ABC):
             The same, of the same shapes; equal bit for bit on all ranks that hold the same.
         """
 
+    def gradient_sum(self, like: Mapping[str, Tensor], order: Sequence[str]) -> GradientSum:
+        """A new sum of gradients, of one outer step.
+
+        Args:
+            like: the meta-parameters, for their names and shapes.
+            order: their names, those whose gradients are complete first first.
+        """
+        return SumAtOnce(like, self.sum_gradients)
+
     @abc.abstractmethod
     def norm(self, gradients: Mapping[str, Tensor]) -> float:
         """The norm of the gradients of all meta-parameters, the same on every rank. Every rank must call.
@@ -47,6 +60,14 @@ class Sharding(abc.ABC):
         Args:
             gradients: what `sum_gradients` returned, or a multiple of it.
         """
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank. Every rank must call."""
+        if self.world_size == 1:
+            return flag
+        flags = torch.tensor([flag], dtype=torch.uint8)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        return bool(flags.item())
 
     def sum_over_ranks(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The sum of each tensor over all ranks. Every rank must call, with the same names and shapes.

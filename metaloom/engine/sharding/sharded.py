@@ -10,12 +10,13 @@ import dataclasses
 import math
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -86,12 +87,25 @@ class ShardGroup:
         def wait() -> Tensor:
             if work is not None:
                 self._wait(work)
-            if self._on_event is not None and names:
-                event = Event("release", names, whole.numel())
-                weakref.finalize(whole.untyped_storage(), self._on_event, event)
             return whole
 
         return wait
+
+    def watch(self, names: tuple[str, ...], tensors: Sequence[Tensor]) -> None:
+        """Tells when the memory of all these tensors, made of one gather, has been given back."""
+        if self._on_event is None:
+            return
+        on_event, num_left = self._on_event, len(tensors)
+        num_elements = sum(tensor.numel() for tensor in tensors)
+
+        def tell() -> None:
+            nonlocal num_left
+            num_left -= 1
+            if num_left == 0:
+                on_event(Event("release", names, num_elements))
+
+        for tensor in tensors:
+            weakref.finalize(tensor.untyped_storage(), tell)
 
     def scatter_sum(self, whole: Tensor) -> Tensor:
         whole = whole.contiguous()
@@ -160,7 +174,7 @@ class ShardedWeights:
                 "number); take sharding.kind: replicated."
             )
         self._group = group
-        self._ahead = _Ahead(self._start)
+        self._ahead = _Ahead(self._start, group.watch)
         self.values = {name: read(name, self.rows(name)) for name, _ in model.named_parameters()}
 
     def shape(self, name: str) -> torch.Size:
@@ -181,9 +195,13 @@ class ShardedWeights:
         for names in _alike(shards):
             parts = [shards[name] for name in names]
             fetched = self._ahead.take(names, parts)
-            flat = self._flat(names, parts)
-            whole = collectives.gather(flat, self._group, fetched=fetched)
-            result |= self._taken_apart(names, whole)
+            if _is_differentiated(parts):
+                whole = collectives.gather(self._flat(names, parts), self._group, fetched=fetched)
+            else:
+                whole = fetched()
+            weights = self._taken_apart(names, whole)
+            self._group.watch(names, list(weights.values()))
+            result |= weights
         return {name: result[name] for name in shards}
 
     def _start(self, names: tuple[str, ...], parts: list[Tensor], is_ahead: bool) -> Callable[[], Tensor]:
@@ -223,6 +241,15 @@ def _alike(shards: Mapping[str, Tensor]) -> list[tuple[str, ...]]:
     return [tuple(names) for names in groups.values()]
 
 
+def _is_differentiated(tensors: Iterable[Tensor]) -> bool:
+    """Whether the graph has to know of what is made of the tensors, in either mode."""
+    return any(
+        (tensor.requires_grad and torch.is_grad_enabled())
+        or forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
+        for tensor in tensors
+    )
+
+
 Fetch = Callable[[], Tensor]
 Names = tuple[str, ...]
 
@@ -233,8 +260,12 @@ class _Ahead:
     Two, since blocks are visited in both directions.
     """
 
-    def __init__(self, start: Callable[[Names, list[Tensor], bool], Fetch]) -> None:
-        self._start = start
+    def __init__(
+        self,
+        start: Callable[[Names, list[Tensor], bool], Fetch],
+        watch: Callable[[Names, Sequence[Tensor]], None],
+    ) -> None:
+        self._start, self._watch = start, watch
         self._sources: dict[Names, list[Tensor]] = {}
         self._following: dict[tuple[Names, Names], Names] = {}
         self._recent: tuple[Names, Names] = ((), ())
@@ -264,7 +295,8 @@ class _Ahead:
         (started, identity, fetch), self._started = self._started, None
         if started == names and identity == _identity(parts):
             return fetch
-        fetch()  # nobody wants it, and its memory must not be given back while it is written to
+        # Nobody wants it, and its memory must not be given back while it is written to.
+        self._watch(started, [fetch()])
         return None
 
 

@@ -1,0 +1,146 @@
+"""The gradients of one outer step on their way: added up over micro-batches, then over ranks."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Tensors = Mapping[str, Tensor]
+
+
+class GradientSum(abc.ABC):
+    """The sum of the gradients that are added on all ranks, by name of the meta-parameter.
+
+    On every rank: `add` as often as needed, `complete` for a name to which nothing more will be added, then
+    `result` once.
+
+    Attributes:
+        sends_early: whether it does anything with what is complete before `result` is called, so that it is
+            worth saying so.
+    """
+
+    sends_early: bool
+
+    @abc.abstractmethod
+    def add(self, gradients: Tensors) -> None:
+        """Adds this rank's gradients of some meta-parameters, or of all."""
+
+    @abc.abstractmethod
+    def complete(self, name: str) -> None:
+        """Says that this rank has added all that there is of one meta-parameter's gradient."""
+
+    @abc.abstractmethod
+    def result(self) -> dict[str, Tensor]:
+        """Each gradient summed over all ranks; the caller's own. Every rank must call, once."""
+
+
+class SumAtOnce(GradientSum):
+    """Crosses ranks when the result is asked for.
+
+    Args:
+        like: the meta-parameters, for their names and shapes.
+        sum_over_ranks: the sum of each gradient over all ranks.
+    """
+
+    sends_early = False
+
+    def __init__(self, like: Tensors, sum_over_ranks: Callable[[Tensors], dict[str, Tensor]]) -> None:
+        self._sum = {name: torch.zeros_like(value) for name, value in like.items()}
+        self._sum_over_ranks = sum_over_ranks
+
+    def add(self, gradients: Tensors) -> None:
+        for name, value in gradients.items():
+            self._sum[name] += value
+
+    def complete(self, name: str) -> None:
+        pass
+
+    def result(self) -> dict[str, Tensor]:
+        return self._sum_over_ranks(self._sum)
+
+
+class BucketedSum(GradientSum):
+    """Crosses ranks in buckets, each as soon as it is complete, while the others are still computed.
+
+    Gradients lie in flat buffers, the buckets, one all-reduce each. Collectives must be begun in one order
+    on all ranks, so a bucket waits for those before it: `order` should be that of completion. Every rank
+    gets the same sums, bit for bit. Memory: one gradient.
+
+    Args:
+        like: the meta-parameters, for their names and shapes.
+        order: their names, those that are complete first first.
+        bucket_bytes: a bucket takes in tensors of one dtype until it would be larger than that.
+        group: the ranks to add over; None for all.
+    """
+
+    sends_early = True
+
+    def __init__(
+        self,
+        like: Tensors,
+        order: Sequence[str],
+        *,
+        bucket_bytes: int,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self._is_alone = not dist.is_initialized() or dist.get_world_size(group) == 1
+        self._group = group
+        contents = bucket_contents(like, order, bucket_bytes=bucket_bytes)
+        self._buckets: list[Tensor] = []
+        views: dict[str, Tensor] = {}
+        for names in contents:
+            sizes = [like[name].numel() for name in names]
+            bucket = like[names[0]].new_zeros(sum(sizes))
+            self._buckets.append(bucket)
+            for name, piece in zip(names, torch.split(bucket, sizes), strict=True):
+                views[name] = piece.view(like[name].shape)
+        self._views = {name: views[name] for name in like}
+        self._missing = [set(names) for names in contents]
+        self._bucket_of = {name: index for index, names in enumerate(contents) for name in names}
+        self._work: list[dist.Work] = []
+        self._num_begun = 0
+
+    def add(self, gradients: Tensors) -> None:
+        for name, value in gradients.items():
+            self._views[name] += value
+
+    def complete(self, name: str) -> None:
+        self._missing[self._bucket_of[name]].discard(name)
+        while self._num_begun < len(self._buckets) and not self._missing[self._num_begun]:
+            if not self._is_alone:
+                work = dist.all_reduce(self._buckets[self._num_begun], group=self._group, async_op=True)
+                assert work is not None
+                self._work.append(work)
+            self._num_begun += 1
+
+    def result(self) -> dict[str, Tensor]:
+        for name in self._views:
+            self.complete(name)
+        for work in self._work:
+            work.wait()
+        return self._views
+
+
+def bucket_contents(like: Tensors, order: Sequence[str], *, bucket_bytes: int) -> list[list[str]]:
+    """The names in each bucket: consecutive ones of one dtype, as many as fit, at least one.
+
+    Names of different dtypes do not share a bucket; each dtype has one that is open.
+    """
+    buckets: list[list[str]] = []
+    open_bucket: dict[torch.dtype, int] = {}
+    sizes: list[int] = []
+    for name in order:
+        value = like[name]
+        size = value.numel() * value.element_size()
+        index = open_bucket.get(value.dtype)
+        if index is None or sizes[index] + size > bucket_bytes:
+            open_bucket[value.dtype] = index = len(buckets)
+            buckets.append([])
+            sizes.append(0)
+        buckets[index].append(name)
+        sizes[index] += size
+    return buckets
