@@ -180,6 +180,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help=f"ranks of one node (default: 8; with --hardware {HERE} launcher.num_processes)",
     )
+    plan.add_argument(
+        "--compare", action="store_true", help="the same with weights in shards, also where they fit whole"
+    )
     plan.add_argument("--json", action="store_true", help="print JSON in place of tables")
     plan.set_defaults(run_command=_plan)
 
@@ -336,6 +339,7 @@ def _plan(arguments: argparse.Namespace) -> int:
             link=arguments.link,
             ranks=ranks_in(arguments.ranks),
             devices_per_node=arguments.gpus_per_node,
+            compare=arguments.compare,
             as_json=arguments.json,
         )
     )

@@ -41,30 +41,33 @@ class Remedy:
 def remedies(
     recipe: Recipe, count: Count, hardware: Hardware, layout: Layout, num_ranks: int
 ) -> tuple[Remedy, ...]:
-    """The settings that make the recipe fit on so many ranks: each that does so alone, the fastest first, or
-    else the shortest series of them that does together; nothing where all of them do not.
+    """The settings that make the recipe fit on so many ranks; nothing where all of them do not.
+
+    First the micro-batch alone, which costs nothing but what is side by side; else each other setting that does so
+    alone, with the micro-batch that then fits, the fastest first; else the shortest series of them that does
+    together.
 
     Args:
-        count: gives the facts of the recipe with further settings.
+        count: gives the facts of the recipe with further settings; asked as little as that takes.
     """
-    candidates = _candidates(recipe, hardware)
-    alone = [
-        remedy
-        for settings in candidates
-        if (remedy := _tried(settings, count, hardware, layout, num_ranks)) is not None
-    ]
-    smaller = _smaller_micro_batch((), recipe, count, hardware, layout, num_ranks)
+
+    def tried(settings: tuple[str, ...]) -> Remedy | None:
+        facts = count(settings)
+        return None if facts is None else _fitting(facts, settings, hardware, layout, num_ranks)
+
+    smaller = tried(())
     if smaller is not None:
-        alone.append(smaller)
+        return (smaller,)
+    candidates = _candidates(recipe, hardware)
+    alone = [remedy for settings in candidates if (remedy := tried(settings)) is not None]
     if alone:
         return tuple(sorted(alone, key=lambda remedy: remedy.estimate.step_s))
     together: tuple[str, ...] = ()
     for settings in candidates:
         if count((*together, *settings)) is None:
-            continue
+            continue  # two settings that exclude each other
         together = (*together, *settings)
-        found = _tried(together, count, hardware, layout, num_ranks)
-        found = found or _smaller_micro_batch(together, recipe, count, hardware, layout, num_ranks)
+        found = tried(together)
         if found is not None:
             return (found,)
     return ()
@@ -89,40 +92,23 @@ def _candidates(recipe: Recipe, hardware: Hardware) -> list[tuple[str, ...]]:
     return found
 
 
-def _tried(
-    settings: tuple[str, ...], count: Count, hardware: Hardware, layout: Layout, num_ranks: int
+def _fitting(
+    facts: Facts, settings: tuple[str, ...], hardware: Hardware, layout: Layout, num_ranks: int
 ) -> Remedy | None:
-    """What comes of settings, where it fits."""
-    facts = count(settings)
-    if facts is None:
-        return None
-    found = estimate(facts, hardware, layout, num_ranks)
-    return Remedy(settings, layout, found) if found.fits else None
-
-
-def _smaller_micro_batch(
-    settings: tuple[str, ...],
-    recipe: Recipe,
-    count: Count,
-    hardware: Hardware,
-    layout: Layout,
-    num_ranks: int,
-) -> Remedy | None:
-    """The most tasks side by side that fit, under these settings; None where one does not."""
-    facts = count(settings)
-    if facts is None:
-        return None
-    largest = estimate(facts, hardware, layout, num_ranks).micro_batch
-    low, best = 1, None
-    while low < largest:  # memory grows with T
-        middle = (low + largest) // 2
-        smaller = dataclasses.replace(facts, micro_batch=middle)
-        found = estimate(smaller, hardware, layout, num_ranks)
+    """With these settings, and with the most tasks side by side that fit; None where one task does not."""
+    as_it_is = estimate(facts, hardware, layout, num_ranks)
+    if as_it_is.fits:
+        return Remedy(settings, layout, as_it_is)
+    best = None
+    low, high = 1, as_it_is.micro_batch - 1
+    while low <= high:  # memory grows with T
+        middle = (low + high) // 2
+        found = estimate(dataclasses.replace(facts, micro_batch=middle), hardware, layout, num_ranks)
         if found.fits:
             best = Remedy((*settings, f"outer.micro_batch={middle}"), layout, found)
             low = middle + 1
         else:
-            largest = middle
+            high = middle - 1
     return best
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from metaloom.errors import MetaloomError, RecipeError
+from metaloom.errors import CapabilityError, MetaloomError, RecipeError
 from metaloom.planning.advice import Count, Remedy, first_fitting, remedies
 from metaloom.planning.counting import count
 from metaloom.planning.estimate import Estimate, Layout, estimate
@@ -24,6 +24,7 @@ from metaloom.planning.report import Plan, as_json, show
 from metaloom.planning.request import Request
 from metaloom.recipe import (
     FullFast,
+    HostSnapshots,
     MLflowTracking,
     Recipe,
     ShardedSharding,
@@ -72,10 +73,15 @@ def make_plan(path: Path, request: Request, *, say: Callable[[str], None]) -> Pl
 
     Raises:
         RecipeError: the file is no recipe.
-        CapabilityError: the recipe cannot be computed.
+        CapabilityError: the recipe cannot be computed, or not on such hardware.
     """
     recipe = load_recipe(path)
     hardware = _hardware(recipe, request, say)
+    if isinstance(recipe.memory.snapshots, HostSnapshots) and not hardware.device.has_host_memory:
+        raise CapabilityError(
+            f"memory.snapshots: host, and {hardware.device.name} has no memory but the host's; choose all or binomial, "
+            "or hardware with a memory of its own."
+        )
     on_gpu = hardware.device.is_asynchronous
     in_shards = isinstance(recipe.sharding, ShardedSharding)
     own = _layout(recipe)
@@ -104,15 +110,15 @@ def make_plan(path: Path, request: Request, *, say: Callable[[str], None]) -> Pl
             refused[layout] = FULL_IN_SHARDS
             continue
         if layout.kind == "sharded":
-            if not unfit:
-                continue  # gathers cost time, and memory is not wanting
+            if not request.compare and all(misfits.values()):
+                continue  # it fits without
             say(f"counting {recipe.name} with its backbone in shards ...")
             settings = () if recipe.memory.recompute_blocks else (RECOMPUTED,)
             facts_there = count(load_recipe(path, settings), with_shards=True, on_gpu=on_gpu)
         else:
             settings, facts_there = (), facts
         estimates[layout] = [estimate(facts_there, hardware, layout, number) for number in request.ranks]
-        if unfit:
+        if not all(misfits.values()):
             fitting = first_fitting(facts_there, hardware, layout, request.ranks)
             if fitting is not None:
                 named = (*settings, f"sharding.kind={layout.kind}")

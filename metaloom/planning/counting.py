@@ -225,7 +225,7 @@ def _tasks(recipe: Recipe) -> tuple[Tasks, ...]:
 
 def _step_amounts(recipe: Recipe, choices: Choices, point: Point) -> Amounts:
     """Of the hypergradient of one micro-batch."""
-    recipe = _with_every_state(_with_steps(_with_blocks(recipe, point.blocks), point.steps))
+    recipe = _with_steps(_with_blocks(recipe, point.blocks), point.steps)
     with _assembled(recipe, choices, point.shards) as (trace, parts):
         held = trace.live_bytes
         trace.restart()
@@ -345,7 +345,11 @@ class _Parts:
 
 @contextlib.contextmanager
 def _assembled(recipe: Recipe, choices: Choices, num_shards: int = 1) -> Iterator[tuple[Trace, _Parts]]:
-    """The parts of the recipe's outer step on tensors without data, and the trace that they run under."""
+    """The parts of the recipe's outer step on tensors without data, and the trace that they run under.
+
+    Every state is kept, whatever the recipe says: what other plans of snapshots save and cost is arithmetic.
+    """
+    recipe = _with_every_state(recipe)
     on_meta = _on_meta(recipe)
     with traced() as trace:
         group = None if num_shards == 1 else _CountedGroup(num_shards)

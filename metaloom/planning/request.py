@@ -21,6 +21,7 @@ class Request:
         link: of the table, between nodes.
         ranks: numbers of ranks, rising.
         devices_per_node: ranks of one node; None for what the hardware has.
+        compare: whether to count other layouts of the meta-parameters too where the recipe's own fits.
         as_json: whether to print JSON in place of tables.
     """
 
@@ -28,6 +29,7 @@ class Request:
     link: str
     ranks: tuple[int, ...]
     devices_per_node: int | None
+    compare: bool
     as_json: bool
 
 

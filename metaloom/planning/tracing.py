@@ -17,6 +17,7 @@ from torch.utils.flop_counter import flop_registry
 
 from metaloom.engine.kernels.linear import product_flops
 
+META = torch.device("meta")
 ALIGNMENT = 64  # bytes that torch rounds an allocation up to
 _aten = torch.ops.aten
 
@@ -24,7 +25,8 @@ _aten = torch.ops.aten
 class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts every operation that runs inside, and the storages that live.
 
-    What the code under it asks of values that are not there is answered alike: numbers are 1, flags are False.
+    What the code under it asks of values that are not there is answered alike: numbers are 1, flags are True: an
+    iteration that goes on while something moves goes on to its last.
 
     Attributes:
         live_bytes: of storages that were made inside and live.
@@ -54,11 +56,14 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if kwargs.get("device") == META:
+            # Zeros in place of a tangent that is not there are made where the tensor has its (missing) data.
+            kwargs = {**kwargs, "device": torch.device("cpu")}
         if func.namespace == "prim":
             return func(*args, **kwargs)
         packet = func.overloadpacket
         if packet is _aten._local_scalar_dense:
-            return args[0].dtype.is_floating_point * 1.0 or args[0].dtype != torch.bool
+            return 1.0 if args[0].dtype.is_floating_point else args[0].dtype == torch.bool or 1
         if packet is _aten.equal:
             return True
         output = func(*args, **kwargs)
