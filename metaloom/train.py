@@ -73,8 +73,8 @@ def train(recipe: Recipe, place: Place) -> None:
         if recipe.pretrain is not None:
             is_resumed = newest is not None
             model.load(_pretrained(job, recipe.pretrain, model, must_be_done=is_resumed))
-        meta = initial_meta(recipe, algorithm.unroll)
-        outer = OuterOptimizer(meta, outer_settings(recipe), job.sharding)
+        outer = OuterOptimizer(initial_meta(recipe, algorithm.unroll), outer_settings(recipe), job.sharding)
+        model.hold_once(outer.meta)
         state = State(outer, LossScaler(Precision(recipe.precision.compute)), Progress(), choices)
         if newest is not None:
             require_same_tensors(outer.stored_meta(), newest.under("meta/"), source=store.root)

@@ -49,18 +49,27 @@ class SumAtOnce(GradientSum):
     sends_early = False
 
     def __init__(self, like: Tensors, sum_over_ranks: Callable[[Tensors], dict[str, Tensor]]) -> None:
-        self._sum = {name: torch.zeros_like(value) for name, value in like.items()}
+        self._like = like
+        self._sum: dict[str, Tensor] = {}
         self._sum_over_ranks = sum_over_ranks
 
     def add(self, gradients: Tensors) -> None:
         for name, value in gradients.items():
-            self._sum[name] += value
+            if name in self._sum:
+                self._sum[name] += value
+            else:
+                self._sum[name] = value.clone()
 
     def complete(self, name: str) -> None:
         pass
 
     def result(self) -> dict[str, Tensor]:
-        return self._sum_over_ranks(self._sum)
+        return self._sum_over_ranks(
+            {
+                name: self._sum[name] if name in self._sum else torch.zeros_like(value)
+                for name, value in self._like.items()
+            }
+        )
 
 
 class BucketedSum(GradientSum):
