@@ -30,6 +30,7 @@ from metaloom.engine.hypergradients.truncated import Truncated
 from metaloom.engine.hypergradients.unrolled import Unrolled
 from metaloom.engine.inner_loops.adam import Adam
 from metaloom.engine.inner_loops.base import InnerRule
+from metaloom.engine.inner_loops.gradient_terms import GradientTerms
 from metaloom.engine.inner_loops.rates import Grain, Rates
 from metaloom.engine.inner_loops.rmsprop import RmsProp
 from metaloom.engine.inner_loops.sgd import Sgd
@@ -183,33 +184,25 @@ def build_adapter(recipe: Recipe, model: HeldModel, choices: Choices) -> Adapter
 
 def build_rule(section: InnerRuleSection) -> InnerRule:
     """The inner rule; its rates are apart, as they may be learned."""
+    is_decoupled = isinstance(section, AdamWRule)
+    terms = GradientTerms(0.0 if is_decoupled else section.weight_decay, section.clip_norm, section.proximal)
     if isinstance(section, SGDRule):
-        return Sgd(
-            momentum=section.momentum,
-            nesterov=section.nesterov,
-            weight_decay=section.weight_decay,
-            clip_norm=section.clip_norm,
-            proximal=section.proximal,
-        )
+        return Sgd(terms, momentum=section.momentum, nesterov=section.nesterov)
     if isinstance(section, RMSPropRule):
         return RmsProp(
+            terms,
             alpha=section.alpha,
             eps=section.eps,
             eps_root=section.eps_root,
             momentum=section.momentum,
             centered=section.centered,
-            weight_decay=section.weight_decay,
-            clip_norm=section.clip_norm,
-            proximal=section.proximal,
         )
     return Adam(
+        terms,
         betas=section.betas,
         eps=section.eps,
         eps_root=section.eps_root,
-        weight_decay=section.weight_decay,
-        decoupled_weight_decay=isinstance(section, AdamWRule),
-        clip_norm=section.clip_norm,
-        proximal=section.proximal,
+        decoupled_weight_decay=section.weight_decay if is_decoupled else 0.0,
     )
 
 

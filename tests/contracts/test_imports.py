@@ -291,13 +291,14 @@ import metaloom.engine.step, metaloom.models.gpt, metaloom.models.conv4
 from metaloom.engine.adapters.full import FullAdapter
 from metaloom.engine.algorithms.maml import Maml, step_weights
 from metaloom.engine.hypergradients import HYPERGRADIENTS
+from metaloom.engine.inner_loops.gradient_terms import GradientTerms
 from metaloom.engine.inner_loops.rates import Rates
 from metaloom.engine.inner_loops.sgd import Sgd
 from metaloom.engine.learner import Learner, TaskBatch
 from metaloom.engine.precision import Precision
 from metaloom.engine.unroll import Unroll
 adapter = FullAdapter(torch.nn.Linear(3, 2))
-rule, rates = Sgd(proximal=0.1), Rates(0.1, "none", 2)
+rule, rates = Sgd(GradientTerms(proximal=0.1)), Rates(0.1, "none", 2)
 unroll = Unroll(Learner(adapter, Precision()), rule, rates, step_weights("last", 2))
 part = {{"inputs": torch.randn(2, 4, 3), "targets": torch.zeros(2, 4, dtype=torch.int64)}}
 meta = adapter.meta_parameters(init=True, backbone=False)

@@ -12,6 +12,7 @@ from metaloom.engine.hypergradients.rematerialized import Rematerialized
 from metaloom.engine.hypergradients.sweep import AdjointSweep
 from metaloom.engine.hypergradients.truncated import Truncated
 from metaloom.engine.inner_loops.base import InnerRule
+from metaloom.engine.inner_loops.gradient_terms import GradientTerms
 from metaloom.engine.inner_loops.sgd import Sgd
 from metaloom.engine.snapshots import Binomial
 from metaloom.errors import CapabilityError
@@ -23,8 +24,8 @@ K = 4
 WEIGHTS = (0.2, 0.5, 0.0, 0.3, 1.0)
 EXACT_SWEEPS: tuple[AdjointSweep, ...] = (Rematerialized(), MixedMode())
 RULES: dict[str, InnerRule] = {
-    "momentum": Sgd(momentum=0.6, weight_decay=0.1),
-    "proximal": Sgd(momentum=0.6, proximal=0.3),  # s_0 depends on theta
+    "momentum": Sgd(GradientTerms(weight_decay=0.1), momentum=0.6),
+    "proximal": Sgd(GradientTerms(proximal=0.3), momentum=0.6),  # s_0 depends on theta
 }
 
 
