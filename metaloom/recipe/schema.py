@@ -5,7 +5,7 @@ the class. A class states the type and range of each value; what relates several
 each other is in `rules.py`, so that every broken rule can be reported at once.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -615,6 +615,26 @@ class ReplicatedSharding(Section):
     )
 
 
+class DeepSpeedZeroSharding(Section):
+    """Every rank holds all of theta; DeepSpeed shards the optimizer's states (stage 1), gradients too (2)."""
+
+    kind: Literal["deepspeed_zero"] = Field(
+        default="deepspeed_zero", description="DeepSpeed's ZeRO: each rank moves its share of theta"
+    )
+    stage: Annotated[int, Field(ge=1, le=3)] = Field(
+        default=2,
+        description="what is sharded: 1, optimizer states and master weights; 2, gradients too (3 is refused)",
+    )
+    offload_optimizer: bool = Field(
+        default=False, description="whether optimizer states are kept, and updated, in the host's memory"
+    )
+    extra: dict[str, Any] = Field(
+        default={},
+        description="further keys of DeepSpeed's configuration, such as zero_optimization.reduce_bucket_size; "
+        "none that this recipe decides",
+    )
+
+
 class LocalLauncher(Section):
     """Processes on this machine."""
 
@@ -754,7 +774,7 @@ class Recipe(Section):
     outer: Outer = Field(description="the outer loop")
     precision: Precision = Field(default=Precision(), description="number formats")
     memory: Memory = Field(default=Memory(), description="what is kept and what is computed again")
-    sharding: ReplicatedSharding | ShardedSharding = Field(
+    sharding: ReplicatedSharding | ShardedSharding | DeepSpeedZeroSharding = Field(
         default=ReplicatedSharding(),
         discriminator="kind",
         description="how the meta-parameters lie on the ranks",
