@@ -142,8 +142,8 @@ class OuterOptimizer:
         return {"step": self.step, "skipped_in_a_row": self._skipped_in_a_row}
 
     def load(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, int]) -> None:
-        """Takes over what `tensors` and `scalars` returned, for the same meta-parameters, on any number of ranks.
-        Every rank must call."""
+        """Takes over what `tensors` and `scalars` returned, for the same meta-parameters, on any number of
+        ranks. Every rank must call."""
         held = self._sharding.held
         states: States = {}
         for name in self.meta:

@@ -345,8 +345,8 @@ def zero_has_two_stages(recipe: Recipe) -> Broken:
     if isinstance(sharding, DeepSpeedZeroSharding) and sharding.stage == 3:
         yield (
             "sharding.stage",
-            "3; shards the weights themselves, and DeepSpeed gathers them in hooks that cannot be differentiated "
-            "twice: no hypergradient passes through them; set it to 2, or sharding.kind to sharded",
+            "3; shards the weights too, and DeepSpeed gathers them in hooks that autograd does not see: "
+            "no hypergradient passes through them; set it to 2, or sharding.kind to sharded",
         )
 
 

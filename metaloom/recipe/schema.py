@@ -623,15 +623,15 @@ class DeepSpeedZeroSharding(Section):
     )
     stage: Annotated[int, Field(ge=1, le=3)] = Field(
         default=2,
-        description="what is sharded: 1, optimizer states and master weights; 2, gradients too (3 is refused)",
+        description="what is sharded: 1, the optimizer's states; 2, gradients too; 3 is refused",
     )
     offload_optimizer: bool = Field(
         default=False, description="whether optimizer states are kept, and updated, in the host's memory"
     )
     extra: dict[str, Any] = Field(
         default={},
-        description="further keys of DeepSpeed's configuration, such as zero_optimization.reduce_bucket_size; "
-        "none that this recipe decides",
+        description="further keys of DeepSpeed's configuration, for example zero_optimization: "
+        "{reduce_bucket_size: 1000000}; none that this recipe decides",
     )
 
 

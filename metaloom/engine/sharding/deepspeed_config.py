@@ -22,7 +22,7 @@ _TRACKING = "tracking says where the run is recorded"
 _CHECKPOINT = "checkpoint says when checkpoints are written; they are metaloom's own"
 _NO_MODEL = "DeepSpeed runs no model here: it is given gradients, and moves the meta-parameters"
 _LAYOUT = "checkpoints are put together from the order of parameters as it is without this"
-_STAGE_3 = "is of stage 3, and sharding.stage is 1 or 2"
+_STAGE_3 = "it is of stage 3, and sharding.stage is 1 or 2"
 
 # What the recipe decides: why an extra key of that name is refused.
 DECIDED: Mapping[str, str] = {
@@ -112,7 +112,7 @@ def refused_keys(extra: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             if key in DECIDED:
                 yield key, DECIDED[key]
         elif not isinstance(value, Mapping):
-            yield key, "is a section of keys"
+            yield key, "it is a section of keys"
         else:
             for inner in value:
                 if inner.startswith("stage3_"):

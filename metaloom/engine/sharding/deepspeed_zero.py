@@ -6,22 +6,23 @@
 | gradient of all ranks, after the reduction | whole | whole while it is reduced, then a share | a share |
 | optimizer states, float32 master weights | whole, none | a share | a share |
 
-A share is 1 / ranks of the elements, on the GPU or, offloaded, in the host's memory. (Rajbhandari et al. 2020,
-"ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", section 5: P_os and P_os+g.)
+A share is 1 / ranks of the elements, on the GPU or, offloaded, in the host's memory (Rajbhandari et al.
+2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", section 5: P_os and P_os+g).
 
-The hypergradient is the engine's own, computed on whole meta-parameters; DeepSpeed sees nothing of the model.
-A summed gradient g enters as that of `sum(theta * g)`, which is g exactly, DeepSpeed adds it over the ranks and
-keeps a share of it on each. Norm, clipping, schedule and the decision to skip stay the outer optimizer's, and
-torch's own fused optimizers do the arithmetic, so that the results are those of `replicated` up to rounding,
-and no compiler is needed: DeepSpeed's own kernels are compiled on first use, for minutes.
+The hypergradient is the engine's own, computed on whole meta-parameters; DeepSpeed sees nothing of the
+model. A rank's gradient g enters as that of `sum(theta * g)`, which is g exactly; DeepSpeed adds it over the
+ranks and leaves a share of the sum on each. Norm, clipping, schedule and the decision to skip stay the outer
+optimizer's, and torch's own fused optimizers do the arithmetic. So the results are those of `replicated` up
+to rounding, and no compiler is needed: DeepSpeed's own kernels are compiled on first use, for minutes.
 
 Stage 3 is refused. It shards the meta-parameters too, and gathers them in hooks around a module's forward
-pass, which autograd does not see: not differentiable twice, and without meaning for weights that are
-substituted. Gathered around the whole hypergradient they would be whole on every rank all the time. The
-`sharded` backend gathers them by an operator that can be differentiated.
+pass, which autograd does not see: the passes that hypergradients are made of cannot go through them. Gathered
+around the whole hypergradient instead, they would be whole on every rank nearly all the time, so that nothing
+were won over stage 2. The `sharded` backend gathers them by an operator that can be differentiated.
 
 Checkpoints are metaloom's own, not DeepSpeed's universal checkpoint: states are put together to whole tensors
-by name, so that any number of ranks, and any other backend, goes on from them, without a conversion in between.
+by name, so that any number of ranks and `replicated` go on from them, with no conversion in between. While
+one is written or read, every rank has the whole of them in the host's memory.
 
 DeepSpeed is imported inside functions of this module alone.
 """
@@ -37,7 +38,7 @@ import math
 import sys
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -58,12 +59,12 @@ class ZeroSettings:
 
     Attributes:
         stage: what is sharded: 1, optimizer states; 2, gradients too.
-        offload_optimizer: whether master weights and optimizer states are in the host's memory, and the update
-            is computed there.
+        offload_optimizer: whether master weights and optimizer states are in the host's memory, where the
+            update is then computed.
         extra: further keys of DeepSpeed's configuration.
     """
 
-    stage: Literal[1, 2]
+    stage: int
     offload_optimizer: bool = False
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -71,7 +72,7 @@ class ZeroSettings:
 class DeepSpeedZero(Sharding):
     """Meta-parameters on every rank; gradients and optimizer states sharded by DeepSpeed.
 
-    Holds one set of meta-parameters: the gradients that it sums are of those given to `optimizer`.
+    The gradients that it sums are those of the meta-parameters last given to `optimizer`.
 
     Args:
         device: where this rank's meta-parameters are.
@@ -87,37 +88,42 @@ class DeepSpeedZero(Sharding):
         self._settings = settings
         self._device = device
         self._optimizer: _ZeroOptimizer | None = None
-        self.config: dict[str, Any] = {}
+        self._num_elements = 1
         self.deepspeed_version = _import_deepspeed(device).__version__
         self._require_effect_of_extra_keys()
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What DeepSpeed is given for the meta-parameters last given to `optimizer`."""
+        return self._config_for(self._num_elements, self._settings.extra)
 
     def describe(self) -> str:
         """In a line, what is sharded and where."""
         settings = self._settings
         device = "GPU" if self._device.type == "cuda" else "CPU"
-        place = "the host's memory" if settings.offload_optimizer else f"the {device}'s memory"
+        place = "the host's memory" if settings.offload_optimizer else "shares on each"
         return (
-            f"DeepSpeed {self.deepspeed_version}: ZeRO stage {settings.stage} over {self.world_size} "
-            f"{'rank' if self.world_size == 1 else 'ranks'} ({device}), optimizer states in {place}"
+            f"DeepSpeed {self.deepspeed_version}: ZeRO stage {settings.stage}, {self.world_size} "
+            f"{'rank' if self.world_size == 1 else 'ranks'} on {device}s, optimizer states in {place}"
         )
 
     def optimizer(self, meta: Mapping[str, Tensor], rule: UpdateRule) -> MetaOptimizer:
-        """The meta-parameters under DeepSpeed. Every rank must call, and once.
+        """The meta-parameters under DeepSpeed. Every rank must call. What it returned before can be read from
+        then on, and no longer moved.
 
         Raises:
             CapabilityError: a meta-parameter is not float32, the one format of DeepSpeed's master weights.
         """
-        if self._optimizer is not None:
-            raise RuntimeError("DeepSpeedZero holds one set of meta-parameters; make another for another set")
         for name, value in meta.items():
             if value.dtype != torch.float32:
+                dtype = str(value.dtype).removeprefix("torch.")
                 raise CapabilityError(
-                    f"{name} is {str(value.dtype).removeprefix('torch.')}; DeepSpeed keeps float32 alone, and "
-                    "rounds to it. Set precision.compute to float32, bfloat16 or float16, or sharding.kind to "
-                    "replicated."
+                    f"{name} is {dtype}; DeepSpeed keeps float32 alone. Set "
+                    "precision.compute to float32, bfloat16 or float16, or sharding.kind to replicated."
                 )
-        num_elements = sum(value.numel() for value in meta.values())
-        self.config = self._config_for(num_elements, self._settings.extra)
+        self._num_elements = sum(value.numel() for value in meta.values())
+        if self._optimizer is not None:
+            self._optimizer.release()
         self._optimizer = _ZeroOptimizer(meta, rule, self)
         return self._optimizer
 
@@ -143,8 +149,8 @@ class DeepSpeedZero(Sharding):
         )
 
     def _require_effect_of_extra_keys(self) -> None:
-        """Checks that the recipe leaves every extra key open, and that DeepSpeed reads it: it passes over keys
-        that it does not know, and what it makes of the configuration without one is then the same."""
+        """Checks that the recipe leaves every extra key open, and that DeepSpeed reads it: it passes over
+        keys that it does not know, and what it makes of the configuration without one is then the same."""
         extra = self._settings.extra
         for key, reason in refused_keys(extra):
             raise CapabilityError(f"sharding.extra.{key}: is refused, since {reason}; leave it out.")
@@ -155,8 +161,8 @@ class DeepSpeedZero(Sharding):
         for path in _paths(extra):
             if _as_read(self._config_for(1, _without(extra, path))) == read:
                 raise CapabilityError(
-                    f"sharding.extra.{'.'.join(path)}: has no effect, since DeepSpeed does not know it, or does "
-                    "the same without it; leave it out."
+                    f"sharding.extra.{'.'.join(path)}: has no effect, since DeepSpeed does not know it, or "
+                    "does the same without it; leave it out."
                 )
 
 
@@ -243,6 +249,11 @@ class _ZeroOptimizer(MetaOptimizer):
                     for key, entry in states[names[0]].items()
                 }
 
+    def release(self) -> None:
+        """Gives back DeepSpeed's hooks and the optimizer's memory; the meta-parameters stay as they are."""
+        self._engine.destroy()
+        self._optimizer.state.clear()
+
     def _share(self, group: int) -> Tensor:
         """This rank's part of a group's flat buffer: float32 master weights."""
         share: Tensor = self._optimizer.param_groups[group]["params"][0]
@@ -266,7 +277,7 @@ class _ZeroOptimizer(MetaOptimizer):
                 yield name, first, last
 
     def _gradients(self) -> dict[str, Tensor]:
-        """This rank's share of each gradient, in DeepSpeed's memory, between its backward pass and its step."""
+        """This rank's share of each gradient, in DeepSpeed's memory: between a backward pass and its step."""
         nothing = self._share(0).detach()[:0]
         shares = dict.fromkeys(self._parameters, nothing)
         for group in range(len(self._groups)):
@@ -359,12 +370,13 @@ def _import_deepspeed(device: torch.device) -> Any:
     """
     if importlib.util.find_spec("deepspeed") is None:
         raise CapabilityError(
-            "sharding.kind: deepspeed_zero needs the package deepspeed, which is not installed. Install it with "
-            "`pip install 'metaloom[deepspeed]'`, or set sharding.kind to replicated."
+            "sharding.kind: deepspeed_zero needs the package deepspeed, which is not installed. Install it "
+            "with `pip install 'metaloom[deepspeed]'`, or set sharding.kind to replicated."
         )
     if not dist.is_initialized():
         raise LaunchError(
-            "DeepSpeed needs a process group, also for one rank. Call torch.distributed.init_process_group first."
+            "DeepSpeed needs a process group, also for one rank. Call torch.distributed.init_process_group "
+            "first."
         )
     with _output_on_standard_error():
         import deepspeed
