@@ -5,9 +5,10 @@ the class. A class states the type and range of each value; what relates several
 each other is in `rules.py`, so that every broken rule can be reported at once.
 """
 
-from typing import Annotated, Any, Literal
+import json
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, WithJsonSchema
 
 type_checked = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -17,6 +18,13 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 FloatOrZero = Annotated[float, Field(ge=0)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
+
+
+class Keys(dict[str, JsonValue]):
+    """Keys and values of another program's configuration, hashable as the rest of a recipe."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(json.dumps(self, sort_keys=True))
 
 
 class Section(BaseModel):
@@ -628,8 +636,8 @@ class DeepSpeedZeroSharding(Section):
     offload_optimizer: bool = Field(
         default=False, description="whether optimizer states are kept, and updated, in the host's memory"
     )
-    extra: dict[str, Any] = Field(
-        default={},
+    extra: Annotated[dict[str, JsonValue], AfterValidator(Keys), WithJsonSchema({"type": "object"})] = Field(
+        default_factory=Keys,
         description="further keys of DeepSpeed's configuration, for example zero_optimization: "
         "{reduce_bucket_size: 1000000}; none that this recipe decides",
     )

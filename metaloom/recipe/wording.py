@@ -114,7 +114,7 @@ def _wanted(annotation: Any, metadata: Iterable[Any] = ()) -> str:
             return f"{some}, each item {_wanted(items[0])}"
         return f"a list of {len(items)}, each {_wanted(items[0])}"
     if get_origin(bare) is dict:
-        return "a section of keys"
+        return "a section of keys and plain values"
     if bare is type(None):
         return "null"
     range_in_words = _range(metadata)

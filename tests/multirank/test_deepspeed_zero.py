@@ -147,4 +147,4 @@ def test_each_rank_keeps_its_share_of_gradients_and_states_alone(results: Result
             # Three groups of the same rates, each padded to a multiple of twice the ranks.
             assert num_elements / 4 <= rank["first_moments"] <= num_elements / 4 + 3 * 2
             assert sum(rank["share"].values()) <= rank["first_moments"]
-            assert f"ZeRO {name}, 4 ranks on CPUs, optimizer states in shares on each" in rank["description"]
+            assert f"ZeRO {name} over 4 ranks (CPU), optimizer states in shares" in rank["description"]

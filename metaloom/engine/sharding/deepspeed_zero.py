@@ -101,10 +101,10 @@ class DeepSpeedZero(Sharding):
         """In a line, what is sharded and where."""
         settings = self._settings
         device = "GPU" if self._device.type == "cuda" else "CPU"
-        place = "the host's memory" if settings.offload_optimizer else "shares on each"
+        place = "shares" + (", in the host's memory" if settings.offload_optimizer else "")
         return (
-            f"DeepSpeed {self.deepspeed_version}: ZeRO stage {settings.stage}, {self.world_size} "
-            f"{'rank' if self.world_size == 1 else 'ranks'} on {device}s, optimizer states in {place}"
+            f"DeepSpeed {self.deepspeed_version}: ZeRO stage {settings.stage} over {self.world_size} "
+            f"{'rank' if self.world_size == 1 else 'ranks'} ({device}), optimizer states in {place}"
         )
 
     def optimizer(self, meta: Mapping[str, Tensor], rule: UpdateRule) -> MetaOptimizer:
