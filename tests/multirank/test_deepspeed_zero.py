@@ -10,19 +10,24 @@ from typing import Any
 import pytest
 import torch
 
+from metaloom.engine.sharding.deepspeed_config import DECIDED, LARGEST_BUCKET, ZERO, deepspeed_config
+from metaloom.engine.sharding.deepspeed_zero import DeepSpeedZero, ZeroSettings
+from metaloom.errors import CapabilityError, LaunchError
 from tests.multirank.processes import run_ranks
 from tests.multirank.zero_problems import (
     ADAM,
     BAD_STEP,
     CONFIGURATIONS,
+    EXTRA,
     NUM_STEPS,
     SAVED_AT,
     SETTINGS,
     SHAPES,
     DeepSpeedImported,
+    Findings,
     Training,
     train,
-    train_all,
+    train_and_ask,
 )
 
 ON_CPU = {"DS_ACCELERATOR": "cpu"}
@@ -40,8 +45,8 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path]
 
 
 @pytest.fixture(scope="module")
-def results(begun: dict[str, dict[str, Path]]) -> Results:
-    """What every rank returned, by number of ranks and training."""
+def on_ranks(begun: dict[str, dict[str, Path]]) -> tuple[Results, Findings]:
+    """What every rank returned, by number of ranks and training; and findings of a single one."""
 
     def first(by: str, name: str) -> list[Training]:
         return [Training(key, name, last=SAVED_AT, saved=begun[key][by]) for key in SETTINGS]
@@ -60,13 +65,26 @@ def results(begun: dict[str, dict[str, Path]]) -> Results:
         (4, [*second("2 ranks", "stage 2"), *second("replicated", "stage 1, offloaded")]),
     ]
     results: Results = {}
+    findings: list[Findings] = []
     for num_ranks, trainings in plan:
-        on_ranks = run_ranks(
-            num_ranks, train_all, trainings, DeepSpeedImported(), timeout_s=100.0, environment=ON_CPU
+        returned = run_ranks(
+            num_ranks, train_and_ask, trainings, DeepSpeedImported(), timeout_s=100.0, environment=ON_CPU
         )
         for position, training in enumerate(trainings):
-            results[num_ranks, training] = [rank[position] for rank in on_ranks]
-    return results
+            results[num_ranks, training] = [done[position] for done, _ in returned]
+        findings += [found for _, found in returned if found is not None]
+    (found,) = findings
+    return results, found
+
+
+@pytest.fixture(scope="module")
+def results(on_ranks: tuple[Results, Findings]) -> Results:
+    return on_ranks[0]
+
+
+@pytest.fixture(scope="module")
+def findings(on_ranks: tuple[Results, Findings]) -> Findings:
+    return on_ranks[1]
 
 
 @pytest.fixture(scope="module")
@@ -148,3 +166,118 @@ def test_each_rank_keeps_its_share_of_gradients_and_states_alone(results: Result
             assert num_elements / 4 <= rank["first_moments"] <= num_elements / 4 + 3 * 2
             assert sum(rank["share"].values()) <= rank["first_moments"]
             assert f"ZeRO {name} over 4 ranks (CPU), optimizer states in shares" in rank["description"]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_what_deepspeed_reads_is_what_the_recipe_says(stage: int, findings: Findings) -> None:
+    expected = {
+        "gradient_clipping": 0.0,  # 1.0 where nothing is said
+        "gradient_allreduce_op": "sum",  # else the mean over ranks
+        "prescale_gradients": False,
+        "gradient_predivide_factor": 1.0,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": True,
+        "train_batch_size": 1,
+        "grad_accum_dtype": "fp32",
+        "torch_autocast_enabled": False,
+        "zero_enabled": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+        "optimizer_name": None,
+        "scheduler_name": None,
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+        "memory_breakdown": False,
+        "dump_state": False,
+        "disable_python_gc": False,
+        "disable_allgather": False,
+        "load_universal_checkpoint": False,
+        "data_efficiency_enabled": False,
+    }
+    assert {key: findings.read[stage][key] for key in expected} == expected
+    num_elements = sum(math.prod(shape) for shape in SHAPES.values())
+    section = {
+        "stage": stage,
+        "contiguous_gradients": True,
+        "overlap_comm": False,
+        "reduce_scatter": True,
+        "use_multi_rank_bucket_allreduce": True,
+        "reduce_bucket_size": num_elements,  # 5e8 where nothing is said, all of it allocated
+        "allgather_bucket_size": num_elements,
+        "compute_grad_norm": True,
+        "ignore_unused_parameters": False,
+        "round_robin_gradients": False,
+        "parameter_alignment": False,
+    }
+    assert {key: findings.zero[stage][key] for key in section} == section
+    assert findings.zero[stage]["offload_optimizer"]["device"] == "none"
+
+
+def test_every_key_of_the_zero_section_is_written_or_decided(findings: Findings) -> None:
+    config = deepspeed_config(stage=2, offload_optimizer=True, pin_memory=True, num_elements=10, extra={})
+    decided = {key.removeprefix(f"{ZERO}.") for key in DECIDED if key.startswith(f"{ZERO}.")}
+    # Neither is read in stages 1 and 2; a key of this name and its older one.
+    unread = {"allgather_partitions", "stage3_gather_fp16_weights_on_model_save"}
+    assert findings.zero_keys == set(config[ZERO]) | (decided & findings.zero_keys) | unread
+    # A bare `cpu_offload` and the like are older names, which DeepSpeed still reads.
+    assert decided <= findings.zero_keys
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (
+            "unknown",
+            "sharding.extra.wal_clock_breakdown: has no effect, since DeepSpeed does not know it, or",
+        ),
+        (
+            "as it is",
+            "sharding.extra.wall_clock_breakdown: has no effect, since DeepSpeed does not know it, or",
+        ),
+        ("unknown in ZeRO", "sharding.extra: DeepSpeed refuses it: 1 validation error"),
+        ("of the wrong type", "sharding.extra: DeepSpeed refuses it: 1 validation error"),
+        ("removed", "sharding.extra: DeepSpeed refuses it: Elastic training has been removed"),
+        ("decided", "sharding.extra.gradient_clipping: is refused, since outer.clip_norm says how long"),
+    ],
+)
+def test_an_extra_key_without_effect_is_refused(extra: str, message: str, findings: Findings) -> None:
+    assert findings.refusals[extra].startswith(f"CapabilityError: {message}")
+
+
+def test_extra_keys_with_an_effect_are_passed_through(findings: Findings) -> None:
+    assert findings.refusals["good"] == ""
+    config = deepspeed_config(
+        stage=1, offload_optimizer=False, pin_memory=False, num_elements=10**9, extra=EXTRA["good"]
+    )
+    assert config["comms_logger"] == {"enabled": True}
+    assert config[ZERO]["overlap_comm"] is True
+    assert config[ZERO]["stage"] == 1
+    assert config[ZERO]["reduce_bucket_size"] == LARGEST_BUCKET
+    few = deepspeed_config(stage=1, offload_optimizer=False, pin_memory=False, num_elements=7, extra={})
+    assert few[ZERO]["allgather_bucket_size"] == 8  # DeepSpeed takes none that is odd
+
+
+def test_float64_is_refused(findings: Findings) -> None:
+    assert findings.floats == (
+        "CapabilityError: init.weight is float64; DeepSpeed keeps float32 alone. Set precision.compute to "
+        "float32, bfloat16 or float16, or sharding.kind to replicated."
+    )
+
+
+def test_the_place_of_the_states_is_told(findings: Findings) -> None:
+    assert findings.offloaded.endswith(
+        "ZeRO stage 1 over 1 rank (CPU), optimizer states in shares, in the host's memory"
+    )
+
+
+def test_a_missing_package_is_told_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        CapabilityError, match=r"not installed. Install it with `pip install 'metaloom\[deepspeed\]'`"
+    ):
+        DeepSpeedZero(ZeroSettings(2), torch.device("cpu"))
+
+
+def test_a_missing_process_group_is_told() -> None:
+    with pytest.raises(LaunchError, match="DeepSpeed needs a process group, also for one rank"):
+        DeepSpeedZero(ZeroSettings(2), torch.device("cpu"))

@@ -23,6 +23,7 @@ from metaloom.engine.outer import OuterOptimizer, OuterSettings
 from metaloom.engine.sharding.base import Sharding
 from metaloom.engine.sharding.deepspeed_zero import DeepSpeedZero, ZeroSettings
 from metaloom.engine.sharding.replicated import Replicated
+from metaloom.errors import MetaloomError
 
 NUM_TASKS, NUM_STEPS, BAD_STEP, SAVED_AT = 6, 8, 3, 5
 # Sizes that nothing divides; the group of the last two has two elements, fewer than four ranks.
@@ -156,16 +157,86 @@ def first_moments(outer: OuterOptimizer) -> int:
     return sum(state["exp_avg"].numel() for state in held if "exp_avg" in state)
 
 
-def train_all(trainings: list[Training], _: DeepSpeedImported) -> list[dict[str, Any]]:
-    """What each training returns, on this rank."""
-    become_a_rank_for_deepspeed()
-    return [train(training) for training in trainings]
-
-
 def become_a_rank_for_deepspeed() -> None:
     """What the worker does, and a filter for a warning of DeepSpeed's."""
     os.environ["LOCAL_RANK"] = str(dist.get_rank())
     # It calls torch by a name that newer releases give up.
     warnings.filterwarnings(
         "ignore", r".torch\.distributed\.all_gather_into_tensor. is deprecated", FutureWarning
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Findings:
+    """What DeepSpeed itself says of configurations.
+
+    Attributes:
+        read: by stage, what it makes of the one that it is given, by attribute.
+        zero: likewise of the ZeRO section, by key.
+        zero_keys: of that section.
+        refusals: why some extra keys are refused, by key.
+        floats: why meta-parameters of float64 are refused.
+        offloaded: what the line on the console says of states in the host's memory.
+    """
+
+    read: dict[int, dict[str, Any]]
+    zero: dict[int, dict[str, Any]]
+    zero_keys: set[str]
+    refusals: dict[str, str]
+    floats: str
+    offloaded: str
+
+
+EXTRA: dict[str, dict[str, Any]] = {
+    "unknown": {"wal_clock_breakdown": True},
+    "unknown in ZeRO": {"zero_optimization": {"reduce_bucket": 5}},
+    "as it is": {"wall_clock_breakdown": False},
+    "of the wrong type": {"zero_optimization": {"overlap_comm": "perhaps"}},
+    "removed": {"elasticity": {"enabled": True}},
+    "decided": {"gradient_clipping": 1.0},
+    "good": {"zero_optimization": {"overlap_comm": True}, "comms_logger": {"enabled": True}},
+}
+
+
+def train_and_ask(
+    trainings: list[Training], _: DeepSpeedImported
+) -> tuple[list[dict[str, Any]], Findings | None]:
+    """What each training returns, on this rank; and findings, where it is the only one."""
+    become_a_rank_for_deepspeed()
+    done = [train(training) for training in trainings]
+    return done, ask_deepspeed() if dist.get_world_size() == 1 else None
+
+
+def ask_deepspeed() -> Findings:
+    """Findings, on one rank."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    cpu = torch.device("cpu")
+
+    def refusal(settings: ZeroSettings, meta: dict[str, Tensor] | None = None) -> str:
+        try:
+            sharding = DeepSpeedZero(settings, cpu)
+            if meta is not None:
+                OuterOptimizer(meta, ADAM, sharding)
+        except MetaloomError as error:
+            return f"{type(error).__name__}: {error}"
+        return ""
+
+    shardings = {stage: DeepSpeedZero(ZeroSettings(stage), cpu) for stage in (1, 2)}
+    parsed = {}
+    for stage, sharding in shardings.items():
+        OuterOptimizer(draws(99), ADAM, sharding)
+        parsed[stage] = DeepSpeedConfig(sharding.config)
+    plain = (bool, int, float, str, type(None))
+    return Findings(
+        read={
+            stage: {name: value for name, value in vars(config).items() if isinstance(value, plain)}
+            for stage, config in parsed.items()
+        },
+        zero={stage: config.zero_config.model_dump(mode="json") for stage, config in parsed.items()},
+        zero_keys=set(DeepSpeedZeroConfig.model_fields),
+        refusals={name: refusal(ZeroSettings(2, extra=extra)) for name, extra in EXTRA.items()},
+        floats=refusal(ZeroSettings(2), {"init.weight": torch.zeros(2, dtype=torch.float64)}),
+        offloaded=DeepSpeedZero(ZeroSettings(1, offload_optimizer=True), cpu).describe(),
     )
