@@ -39,6 +39,7 @@ from metaloom.engine.losses import SupportLoss
 from metaloom.engine.outer import OuterSettings
 from metaloom.engine.precision import Precision
 from metaloom.engine.sharding.base import Sharding
+from metaloom.engine.sharding.deepspeed_zero import DeepSpeedZero, ZeroSettings
 from metaloom.engine.sharding.replicated import Replicated
 from metaloom.engine.sharding.sharded import Sharded
 from metaloom.engine.snapshots import Binomial, HostMemory, KeepAll, SnapshotPlan
@@ -54,6 +55,7 @@ from metaloom.recipe import (
     BinomialSnapshots,
     ConjugateGradientSolver,
     Conv4Model,
+    DeepSpeedZeroSharding,
     FiniteDifferenceHypergradient,
     FirstOrderHypergradient,
     FullFast,
@@ -111,6 +113,8 @@ def build_sharding(recipe: Recipe, device: torch.device) -> Sharding:
             return Sharded(device, shard_size=shard_size)
         case ReplicatedSharding(bucket_mib=bucket_mib):
             return Replicated(bucket_bytes=int(bucket_mib * 2**20))
+        case DeepSpeedZeroSharding(stage=stage, offload_optimizer=offload_optimizer, extra=extra):
+            return DeepSpeedZero(ZeroSettings(stage, offload_optimizer, extra), device)
 
 
 def build_model(

@@ -94,6 +94,8 @@ def _join(recipe: Recipe) -> torch.device:
         backend,
         timeout=datetime.timedelta(seconds=recipe.launcher.timeout_s),
     )
+    # Else DeepSpeed looks for an accelerator of its own, which may be another one.
+    os.environ["DS_ACCELERATOR"] = device.type
     return device
 
 

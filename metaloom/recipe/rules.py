@@ -9,10 +9,12 @@ checked where the data is opened.
 from collections.abc import Callable, Iterator
 
 from metaloom.engine.capabilities import Kind, refusals, step_weights_refusal
+from metaloom.engine.sharding.deepspeed_config import refused_keys
 from metaloom.recipe.credentials import has_credentials
 from metaloom.recipe.schema import (
     AdamWRule,
     Conv4Model,
+    DeepSpeedZeroSharding,
     FiniteDifferenceHypergradient,
     FullFast,
     GlyphsData,
@@ -338,6 +340,31 @@ def loss_parameters_are_learned(recipe: Recipe) -> Broken:
         )
 
 
+def zero_has_two_stages(recipe: Recipe) -> Broken:
+    sharding = recipe.sharding
+    if isinstance(sharding, DeepSpeedZeroSharding) and sharding.stage == 3:
+        yield (
+            "sharding.stage",
+            "3; shards the weights too, and DeepSpeed gathers them in hooks that autograd does not see: "
+            "no hypergradient passes through them; set it to 2, or sharding.kind to sharded",
+        )
+
+
+def zero_keeps_float32(recipe: Recipe) -> Broken:
+    if isinstance(recipe.sharding, DeepSpeedZeroSharding) and recipe.precision.compute == "float64":
+        yield (
+            "precision.compute",
+            "float64; DeepSpeed keeps optimizer states and master weights in float32, and would round to it; "
+            "set it to float32, or sharding.kind to replicated",
+        )
+
+
+def extra_keys_are_left_open(recipe: Recipe) -> Broken:
+    if isinstance(recipe.sharding, DeepSpeedZeroSharding):
+        for key, reason in refused_keys(recipe.sharding.extra):
+            yield f"sharding.extra.{key}", f"is refused, since {reason}; leave it out"
+
+
 def warmup_ends(recipe: Recipe) -> Broken:
     warmup_steps, num_steps = recipe.outer.schedule.warmup_steps, recipe.outer.num_steps
     if warmup_steps >= num_steps:
@@ -478,6 +505,9 @@ RULES: tuple[Callable[[Recipe], Broken], ...] = (
     vmap_recomputes_nothing,
     a_learned_smoothing_starts_above_zero,
     loss_parameters_are_learned,
+    zero_has_two_stages,
+    zero_keeps_float32,
+    extra_keys_are_left_open,
     warmup_ends,
     sequences_fit_the_context,
     faces_suffice,

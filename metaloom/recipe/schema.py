@@ -5,9 +5,10 @@ the class. A class states the type and range of each value; what relates several
 each other is in `rules.py`, so that every broken rule can be reported at once.
 """
 
+import json
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, WithJsonSchema
 
 type_checked = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -17,6 +18,13 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 FloatOrZero = Annotated[float, Field(ge=0)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
+
+
+class Keys(dict[str, JsonValue]):
+    """Keys and values of another program's configuration, hashable as the rest of a recipe."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(json.dumps(self, sort_keys=True))
 
 
 class Section(BaseModel):
@@ -615,6 +623,26 @@ class ReplicatedSharding(Section):
     )
 
 
+class DeepSpeedZeroSharding(Section):
+    """Every rank holds all of theta; DeepSpeed shards the optimizer's states (stage 1), gradients too (2)."""
+
+    kind: Literal["deepspeed_zero"] = Field(
+        default="deepspeed_zero", description="DeepSpeed's ZeRO: each rank moves its share of theta"
+    )
+    stage: Annotated[int, Field(ge=1, le=3)] = Field(
+        default=2,
+        description="what is sharded: 1, the optimizer's states; 2, gradients too; 3 is refused",
+    )
+    offload_optimizer: bool = Field(
+        default=False, description="whether optimizer states are kept, and updated, in the host's memory"
+    )
+    extra: Annotated[dict[str, JsonValue], AfterValidator(Keys), WithJsonSchema({"type": "object"})] = Field(
+        default_factory=Keys,
+        description="further keys of DeepSpeed's configuration, for example zero_optimization: "
+        "{reduce_bucket_size: 1000000}; none that this recipe decides",
+    )
+
+
 class LocalLauncher(Section):
     """Processes on this machine."""
 
@@ -754,7 +782,7 @@ class Recipe(Section):
     outer: Outer = Field(description="the outer loop")
     precision: Precision = Field(default=Precision(), description="number formats")
     memory: Memory = Field(default=Memory(), description="what is kept and what is computed again")
-    sharding: ReplicatedSharding | ShardedSharding = Field(
+    sharding: ReplicatedSharding | ShardedSharding | DeepSpeedZeroSharding = Field(
         default=ReplicatedSharding(),
         discriminator="kind",
         description="how the meta-parameters lie on the ranks",

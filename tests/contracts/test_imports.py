@@ -28,8 +28,8 @@ EDGES = {
     "metaloom.checkpoints": {ERRORS, FILES, RECIPE},
     # The version is recorded with a run.
     "metaloom.tracking": {"metaloom", ERRORS, FILES, RECIPE},
-    # What an estimator gives is refused before anything starts; the table imports no torch.
-    RECIPE: {ERRORS, "metaloom.engine.capabilities"},
+    # What cannot be given is refused before anything starts; these tables import no torch.
+    RECIPE: {ERRORS, "metaloom.engine.capabilities", "metaloom.engine.sharding.deepspeed_config"},
     "metaloom.run_folder": {ERRORS, FILES, RECIPE},
     "metaloom.launchers": {ERRORS, RECIPE, "metaloom.run_folder", "metaloom.k8s"},
     "metaloom.k8s": {ERRORS, RECIPE},
@@ -38,7 +38,8 @@ EDGES = {
 OUTSIDE = {
     ERRORS: set[str](),
     FILES: set[str](),
-    "metaloom.engine": {"torch"},
+    # DeepSpeed where it is asked for alone: see ONLY_IN.
+    "metaloom.engine": {"torch", "deepspeed"},
     "metaloom.models": {"torch"},
     "metaloom.checkpoints": {"torch", "fsspec"},
     RECIPE: {"pydantic", "pydantic_core", "yaml"},
