@@ -50,6 +50,7 @@ adaptation:
 outer: {num_steps: 100, tasks_per_step: 4}
 """
 
+RECOMPUTED = "memory.recompute_blocks=true"
 STDLIB = """\
 name: tiny
 model: {kind: gpt}
@@ -417,7 +418,7 @@ outer:
         "line 1          name: 'all wrong'; must be made of at most 100 letters, digits, '-', '_' and '.', "
         "the first a letter or digit",
         "line 4          model.widht: unknown key; did you mean 'width'? "
-        "(model of kind conv4 has: kind, width, num_blocks, norm)",
+        "(model of kind conv4 has: kind, width, num_blocks, norm, weights)",
         "line 9          data.n_query: 5; data.n_shot + data.n_query = 14 must be at most 12, the type faces "
         "of each glyph; lower one of them",
         "line 14         adaptation.rule.lr: 'fast' is not a number; give a number greater than 0",
@@ -667,6 +668,23 @@ outer:
                 "adaptation.rule={kind: adamw, lr: 0.1, proximal: 1}",
             ],
             "adaptation.rule.weight_decay: 0.01; is decoupled under adamw, so no term of what is minimised",
+        ),
+        (
+            STDLIB,
+            ["sharding={kind: sharded, shard_size: 2}", "launcher.num_processes=3", RECOMPUTED],
+            "sharding.shard_size: 2; must divide the number of ranks, launcher.num_processes = 3",
+        ),
+        (
+            GLYPHS,
+            ["sharding=sharded", RECOMPUTED],
+            "sharding.kind: sharded divides the weights that tasks share, and with adaptation.fast.kind = "
+            "full every task has a whole copy of all weights; set sharding.kind to replicated, or adaptation.fast",
+        ),
+        (
+            STDLIB,
+            ["sharding=sharded"],
+            "memory.recompute_blocks: false; with sharding.kind = sharded a block is computed again when it "
+            "is differentiated, or its whole weights would be kept until then; set it to true, or sharding.kind",
         ),
         (
             GLYPHS,
