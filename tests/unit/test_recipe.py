@@ -678,13 +678,13 @@ outer:
             GLYPHS,
             ["sharding=sharded", RECOMPUTED],
             "sharding.kind: sharded divides the weights that tasks share, and with adaptation.fast.kind = "
-            "full every task has a whole copy of all weights; set sharding.kind to replicated, or adaptation.fast",
+            "full every task has a whole copy of all weights; set sharding.kind to replicated, or ",
         ),
         (
             STDLIB,
             ["sharding=sharded"],
             "memory.recompute_blocks: false; with sharding.kind = sharded a block is computed again when it "
-            "is differentiated, or its whole weights would be kept until then; set it to true, or sharding.kind",
+            "is differentiated, or its whole weights would be kept until then; set it to true, or ",
         ),
         (
             GLYPHS,
