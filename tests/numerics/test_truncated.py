@@ -17,7 +17,7 @@ from metaloom.engine.inner_loops.sgd import Sgd
 from metaloom.engine.snapshots import Binomial
 from metaloom.errors import CapabilityError
 from tests.numerics.problems import Problem, relative_error
-from tests.numerics.transformers import distance, hypergradient, transformer_problem
+from tests.numerics.token_problems import distance, hypergradient, transformer_problem
 
 K = 4
 # Terms before and after every place of truncation.

@@ -16,7 +16,7 @@ from metaloom.engine.inner_loops.gradient_terms import GradientTerms
 from metaloom.engine.snapshots import Binomial, HostMemory, KeepAll, SnapshotPlan, num_reversed, split
 from metaloom.engine.unroll import Snapshot
 from tests.numerics.problems import assert_gradients_agree, conv4_problem
-from tests.numerics.transformers import EXACT, hypergradient, transformer_problem
+from tests.numerics.token_problems import EXACT, hypergradient, transformer_problem
 
 
 class Visit:
