@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ class RunFolder:
 
 def replace_text(path: Path, text: str) -> None:
     """Writes a file so that readers, and a kill in between, leave the old one or the whole new one."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # two commands may write the same
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 

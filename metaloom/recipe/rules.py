@@ -6,10 +6,11 @@ looks at it, and that rule alone is passed over. Rules that need the data's inde
 checked where the data is opened.
 """
 
+import re
 from collections.abc import Callable, Iterator
 
 from metaloom.engine.capabilities import Kind, refusals, step_weights_refusal
-from metaloom.recipe.credentials import has_credentials
+from metaloom.recipe.credentials import has_credentials, without_credentials
 from metaloom.recipe.schema import (
     AdamWRule,
     Conv4Model,
@@ -407,6 +408,29 @@ def data_url_has_no_secret(recipe: Recipe) -> Broken:
         )
 
 
+def fewer_hosts_are_not_more(recipe: Recipe) -> Broken:
+    hosts = recipe.launcher.hosts
+    if hosts is not None and hosts.min_hosts is not None and hosts.min_hosts > hosts.num_hosts:
+        yield (
+            "launcher.hosts.min_hosts",
+            f"{hosts.min_hosts}; must be at most launcher.hosts.num_hosts = {hosts.num_hosts}",
+        )
+
+
+def hosts_meet_at_one_of_them(recipe: Recipe) -> Broken:
+    hosts = recipe.launcher.hosts
+    if hosts is None:
+        return
+    path, shown = "launcher.hosts.endpoint", repr(without_credentials(hosts.endpoint))
+    host, _, port = hosts.endpoint.rpartition(":")
+    if not re.fullmatch(r"\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+", host) or not re.fullmatch("[0-9]+", port):
+        yield path, f"{shown}; must be host:port, for example node-0:29400"
+    elif not 1 <= int(port) <= 65535:
+        yield path, f"{shown}; the port must be from 1 to 65535, for example 29400"
+    elif host in ("0.0.0.0", "[::]", "localhost"):
+        yield path, f"{shown}; is another machine on each host; name one that all of them reach"
+
+
 RULES: tuple[Callable[[Recipe], Broken], ...] = (
     heads_divide_the_width,
     model_reads_the_data,
@@ -441,6 +465,8 @@ RULES: tuple[Callable[[Recipe], Broken], ...] = (
     rates_exist_for_each_evaluation_step,
     pretrained_baseline_needs_pretrain,
     baselines_differ,
+    fewer_hosts_are_not_more,
+    hosts_meet_at_one_of_them,
     tracking_uri_has_no_secret,
     data_url_has_no_secret,
 )
