@@ -56,11 +56,12 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handl
 from metaloom.errors import LaunchError, MetaloomError, RecipeError
 from metaloom.faults import FAULT, Fault, Verdict, cause, judge
 from metaloom.ranks import Ranks, Seats
+from metaloom.whereabouts import START
 
 POLL_S = 0.1
 NEWS_S = 1.0  # how often an agent asks what the others say
 SETTLE_S = 1.0  # how long a rank's cause may take to show after a partner's loss
-VERDICT_S = 5.0  # how long an agent whose ranks lost a partner waits for the cause from another host
+VERDICT_S = 3.0  # how long an agent whose ranks lost a partner waits for the cause from another host
 FAREWELL_S = 10.0  # how long the store stays for the others to read the outcome
 SHARED_FOLDER_S = 90.0  # network file systems show a new folder to other hosts this late
 CONNECT_S = 60.0
@@ -425,14 +426,15 @@ class Agent:
             if beat != last:
                 self._beats[position] = beat, now
             elif now - since_s > plan.silence_s:
-                place = beat.decode().partition(" ")[2] or "the start"
+                assert self._ranks is not None
                 first = position * plan.num_processes
                 ranks = dataclasses.replace(current.seats, first_rank=first).describe()
+                place = self._ranks.places()[0]
                 return Fault(
                     "silence",
                     f"the host of {ranks} has been silent for {plan.silence_s:g} s "
-                    f"(launcher.hosts.silence_s), last heard of at {place}: it is down, or cut off from "
-                    f"{plan.where}",
+                    f"(launcher.hosts.silence_s): it is down, or cut off from {plan.where}. It was last "
+                    f"heard of at {beat.decode().partition(' ')[2] or START}; rank 0 is at {place}",
                     place,
                 )
         return None

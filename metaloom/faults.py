@@ -89,7 +89,8 @@ def judge(fault: Fault, before: Verdict | None, *, max_restarts: int) -> Verdict
         reason = f"It is the second fault in a row at {fault.place}, so it is not tried again."
         return Verdict(fault, is_end=True, num_restarts=num_restarts, reason=reason)
     if num_restarts >= max_restarts:
-        reason = f"There were {num_restarts} restarts before, as many as launcher.max_restarts allows."
+        were = "was 1 restart" if num_restarts == 1 else f"were {num_restarts} restarts"
+        reason = f"There {were} before, as many as launcher.max_restarts allows."
         return Verdict(fault, is_end=True, num_restarts=num_restarts, reason=reason)
     return Verdict(fault, is_end=False, num_restarts=num_restarts + 1)
 

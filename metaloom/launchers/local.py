@@ -82,8 +82,10 @@ def agent_environment(launcher: LocalLauncher, standing: Standing) -> dict[str, 
     """This process's environment, with the ranks' threads and the network interface between them.
 
     Gloo looks for its interface by the machine's own name, which may be unknown or stand for the loopback.
+    Torch warns on standard error when it cannot look up the name of a host that connects.
     """
     environment = os.environ | {"OMP_NUM_THREADS": str(launcher.threads_per_process)}
+    environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     interface = interface_of(standing.address)
     if interface is not None:
         environment.setdefault("GLOO_SOCKET_IFNAME", interface)

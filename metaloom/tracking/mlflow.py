@@ -563,7 +563,8 @@ def _make_database(path: Path) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.unlink(missing_ok=True)
     _quieten()
-    store = SqlAlchemyStore(f"sqlite:///{partial}", (path.parent / "mlflow").as_uri())
+    artifact_root = (path.parent / "mlflow").as_uri()
+    store = SqlAlchemyStore(f"sqlite:///{partial}", artifact_root)  # type: ignore[no-untyped-call]
     store.engine.dispose()
     partial.replace(path)
 

@@ -71,6 +71,7 @@ def test_a_damaged_sample_ends_all_ranks_with_its_name(tmp_path: Path, broken_gl
     shard.write_bytes(damaged)
     finished = train(tmp_path, f"data.url={broken_glyphs}", "--run", tmp_path / "run")
     assert_one_message(finished, 3, shard.name, "the shard is damaged")
+    assert "restart" not in finished.errors  # it would be as damaged again
 
 
 def test_an_unwritable_run_folder(tmp_path: Path, glyphs: Path) -> None:
