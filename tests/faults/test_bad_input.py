@@ -120,6 +120,13 @@ def test_a_wrong_lora_target_is_found_before_the_pre_training(tmp_path: Path, st
     assert_one_message(finished, 2, "'qkvv'; matches no linear layer", "qkv, proj, fc_in, fc_out, head")
 
 
+def test_several_hosts_without_a_folder_that_all_of_them_know(tmp_path: Path, glyphs: Path) -> None:
+    finished = train(
+        tmp_path, f"data.url={glyphs}", "launcher.hosts={endpoint: 'node-0:29400', num_hosts: 2}"
+    )
+    assert_one_message(finished, 2, "several hosts work on one run folder; name it with --run DIR")
+
+
 def test_evaluation_of_what_was_not_trained(tmp_path: Path) -> None:
     assert_one_message(run("evaluate", tmp_path, cwd=tmp_path), 5, "holds no run")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import ADDED, RECIPES, curve, environment, run, run_well
+from tests.commands import ADDED, RECIPES, curve, environment, run_well
 from tests.hosts import Host, held
 
 SMOKE = RECIPES / "smoke.yaml"
@@ -22,12 +22,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def hosts(*, port: int, min_hosts: int, wait_s: float = 120.0) -> tuple[str, str]:
-    endpoint = f"endpoint: '127.0.0.1:{port}', num_hosts: 2, min_hosts: {min_hosts}"
-    return (
-        "launcher.num_processes=1",
-        f"launcher.hosts={{{endpoint}, silence_s: 4, wait_s: {wait_s}}}",
-    )
+def hosts(*, min_hosts: int) -> tuple[str, str]:
+    endpoint = f"endpoint: '127.0.0.1:{free_port()}', num_hosts: 2, min_hosts: {min_hosts}"
+    return "launcher.num_processes=1", f"launcher.hosts={{{endpoint}, silence_s: 4, wait_s: 120}}"
 
 
 @pytest.fixture
@@ -42,7 +39,7 @@ def test_a_job_goes_on_without_a_host_that_is_lost_and_with_it_when_it_is_back(
     words: tuple[str | Path, ...] = (f"data.url={glyphs}", *RUN)
     run_well("train", SMOKE, *words, "launcher.num_processes=1", "--run", tmp_path / "whole", cwd=tmp_path)
     folder = tmp_path / "run"
-    words = (*words, *hosts(port=free_port(), min_hosts=1), "--run", folder)
+    words = (*words, *hosts(min_hosts=1), "--run", folder)
     hold = stack.enter_context(held(tmp_path))
     first = Host(tmp_path, "first", *words)
     stack.callback(first.close)
@@ -89,31 +86,10 @@ def test_all_hosts_end_with_the_message_and_the_code_of_the_one_that_failed(
     (tmp_path / "faulty").mkdir()
     (tmp_path / "faulty" / "sitecustomize.py").write_text(FAULTY)
     monkeypatch.setitem(ADDED, "PYTHONPATH", f"{tmp_path / 'faulty'}:{environment()['PYTHONPATH']}")
-    words = (f"data.url={glyphs}", *RUN, *hosts(port=free_port(), min_hosts=2), "--run", tmp_path / "run")
+    words = (f"data.url={glyphs}", *RUN, *hosts(min_hosts=2), "--run", tmp_path / "run")
     both = [Host(tmp_path, name, *words) for name in ("first", "second")]
     for host in both:
         stack.callback(host.close)
     for host in both:
         assert host.end() == 3
         assert host.errors == "error: the sample of rank 1 is broken\n"
-
-
-def test_hosts_that_do_not_belong_together_are_told_so(
-    tmp_path: Path, glyphs: Path, stack: ExitStack
-) -> None:
-    port = free_port()
-    several = hosts(port=port, min_hosts=2, wait_s=60)
-    words = ("train", SMOKE, f"data.url={glyphs}", *RUN, *several)
-    first = Host(tmp_path, "first", *words[2:], "--run", tmp_path / "run")
-    stack.callback(first.close)
-    first.wait_for_store(tmp_path / "run")
-    other = run(*words, "seed=1", "--run", tmp_path / "other", cwd=tmp_path)
-    assert other.code == 2
-    assert f"error: this host's recipe is not that of the job at 127.0.0.1:{port} (digest " in other.errors
-    first.kill()
-    lonely = run(*words, "launcher.hosts.wait_s=1", "--run", tmp_path / "run", cwd=tmp_path)
-    assert lonely.code == 5
-    assert "error: fewer than 2 hosts (launcher.hosts.min_hosts) have come to 127.0.0.1" in lonely.errors
-    nameless = run(*words, cwd=tmp_path)
-    assert nameless.code == 2
-    assert "several hosts work on one run folder; name it with --run DIR" in nameless.errors
