@@ -188,6 +188,7 @@ def _outer_loop(job: Job, algorithm: Maml, state: State, store: CheckpointStore)
     phases = job.console.phase("meta-train", total=recipe.outer.num_steps, num_done=outer.step)
     with stream, phases as phase:
         while outer.step < recipe.outer.num_steps and not _stops_early(recipe, progress):
+            job.place.whereabouts.enter(f"outer step {outer.step + 1}")
             clock.start_step()
             _, episodes = next(stream)
             clock.data_ready()

@@ -6,11 +6,12 @@ looks at it, and that rule alone is passed over. Rules that need the data's inde
 checked where the data is opened.
 """
 
+import re
 from collections.abc import Callable, Iterator
 
 from metaloom.engine.capabilities import Kind, refusals, step_weights_refusal
 from metaloom.engine.sharding.deepspeed_config import refused_keys
-from metaloom.recipe.credentials import has_credentials
+from metaloom.recipe.credentials import has_credentials, without_credentials
 from metaloom.recipe.schema import (
     AdamWRule,
     Conv4Model,
@@ -450,12 +451,15 @@ def data_url_has_no_secret(recipe: Recipe) -> Broken:
 
 
 def shards_divide_the_ranks(recipe: Recipe) -> Broken:
-    sharding, num_ranks = recipe.sharding, recipe.launcher.num_processes
+    sharding, launcher = recipe.sharding, recipe.launcher
     size = sharding.shard_size if isinstance(sharding, ShardedSharding) else None
-    if size is not None and num_ranks % size:
+    num_hosts = 1 if launcher.hosts is None else launcher.hosts.num_hosts
+    if size is not None and num_hosts * launcher.num_processes % size:
+        of_hosts = "" if launcher.hosts is None else f" on each of {num_hosts} hosts"
         yield (
             "sharding.shard_size",
-            f"{size}; must divide the number of ranks, launcher.num_processes = {num_ranks}",
+            f"{size}; must divide the number of ranks, launcher.num_processes = {launcher.num_processes}"
+            f"{of_hosts}",
         )
 
 
@@ -475,6 +479,29 @@ def shards_are_gathered_again(recipe: Recipe) -> Broken:
             "false; with sharding.kind = sharded a block is computed again when it is differentiated, or its "
             "whole weights would be kept until then; set it to true, or sharding.kind to replicated",
         )
+
+
+def fewer_hosts_are_not_more(recipe: Recipe) -> Broken:
+    hosts = recipe.launcher.hosts
+    if hosts is not None and hosts.min_hosts is not None and hosts.min_hosts > hosts.num_hosts:
+        yield (
+            "launcher.hosts.min_hosts",
+            f"{hosts.min_hosts}; must be at most launcher.hosts.num_hosts = {hosts.num_hosts}",
+        )
+
+
+def hosts_meet_at_one_of_them(recipe: Recipe) -> Broken:
+    hosts = recipe.launcher.hosts
+    if hosts is None:
+        return
+    path, shown = "launcher.hosts.endpoint", repr(without_credentials(hosts.endpoint))
+    host, _, port = hosts.endpoint.rpartition(":")
+    if not re.fullmatch(r"\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+", host) or not re.fullmatch("[0-9]+", port):
+        yield path, f"{shown}; must be host:port, for example node-0:29400"
+    elif not 1 <= int(port) <= 65535:
+        yield path, f"{shown}; the port must be from 1 to 65535, for example 29400"
+    elif host in ("0.0.0.0", "[::]", "localhost"):
+        yield path, f"{shown}; is another machine on each host; name one that all of them reach"
 
 
 RULES: tuple[Callable[[Recipe], Broken], ...] = (
@@ -518,6 +545,8 @@ RULES: tuple[Callable[[Recipe], Broken], ...] = (
     shards_divide_the_ranks,
     shards_are_of_a_shared_backbone,
     shards_are_gathered_again,
+    fewer_hosts_are_not_more,
+    hosts_meet_at_one_of_them,
     tracking_uri_has_no_secret,
     data_url_has_no_secret,
 )

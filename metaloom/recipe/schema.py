@@ -643,18 +643,49 @@ class DeepSpeedZeroSharding(Section):
     )
 
 
+class Hosts(Section):
+    """Several hosts: the same command is started on each of them, and all see the run's folder."""
+
+    endpoint: Text = Field(
+        description="name or address of one of the hosts and a free port of it, as host:port; all hosts "
+        "meet there, and rank 0 runs there",
+    )
+    num_hosts: Count = Field(description="hosts to run on, at most")
+    min_hosts: Count | None = Field(
+        default=None, description="hosts with which the run goes on when some are lost; null for num_hosts"
+    )
+    wait_s: float = Field(
+        default=600.0,
+        ge=1,
+        le=1e6,
+        description="how long a host waits for min_hosts to come, at the start and after a loss, in seconds",
+    )
+    silence_s: float = Field(
+        default=60.0,
+        ge=4,
+        le=1e5,
+        description="how long a host may be silent before it counts as lost, in seconds",
+    )
+
+
 class LocalLauncher(Section):
-    """Processes on this machine."""
+    """Processes on this machine, and on others where the same command is started."""
 
     kind: Literal["local"] = Field(default="local", description="processes on this machine")
-    num_processes: Count = Field(default=1, description="ranks")
+    num_processes: Count = Field(default=1, description="ranks (on each host)")
     threads_per_process: Count = Field(default=1, description="threads that each rank computes with")
     timeout_s: float = Field(
         default=600.0,
         ge=1,
         le=1e6,
-        description="how long a collective waits for the other ranks before the run fails, in seconds",
+        description="how long a collective waits for the other ranks before it fails, in seconds",
     )
+    max_restarts: CountOrZero = Field(
+        default=3,
+        description="how often the ranks start again from the last checkpoint when one of them is killed, "
+        "crashes or hangs; mistakes in the recipe or the data are not tried again",
+    )
+    hosts: Hosts | None = Field(default=None, description="several hosts; null for this machine alone")
 
 
 # ---------------------------------------------------------------- validation, evaluation

@@ -606,6 +606,31 @@ outer:
         ),
         (
             GLYPHS,
+            ["launcher.hosts={endpoint: 'node-0:29400', num_hosts: 2, min_hosts: 3}"],
+            "launcher.hosts.min_hosts: 3; must be at most launcher.hosts.num_hosts = 2",
+        ),
+        (
+            GLYPHS,
+            ["launcher.hosts={endpoint: node-0, num_hosts: 2}"],
+            "launcher.hosts.endpoint: 'node-0'; must be host:port, for example node-0:29400",
+        ),
+        (
+            GLYPHS,
+            ["launcher.hosts={endpoint: 'me:pw@node-0:29400', num_hosts: 2}"],
+            "launcher.hosts.endpoint: '***@node-0:29400'; must be host:port, for example",
+        ),
+        (
+            GLYPHS,
+            ["launcher.hosts={endpoint: 'node-0:0', num_hosts: 2}"],
+            "launcher.hosts.endpoint: 'node-0:0'; the port must be from 1 to 65535, for example 29400",
+        ),
+        (
+            GLYPHS,
+            ["launcher.hosts={endpoint: 'localhost:29400', num_hosts: 2}"],
+            "launcher.hosts.endpoint: 'localhost:29400'; is another machine on each host; name one",
+        ),
+        (
+            GLYPHS,
             ["algorithm.hypergradient={kind: truncated, num_steps: 4}"],
             "algorithm.hypergradient.num_steps: 4; must be at most adaptation.num_steps = 3",
         ),
