@@ -36,10 +36,10 @@ from metaloom.engine.outer import OuterOptimizer
 from metaloom.engine.precision import LossScaler, Precision
 from metaloom.engine.sharding.deepspeed_zero import DeepSpeedZero
 from metaloom.engine.step import StepTasks, outer_step
+from metaloom.files import replace_file
 from metaloom.job import Job, Place, open_job, stored_room
 from metaloom.ordinary import finished_weights, train_ordinary
 from metaloom.recipe import Pretrain, Recipe, StdlibData
-from metaloom.run_folder import replace_text
 from metaloom.sources import episode_source, num_rehearsed, ordinary_samples
 from metaloom.weights import HeldModel
 
@@ -164,7 +164,7 @@ def _pretrained(job: Job, pretrain: Pretrain, model: HeldModel, *, must_be_done:
 def _tell_of_deepspeed(job: Job, sharding: DeepSpeedZero) -> None:
     """Says what DeepSpeed does, and keeps the configuration that it was given."""
     if sharding.rank == 0:
-        replace_text(job.place.folder.deepspeed, json.dumps(sharding.config, indent=1))
+        replace_file(job.place.folder.deepspeed, json.dumps(sharding.config, indent=1))
     job.console.note(sharding.describe())
     job.tracker.artifact(job.place.folder.deepspeed)
 
