@@ -16,7 +16,7 @@ from metaloom.errors import CapabilityError, LaunchError
 from tests.multirank.processes import run_ranks
 from tests.multirank.zero_problems import (
     ADAM,
-    BAD_STEP,
+    BAD_STEPS,
     CONFIGURATIONS,
     EXTRA,
     NUM_STEPS,
@@ -107,11 +107,11 @@ def assert_same(actual: Mapping[str, Any], expected: Mapping[str, Any], *, first
 
 def test_the_trainings_compared_clip_skip_a_step_and_average(expected: dict[str, dict[str, Any]]) -> None:
     curve = expected["adam"]["curve"]
-    assert [record["skipped"] for record in curve] == [float(step == BAD_STEP) for step in range(NUM_STEPS)]
-    assert math.isnan(curve[BAD_STEP]["gradient_norm"])
+    assert [record["skipped"] for record in curve] == [float(step in BAD_STEPS) for step in range(NUM_STEPS)]
+    assert all(math.isnan(curve[step]["gradient_norm"]) for step in BAD_STEPS)
     assert ADAM.clip_norm is not None
     assert all(
-        record["gradient_norm"] > ADAM.clip_norm for step, record in enumerate(curve) if step != BAD_STEP
+        record["gradient_norm"] > ADAM.clip_norm for step, record in enumerate(curve) if step not in BAD_STEPS
     )
     weight = "init.weight"
     assert not torch.allclose(
@@ -262,6 +262,27 @@ def test_float64_is_refused(findings: Findings) -> None:
         "CapabilityError: init.weight is float64; DeepSpeed keeps float32 alone. Set precision.compute to "
         "float32, bfloat16 or float16, or sharding.kind to replicated."
     )
+
+
+def test_a_device_on_which_deepspeed_does_not_compute_is_refused(findings: Findings) -> None:
+    assert findings.device == (
+        "LaunchError: DeepSpeed computes on cpu, this rank on cuda. Set the environment variable "
+        "DS_ACCELERATOR to cuda before deepspeed is imported."
+    )
+
+
+def test_a_step_that_deepspeed_passes_over_by_itself_ends_the_run(findings: Findings) -> None:
+    assert findings.disagreement == (
+        "MetaloomError: DeepSpeed passed over a meta-gradient whose norm is finite. Go on with "
+        "sharding.kind: replicated."
+    )
+
+
+def test_stage_3_is_refused_with_the_backend_that_can() -> None:
+    with pytest.raises(
+        CapabilityError, match=r"stage: 3; .* stages 1 and 2\..* sharding\.kind: sharded does"
+    ):
+        DeepSpeedZero(ZeroSettings(3), torch.device("cpu"))
 
 
 def test_the_place_of_the_states_is_told(findings: Findings) -> None:

@@ -18,7 +18,7 @@ to rounding, and no compiler is needed: DeepSpeed's own kernels are compiled on 
 Stage 3 is refused. It shards the meta-parameters too, and gathers them in hooks around a module's forward
 pass, which autograd does not see: the passes that hypergradients are made of cannot go through them. Gathered
 around the whole hypergradient instead, they would be whole on every rank nearly all the time, so that nothing
-were won over stage 2. The `sharded` backend gathers them by an operator that can be differentiated.
+would be won over stage 2. The `sharded` backend gathers them by an operator that can be differentiated.
 
 Checkpoints are metaloom's own, not DeepSpeed's universal checkpoint: states are put together to whole tensors
 by name, so that any number of ranks and `replicated` go on from them, with no conversion in between. While
@@ -78,13 +78,18 @@ class DeepSpeedZero(Sharding):
         device: where this rank's meta-parameters are.
 
     Raises:
-        CapabilityError: DeepSpeed is not installed; or an extra key is one that the recipe decides, that has
-            no effect, or that DeepSpeed refuses.
+        CapabilityError: the stage is 3; DeepSpeed is not installed; or an extra key is one that the recipe
+            decides, that has no effect, or that DeepSpeed refuses.
         LaunchError: there is no process group, or DeepSpeed would compute on another device.
     """
 
     def __init__(self, settings: ZeroSettings, device: torch.device) -> None:
         super().__init__()
+        if settings.stage not in (1, 2):
+            raise CapabilityError(
+                f"sharding.stage: {settings.stage}; deepspeed_zero has stages 1 and 2. No hypergradient "
+                "passes through weights that DeepSpeed shards in stage 3; sharding.kind: sharded does that."
+            )
         self._settings = settings
         self._device = device
         self._optimizer: _ZeroOptimizer | None = None
@@ -217,7 +222,8 @@ class _ZeroOptimizer(MetaOptimizer):
         if self._engine.was_step_applied() != is_finite:
             found, done = ("finite", "passed over") if is_finite else ("not finite", "followed")
             raise MetaloomError(
-                f"DeepSpeed {done} a meta-gradient whose norm is {found}. Set sharding.kind to replicated."
+                f"DeepSpeed {done} a meta-gradient whose norm is {found}. Go on with sharding.kind: "
+                "replicated."
             )
 
     def states(self) -> States:
