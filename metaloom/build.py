@@ -30,6 +30,7 @@ from metaloom.engine.hypergradients.truncated import Truncated
 from metaloom.engine.hypergradients.unrolled import Unrolled
 from metaloom.engine.inner_loops.adam import Adam
 from metaloom.engine.inner_loops.base import InnerRule
+from metaloom.engine.inner_loops.gradient_terms import GradientTerms
 from metaloom.engine.inner_loops.rates import Grain, Rates
 from metaloom.engine.inner_loops.rmsprop import RmsProp
 from metaloom.engine.inner_loops.sgd import Sgd
@@ -38,6 +39,7 @@ from metaloom.engine.losses import SupportLoss
 from metaloom.engine.outer import OuterSettings
 from metaloom.engine.precision import Precision
 from metaloom.engine.sharding.base import Sharding
+from metaloom.engine.sharding.deepspeed_zero import DeepSpeedZero, ZeroSettings
 from metaloom.engine.sharding.replicated import Replicated
 from metaloom.engine.sharding.sharded import Sharded
 from metaloom.engine.snapshots import Binomial, HostMemory, KeepAll, SnapshotPlan
@@ -53,6 +55,7 @@ from metaloom.recipe import (
     BinomialSnapshots,
     ConjugateGradientSolver,
     Conv4Model,
+    DeepSpeedZeroSharding,
     FiniteDifferenceHypergradient,
     FirstOrderHypergradient,
     FullFast,
@@ -110,6 +113,8 @@ def build_sharding(recipe: Recipe, device: torch.device) -> Sharding:
             return Sharded(device, shard_size=shard_size)
         case ReplicatedSharding(bucket_mib=bucket_mib):
             return Replicated(bucket_bytes=int(bucket_mib * 2**20))
+        case DeepSpeedZeroSharding(stage=stage, offload_optimizer=offload_optimizer, extra=extra):
+            return DeepSpeedZero(ZeroSettings(stage, offload_optimizer, extra), device)
 
 
 def build_model(
@@ -183,33 +188,25 @@ def build_adapter(recipe: Recipe, model: HeldModel, choices: Choices) -> Adapter
 
 def build_rule(section: InnerRuleSection) -> InnerRule:
     """The inner rule; its rates are apart, as they may be learned."""
+    is_decoupled = isinstance(section, AdamWRule)
+    terms = GradientTerms(0.0 if is_decoupled else section.weight_decay, section.clip_norm, section.proximal)
     if isinstance(section, SGDRule):
-        return Sgd(
-            momentum=section.momentum,
-            nesterov=section.nesterov,
-            weight_decay=section.weight_decay,
-            clip_norm=section.clip_norm,
-            proximal=section.proximal,
-        )
+        return Sgd(terms, momentum=section.momentum, nesterov=section.nesterov)
     if isinstance(section, RMSPropRule):
         return RmsProp(
+            terms,
             alpha=section.alpha,
             eps=section.eps,
             eps_root=section.eps_root,
             momentum=section.momentum,
             centered=section.centered,
-            weight_decay=section.weight_decay,
-            clip_norm=section.clip_norm,
-            proximal=section.proximal,
         )
     return Adam(
+        terms,
         betas=section.betas,
         eps=section.eps,
         eps_root=section.eps_root,
-        weight_decay=section.weight_decay,
-        decoupled_weight_decay=isinstance(section, AdamWRule),
-        clip_norm=section.clip_norm,
-        proximal=section.proximal,
+        decoupled_weight_decay=section.weight_decay if is_decoupled else 0.0,
     )
 
 

@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from metaloom import __version__
 from metaloom.errors import LaunchError, MetaloomError, RecipeError, StreamError
@@ -22,6 +23,10 @@ from metaloom.files import replace_file
 from metaloom.planning.hardware import DEVICES, HERE, LINKS
 from metaloom.planning.request import DEFAULT_RANKS, Request, checked, ranks_in
 from metaloom.run_folder import RunFolder, new_run_path
+
+if TYPE_CHECKING:
+    from metaloom.launchers.local import Standing
+    from metaloom.recipe import Recipe
 
 EXAMPLES = """\
 examples:
@@ -243,16 +248,26 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.recipe is None:
         raise RecipeError("no recipe was named: give a YAML file, or --resume RUN to go on with a run.")
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    digest = _check_data(recipe)
+    if recipe.launcher.hosts is not None and arguments.run is None:
+        raise RecipeError(
+            "launcher.hosts: several hosts work on one run folder; name it with --run DIR, on a file system "
+            "that all of them share."
+        )
     folder = RunFolder(arguments.run or new_run_path(recipe.name))
-    folder.create()
-    folder.record(data_digest=digest)
-    _write_recipe(recipe, folder.recipe)
-    return _launch("train", recipe, folder, folder.recipe)
+    if recipe.launcher.hosts is not None and folder.has_started():
+        # The same command is given on every host, and again on one that comes back.
+        return _go_on(recipe, folder)
+    digest = _check_data(recipe)
+    hosts = _standing(recipe)
+    if hosts.is_first:
+        folder.create()
+        folder.record(data_digest=digest)
+        _write_recipe(recipe, folder.recipe)
+    return _launch("train", recipe, folder, folder.recipe, hosts)
 
 
 def _resume(arguments: argparse.Namespace) -> int:
-    from metaloom.recipe import differences, load_recipe
+    from metaloom.recipe import load_recipe
 
     folder = RunFolder(arguments.resume)
     folder.require()
@@ -264,9 +279,14 @@ def _resume(arguments: argparse.Namespace) -> int:
     if source is not None and "=" in source:
         overrides.insert(0, source)
         source = None
-    old = load_recipe(folder.recipe)
-    new = load_recipe(source or folder.recipe, overrides)
-    changes = differences(old, new)
+    return _go_on(load_recipe(source or folder.recipe, overrides), folder)
+
+
+def _go_on(new: Recipe, folder: RunFolder) -> int:
+    """Trains on in the folder of a run, by a recipe that differs from the run's in harmless keys alone."""
+    from metaloom.recipe import differences, load_recipe
+
+    changes = differences(load_recipe(folder.recipe), new)
     harmful = [change for change in changes if change.harmful]
     if harmful:
         lines = "\n".join(f"  {change.path}: {change.old} in the run, {change.new} now" for change in harmful)
@@ -277,8 +297,10 @@ def _resume(arguments: argparse.Namespace) -> int:
     for change in changes:
         print(f"changed: {change.path}: {change.old} -> {change.new}")
     _check_data(new, of_run=folder)
-    _write_recipe(new, folder.recipe)
-    return _launch("train", new, folder, folder.recipe)
+    hosts = _standing(new)
+    if hosts.is_first:
+        _write_recipe(new, folder.recipe)
+    return _launch("train", new, folder, folder.recipe, hosts)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
@@ -300,8 +322,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         raise LaunchError(
             f"{folder.path} has no checkpoint yet: train it with `metaloom train --resume {folder.path}`."
         )
-    _write_recipe(recipe, folder.evaluation_recipe)
-    return _launch("evaluate", recipe, folder, folder.evaluation_recipe)
+    hosts = _standing(recipe)
+    if hosts.is_first:
+        _write_recipe(recipe, folder.evaluation_recipe)
+    return _launch("evaluate", recipe, folder, folder.evaluation_recipe, hosts)
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -318,12 +342,15 @@ def _check(arguments: argparse.Namespace) -> int:
             print(f"with all {num_steps} inner steps: the recipe does not hold together with fewer")
         else:
             print(f"with {CHECKED_STEPS} of {num_steps} inner steps (--full takes all)")
+    # One process, which is not started again: whatever it meets is a finding.
+    alone = recipe.launcher.model_copy(update={"num_processes": 1, "max_restarts": 0, "hosts": None})
+    recipe = recipe.model_copy(update={"launcher": alone})
     # Nothing is kept but, of a crash, the traceback that its message points to.
     folder = RunFolder(Path(tempfile.mkdtemp(prefix="metaloom-check-")))
     _write_recipe(recipe, folder.recipe)
     code = 1
     try:
-        code = _launch("check", recipe, folder, folder.recipe, num_processes=1)
+        code = _launch("check", recipe, folder, folder.recipe, _standing(recipe))
     finally:
         if code != 1:
             shutil.rmtree(folder.path, ignore_errors=True)
@@ -351,19 +378,33 @@ def _plan(arguments: argparse.Namespace) -> int:
         return subprocess.run([sys.executable, "-m", "metaloom.planning.command", *words]).returncode
 
 
-def _launch(
-    job: str, recipe: object, folder: RunFolder, recipe_path: Path, *, num_processes: int | None = None
-) -> int:
-    from metaloom.launchers.local import launch
-    from metaloom.recipe import Recipe
+def _standing(recipe: Recipe) -> Standing:
+    from metaloom.launchers.local import standing
 
-    assert isinstance(recipe, Recipe)
-    return launch(
-        [job, str(folder.path), "--recipe", str(recipe_path)],
-        num_processes=num_processes or recipe.launcher.num_processes,
-        threads_per_process=recipe.launcher.threads_per_process,
-        log_dir=folder.logs,
-    )
+    return standing(recipe.launcher)
+
+
+def _launch(job: str, recipe: Recipe, folder: RunFolder, recipe_path: Path, hosts: Standing) -> int:
+    """Runs this machine's part of a job.
+
+    Args:
+        recipe_path: where the first host has left the recipe. Another one may not see it yet, and hands
+            its ranks one of its own: the hosts' agents see that they are equal.
+    """
+    from metaloom.launchers.local import launch
+    from metaloom.recipe import recipe_digest
+
+    with tempfile.TemporaryDirectory(prefix="metaloom-recipe-") as own:
+        if not hosts.is_first:
+            recipe_path = Path(own) / recipe_path.name
+            _write_recipe(recipe, recipe_path)
+        return launch(
+            [job, str(folder.path), "--recipe", str(recipe_path)],
+            recipe.launcher,
+            hosts,
+            log_dir=folder.logs,
+            digest=recipe_digest(recipe),
+        )
 
 
 def _check_data(recipe: object, *, of_run: RunFolder | None = None) -> str:

@@ -269,6 +269,7 @@ def _test_curves(job: Job, contender: Contender) -> list[EpisodeCurve]:
     """A contender's curves on the test episodes, the same ones for every contender."""
     num_episodes = job.recipe.evaluation.num_episodes
     name = f"evaluate {contender.name}"
+    job.place.whereabouts.enter(f"the evaluation of {contender.name}")
     num_here = len(slice_for_rank(num_episodes, job.sharding.rank, job.sharding.world_size))
     with job.console.phase(name, total=num_here, unit="episode") as phase:
         return _curves(

@@ -17,6 +17,7 @@ from metaloom.recipe import MLflowTracking, Recipe, flatten_recipe, recipe_diges
 from metaloom.run_folder import RunFolder
 from metaloom.tracking import FinishStatus, RunTracker, environment_facts, make_tracker
 from metaloom.tracking.console import Console, make_console
+from metaloom.whereabouts import Whereabouts
 
 
 @dataclasses.dataclass
@@ -42,12 +43,14 @@ class Place:
         device: where this rank computes.
         tracking_uri: the MLflow store that the environment names, or None.
         shutdown: how a stop that comes from outside is agreed on.
+        whereabouts: where the rank says where in the job it is.
     """
 
     folder: RunFolder
     device: torch.device
     tracking_uri: str | None
     shutdown: Shutdown
+    whereabouts: Whereabouts = dataclasses.field(default_factory=Whereabouts)
 
 
 @dataclasses.dataclass(frozen=True)

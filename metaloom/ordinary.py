@@ -78,6 +78,7 @@ def train_ordinary(
     checkpoint_every = max(1, settings.num_steps // NUM_CHECKPOINTS)
     with job.console.phase(shown_name, total=settings.num_steps, num_done=outer.step) as phase:
         while outer.step < settings.num_steps:
+            job.place.whereabouts.enter(f"step {outer.step + 1} of {shown_name}")
             arrays = samples.batch(outer.step, batch_size)
             batch = {name: torch.from_numpy(array[rows]) for name, array in arrays.items()}
             draws = Draws(job.recipe.seed, share.positions, outer.step)

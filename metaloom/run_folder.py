@@ -3,6 +3,7 @@
 recipe.yaml          the recipe, with every default spelled out
 run.json             what outlives one process: the tracking run's id, the training's status, the digest
                      of its data
+deepspeed.json       the configuration that DeepSpeed was given, under sharding.kind = deepspeed_zero
 metrics.jsonl        metrics by outer step
 checkpoints/         pretrain/, meta/, ordinary_*/: one folder of checkpoints each
 logs/                the ranks' standard error
@@ -40,6 +41,11 @@ class RunFolder:
     @property
     def logs(self) -> Path:
         return self.path / "logs"
+
+    @property
+    def deepspeed(self) -> Path:
+        """DeepSpeed's configuration as it was given for the meta-training."""
+        return self.path / "deepspeed.json"
 
     @property
     def evaluation(self) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import resource
 import time
@@ -33,7 +34,9 @@ from metaloom.engine.combiners.mean import Mean
 from metaloom.engine.learner import TaskBatch
 from metaloom.engine.outer import OuterOptimizer
 from metaloom.engine.precision import LossScaler, Precision
+from metaloom.engine.sharding.deepspeed_zero import DeepSpeedZero
 from metaloom.engine.step import StepTasks, outer_step
+from metaloom.files import replace_file
 from metaloom.job import Job, Place, open_job, stored_room
 from metaloom.ordinary import finished_weights, train_ordinary
 from metaloom.recipe import Pretrain, Recipe, StdlibData
@@ -73,8 +76,10 @@ def train(recipe: Recipe, place: Place) -> None:
         if recipe.pretrain is not None:
             is_resumed = newest is not None
             model.load(_pretrained(job, recipe.pretrain, model, must_be_done=is_resumed))
-        meta = initial_meta(recipe, algorithm.unroll)
-        outer = OuterOptimizer(meta, outer_settings(recipe), job.sharding)
+        outer = OuterOptimizer(initial_meta(recipe, algorithm.unroll), outer_settings(recipe), job.sharding)
+        model.hold_once(outer.meta)
+        if isinstance(job.sharding, DeepSpeedZero):
+            _tell_of_deepspeed(job, job.sharding)
         state = State(outer, LossScaler(Precision(recipe.precision.compute)), Progress(), choices)
         if newest is not None:
             require_same_tensors(outer.stored_meta(), newest.under("meta/"), source=store.root)
@@ -156,6 +161,14 @@ def _pretrained(job: Job, pretrain: Pretrain, model: HeldModel, *, must_be_done:
     )
 
 
+def _tell_of_deepspeed(job: Job, sharding: DeepSpeedZero) -> None:
+    """Says what DeepSpeed does, and keeps the configuration that it was given."""
+    if sharding.rank == 0:
+        replace_file(job.place.folder.deepspeed, json.dumps(sharding.config, indent=1))
+    job.console.note(sharding.describe())
+    job.tracker.artifact(job.place.folder.deepspeed)
+
+
 def _outer_loop(job: Job, algorithm: Maml, state: State, store: CheckpointStore) -> None:
     recipe, sharding = job.recipe, job.sharding
     outer, progress = state.outer, state.progress
@@ -175,6 +188,7 @@ def _outer_loop(job: Job, algorithm: Maml, state: State, store: CheckpointStore)
     phases = job.console.phase("meta-train", total=recipe.outer.num_steps, num_done=outer.step)
     with stream, phases as phase:
         while outer.step < recipe.outer.num_steps and not _stops_early(recipe, progress):
+            job.place.whereabouts.enter(f"outer step {outer.step + 1}")
             clock.start_step()
             _, episodes = next(stream)
             clock.data_ready()

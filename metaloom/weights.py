@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from metaloom.engine.adapters.base import BACKBONE
 from metaloom.engine.sharding.base import Sharding
 from metaloom.engine.sharding.sharded import ReadRows, Sharded, ShardedWeights, rows_in
 from metaloom.errors import CheckpointError
@@ -39,6 +40,23 @@ class HeldModel:
         if self.shards is not None:
             return self.shards.values
         return {name: value.detach() for name, value in self.module.named_parameters()}
+
+    def hold_once(self, meta: Mapping[str, Tensor]) -> None:
+        """Lets go of the model's own copy of the weights that are learned: from now on they are those of
+        `meta`.
+
+        Args:
+            meta: meta-parameters by name, as the outer optimizer holds them.
+        """
+        learned = {
+            name.removeprefix(BACKBONE): value for name, value in meta.items() if name.startswith(BACKBONE)
+        }
+        if self.shards is not None:
+            self.shards.values.update(learned)
+            return
+        for name, parameter in self.module.named_parameters():
+            if name in learned:
+                parameter.data = learned[name]
 
     def load(self, values: Mapping[str, Tensor]) -> HeldModel:
         """The same model with some of its weights replaced, in place.

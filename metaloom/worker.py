@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -20,8 +20,9 @@ from types import FrameType
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-from metaloom.agent import LOST_PARTNER_EXIT_CODE
+from metaloom.agent import watch_parent
 from metaloom.check import check
 from metaloom.errors import MetaloomError
 from metaloom.evaluate import evaluate
@@ -29,6 +30,10 @@ from metaloom.job import Place, Shutdown
 from metaloom.recipe import Recipe, load_recipe
 from metaloom.run_folder import RunFolder
 from metaloom.train import train
+from metaloom.whereabouts import END, Failure, FailureKind, Whereabouts
+
+LOST_PARTNER_EXIT_CODE = 90
+BLOCKED_S = 5.0  # how long a rank may take to notice that it is to end
 
 JOBS: dict[str, Callable[[Recipe, Place], None]] = {"train": train, "evaluate": evaluate, "check": check}
 
@@ -39,32 +44,41 @@ def main() -> int:
     parser.add_argument("job", choices=sorted(JOBS))
     parser.add_argument("run", type=Path, help="the run folder")
     parser.add_argument("--recipe", type=Path, required=True)
+    parser.add_argument("--whereabouts", type=Path, help="where the rank says where it is, and why it failed")
     arguments = parser.parse_args()
+    watch_parent(signal.SIGKILL)
+    whereabouts = Whereabouts(arguments.whereabouts)
     try:
         recipe = load_recipe(arguments.recipe)
         shutdown = _stop_on_signals()
         device = _join(recipe)
         tracking_uri = os.environ.get("MLFLOW_TRACKING_URI") or None
-        JOBS[arguments.job](recipe, Place(RunFolder(arguments.run), device, tracking_uri, shutdown))
+        place = Place(RunFolder(arguments.run), device, tracking_uri, shutdown, whereabouts)
+        JOBS[arguments.job](recipe, place)
+        whereabouts.enter(END)
     except MetaloomError as error:
-        _record(str(error), expected=True)
+        _record(whereabouts, "mistake", str(error))
         return error.exit_code
     except dist.DistError as error:
-        return _lost_partner(error)
+        return _lost_partner(whereabouts, error)
     except RuntimeError as error:
         if _is_broken_collective(error):
-            return _lost_partner(error)
-        return _unexpected(error)
+            return _lost_partner(whereabouts, error)
+        return _unexpected(whereabouts, error)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except Exception as error:
-        return _unexpected(error)
+        return _unexpected(whereabouts, error)
     dist.destroy_process_group()
     return 0
 
 
 def _stop_on_signals() -> Shutdown:
-    """SIGINT and SIGTERM end the job by KeyboardInterrupt; what they have said is in the returned state."""
+    """SIGINT and SIGTERM end the job by KeyboardInterrupt; what they have said is in the returned state.
+
+    A rank that waits in a collective for one that is gone would not see the interrupt before the
+    collective's timeout: on SIGTERM it ends `BLOCKED_S` later, unless it is delivering its last records.
+    """
     shutdown = Shutdown()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -74,8 +88,21 @@ def _stop_on_signals() -> Shutdown:
             return
         raise KeyboardInterrupt
 
+    # Python runs `interrupt` between two of its own steps; the number of the signal is written at once.
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, interrupt)
+
+    def end_if_blocked() -> None:
+        while os.read(reader, 1)[0] != signal.SIGTERM:
+            continue
+        time.sleep(BLOCKED_S)
+        if not shutdown.is_closing:
+            os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=end_if_blocked, daemon=True).start()
     return shutdown
 
 
@@ -90,10 +117,25 @@ def _join(recipe: Recipe) -> torch.device:
         # NCCL refuses two ranks on one GPU; gloo does not.
         shares_gpus = int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count()
         backend = "gloo" if shares_gpus else "cpu:gloo,cuda:nccl"
+    timeout = datetime.timedelta(seconds=recipe.launcher.timeout_s)
+    # The agents' store, which outlives this round of the job: what an earlier round has left there is
+    # kept apart.
+    store = TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        wait_for_workers=False,
+        timeout=timeout,
+    )
     dist.init_process_group(
         backend,
-        timeout=datetime.timedelta(seconds=recipe.launcher.timeout_s),
+        store=PrefixStore(f"ranks/{os.environ['TORCHELASTIC_RESTART_COUNT']}", store),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=timeout,
     )
+    # Else DeepSpeed looks for an accelerator of its own, which may be another one.
+    os.environ["DS_ACCELERATOR"] = device.type
     return device
 
 
@@ -103,19 +145,20 @@ def _is_broken_collective(error: RuntimeError) -> bool:
     return "gloo" in text or "Connection closed by peer" in text or "NCCL" in text
 
 
-def _lost_partner(error: Exception) -> int:
+def _lost_partner(whereabouts: Whereabouts, error: Exception) -> int:
     traceback.print_exc()
     _record(
+        whereabouts,
+        "lost_partner",
         "a collective failed, since another rank ended, or was silent for longer than launcher.timeout_s: "
         + _last_line(error),
-        expected=False,
     )
     return LOST_PARTNER_EXIT_CODE
 
 
-def _unexpected(error: Exception) -> int:
+def _unexpected(whereabouts: Whereabouts, error: Exception) -> int:
     traceback.print_exc()
-    _record(f"{type(error).__name__}: {_last_line(error)}", expected=False)
+    _record(whereabouts, "defect", f"{type(error).__name__}: {_last_line(error)}")
     return 1
 
 
@@ -124,17 +167,10 @@ def _last_line(error: Exception) -> str:
     return lines[-1] if lines else "(no message)"
 
 
-def _record(text: str, *, expected: bool) -> None:
-    """Leaves the reason of a failure where the agent finds it (torch elastic's error file)."""
-    rank = os.environ.get("RANK", "0")
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    print(f"rank {rank}: {text}", file=sys.stderr)
-    if path is None:
-        return
-    message = json.dumps({"text": text if expected else f"rank {rank}: {text}", "expected": expected})
-    timestamp = str(int(time.time()))
-    content = {"message": {"message": message, "extraInfo": {"py_callstack": "", "timestamp": timestamp}}}
-    Path(path).write_text(json.dumps(content), encoding="utf-8")
+def _record(whereabouts: Whereabouts, kind: FailureKind, text: str) -> None:
+    """Leaves the reason of a failure where the agent finds it."""
+    print(f"rank {os.environ.get('RANK', '0')} at {whereabouts.text}: {text}", file=sys.stderr)
+    whereabouts.record(Failure(kind, text))
 
 
 if __name__ == "__main__":

@@ -94,6 +94,22 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
+def is_rank(pid: int, rank: int) -> bool:
+    """Whether a process is a rank of a job."""
+    try:
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return f"RANK={rank}".encode() in variables and b"metaloom.worker" in words
+
+
+def rank_of(pid: int, rank: int) -> int:
+    """The process of a rank of the command with a process id."""
+    (found,) = [child for child in descendants(pid) if is_rank(child, rank)]
+    return found
+
+
 def wait_for_step(
     metrics: Path, step: int, process: "subprocess.Popen[bytes]", timeout_s: float = 60.0
 ) -> None:

@@ -17,7 +17,7 @@ from metaloom.datasets.shards import SplitSamples, write_shards
 from metaloom.errors import StreamError
 
 DATASETS = ("glyphs", "stdlib")
-_OWN_FILES = re.compile(r"(train|validation|test|rehearsal)-\d{5}\.tar(\.partial)?|index\.json(\.partial)?")
+_OWN_FILES = re.compile(r"((train|validation|test|rehearsal)-\d{5}\.tar|index\.json)(\.\d+\.partial)?")
 
 
 @dataclass(frozen=True, eq=False)

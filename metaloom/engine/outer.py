@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from torch import Tensor
 
 from metaloom.engine.inner_loops.rates import RATES
 from metaloom.engine.losses import LOSS
+from metaloom.engine.meta_optimizer import States, UpdateRule
 from metaloom.engine.sharding.base import Sharding
 from metaloom.errors import MetaloomError
 
@@ -49,23 +49,28 @@ class OuterSettings:
 
 
 class OuterOptimizer:
-    """Holds the meta-parameters, and the optimizer, schedule and moving average that follow them.
+    """Moves the meta-parameters: schedule, clipping, steps that are skipped, moving average. The sharding
+    says where they and the optimizer's states are kept.
 
     All state is a function of the gradients given, so equal gradients keep ranks equal.
 
     Args:
-        meta: what this rank holds of the meta-parameters, by name.
+        meta: what this rank holds of the meta-parameters, by name; copied.
         sharding: how they lie on the ranks.
     """
 
     def __init__(self, meta: Mapping[str, Tensor], settings: OuterSettings, sharding: Sharding) -> None:
         self.settings = settings
         self._sharding = sharding
-        self.meta = {name: value.detach().clone() for name, value in meta.items()}
+        self._optimizer = sharding.optimizer(meta, update_rule(meta, settings))
         self.step = 0
         self._skipped_in_a_row = 0
         self._average = None if settings.ema is None else _copies(self.meta)
-        self._optimizer = _optimizer(self.meta, settings)
+
+    @property
+    def meta(self) -> dict[str, Tensor]:
+        """What this rank holds of the meta-parameters, by name: the same tensors throughout."""
+        return self._optimizer.meta
 
     def update(self, gradient: Mapping[str, Tensor], *, is_expected: bool = False) -> dict[str, float]:
         """One outer step, or none where the gradient is not finite. Returns what to log.
@@ -90,16 +95,12 @@ class OuterOptimizer:
                     "in a row. Start a new run with a lower adaptation.rule.lr or outer.optimizer.lr, or set "
                     "adaptation.rule.clip_norm."
                 )
+            self._optimizer.discard()
             return metrics | {"skipped": 1.0}
         self._skipped_in_a_row = 0
         clip = self.settings.clip_norm
         scale = 1.0 if clip is None else min(1.0, clip / (metrics["gradient_norm"] + 1e-12))
-        for group in self._optimizer.param_groups:
-            group["lr"] = factor * group["full_lr"]
-        for name, value in self.meta.items():
-            value.grad = gradient[name] * scale
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self._optimizer.apply(gradient, scale=scale, lr_factor=factor)
         if self._average is not None:
             # Rises from 0 so that early averages are not held back at the initial values.
             decay = min(self.settings.ema or 0.0, self.step / (self.step + 9.0))
@@ -128,17 +129,12 @@ class OuterOptimizer:
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that the next update depends on, as checkpoints hold it, by flat name: `meta/<name>`,
-        `average/<name>` and `optimizer/<name>/<state>`."""
+        `average/<name>` and `optimizer/<name>/<state>`. Every rank must call."""
         stored = self._sharding.stored
         tensors = {f"meta/{name}": value for name, value in self.stored_meta().items()}
         tensors |= {f"average/{name}": stored(name, value) for name, value in (self._average or {}).items()}
-        for name, value in self.meta.items():
-            state = self._optimizer.state.get(value, {})
-            tensors |= {
-                f"optimizer/{name}/{key}": stored(name, entry)
-                for key, entry in state.items()
-                if entry is not None
-            }
+        for name, states in self._optimizer.states().items():
+            tensors |= {f"optimizer/{name}/{key}": stored(name, entry) for key, entry in states.items()}
         return tensors
 
     def scalars(self) -> dict[str, int]:
@@ -146,22 +142,20 @@ class OuterOptimizer:
         return {"step": self.step, "skipped_in_a_row": self._skipped_in_a_row}
 
     def load(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, int]) -> None:
-        """Takes over what `tensors` and `scalars` returned, for the same meta-parameters."""
+        """Takes over what `tensors` and `scalars` returned, for the same meta-parameters, on any number of
+        ranks. Every rank must call."""
         held = self._sharding.held
-        with torch.no_grad():
-            for name, value in self.meta.items():
-                value.copy_(held(tensors[f"meta/{name}"]))
-                if self._average is not None:
-                    self._average[name].copy_(held(tensors[f"average/{name}"]))
-                prefix = f"optimizer/{name}/"
-                self._optimizer.state[value] = {
-                    # torch keeps Adam's step count on the CPU, whatever the parameter's device.
-                    key.removeprefix(prefix): entry.clone()
-                    if key == prefix + "step"
-                    else held(entry).to(value.device, copy=True)
-                    for key, entry in tensors.items()
-                    if key.startswith(prefix)
-                }
+        states: States = {}
+        for name in self.meta:
+            prefix = f"optimizer/{name}/"
+            states[name] = {
+                key.removeprefix(prefix): held(entry)
+                for key, entry in tensors.items()
+                if key.startswith(prefix)
+            }
+        self._optimizer.load({name: held(tensors[f"meta/{name}"]) for name in self.meta}, states)
+        for name, value in (self._average or {}).items():
+            value.copy_(held(tensors[f"average/{name}"]))
         self.step = int(scalars["step"])
         self._skipped_in_a_row = int(scalars["skipped_in_a_row"])
 
@@ -172,19 +166,17 @@ def parameter_of(key: str) -> str:
     return name.rpartition("/")[0] if kind == "optimizer" else name
 
 
-def _optimizer(meta: Mapping[str, Tensor], settings: OuterSettings) -> torch.optim.Optimizer:
-    # One group per parameter keeps the optimizer's order that of `meta`, whatever the kinds.
-    groups: list[dict[str, Any]] = []
+def update_rule(meta: Mapping[str, Tensor], settings: OuterSettings) -> UpdateRule:
+    """The optimizer's rule, with the full learning rate and the weight decay of each meta-parameter."""
+    lr: dict[str, float] = {}
+    weight_decay: dict[str, float] = {}
     for name, value in meta.items():
         own = {RATES: settings.lr_rates, LOSS: settings.lr_loss}
         prefix = next((prefix for prefix in own if name.startswith(prefix)), None)
-        lr = settings.lr if prefix is None else own[prefix]
+        lr[name] = settings.lr if prefix is None else own[prefix]
         # A rate's logarithm has no reason to be pulled towards 0, a rate of 1; nor has a loss parameter's.
-        decay = 0.0 if prefix is not None or value.ndim < 2 else settings.weight_decay
-        groups.append({"params": [value], "lr": lr, "full_lr": lr, "weight_decay": decay})
-    if settings.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.betas[0])
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, foreach=False)
+        weight_decay[name] = 0.0 if prefix is not None or value.ndim < 2 else settings.weight_decay
+    return UpdateRule(settings.optimizer, settings.betas, settings.eps, lr, weight_decay)
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
-"""Processes on this machine, under torch elastic."""
+"""Processes on this machine, and on others where the same command is started, under torch elastic."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -10,36 +11,97 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-AGENT_STOP_TIMEOUT_S = 40.0  # torch elastic gives workers 30 s to end
+from metaloom.launchers.network import address_towards, interface_of, is_here, resolve
+from metaloom.recipe import LocalLauncher
+
+AGENT_STOP_TIMEOUT_S = 50.0  # the agent gives its ranks 30 s to end, and other hosts 10 s to hear of it
 
 
-def agent_command(worker_args: Sequence[str], *, num_processes: int, log_dir: Path) -> list[str]:
-    """The command that runs `num_processes` workers on this machine."""
-    return [
-        sys.executable,
-        "-m",
-        "metaloom.agent",
-        "--num-processes",
-        str(num_processes),
-        "--log-dir",
-        str(log_dir),
-        *worker_args,
-    ]
+@dataclasses.dataclass(frozen=True)
+class Standing:
+    """How this machine stands among the hosts of a job.
+
+    Attributes:
+        address: of this machine, for the others.
+        is_first: whether it is the one where they meet, and where the run's folder is written.
+    """
+
+    address: str
+    is_first: bool
 
 
-def launch(worker_args: Sequence[str], *, num_processes: int, threads_per_process: int, log_dir: Path) -> int:
-    """Runs the workers to their end and returns the job's exit code.
+ALONE = Standing("127.0.0.1", is_first=True)
 
-    Ctrl-C, and a SIGTERM or SIGHUP to this process, stop the job: the workers have 30 seconds to end.
+
+def standing(launcher: LocalLauncher) -> Standing:
+    """How this machine stands among the hosts of a job.
+
+    Raises:
+        LaunchError: the place where they meet is not known, or cannot be reached from here.
+    """
+    if launcher.hosts is None:
+        return ALONE
+    host = launcher.hosts.endpoint.rpartition(":")[0].strip("[]")
+    endpoint = resolve(host, timeout_s=launcher.hosts.wait_s)
+    return Standing(address_towards(endpoint), is_first=is_here(endpoint))
+
+
+def agent_command(
+    worker_args: Sequence[str], launcher: LocalLauncher, standing: Standing, *, log_dir: Path, digest: str
+) -> list[str]:
+    """The command that runs this machine's ranks of a job.
 
     Args:
         worker_args: arguments of `metaloom.worker`.
-        num_processes: ranks.
-        threads_per_process: threads of each rank's numerical kernels.
         log_dir: where the ranks' standard error goes.
+        digest: of the recipe: agents of another one are refused.
     """
-    command = agent_command(worker_args, num_processes=num_processes, log_dir=log_dir)
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads_per_process)}
+    hosts = launcher.hosts
+    options = {
+        "--num-processes": launcher.num_processes,
+        "--max-restarts": launcher.max_restarts,
+        "--log-dir": log_dir,
+        "--digest": digest,
+        "--address": standing.address,
+    }
+    if hosts is not None:
+        min_hosts = hosts.num_hosts if hosts.min_hosts is None else hosts.min_hosts
+        options |= {
+            "--endpoint": hosts.endpoint,
+            "--min-hosts": min_hosts,
+            "--max-hosts": hosts.num_hosts,
+            "--wait-s": hosts.wait_s,
+            "--silence-s": hosts.silence_s,
+        }
+    words = [f"{name}={value}" for name, value in options.items()]
+    words += ["--may-serve"] if standing.is_first else []
+    return [sys.executable, "-m", "metaloom.agent", *words, *worker_args]
+
+
+def agent_environment(launcher: LocalLauncher, standing: Standing) -> dict[str, str]:
+    """This process's environment, with the ranks' threads and the network interface between them.
+
+    Gloo looks for its interface by the machine's own name, which may be unknown or stand for the loopback.
+    Torch warns on standard error when it cannot look up the name of a host that connects.
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": str(launcher.threads_per_process)}
+    environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    interface = interface_of(standing.address)
+    if interface is not None:
+        environment.setdefault("GLOO_SOCKET_IFNAME", interface)
+    return environment
+
+
+def launch(
+    worker_args: Sequence[str], launcher: LocalLauncher, standing: Standing, *, log_dir: Path, digest: str
+) -> int:
+    """Runs this machine's ranks of a job to its end and returns the job's exit code.
+
+    Ctrl-C ends the job, on all hosts. A SIGTERM or SIGHUP to this process ends this machine's part of it. The
+    ranks have 30 seconds to end. The arguments are those of `agent_command`.
+    """
+    command = agent_command(worker_args, launcher, standing, log_dir=log_dir, digest=digest)
+    environment = agent_environment(launcher, standing)
     # In a session of its own, so that Ctrl-C reaches it once: from here.
     with subprocess.Popen(command, env=environment, start_new_session=True) as agent:
         stopping = (signal.SIGTERM, signal.SIGHUP)
@@ -47,13 +109,13 @@ def launch(worker_args: Sequence[str], *, num_processes: int, threads_per_proces
         try:
             return agent.wait()
         except (KeyboardInterrupt, _StoppedError) as stop:
-            # SIGINT in both cases: torch elastic sends SIGTERM to ranks whose partner failed.
-            agent.send_signal(signal.SIGINT)
+            number = stop.number if isinstance(stop, _StoppedError) else signal.SIGINT
+            agent.send_signal(number)
             try:
                 agent.wait(AGENT_STOP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 agent.kill()
-            return 128 + (stop.number if isinstance(stop, _StoppedError) else signal.SIGINT)
+            return 128 + number
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)

@@ -23,10 +23,12 @@ from metaloom.planning.here import measured_device
 from metaloom.planning.report import Plan, as_json, show
 from metaloom.planning.request import Request
 from metaloom.recipe import (
+    DeepSpeedZeroSharding,
     FullFast,
     HostSnapshots,
     MLflowTracking,
     Recipe,
+    ReplicatedSharding,
     ShardedSharding,
     load_recipe,
 )
@@ -137,9 +139,13 @@ def _worth_a_search(unfit: list[Estimate]) -> list[Estimate]:
 
 def _layout(recipe: Recipe) -> Layout:
     """The recipe's own."""
-    if isinstance(recipe.sharding, ShardedSharding):
-        return Layout("sharded", recipe.sharding.shard_size)
-    return Layout("replicated")
+    match recipe.sharding:
+        case ShardedSharding(shard_size=shard_size):
+            return Layout("sharded", shard_size)
+        case DeepSpeedZeroSharding(stage=stage, offload_optimizer=offload_optimizer):
+            return Layout("deepspeed_zero", stage=stage, offload_optimizer=offload_optimizer)
+        case ReplicatedSharding():
+            return Layout("replicated")
 
 
 def _others(own: Layout) -> list[Layout]:

@@ -271,8 +271,7 @@ def _held(recipe: Recipe, tasks: Tasks) -> _Held:
             kinds[is_backbone] = kinds[is_backbone].with_more(where, _bytes(value))
             if where == "learned":
                 kinds[is_backbone] = kinds[is_backbone].with_more("gradients", _bytes(value))
-        # Values of the model that every task has copies of are no backbone; they lie on every rank alike.
-        kinds[True] = kinds[True].with_more("weights", _bytes_of(parameters))
+        kinds[True] = kinds[True].with_more("weights", _extra_bytes(parameters, parts.outer.meta))
         initial = parts.algorithm.unroll.learner.init({}, 1)
         kinds[False] = kinds[False].with_more("weights", _extra_bytes(initial, parameters))
         fast, state = parts.algorithm.unroll.start(parts.outer.meta, 1)
@@ -357,9 +356,8 @@ def _assembled(recipe: Recipe, choices: Choices, num_shards: int = 1) -> Iterato
         adapter = build_adapter(recipe, model, choices)
         algorithm = build_algorithm(recipe, adapter, choices, CPU)
         sharding = Replicated()
-        meta = initial_meta(recipe, algorithm.unroll)
-        outer = OuterOptimizer(meta, outer_settings(recipe), sharding)
-        del meta
+        outer = OuterOptimizer(initial_meta(recipe, algorithm.unroll), outer_settings(recipe), sharding)
+        model.hold_once(outer.meta)
         combiner = Mean(outer.meta, sharding, metric_names=algorithm.hypergradient.metric_names)
         scaler = LossScaler(Precision(recipe.precision.compute))
         yield trace, _Parts(model, algorithm, outer, combiner, scaler, group)
@@ -466,7 +464,7 @@ def _bytes_of(tensors: Mapping[str, Tensor]) -> int:
     return sum(map(_bytes, tensors.values()))
 
 
-def _extra_bytes(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> int:
-    """Bytes of tensors that are no views of the parameters."""
-    known = {value.untyped_storage()._cdata for value in parameters.values()}
+def _extra_bytes(tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> int:
+    """Bytes of tensors that are no views of others."""
+    known = {value.untyped_storage()._cdata for value in others.values()}
     return sum(_bytes(value) for value in tensors.values() if value.untyped_storage()._cdata not in known)

@@ -15,7 +15,7 @@ from metaloom.planning.facts import Amounts, Facts, Point, Sizes, Way
 from metaloom.planning.hardware import Hardware
 
 FREE_SHARE = 0.5  # of what is free, that `auto` fills with graphs where no limit is set
-DEEPSPEED_BUCKET_BYTES = 2e8
+DEEPSPEED_BUCKET_BYTES = 2.0**27  # see engine/sharding/deepspeed_config.py
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Layout:
 
     kind: Literal["replicated", "sharded", "deepspeed_zero"]
     shard_size: int | None = None
-    stage: Literal[1, 2] = 2
+    stage: int = 2
     offload_optimizer: bool = False
 
     def in_words(self) -> str:
@@ -136,28 +136,32 @@ def estimate(facts: Facts, hardware: Hardware, layout: Layout, num_ranks: int) -
     largest = passes[micro_batch]
     all_passes = [passes[size] for size in sizes]
 
-    update = _update_bytes(facts, layout, num_ranks)
     batch_bytes = facts.data_bytes * tasks_per_rank
-    peaks = {"outer step": largest.amounts.peak_bytes + batch_bytes, "update": update + batch_bytes}
-    peaks |= {
-        "first trials": trial.at(Point(micro_batch, facts.num_steps, facts.num_blocks)).peak_bytes + batch_bytes
-        for trial in facts.trials
+    # The sum over tasks is there from the first micro-batch on, but not while that is computed.
+    summed = held.gradients if len(sizes) > 1 else 0.0
+    peaks = {
+        "outer step": summed + largest.amounts.peak_bytes + batch_bytes,
+        "update": _update_bytes(facts, layout, num_ranks) + batch_bytes,
     }
+    for trial in facts.trials:
+        amounts = trial.at(Point(micro_batch, facts.num_steps, facts.num_blocks))
+        peaks["first trials"] = max(peaks.get("first trials", 0.0), amounts.peak_bytes + batch_bytes)
+    kept = held.total - held.gradients
     if facts.pretrain is not None:
-        # Held by ordinary training are other tensors: what it takes above what meta-training holds.
-        peaks["pre-training"] = _pretrain_bytes(facts, num_ranks, group_size) - held.total
+        # What ordinary training holds are other tensors than those of meta-training.
+        peaks["pre-training"] = _pretrain_bytes(facts, num_ranks, group_size) - kept
     peak_in = max(peaks, key=lambda name: peaks[name])
+    gradients = {"outer step": summed, "update": held.gradients}.get(peak_in, 0.0)
     states = largest.states if peak_in == "outer step" else 0.0
-    in_use = held.total + peaks[peak_in]
     memory = Memory(
         process=hardware.device.process_bytes,
         weights=held.weights,
         learned=held.learned + held.average,
         optimizer=held.optimizer,
-        gradients=held.gradients,
+        gradients=gradients,
         states=states,
-        working=max(0.0, peaks[peak_in] - states),
-        unusable=hardware.device.unusable * in_use,
+        working=peaks[peak_in] - gradients - states,
+        unusable=hardware.device.unusable * (kept + peaks[peak_in]),
     )
     wires = _wires(facts, hardware, layout, num_ranks, all_passes)
     compute_s = sum(one.compute_s for one in all_passes) + _compute_s(facts.update, facts.compute, hardware)
@@ -203,7 +207,7 @@ def _offloaded(facts: Facts, num_ranks: int) -> float:
 
 
 def _update_bytes(facts: Facts, layout: Layout, num_ranks: int) -> float:
-    """The peak of combining and updating, above what is held."""
+    """The peak of combining and updating, above what is held; the sum of gradients among it."""
     own, backbone = facts.own.gradients, facts.backbone.gradients
     in_full = own + backbone
     if in_full == 0.0:

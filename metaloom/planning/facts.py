@@ -109,7 +109,7 @@ class Sizes:
         learned: the meta-parameters.
         optimizer: states of the outer optimizer.
         average: the moving average.
-        gradients: the sum over the tasks of an outer step.
+        gradients: the sum over the tasks of an outer step, from the first micro-batch to the update.
     """
 
     weights: float = 0.0
@@ -169,7 +169,7 @@ class Facts:
         compute: the number format.
         backbone: the model's weights, and what is learned of them.
         own: where fast weights start, rates, loss parameters: on every rank.
-        update: an outer update; its peak above what is held.
+        update: an outer update; its peak above what is held, the sum of gradients among it.
         state_bytes: (phi_k, s_k) of one task.
         data_bytes: of one task.
         ways: what a run may compute its hypergradient by: of several it takes the fastest.

@@ -6,13 +6,16 @@ looks at it, and that rule alone is passed over. Rules that need the data's inde
 checked where the data is opened.
 """
 
+import re
 from collections.abc import Callable, Iterator
 
 from metaloom.engine.capabilities import Kind, refusals, step_weights_refusal
-from metaloom.recipe.credentials import has_credentials
+from metaloom.engine.sharding.deepspeed_config import refused_keys
+from metaloom.recipe.credentials import has_credentials, without_credentials
 from metaloom.recipe.schema import (
     AdamWRule,
     Conv4Model,
+    DeepSpeedZeroSharding,
     FiniteDifferenceHypergradient,
     FullFast,
     GlyphsData,
@@ -338,6 +341,31 @@ def loss_parameters_are_learned(recipe: Recipe) -> Broken:
         )
 
 
+def zero_has_two_stages(recipe: Recipe) -> Broken:
+    sharding = recipe.sharding
+    if isinstance(sharding, DeepSpeedZeroSharding) and sharding.stage == 3:
+        yield (
+            "sharding.stage",
+            "3; shards the weights too, and DeepSpeed gathers them in hooks that autograd does not see: "
+            "no hypergradient passes through them; set it to 2, or sharding.kind to sharded",
+        )
+
+
+def zero_keeps_float32(recipe: Recipe) -> Broken:
+    if isinstance(recipe.sharding, DeepSpeedZeroSharding) and recipe.precision.compute == "float64":
+        yield (
+            "precision.compute",
+            "float64; DeepSpeed keeps optimizer states and master weights in float32, and would round to it; "
+            "set it to float32, or sharding.kind to replicated",
+        )
+
+
+def extra_keys_are_left_open(recipe: Recipe) -> Broken:
+    if isinstance(recipe.sharding, DeepSpeedZeroSharding):
+        for key, reason in refused_keys(recipe.sharding.extra):
+            yield f"sharding.extra.{key}", f"is refused, since {reason}; leave it out"
+
+
 def warmup_ends(recipe: Recipe) -> Broken:
     warmup_steps, num_steps = recipe.outer.schedule.warmup_steps, recipe.outer.num_steps
     if warmup_steps >= num_steps:
@@ -423,12 +451,15 @@ def data_url_has_no_secret(recipe: Recipe) -> Broken:
 
 
 def shards_divide_the_ranks(recipe: Recipe) -> Broken:
-    sharding, num_ranks = recipe.sharding, recipe.launcher.num_processes
+    sharding, launcher = recipe.sharding, recipe.launcher
     size = sharding.shard_size if isinstance(sharding, ShardedSharding) else None
-    if size is not None and num_ranks % size:
+    num_hosts = 1 if launcher.hosts is None else launcher.hosts.num_hosts
+    if size is not None and num_hosts * launcher.num_processes % size:
+        of_hosts = "" if launcher.hosts is None else f" on each of {num_hosts} hosts"
         yield (
             "sharding.shard_size",
-            f"{size}; must divide the number of ranks, launcher.num_processes = {num_ranks}",
+            f"{size}; must divide the number of ranks, launcher.num_processes = {launcher.num_processes}"
+            f"{of_hosts}",
         )
 
 
@@ -448,6 +479,29 @@ def shards_are_gathered_again(recipe: Recipe) -> Broken:
             "false; with sharding.kind = sharded a block is computed again when it is differentiated, or its "
             "whole weights would be kept until then; set it to true, or sharding.kind to replicated",
         )
+
+
+def fewer_hosts_are_not_more(recipe: Recipe) -> Broken:
+    hosts = recipe.launcher.hosts
+    if hosts is not None and hosts.min_hosts is not None and hosts.min_hosts > hosts.num_hosts:
+        yield (
+            "launcher.hosts.min_hosts",
+            f"{hosts.min_hosts}; must be at most launcher.hosts.num_hosts = {hosts.num_hosts}",
+        )
+
+
+def hosts_meet_at_one_of_them(recipe: Recipe) -> Broken:
+    hosts = recipe.launcher.hosts
+    if hosts is None:
+        return
+    path, shown = "launcher.hosts.endpoint", repr(without_credentials(hosts.endpoint))
+    host, _, port = hosts.endpoint.rpartition(":")
+    if not re.fullmatch(r"\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+", host) or not re.fullmatch("[0-9]+", port):
+        yield path, f"{shown}; must be host:port, for example node-0:29400"
+    elif not 1 <= int(port) <= 65535:
+        yield path, f"{shown}; the port must be from 1 to 65535, for example 29400"
+    elif host in ("0.0.0.0", "[::]", "localhost"):
+        yield path, f"{shown}; is another machine on each host; name one that all of them reach"
 
 
 RULES: tuple[Callable[[Recipe], Broken], ...] = (
@@ -478,6 +532,9 @@ RULES: tuple[Callable[[Recipe], Broken], ...] = (
     vmap_recomputes_nothing,
     a_learned_smoothing_starts_above_zero,
     loss_parameters_are_learned,
+    zero_has_two_stages,
+    zero_keeps_float32,
+    extra_keys_are_left_open,
     warmup_ends,
     sequences_fit_the_context,
     faces_suffice,
@@ -488,6 +545,8 @@ RULES: tuple[Callable[[Recipe], Broken], ...] = (
     shards_divide_the_ranks,
     shards_are_of_a_shared_backbone,
     shards_are_gathered_again,
+    fewer_hosts_are_not_more,
+    hosts_meet_at_one_of_them,
     tracking_uri_has_no_secret,
     data_url_has_no_secret,
 )

@@ -5,9 +5,10 @@ the class. A class states the type and range of each value; what relates several
 each other is in `rules.py`, so that every broken rule can be reported at once.
 """
 
+import json
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, WithJsonSchema
 
 type_checked = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -17,6 +18,13 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 FloatOrZero = Annotated[float, Field(ge=0)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
+
+
+class Keys(dict[str, JsonValue]):
+    """Keys and values of another program's configuration, hashable as the rest of a recipe."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(json.dumps(self, sort_keys=True))
 
 
 class Section(BaseModel):
@@ -615,18 +623,69 @@ class ReplicatedSharding(Section):
     )
 
 
+class DeepSpeedZeroSharding(Section):
+    """Every rank holds all of theta; DeepSpeed shards the optimizer's states (stage 1), gradients too (2)."""
+
+    kind: Literal["deepspeed_zero"] = Field(
+        default="deepspeed_zero", description="DeepSpeed's ZeRO: each rank moves its share of theta"
+    )
+    stage: Annotated[int, Field(ge=1, le=3)] = Field(
+        default=2,
+        description="what is sharded: 1, the optimizer's states; 2, gradients too; 3 is refused",
+    )
+    offload_optimizer: bool = Field(
+        default=False, description="whether optimizer states are kept, and updated, in the host's memory"
+    )
+    extra: Annotated[dict[str, JsonValue], AfterValidator(Keys), WithJsonSchema({"type": "object"})] = Field(
+        default_factory=Keys,
+        description="further keys of DeepSpeed's configuration, for example zero_optimization: "
+        "{reduce_bucket_size: 1000000}; none that this recipe decides",
+    )
+
+
+class Hosts(Section):
+    """Several hosts: the same command is started on each of them, and all see the run's folder."""
+
+    endpoint: Text = Field(
+        description="name or address of one of the hosts and a free port of it, as host:port; all hosts "
+        "meet there, and rank 0 runs there",
+    )
+    num_hosts: Count = Field(description="hosts to run on, at most")
+    min_hosts: Count | None = Field(
+        default=None, description="hosts with which the run goes on when some are lost; null for num_hosts"
+    )
+    wait_s: float = Field(
+        default=600.0,
+        ge=1,
+        le=1e6,
+        description="how long a host waits for min_hosts to come, at the start and after a loss, in seconds",
+    )
+    silence_s: float = Field(
+        default=60.0,
+        ge=4,
+        le=1e5,
+        description="how long a host may be silent before it counts as lost, in seconds",
+    )
+
+
 class LocalLauncher(Section):
-    """Processes on this machine."""
+    """Processes on this machine, and on others where the same command is started."""
 
     kind: Literal["local"] = Field(default="local", description="processes on this machine")
-    num_processes: Count = Field(default=1, description="ranks")
+    num_processes: Count = Field(default=1, description="ranks (on each host)")
     threads_per_process: Count = Field(default=1, description="threads that each rank computes with")
     timeout_s: float = Field(
         default=600.0,
         ge=1,
         le=1e6,
-        description="how long a collective waits for the other ranks before the run fails, in seconds",
+        description="how long a collective waits for the other ranks before it fails, in seconds",
     )
+    max_restarts: CountOrZero = Field(
+        default=3,
+        description="how often the ranks start again from the last checkpoint when one of them is killed, "
+        "crashes or hangs; mistakes in the recipe or the data are not tried again",
+    )
+    hosts: Hosts | None = Field(default=None, description="several hosts; null for this machine alone")
 
 
 # ---------------------------------------------------------------- validation, evaluation
@@ -754,7 +813,7 @@ class Recipe(Section):
     outer: Outer = Field(description="the outer loop")
     precision: Precision = Field(default=Precision(), description="number formats")
     memory: Memory = Field(default=Memory(), description="what is kept and what is computed again")
-    sharding: ReplicatedSharding | ShardedSharding = Field(
+    sharding: ReplicatedSharding | ShardedSharding | DeepSpeedZeroSharding = Field(
         default=ReplicatedSharding(),
         discriminator="kind",
         description="how the meta-parameters lie on the ranks",

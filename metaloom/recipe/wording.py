@@ -113,6 +113,8 @@ def _wanted(annotation: Any, metadata: Iterable[Any] = ()) -> str:
             some = "a non-empty list" if _limit(metadata, "min_length") else "a list"
             return f"{some}, each item {_wanted(items[0])}"
         return f"a list of {len(items)}, each {_wanted(items[0])}"
+    if get_origin(bare) is dict:
+        return "a section of keys and plain values"
     if bare is type(None):
         return "null"
     range_in_words = _range(metadata)

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
 
 RUN_ID_TAG = "metaloom.run_id"
+DATABASE = "mlflow.db"  # the store in a run folder
 
 # Limits of MLflow's stores.
 MAX_KEY_LENGTH = 250
@@ -154,7 +155,7 @@ class MlflowTracker(RunTracker):
     ) -> None:
         self._folder = journal_path.parent.absolute()
         self._is_named = uri is not None
-        self._uri = uri if uri is not None else f"sqlite:///{self._folder / 'mlflow.db'}"
+        self._uri = uri if uri is not None else f"sqlite:///{self._folder / DATABASE}"
         self._experiment = experiment
         self._journal_path = journal_path
         self._first_step = first_step
@@ -194,6 +195,7 @@ class MlflowTracker(RunTracker):
             uri=self._uri,
             experiment=self._experiment,
             artifact_root=self._artifact_root(),
+            own_database=None if self._is_named else self._folder / DATABASE,
             run_id=self._run_id,
             run_name=run_name,
             params=_fit_params(mask_secrets(params)),
@@ -332,6 +334,7 @@ class _Sender:
     uri: str
     experiment: str
     artifact_root: str | None
+    own_database: Path | None  # the store in the run folder; None for one that was named
     run_id: str
     run_name: str
     params: Mapping[str, str]
@@ -421,6 +424,8 @@ class _Sender:
 
     def _connect(self) -> None:
         """Finds or makes the experiment and the run; puts in the params that are not there yet."""
+        if self.own_database is not None and not self.own_database.exists():
+            _make_database(self.own_database)
         client = _make_client(self.uri)
         experiment = client.get_experiment_by_name(self.experiment)
         if experiment is not None:
@@ -543,9 +548,30 @@ def _make_client(uri: str) -> "MlflowClient":
     """A client of the store, with MLflow's own chatter turned down to errors."""
     from mlflow import MlflowClient
 
+    _quieten()
+    return MlflowClient(tracking_uri=uri)
+
+
+def _make_database(path: Path) -> None:
+    """Makes an sqlite store that is whole as soon as it is there.
+
+    MLflow takes seconds for the tables of a new store, and cannot go on with those that a process which
+    was killed meanwhile has left.
+    """
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    partial = path.with_name(path.name + ".partial")
+    partial.unlink(missing_ok=True)
+    _quieten()
+    artifact_root = (path.parent / "mlflow").as_uri()
+    store = SqlAlchemyStore(f"sqlite:///{partial}", artifact_root)  # type: ignore[no-untyped-call]
+    store.engine.dispose()
+    partial.replace(path)
+
+
+def _quieten() -> None:
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    return MlflowClient(tracking_uri=uri)
 
 
 def _describe_error(error: Exception) -> str:

@@ -28,8 +28,8 @@ EDGES = {
     "metaloom.checkpoints": {ERRORS, FILES, RECIPE},
     # The version is recorded with a run.
     "metaloom.tracking": {"metaloom", ERRORS, FILES, RECIPE},
-    # What an estimator gives is refused before anything starts; the table imports no torch.
-    RECIPE: {ERRORS, "metaloom.engine.capabilities"},
+    # What cannot be given is refused before anything starts; these tables import no torch.
+    RECIPE: {ERRORS, "metaloom.engine.capabilities", "metaloom.engine.sharding.deepspeed_config"},
     "metaloom.run_folder": {ERRORS, FILES, RECIPE},
     "metaloom.launchers": {ERRORS, RECIPE, "metaloom.run_folder", "metaloom.k8s"},
     "metaloom.k8s": {ERRORS, RECIPE},
@@ -38,7 +38,8 @@ EDGES = {
 OUTSIDE = {
     ERRORS: set[str](),
     FILES: set[str](),
-    "metaloom.engine": {"torch"},
+    # DeepSpeed where it is asked for alone: see ONLY_IN.
+    "metaloom.engine": {"torch", "deepspeed"},
     "metaloom.models": {"torch"},
     "metaloom.checkpoints": {"torch", "fsspec"},
     RECIPE: {"pydantic", "pydantic_core", "yaml"},
@@ -291,13 +292,14 @@ import metaloom.engine.step, metaloom.models.gpt, metaloom.models.conv4
 from metaloom.engine.adapters.full import FullAdapter
 from metaloom.engine.algorithms.maml import Maml, step_weights
 from metaloom.engine.hypergradients import HYPERGRADIENTS
+from metaloom.engine.inner_loops.gradient_terms import GradientTerms
 from metaloom.engine.inner_loops.rates import Rates
 from metaloom.engine.inner_loops.sgd import Sgd
 from metaloom.engine.learner import Learner, TaskBatch
 from metaloom.engine.precision import Precision
 from metaloom.engine.unroll import Unroll
 adapter = FullAdapter(torch.nn.Linear(3, 2))
-rule, rates = Sgd(proximal=0.1), Rates(0.1, "none", 2)
+rule, rates = Sgd(GradientTerms(proximal=0.1)), Rates(0.1, "none", 2)
 unroll = Unroll(Learner(adapter, Precision()), rule, rates, step_weights("last", 2))
 part = {{"inputs": torch.randn(2, 4, 3), "targets": torch.zeros(2, 4, dtype=torch.int64)}}
 meta = adapter.meta_parameters(init=True, backbone=False)

@@ -71,6 +71,7 @@ def test_a_damaged_sample_ends_all_ranks_with_its_name(tmp_path: Path, broken_gl
     shard.write_bytes(damaged)
     finished = train(tmp_path, f"data.url={broken_glyphs}", "--run", tmp_path / "run")
     assert_one_message(finished, 3, shard.name, "the shard is damaged")
+    assert "restart" not in finished.errors  # it would be as damaged again
 
 
 def test_an_unwritable_run_folder(tmp_path: Path, glyphs: Path) -> None:
@@ -117,6 +118,13 @@ def test_a_wrong_lora_target_is_found_before_the_pre_training(tmp_path: Path, st
     recipe = RECIPES / "stdlib-lora.yaml"
     finished = run("train", recipe, f"data.url={stdlib}", "adaptation.fast.targets=[qkvv]", cwd=tmp_path)
     assert_one_message(finished, 2, "'qkvv'; matches no linear layer", "qkv, proj, fc_in, fc_out, head")
+
+
+def test_several_hosts_without_a_folder_that_all_of_them_know(tmp_path: Path, glyphs: Path) -> None:
+    finished = train(
+        tmp_path, f"data.url={glyphs}", "launcher.hosts={endpoint: 'node-0:29400', num_hosts: 2}"
+    )
+    assert_one_message(finished, 2, "several hosts work on one run folder; name it with --run DIR")
 
 
 def test_evaluation_of_what_was_not_trained(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import torch
@@ -14,8 +13,9 @@ from metaloom.engine.adapters.lora import LoraAdapter
 from metaloom.engine.adapters.model import Structure
 from metaloom.engine.hypergradients.base import Hypergradient
 from metaloom.engine.sharding.sharded import Sharded, rows_in
+from metaloom.weights import drop_parameters
 from tests.numerics.problems import Problem
-from tests.numerics.transformers import NUM_LAYERS, RANK, transformer_problem, with_learner
+from tests.numerics.token_problems import NUM_LAYERS, RANK, transformer_problem, with_learner
 
 NUMBERS = (3, 8, 1, 6)
 CPU = torch.device("cpu")
@@ -47,8 +47,7 @@ def in_shards(problem: Problem, sharding: Sharded) -> Problem:
     """The same problem, the backbone in shards."""
     problem.model.requires_grad_(False)
     shards = sharding.divide(problem.model, rows_in(problem.model))
-    for weight in problem.model.parameters():
-        weight.fill_(math.nan)  # nobody is to read them
+    drop_parameters(problem.model)
     adapter = LoraAdapter(
         problem.model,
         targets=["qkv", "proj", "fc_in", "fc_out"],

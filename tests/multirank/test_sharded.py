@@ -17,7 +17,7 @@ from metaloom.engine.hypergradients.unrolled import Unrolled
 from tests.multirank.processes import run_ranks
 from tests.multirank.sharded_problems import NUMBERS, Case, hypergradients_in_shards
 from tests.numerics.problems import assert_gradients_agree
-from tests.numerics.transformers import distance
+from tests.numerics.token_problems import distance
 
 # Rows that 2 and 4 ranks do not share evenly (37 of the vocabulary), and fewer than 4 hold (6 positions).
 LEARNED: dict[str, Any] = {"backbone": True, "tied_embeddings": True}

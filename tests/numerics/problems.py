@@ -18,6 +18,7 @@ from metaloom.engine.adapters.lora import LoraAdapter
 from metaloom.engine.adapters.model import Structure
 from metaloom.engine.forward_pass import ForwardPass
 from metaloom.engine.inner_loops.base import InnerRule
+from metaloom.engine.inner_loops.gradient_terms import GradientTerms
 from metaloom.engine.inner_loops.rates import Grain, Rates
 from metaloom.engine.inner_loops.sgd import Sgd
 from metaloom.engine.learner import Learner, Rehearsal, TaskBatch
@@ -27,8 +28,8 @@ from metaloom.models.conv4 import Conv4
 from metaloom.models.gpt import VOCABULARY, Gpt
 
 PLAIN = Sgd()
-HEAVY = Sgd(momentum=0.7, weight_decay=0.05)
-CLIPPED = Sgd(momentum=0.5, clip_norm=0.05)  # active: these problems' gradients are longer
+HEAVY = Sgd(GradientTerms(weight_decay=0.05), momentum=0.7)
+CLIPPED = Sgd(GradientTerms(clip_norm=0.05), momentum=0.5)  # active: these problems' gradients are longer
 RATE = 0.2
 # The estimators that give every kind of meta-parameter here, and take terms at every inner step.
 FOR_EVERYTHING = ("unrolled", "rematerialized", "mixed_mode", "first_order")

@@ -25,7 +25,7 @@ from metaloom.engine.snapshots import Binomial
 from metaloom.engine.unroll import adapt
 from metaloom.errors import CapabilityError
 from tests.numerics.problems import FOR_EVERYTHING, Problem, assert_gradients_agree
-from tests.numerics.transformers import Fast, distance, hypergradient, recomputing, transformer_problem
+from tests.numerics.token_problems import Fast, distance, hypergradient, recomputing, transformer_problem
 
 P = 0.3
 NUMBERS = (3, 8, 21)

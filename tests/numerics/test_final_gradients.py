@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from metaloom.engine.capabilities import Kind, kind_of
+from metaloom.engine.hypergradients.sweep import Adjoint, End
+from metaloom.engine.unroll import leaves
 from tests.numerics.problems import Problem
 from tests.numerics.ways import WAYS
 
@@ -92,3 +94,25 @@ def test_it_is_told_before_the_last_pass_over_the_model_ends(
     # In passes that are not over: more have begun than ended.
     for place in told if "implicit" not in way and "difference" not in way else told[-1:]:
         assert events[:place].count("begin") > events[:place].count("end")
+
+
+def test_what_starts_both_weights_and_state_waits_for_the_adjoints_of_both() -> None:
+    # With a proximal term s_0 holds phi_0; its adjoint may come after that of phi_0, or before.
+    problem = WAYS["rematerialized, proximal"][1](2)
+    theta = leaves(problem.meta)
+    fast, state = problem.unroll.start(theta, 2)
+    adjoint = Adjoint(
+        {name: torch.full_like(value, 2.0) for name, value in fast.items()},
+        {name: torch.full_like(value, 3.0) for name, value in state.items()},
+    )
+    name = next(iter(fast))
+    for keys in ([f"fast/{name}", f"state/anchor/{name}"], [f"state/anchor/{name}", f"fast/{name}"]):
+        told: dict[str, Tensor] = {}
+        end = End(problem.unroll, theta, 2, {}, told.__setitem__)
+        for key in keys:
+            assert not told
+            end.take(key, adjoint.state[key[6:]] if key.startswith("state/") else adjoint.fast[name])
+        assert told.keys() == {f"init.{name}"}
+        assert bool((told[f"init.{name}"] == 10.0).all())  # 2 + 3 for each of two tasks
+        gradient = end.gradient(adjoint)
+        assert all(bool((gradient[f"init.{each}"] == 10.0).all()) for each in fast)

@@ -19,6 +19,7 @@ from metaloom.engine.hypergradients.finite_difference import FiniteDifference
 from metaloom.engine.hypergradients.unrolled import Unrolled
 from metaloom.engine.inner_loops.adam import Adam
 from metaloom.engine.inner_loops.base import InnerRule
+from metaloom.engine.inner_loops.gradient_terms import GradientTerms
 from metaloom.engine.inner_loops.rmsprop import RmsProp
 from metaloom.engine.inner_loops.sgd import Sgd
 from metaloom.engine.learner import Rehearsal, TaskBatch
@@ -71,14 +72,14 @@ def descend_clipped(way: Tensor, slope: Tensor, earlier: list[Tensor]) -> Tensor
 RULES: dict[str, tuple[InnerRule, Step]] = {
     "plain": (Sgd(), descend),
     # One step's gradient enters the momentum once, undamped: the same derivative.
-    "momentum, decay": (Sgd(momentum=0.7, weight_decay=0.1), descend),
+    "momentum, decay": (Sgd(GradientTerms(weight_decay=0.1), momentum=0.7), descend),
     "adam": (Adam(eps=EPS, eps_root=EPS), descend_by_adam),
     "adamw": (
-        Adam(eps=EPS, eps_root=EPS, weight_decay=0.1, decoupled_weight_decay=True),
+        Adam(eps=EPS, eps_root=EPS, decoupled_weight_decay=0.1),
         descend_by_adam,
     ),
     "rmsprop": (RmsProp(alpha=0.99, eps=EPS, eps_root=EPS), descend_by_rmsprop),
-    "clipped, proximal": (Sgd(momentum=0.5, clip_norm=CLIP, proximal=0.1), descend_clipped),
+    "clipped, proximal": (Sgd(GradientTerms(clip_norm=CLIP, proximal=0.1), momentum=0.5), descend_clipped),
 }
 every_rule = pytest.mark.parametrize("rule", RULES)
 

@@ -14,7 +14,7 @@ from metaloom.engine.hypergradients import HYPERGRADIENTS
 from metaloom.engine.learner import TaskBatch
 from metaloom.engine.precision import ComputeFormat, LossScaler, Precision, Scales
 from tests.numerics.problems import FOR_EVERYTHING, Problem
-from tests.numerics.transformers import Fast, distance, hypergradient, recomputing, transformer_problem
+from tests.numerics.token_problems import Fast, distance, hypergradient, recomputing, transformer_problem
 
 SCALES = Scales(loss=2.0**8, tangent=2.0**6)
 every_estimator = pytest.mark.parametrize("estimator", FOR_EVERYTHING)

@@ -25,6 +25,7 @@ from metaloom.engine.adapters.model import Readout
 from metaloom.engine.algorithms.maml import step_weights
 from metaloom.engine.forward_pass import ForwardPass
 from metaloom.engine.hypergradients import HYPERGRADIENTS
+from metaloom.engine.inner_loops.gradient_terms import GradientTerms
 from metaloom.engine.inner_loops.rates import Grain, Rates
 from metaloom.engine.inner_loops.sgd import Sgd
 from metaloom.engine.learner import Learner, Rehearsal, TaskBatch
@@ -154,8 +155,8 @@ def _one_task(
         g = H @ phi + h
         j_g = np.zeros_like(j_phi) if first_order else H @ j_phi + B @ j_omega
         m, j_m = (
-            rule.momentum * m + g + rule.weight_decay * phi,
-            rule.momentum * j_m + j_g + rule.weight_decay * j_phi,
+            rule.momentum * m + g + rule.terms.weight_decay * phi,
+            rule.momentum * j_m + j_g + rule.terms.weight_decay * j_phi,
         )
         eta, j_eta = _rates(problem, step, meta, columns, num_meta)
         phi, j_phi = phi - eta * m, j_phi - eta[:, None] * j_m - m[:, None] * j_eta
@@ -217,7 +218,11 @@ WEIGHTS = {
     "K=3, multi-step": step_weights("uniform", 3),
     "K=3, uneven": (0.4, 0.0, 1.3, 0.6),
 }
-RULES = {"plain": Sgd(), "momentum": Sgd(momentum=0.8), "both": Sgd(momentum=0.6, weight_decay=0.1)}
+RULES = {
+    "plain": Sgd(),
+    "momentum": Sgd(momentum=0.8),
+    "both": Sgd(GradientTerms(weight_decay=0.1), momentum=0.6),
+}
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)

@@ -20,6 +20,7 @@ from metaloom.engine.hypergradients.implicit import Implicit
 from metaloom.engine.hypergradients.solvers import ConjugateGradient, Neumann, Solution, Solver
 from metaloom.engine.hypergradients.unrolled import Unrolled
 from metaloom.engine.inner_loops.base import InnerRule, Penalties
+from metaloom.engine.inner_loops.gradient_terms import GradientTerms
 from metaloom.engine.inner_loops.rates import Rates
 from metaloom.engine.inner_loops.sgd import Sgd
 from metaloom.engine.learner import Learner, Rehearsal, TaskBatch
@@ -68,10 +69,10 @@ def gradient_with(problem: EndProblem, x: list[Tensor]) -> dict[str, Tensor]:
 
 
 RULES = {
-    "proximal": Sgd(proximal=0.7),
-    "weak proximal, momentum": Sgd(proximal=0.1, momentum=0.5),
-    "proximal and decay": Sgd(proximal=0.4, weight_decay=0.3),
-    "clipped": Sgd(proximal=0.4, clip_norm=0.5),
+    "proximal": Sgd(GradientTerms(proximal=0.7)),
+    "weak proximal, momentum": Sgd(GradientTerms(proximal=0.1), momentum=0.5),
+    "proximal and decay": Sgd(GradientTerms(weight_decay=0.3, proximal=0.4)),
+    "clipped": Sgd(GradientTerms(clip_norm=0.5, proximal=0.4)),
 }
 
 
@@ -159,7 +160,7 @@ def test_at_the_minimum_it_equals_a_long_unroll(kind: str, rule: str) -> None:
 
 @both
 def test_far_from_the_minimum_it_differs_from_the_unroll_and_says_so(kind: str) -> None:
-    problem = PROBLEMS[kind](rule=Sgd(proximal=0.7, weight_decay=0.2), num_steps=2, rate=0.05)
+    problem = PROBLEMS[kind](rule=Sgd(GradientTerms(weight_decay=0.2, proximal=0.7)), num_steps=2, rate=0.05)
     actual = implicit(problem, EXACT_CG)
     exact = Unrolled().meta_gradient(problem.unroll, problem.meta, problem.batch)
     for name, value in exact.gradient.items():
@@ -204,7 +205,7 @@ def test_the_query_losses_weight_scales_the_whole_gradient() -> None:
 
 
 def test_without_a_proximal_term_it_gives_a_backbone_alone() -> None:
-    problem = quadratic_end_problem(rule=Sgd(weight_decay=0.3))
+    problem = quadratic_end_problem(rule=Sgd(GradientTerms(weight_decay=0.3)))
     actual = implicit(problem.learning("backbone."), EXACT_CG)
     x = [torch.linalg.solve(a, b) for a, b in system(problem)]
     expected = {problem.omega: gradient_with(problem, x)[problem.omega]}
@@ -215,7 +216,11 @@ def test_without_a_proximal_term_it_gives_a_backbone_alone() -> None:
 
 def test_on_a_transformer_it_gives_every_backbone_weight_and_the_lora_initialisation() -> None:
     problem = gpt_problem(
-        step_weights=last(2), rule=Sgd(proximal=3.0), backbone=True, tied_embeddings=True, num_tasks=3
+        step_weights=last(2),
+        rule=Sgd(GradientTerms(proximal=3.0)),
+        backbone=True,
+        tied_embeddings=True,
+        num_tasks=3,
     )
     estimator = Implicit(ConjugateGradient(80, 1e-11))
     together = estimator.meta_gradient(problem.unroll, problem.meta, problem.batch)
@@ -223,7 +228,11 @@ def test_on_a_transformer_it_gives_every_backbone_weight_and_the_lora_initialisa
     assert together.metrics["negative_curvature"].sum() == 0.0
     # An inner problem that is nearly at rest: a longer one gives what `unrolled` does.
     long = gpt_problem(
-        step_weights=last(80), rule=Sgd(proximal=3.0), backbone=True, tied_embeddings=True, num_tasks=3
+        step_weights=last(80),
+        rule=Sgd(GradientTerms(proximal=3.0)),
+        backbone=True,
+        tied_embeddings=True,
+        num_tasks=3,
     )
     at_rest = estimator.meta_gradient(long.unroll, long.meta, long.batch)
     exact = Unrolled().meta_gradient(long.unroll, long.meta, long.batch)
@@ -249,7 +258,7 @@ def test_a_meta_loss_with_terms_at_earlier_steps_is_refused() -> None:
 
 
 def test_a_decoupled_decay_is_refused() -> None:
-    problem = quadratic_end_problem(rule=Decoupled(proximal=0.5))
+    problem = quadratic_end_problem(rule=Decoupled(GradientTerms(proximal=0.5)))
     with pytest.raises(CapabilityError, match=r"a decoupled weight decay of 0\.01 is no term of what is"):
         implicit(problem, EXACT_CG)
 
@@ -260,7 +269,7 @@ class Decoupled(Sgd):
 
     @property
     def penalties(self) -> Penalties:
-        return Penalties(proximal=self.proximal, decoupled_decay=0.01)
+        return Penalties(proximal=self.terms.proximal, decoupled_decay=0.01)
 
 
 # ---------------------------------------------------------------- negative curvature
@@ -293,7 +302,10 @@ def test_negative_curvature_is_told_for_the_task_that_has_it(solver: Solver) -> 
     inputs = torch.tensor([0.0, torch.pi], dtype=torch.float64).view(2, 1, 1)
     part = {"inputs": inputs, "targets": torch.ones(2, 1, dtype=torch.int64)}
     unroll = Unroll(
-        Learner(adapter, Precision("float64")), Sgd(proximal=0.5), Rates(0.01, "none", 1), (0.0, 1.0)
+        Learner(adapter, Precision("float64")),
+        Sgd(GradientTerms(proximal=0.5)),
+        Rates(0.01, "none", 1),
+        (0.0, 1.0),
     )
     meta = adapter.meta_parameters(init=True, backbone=False)
     result = Implicit(solver).meta_gradient(unroll, meta, TaskBatch((0, 1), part, part))
@@ -415,4 +427,6 @@ def test_a_neumann_series_with_too_large_a_step_diverges() -> None:
 
 def test_a_rule_must_say_what_it_adds_to_the_inner_loss() -> None:
     assert "penalties" in InnerRule.__abstractmethods__
-    assert Sgd(proximal=0.2, weight_decay=0.1).penalties == Penalties(proximal=0.2, weight_decay=0.1)
+    assert Sgd(GradientTerms(weight_decay=0.1, proximal=0.2)).penalties == Penalties(
+        proximal=0.2, weight_decay=0.1
+    )

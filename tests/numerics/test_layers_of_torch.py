@@ -25,7 +25,7 @@ from metaloom.engine.precision import Precision
 from metaloom.engine.unroll import Unroll, adapt
 from metaloom.errors import CapabilityError
 from tests.numerics.problems import Problem, perturbed
-from tests.numerics.transformers import distance
+from tests.numerics.token_problems import distance
 
 VOCABULARY, TOKENS, WIDTH, NUM_TASKS = 7, 5, 8, 2
 Tasks = Literal["loop", "vmap"]

@@ -19,7 +19,7 @@ from metaloom.engine.hypergradients.unrolled import Unrolled
 from metaloom.engine.losses import PLAIN, LossTensors, SupportLoss, token_losses
 from metaloom.engine.unroll import adapt
 from tests.numerics.problems import Problem, assert_gradients_agree
-from tests.numerics.transformers import (
+from tests.numerics.token_problems import (
     Fast,
     distance,
     hypergradient,

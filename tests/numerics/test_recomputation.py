@@ -22,7 +22,7 @@ from metaloom.engine.forward_pass import Derivative
 from metaloom.engine.recomputation import Compute, recomputed
 from metaloom.errors import CapabilityError
 from tests.numerics.problems import Problem, assert_gradients_agree, conv4_problem, last
-from tests.numerics.transformers import (
+from tests.numerics.token_problems import (
     EXACT,
     RANK,
     VOCABULARY,

@@ -12,19 +12,20 @@ from metaloom.engine.hypergradients.rematerialized import Rematerialized
 from metaloom.engine.hypergradients.sweep import AdjointSweep
 from metaloom.engine.hypergradients.truncated import Truncated
 from metaloom.engine.inner_loops.base import InnerRule
+from metaloom.engine.inner_loops.gradient_terms import GradientTerms
 from metaloom.engine.inner_loops.sgd import Sgd
 from metaloom.engine.snapshots import Binomial
 from metaloom.errors import CapabilityError
 from tests.numerics.problems import Problem, relative_error
-from tests.numerics.transformers import distance, hypergradient, transformer_problem
+from tests.numerics.token_problems import distance, hypergradient, transformer_problem
 
 K = 4
 # Terms before and after every place of truncation.
 WEIGHTS = (0.2, 0.5, 0.0, 0.3, 1.0)
 EXACT_SWEEPS: tuple[AdjointSweep, ...] = (Rematerialized(), MixedMode())
 RULES: dict[str, InnerRule] = {
-    "momentum": Sgd(momentum=0.6, weight_decay=0.1),
-    "proximal": Sgd(momentum=0.6, proximal=0.3),  # s_0 depends on theta
+    "momentum": Sgd(GradientTerms(weight_decay=0.1), momentum=0.6),
+    "proximal": Sgd(GradientTerms(proximal=0.3), momentum=0.6),  # s_0 depends on theta
 }
 
 

@@ -26,7 +26,7 @@ from tests.numerics.problems import (
     logits_of,
     relative_error,
 )
-from tests.numerics.transformers import (
+from tests.numerics.token_problems import (
     EXACT,
     hypergradient,
     recomputing,

@@ -17,6 +17,7 @@ from metaloom.engine.hypergradients.truncated import Truncated
 from metaloom.engine.hypergradients.unrolled import Unrolled
 from metaloom.engine.inner_loops.adam import Adam
 from metaloom.engine.inner_loops.base import InnerRule
+from metaloom.engine.inner_loops.gradient_terms import GradientTerms
 from metaloom.engine.inner_loops.rates import Grain
 from metaloom.engine.inner_loops.sgd import Sgd
 from metaloom.engine.losses import SupportLoss
@@ -24,7 +25,7 @@ from metaloom.engine.precision import Scales
 from metaloom.engine.snapshots import Binomial
 from tests.numerics.problems import CLIPPED, HEAVY, PLAIN, Problem, conv4_problem, gpt_problem, last
 
-PULLED = Sgd(proximal=0.3)
+PULLED = Sgd(GradientTerms(proximal=0.3))
 UNIFORM = (0.0, 0.5, 0.5)
 Way = tuple[Hypergradient, Callable[[int], Problem]]
 

@@ -31,6 +31,7 @@ from metaloom.engine.hypergradients.implicit import Implicit
 from metaloom.engine.hypergradients.reptile import Reptile
 from metaloom.engine.hypergradients.solvers import ConjugateGradient, Neumann
 from metaloom.engine.hypergradients.unrolled import Unrolled
+from metaloom.engine.inner_loops.gradient_terms import GradientTerms
 from metaloom.engine.inner_loops.sgd import Sgd
 from metaloom.engine.learner import TaskBatch
 from metaloom.engine.outer import OuterOptimizer
@@ -53,7 +54,7 @@ def problem_of(kind: Kind) -> Problem:
         grain="per_tensor" if kind == "rates" else "none",
         init=kind == "init",
         backbone=kind == "backbone",
-        rule=Sgd(proximal=0.3),
+        rule=Sgd(GradientTerms(proximal=0.3)),
     )
 
 
@@ -194,7 +195,7 @@ def test_gradients_are_in_the_storage_dtype_and_near_those_of_float64(
     estimator: str, compute: ComputeFormat
 ) -> None:
     def problem_in(compute: ComputeFormat) -> Problem:
-        backbone, rule = estimator != "reptile", Sgd(proximal=2.0)
+        backbone, rule = estimator != "reptile", Sgd(GradientTerms(proximal=2.0))
         return gpt_problem(step_weights=last(3), backbone=backbone, rule=rule, compute=compute)
 
     rounded, exactly = problem_in(compute), problem_in("float64")

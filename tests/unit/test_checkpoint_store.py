@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -253,7 +254,7 @@ def test_a_checkpoint_is_on_disk_before_older_ones_go(
     prune = CheckpointStore._prune
 
     def pruned(self: CheckpointStore, protect: frozenset[int]) -> None:
-        assert synced[-3:] == ["manifest.json.partial", "step-00000003", tmp_path.name]
+        assert synced[-3:] == [f"manifest.json.{os.getpid()}.partial", "step-00000003", tmp_path.name]
         prune(self, protect)
 
     monkeypatch.setattr(CheckpointStore, "_prune", pruned)

@@ -26,7 +26,7 @@ from metaloom.engine.snapshots import Binomial, KeepAll
 from metaloom.engine.unroll import Unroll
 from metaloom.errors import CapabilityError
 from tests.numerics.problems import Problem, assert_gradients_agree
-from tests.numerics.transformers import hypergradient, recomputing, transformer_problem
+from tests.numerics.token_problems import hypergradient, recomputing, transformer_problem
 
 CPU = torch.device("cpu")
 GRAPH = "graph of all steps"

@@ -22,7 +22,7 @@ def test_a_broken_or_unfinished_set_is_made_again(tmp_path: Path) -> None:
     first = make_dataset("stdlib", tmp_path, max_per_split=3)
     (tmp_path / "train-00000.tar").write_bytes(b"")
     (tmp_path / "train-00007.tar").write_bytes(b"left over")
-    (tmp_path / "test-00000.tar.partial").write_bytes(b"left over")
+    (tmp_path / "test-00000.tar.4711.partial").write_bytes(b"left over")
     again = make_dataset("stdlib", tmp_path, max_per_split=3)
     assert again.created
     (tmp_path / "index.json").unlink()

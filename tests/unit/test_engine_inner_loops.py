@@ -13,7 +13,7 @@ from torch import Tensor
 from metaloom.build import build_rule
 from metaloom.engine.inner_loops.adam import Adam
 from metaloom.engine.inner_loops.base import InnerRule
-from metaloom.engine.inner_loops.gradient_terms import clip_per_task
+from metaloom.engine.inner_loops.gradient_terms import GradientTerms, clip_per_task
 from metaloom.engine.inner_loops.rates import Grain, Rates
 from metaloom.engine.inner_loops.rmsprop import RmsProp
 from metaloom.engine.inner_loops.sgd import Sgd
@@ -44,20 +44,20 @@ PAIRS: dict[str, tuple[Rule, Callable[[Groups], torch.optim.Optimizer]]] = {
     "sgd": (Sgd(), lambda groups: torch.optim.SGD(groups, lr=1.0)),
     "sgd, momentum": (Sgd(momentum=0.9), lambda groups: torch.optim.SGD(groups, lr=1.0, momentum=0.9)),
     "sgd, weight decay": (
-        Sgd(weight_decay=0.1),
+        Sgd(GradientTerms(weight_decay=0.1)),
         lambda groups: torch.optim.SGD(groups, lr=1.0, weight_decay=0.1),
     ),
     "sgd, momentum, weight decay": (
-        Sgd(momentum=0.9, weight_decay=0.1),
+        Sgd(GradientTerms(weight_decay=0.1), momentum=0.9),
         lambda groups: torch.optim.SGD(groups, lr=1.0, momentum=0.9, weight_decay=0.1),
     ),
     "sgd, nesterov, weight decay": (
-        Sgd(momentum=0.8, nesterov=True, weight_decay=0.1),
+        Sgd(GradientTerms(weight_decay=0.1), momentum=0.8, nesterov=True),
         lambda groups: torch.optim.SGD(groups, lr=1.0, momentum=0.8, nesterov=True, weight_decay=0.1),
     ),
     "adam": (Adam(eps_root=0.0), lambda groups: torch.optim.Adam(groups, foreach=False)),
     "adam, weight decay": (
-        Adam(betas=(0.7, 0.95), eps=1e-2, eps_root=0.0, weight_decay=0.1),
+        Adam(GradientTerms(weight_decay=0.1), betas=(0.7, 0.95), eps=1e-2, eps_root=0.0),
         lambda groups: torch.optim.Adam(groups, betas=(0.7, 0.95), eps=1e-2, weight_decay=0.1, foreach=False),
     ),
     "adam, no memory": (
@@ -65,7 +65,7 @@ PAIRS: dict[str, tuple[Rule, Callable[[Groups], torch.optim.Optimizer]]] = {
         lambda groups: torch.optim.Adam(groups, betas=(0.0, 0.0), foreach=False),
     ),
     "adamw": (
-        Adam(eps_root=0.0, weight_decay=0.3, decoupled_weight_decay=True),
+        Adam(eps_root=0.0, decoupled_weight_decay=0.3),
         lambda groups: torch.optim.AdamW(groups, weight_decay=0.3, foreach=False),
     ),
     "rmsprop": (
@@ -73,7 +73,7 @@ PAIRS: dict[str, tuple[Rule, Callable[[Groups], torch.optim.Optimizer]]] = {
         lambda groups: torch.optim.RMSprop(groups, foreach=False),
     ),
     "rmsprop, momentum, weight decay": (
-        RmsProp(alpha=0.9, eps=1e-2, eps_root=0.0, momentum=0.6, weight_decay=0.1),
+        RmsProp(GradientTerms(weight_decay=0.1), alpha=0.9, eps=1e-2, eps_root=0.0, momentum=0.6),
         lambda groups: torch.optim.RMSprop(
             groups, alpha=0.9, eps=1e-2, momentum=0.6, weight_decay=0.1, foreach=False
         ),
@@ -89,7 +89,7 @@ PAIRS: dict[str, tuple[Rule, Callable[[Groups], torch.optim.Optimizer]]] = {
 @pytest.mark.parametrize("pair", PAIRS)
 def test_a_rule_over_several_steps_equals_torchs_optimizer_of_each_task(pair: str, proximal: float) -> None:
     rule, optimizer_of = PAIRS[pair]
-    rule = dataclasses.replace(rule, proximal=proximal)
+    rule = dataclasses.replace(rule, terms=dataclasses.replace(rule.terms, proximal=proximal))
     start = noise(0)
     tasks = [
         {name: value[task].clone().requires_grad_() for name, value in start.items()} for task in range(T)
@@ -111,15 +111,15 @@ def test_a_rule_over_several_steps_equals_torchs_optimizer_of_each_task(pair: st
 
 @pytest.mark.parametrize(
     "rule",
-    [Sgd(momentum=0.5, clip_norm=1.5), Adam(eps_root=0.0, clip_norm=1.5), RmsProp(clip_norm=1.5)],
+    [Sgd(momentum=0.5), Adam(eps_root=0.0), RmsProp()],
     ids=["sgd", "adam", "rmsprop"],
 )
 def test_a_rule_that_clips_steps_as_it_does_on_gradients_that_torch_has_clipped_task_by_task(
     rule: Rule,
 ) -> None:
-    rule = dataclasses.replace(rule, proximal=0.3, weight_decay=0.2)
+    rule = dataclasses.replace(rule, terms=GradientTerms(0.2, clip_norm=1.5, proximal=0.3))
     start = noise(0)
-    free = dataclasses.replace(rule, clip_norm=None, proximal=0.0)
+    free = dataclasses.replace(rule, terms=GradientTerms(0.2))
     fast, state = start, rule.init_state(start)
     fast_2, state_2 = start, free.init_state(start)
     for step in range(3):
@@ -167,9 +167,11 @@ def test_clipping_an_exactly_zero_gradient_is_zero_with_a_finite_derivative() ->
 
 
 EVERY_MEMORY: dict[str, InnerRule] = {
-    "sgd": Sgd(momentum=0.5, weight_decay=0.1, clip_norm=1.0, proximal=0.2),
-    "adam": Adam(weight_decay=0.1, clip_norm=1.0, proximal=0.2),
-    "rmsprop": RmsProp(momentum=0.5, centered=True, weight_decay=0.1, clip_norm=1.0, proximal=0.2),
+    "sgd": Sgd(GradientTerms(weight_decay=0.1, clip_norm=1.0, proximal=0.2), momentum=0.5),
+    "adam": Adam(GradientTerms(weight_decay=0.1, clip_norm=1.0, proximal=0.2)),
+    "rmsprop": RmsProp(
+        GradientTerms(weight_decay=0.1, clip_norm=1.0, proximal=0.2), momentum=0.5, centered=True
+    ),
 }
 
 
@@ -190,13 +192,13 @@ def test_a_rule_leaves_its_arguments_as_they_were(rule: str) -> None:
 @pytest.mark.parametrize(
     ("rule", "kinds"),
     [
-        (Sgd(weight_decay=0.1, clip_norm=1.0), set()),
+        (Sgd(GradientTerms(weight_decay=0.1, clip_norm=1.0)), set()),
         (Sgd(momentum=0.5), {"momentum"}),
-        (Sgd(proximal=0.5), {"anchor"}),
+        (Sgd(GradientTerms(proximal=0.5)), {"anchor"}),
         (Adam(), {"first_moment", "second_moment", "step_count"}),
         (RmsProp(), {"square_average"}),
         (
-            RmsProp(momentum=0.5, centered=True, proximal=0.1),
+            RmsProp(GradientTerms(proximal=0.1), momentum=0.5, centered=True),
             {"square_average", "average", "momentum", "anchor"},
         ),
     ],
@@ -213,7 +215,7 @@ def test_the_state_keeps_what_the_rule_needs_and_its_names_and_shapes_stay(
 
 
 def test_the_proximal_anchor_is_phi_0_itself_and_is_never_copied() -> None:
-    rule, fast = Sgd(proximal=0.5), noise(0)
+    rule, fast = Sgd(GradientTerms(proximal=0.5)), noise(0)
     state = rule.init_state(fast)
     _, after = rule.update(fast, state, noise(1), scalars(RATES))
     for name, value in fast.items():
@@ -269,7 +271,7 @@ def test_nesterovs_momentum_needs_momentum() -> None:
         ),
         (
             AdamWRule(lr=0.1),
-            Adam(weight_decay=0.01, decoupled_weight_decay=True),
+            Adam(decoupled_weight_decay=0.01),
             {
                 "betas": (0.1, 0.2),
                 "eps": 1e-3,
@@ -302,7 +304,14 @@ def test_every_value_of_a_rules_section_reaches_the_rule(
     assert others.keys() == type(section).model_fields.keys() - {"kind", "lr", "learned"}
     for name, value in others.items():
         built = build_rule(section.model_copy(update={name: value}))
-        assert vars(built) == vars(rule) | {name: value}
+        is_decoupled = isinstance(section, AdamWRule) and name == "weight_decay"
+        assert values(built) == values(rule) | {"decoupled_weight_decay" if is_decoupled else name: value}
+
+
+def values(rule: InnerRule) -> dict[str, object]:
+    """A rule's values and those of its gradient's terms, by name."""
+    assert isinstance(rule, Sgd | Adam | RmsProp)
+    return {name: value for name, value in vars(rule).items() if name != "terms"} | vars(rule.terms)
 
 
 # ---------------------------------------------------------------- rates

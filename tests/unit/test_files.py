@@ -52,7 +52,7 @@ def test_content_is_on_disk_before_it_has_the_name_and_the_name_before_it_return
         lambda file: seen.append((Path(f"/proc/self/fd/{file}").readlink().name, path.read_text())),
     )
     replace_file(path, "new")
-    assert seen == [("facts.json.partial", "old"), (tmp_path.name, "new")]
+    assert seen == [(f"facts.json.{os.getpid()}.partial", "old"), (tmp_path.name, "new")]
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])

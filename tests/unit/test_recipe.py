@@ -50,6 +50,7 @@ adaptation:
 outer: {num_steps: 100, tasks_per_step: 4}
 """
 
+RECOMPUTED = "memory.recompute_blocks=true"
 STDLIB = """\
 name: tiny
 model: {kind: gpt}
@@ -224,6 +225,11 @@ def test_a_whole_number_is_accepted_as_a_float(load: Load) -> None:
             "validation.early_stopping=3",
             "3 is not a section; give a section of: patience, min_delta (or null)",
         ),
+        (
+            "sharding={kind: deepspeed_zero, extra: 3}",
+            "sharding.extra: 3; must be a section of keys and plain values",
+        ),
+        ("sharding={kind: deepspeed_zero, stage: 4}", "sharding.stage: 4; must be at least 1 and at most 3"),
         ("outer.optimizer=3", "outer.optimizer: 3 is not a section; give a section with kind: adam or sgd"),
         ("seed=" + "9" * 5000, "(5002 characters) is not a whole number"),
     ],
@@ -337,7 +343,10 @@ def test_a_section_without_a_kind_has_that_of_its_default(load: Load) -> None:
         ("algorithm.hypergradient.kind=mixed", "reptile; did you mean 'mixed_mode'?"),
         ("data.kind=glyps", "data.kind: 'glyps' is not one of glyphs, stdlib; did you mean 'glyphs'?"),
         ("tracking=mlfow", "tracking: 'mlfow' is not one of mlflow, none; did you mean 'mlflow'?"),
-        ("sharding=zero", "sharding: 'zero' is not one of replicated, sharded; choose one of them"),
+        (
+            "sharding=zero",
+            "sharding: 'zero' is not one of replicated, sharded, deepspeed_zero; choose one of them",
+        ),
         (
             "evaluation.baselines=[randm]",
             "evaluation.baselines.0: 'randm' is not one of random, ordinary_equal",
@@ -409,7 +418,7 @@ outer:
         "line 1          name: 'all wrong'; must be made of at most 100 letters, digits, '-', '_' and '.', "
         "the first a letter or digit",
         "line 4          model.widht: unknown key; did you mean 'width'? "
-        "(model of kind conv4 has: kind, width, num_blocks, norm)",
+        "(model of kind conv4 has: kind, width, num_blocks, norm, weights)",
         "line 9          data.n_query: 5; data.n_shot + data.n_query = 14 must be at most 12, the type faces "
         "of each glyph; lower one of them",
         "line 14         adaptation.rule.lr: 'fast' is not a number; give a number greater than 0",
@@ -597,6 +606,31 @@ outer:
         ),
         (
             GLYPHS,
+            ["launcher.hosts={endpoint: 'node-0:29400', num_hosts: 2, min_hosts: 3}"],
+            "launcher.hosts.min_hosts: 3; must be at most launcher.hosts.num_hosts = 2",
+        ),
+        (
+            GLYPHS,
+            ["launcher.hosts={endpoint: node-0, num_hosts: 2}"],
+            "launcher.hosts.endpoint: 'node-0'; must be host:port, for example node-0:29400",
+        ),
+        (
+            GLYPHS,
+            ["launcher.hosts={endpoint: 'me:pw@node-0:29400', num_hosts: 2}"],
+            "launcher.hosts.endpoint: '***@node-0:29400'; must be host:port, for example",
+        ),
+        (
+            GLYPHS,
+            ["launcher.hosts={endpoint: 'node-0:0', num_hosts: 2}"],
+            "launcher.hosts.endpoint: 'node-0:0'; the port must be from 1 to 65535, for example 29400",
+        ),
+        (
+            GLYPHS,
+            ["launcher.hosts={endpoint: 'localhost:29400', num_hosts: 2}"],
+            "launcher.hosts.endpoint: 'localhost:29400'; is another machine on each host; name one",
+        ),
+        (
+            GLYPHS,
             ["algorithm.hypergradient={kind: truncated, num_steps: 4}"],
             "algorithm.hypergradient.num_steps: 4; must be at most adaptation.num_steps = 3",
         ),
@@ -661,6 +695,69 @@ outer:
             "adaptation.rule.weight_decay: 0.01; is decoupled under adamw, so no term of what is minimised",
         ),
         (
+            STDLIB,
+            ["sharding={kind: sharded, shard_size: 2}", "launcher.num_processes=3", RECOMPUTED],
+            "sharding.shard_size: 2; must divide the number of ranks, launcher.num_processes = 3",
+        ),
+        (
+            GLYPHS,
+            ["sharding=sharded", RECOMPUTED],
+            "sharding.kind: sharded divides the weights that tasks share, and with adaptation.fast.kind = "
+            "full every task has a whole copy of all weights; set sharding.kind to replicated, or ",
+        ),
+        (
+            STDLIB,
+            ["sharding=sharded"],
+            "memory.recompute_blocks: false; with sharding.kind = sharded a block is computed again when it "
+            "is differentiated, or its whole weights would be kept until then; set it to true, or ",
+        ),
+        (
+            GLYPHS,
+            ["sharding={kind: deepspeed_zero, stage: 3}"],
+            "sharding.stage: 3; shards the weights too, and DeepSpeed gathers them in hooks that autograd "
+            "does not see: no hypergradient passes through them; set it to 2, or sharding.kind to sharded",
+        ),
+        (
+            GLYPHS,
+            ["sharding=deepspeed_zero", "precision.compute=float64"],
+            "precision.compute: float64; DeepSpeed keeps optimizer states and master weights in float32, and "
+            "would round to it; set it to float32, or sharding.kind to replicated",
+        ),
+        *(
+            (
+                GLYPHS,
+                ["sharding=deepspeed_zero", f"sharding.extra.{key}={value}"],
+                f"sharding.extra.{message}",
+            )
+            for key, value, message in (
+                (
+                    "train_batch_size",
+                    "4",
+                    "train_batch_size: is refused, since outer.tasks_per_step and outer",
+                ),
+                ("gradient_clipping", "1.0", "gradient_clipping: is refused, since outer.clip_norm says how"),
+                (
+                    "optimizer",
+                    "{type: Adam}",
+                    "optimizer: is refused, since outer.optimizer names the optimizer",
+                ),
+                ("bf16.enabled", "true", "bf16: is refused, since precision.compute says in which format"),
+                ("wandb.enabled", "true", "wandb: is refused, since tracking says where the run is recorded"),
+                ("zero_optimization.stage", "1", "zero_optimization.stage: is refused, since sharding.stage"),
+                (
+                    "zero_optimization.stage3_max_live_parameters",
+                    "1",
+                    "zero_optimization.stage3_max_live_parameters: is refused, since it is of stage 3, and",
+                ),
+                (
+                    "zero_optimization.round_robin_gradients",
+                    "true",
+                    "zero_optimization.round_robin_gradients",
+                ),
+                ("zero_optimization", "3", "zero_optimization: is refused, since it is a section of keys"),
+            )
+        ),
+        (
             GLYPHS,
             ["tracking.uri=https://user:word@host"],
             "tracking.uri: holds a user name, password or token (not shown), and a recipe is stored with "
@@ -697,6 +794,8 @@ def test_a_rule_between_values_is_enforced(load: Load, text: str, overrides: lis
         (GLYPHS, ["adaptation.rule.proximal=0.5", "adaptation.num_steps=1", "evaluation.num_steps=2"]),
         (GLYPHS, ["adaptation.rule.proximal=0", "adaptation.num_steps=1"]),
         (GLYPHS, ["evaluation.baselines=[]"]),
+        (GLYPHS, ["sharding={kind: deepspeed_zero, stage: 1}", "precision.compute=bfloat16"]),
+        (GLYPHS, ["sharding=deepspeed_zero", "sharding.extra.zero_optimization.overlap_comm=true"]),
         (GLYPHS, ["algorithm.hypergradient=implicit", "adaptation.rule.proximal=0.1"]),
         (
             STDLIB,
@@ -980,6 +1079,8 @@ def test_a_recipe_is_immutable_and_hashable(load: Load) -> None:
     with pytest.raises(ValueError, match="frozen"):
         recipe.seed = 3
     assert hash(recipe) == hash(load(GLYPHS))
+    extra = ("sharding=deepspeed_zero", "sharding.extra.zero_optimization.overlap_comm=true")
+    assert hash(load(GLYPHS, *extra)) == hash(load(GLYPHS, *extra)) != hash(load(GLYPHS, extra[0]))
 
 
 def test_given_values_are_not_changed() -> None:

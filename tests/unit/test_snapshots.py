@@ -12,10 +12,11 @@ import torch
 
 from metaloom.engine.hypergradients.sweep import AdjointSweep
 from metaloom.engine.inner_loops.adam import Adam
+from metaloom.engine.inner_loops.gradient_terms import GradientTerms
 from metaloom.engine.snapshots import Binomial, HostMemory, KeepAll, SnapshotPlan, num_reversed, split
 from metaloom.engine.unroll import Snapshot
 from tests.numerics.problems import assert_gradients_agree, conv4_problem
-from tests.numerics.transformers import EXACT, hypergradient, transformer_problem
+from tests.numerics.token_problems import EXACT, hypergradient, transformer_problem
 
 
 class Visit:
@@ -188,7 +189,7 @@ def test_a_sweep_over_any_plan_equals_one_over_all_bit_for_bit(
 ) -> None:
     for problem in (
         conv4_problem(step_weights=(0.1, 0.0, 0.0, 0.4, 0.0, 1.0), grain="per_tensor"),
-        conv4_problem(step_weights=(0.0, 0.0, 0.5, 1.0), rule=Adam(proximal=0.3)),
+        conv4_problem(step_weights=(0.0, 0.0, 0.5, 1.0), rule=Adam(GradientTerms(proximal=0.3))),
         transformer_problem(step_weights=(0.0, 0.0, 0.3, 0.0, 1.0), dropout=0.3),
     ):
         expected = hypergradient(problem, estimator(KeepAll()))

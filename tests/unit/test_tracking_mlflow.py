@@ -224,6 +224,48 @@ def test_the_default_store_lies_in_the_run_folder_and_nothing_in_the_working_dir
     assert capfd.readouterr() == ("", ""), "MLflow says nothing"
 
 
+HALF_MADE = """
+import pathlib, sys
+from metaloom.tracking import MlflowTracker
+tracker = MlflowTracker(None, "metaloom", journal_path=pathlib.Path(sys.argv[1]) / "metrics.jsonl")
+tracker.start(run_name="a run", params={}, tags={}, resume_id=None)
+tracker.log({"loss": 1.0}, 1)
+tracker.finish("finished")
+"""
+
+
+def is_half_made(folder: Path) -> bool:
+    """Whether a table is just being copied into another form, and would be in the way later."""
+    for path in folder.glob("mlflow.db*"):
+        try:
+            return bool(query(path, "select 1 from sqlite_master where name like '%alembic_tmp%'"))
+        except sqlite3.Error:
+            continue  # it is being written
+    return False
+
+
+def test_a_store_whose_making_was_killed_is_made_anew_and_gets_everything(tmp_path: Path) -> None:
+    child = subprocess.Popen([sys.executable, "-c", HALF_MADE, tmp_path], stderr=subprocess.DEVNULL)
+    try:
+        while not is_half_made(tmp_path):
+            assert child.poll() is None
+    finally:
+        child.kill()
+        child.wait()
+    tracker = MlflowTracker(
+        None,
+        "metaloom",
+        journal_path=tmp_path / "metrics.jsonl",
+        first_step=2,
+        warn=pytest.fail,
+        finish_timeout_s=120.0,
+    )
+    start(tracker, resume_id="an id")
+    tracker.finish("finished")
+    assert points(tmp_path / "mlflow.db") == {("loss", 1): 1}
+    assert not (tmp_path / "mlflow.db.partial").exists()
+
+
 def test_a_continued_run_keeps_its_params_and_gets_what_was_lost_but_nothing_twice(tmp_path: Path) -> None:
     journal, store = tmp_path / "metrics.jsonl", tmp_path / "mlflow.db"
     first = MlflowTracker(None, "exp", journal_path=journal)

@@ -10,9 +10,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from metaloom.engine.adapters.model import Structure, nothing_attached, run_model
+from metaloom.engine.forward_pass import ForwardPass
+from metaloom.engine.precision import Precision
 from metaloom.engine.sharding.replicated import Replicated
 from metaloom.engine.sharding.sharded import Sharded, rows_of
-from metaloom.errors import CheckpointError
+from metaloom.errors import CapabilityError, CheckpointError
 from metaloom.models.gpt import Gpt
 from metaloom.weights import hold, parameters_on_meta
 
@@ -101,3 +104,29 @@ def test_parameters_on_meta_leave_buffers_real_and_modules_made_later_as_they_ar
     assert norm.running_mean is not None
     assert norm.running_mean.device.type == "cpu"
     assert nn.Linear(2, 2).weight.device.type == "cpu"
+
+
+class HeadOutside(nn.Module):
+    """Uses its embedding's weight as a head's, in its own forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(5, 4)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(self.embedding(tokens), self.embedding.weight)
+
+
+def test_a_weight_that_is_used_outside_of_its_module_is_refused_in_shards() -> None:
+    held = hold(HeadOutside, None, Sharded(CPU), CPU, torch.float64)
+    with pytest.raises(CapabilityError, match=r"uses one outside of its module's own forward .* replicated"):
+        run_model(
+            held.module,
+            Structure(),
+            held.values(),
+            torch.tensor([[1, 2]]),
+            ForwardPass(Precision("float64"), CPU),
+            attachments={},
+            attach=nothing_attached,
+            shards=held.shards,
+        )

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from metaloom.engine.forward_pass import ForwardPass, Interception
@@ -95,11 +96,15 @@ def run_model(
 
     Args:
         weights: the model's parameters by name; those that it lacks stay as they are. With `shards` all of
-            them.
+            them, and the model's own are on the meta device, where nothing can be computed with them.
         inputs: the model's one argument.
         attachments: tensors that hooks add to layers, by `<module>.<tensor>`.
         attach: puts hooks for such tensors on the model while its context lasts.
         shards: makes them whole, where `weights` are this rank's shards.
+
+    Raises:
+        CapabilityError: the head cannot be held back; or, with `shards`, a weight is used outside of the
+            module that has it.
     """
     interception = Interception(forward_pass)
     modules = dict(model.named_modules())
@@ -107,20 +112,21 @@ def run_model(
     head_name = structure.head if forward_pass.holds_back_head else None
     parts = [*structure.blocks, *([] if head_name is None else [head_name])]
     outside = {name: value for name, value in attachments.items() if not any(_is_in(name, p) for p in parts)}
+    divided = None if shards is None else _Divided(model, weights, shards)
     with contextlib.ExitStack() as stack:
         for position, name in enumerate(structure.blocks):
             inside = {key: value for key, value in attachments.items() if _is_in(key, name)}
             block = _Block(
-                modules[name], name, f"{position}", inside, attach, interception, forward_pass, shards
+                modules[name], name, f"{position}", inside, attach, interception, forward_pass, divided
             )
             stack.enter_context(_replaced_forward(modules[name], block))
-        if shards is not None:
+        if divided is not None:
+            stack.enter_context(_RefuseUseOutside())
             others, around = _outside_blocks(model, parts)
             for name in others:
-                block = _Block(modules[name], name, None, {}, attach, interception, forward_pass, shards)
+                block = _Block(modules[name], name, None, {}, attach, interception, forward_pass, divided)
                 stack.enter_context(_replaced_forward(modules[name], block))
-            if around:
-                weights = {**weights, **shards.whole({name: weights[name] for name in around})}
+            weights = divided.whole({name: weights[name] for name in around})
         if head_name is not None:
             stack.enter_context(_replaced_forward(modules[head_name], held_back.keep(modules[head_name])))
         stack.enter_context(interception)
@@ -137,8 +143,9 @@ def run_model(
     layer = modules[head_name]
     attached = {key: value for key, value in attachments.items() if _is_in(key, head_name)}
     head_weights = held_back.weights
-    if shards is not None:
-        head_weights = _whole(shards, head_name, head_weights)
+    if divided is not None:
+        own = divided.of_module(head_name, head_weights)
+        head_weights = divided.whole_of_module(head_name, own)
     names = tuple(head_weights)
 
     def head(features: Tensor, *tensors: Tensor) -> Tensor:
@@ -183,25 +190,27 @@ class _Block:
         attach: Attach,
         interception: Interception,
         forward_pass: ForwardPass,
-        shards: Shards | None,
+        divided: _Divided | None,
     ) -> None:
         self._original = _Original(module)
         self._name, self._site, self._num_calls = name, site, 0
         self._attachments, self._attach = attachments, attach
-        self._interception, self._pass, self._shards = interception, forward_pass, shards
+        self._interception, self._pass, self._divided = interception, forward_pass, divided
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self._num_calls += 1
         site, num_draws = self._interception.position
         if self._site is not None:
             site, num_draws = f"{self._site}#{self._num_calls}", 0
-        if not self._pass.recompute_blocks and self._shards is None:
+        if not self._pass.recompute_blocks and self._divided is None:
             with self._interception.region(site), self._attach(self._attachments):
                 return self._original(*args, **kwargs)
         values, layout = pytree.tree_flatten((args, kwargs))
         is_given = [isinstance(value, Tensor) for value in values]
         given = [value for value in values if isinstance(value, Tensor)]
-        weights = dict(self._original.named_parameters())
+        weights: dict[str, Tensor] = dict(self._original.module.named_parameters())
+        if self._divided is not None:
+            weights = self._divided.of_module(self._name, weights)
         attachments = dict(self._attachments)
         layouts: list[Any] = []
         positions: list[tuple[str, int]] = []
@@ -213,11 +222,12 @@ class _Block:
             ]
             substituted = {name: next(rest) for name in weights}
             attached = {name: next(rest) for name in attachments}
-            if self._shards is not None:
-                substituted = _whole(self._shards, self._name, substituted, "module.")
+            if self._divided is not None:
+                substituted = self._divided.whole_of_module(self._name, substituted)
             args, kwargs = pytree.tree_unflatten(filled, layout)
             with self._interception.region(site, num_draws), self._attach(attached):
-                result = functional_call(self._original, substituted, args, kwargs)
+                prefixed = {f"module.{name}": value for name, value in substituted.items()}
+                result = functional_call(self._original, prefixed, args, kwargs)
                 positions.append(self._interception.position)
             outputs, output_layout = pytree.tree_flatten(result)
             layouts.append(output_layout)
@@ -251,11 +261,52 @@ def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterato
         del module.__dict__["forward"]
 
 
-def _whole(shards: Shards, module: str, weights: Tensors, prefix: str = "") -> dict[str, Tensor]:
-    """The whole weights of a module from this rank's shards, by `<prefix><name in the module>`."""
-    full_names = {f"{module}.{name.removeprefix(prefix)}": name for name in weights}
-    whole = shards.whole({full: weights[name] for full, name in full_names.items()})
-    return {full_names[full]: value for full, value in whole.items()}
+class _Divided:
+    """The weights of a model in one pass, where this rank has shards of them.
+
+    Args:
+        weights: the shards, by name; of tied ones by the first.
+    """
+
+    def __init__(self, model: nn.Module, weights: Tensors, shards: Shards) -> None:
+        self._shards = shards
+        values = {parameter: weights[name] for name, parameter in model.named_parameters()}
+        self._by_name = {
+            name: values[parameter] for name, parameter in model.named_parameters(remove_duplicate=False)
+        }
+
+    def of_module(self, module: str, names: Iterable[str]) -> dict[str, Tensor]:
+        """The shards of a module's weights, by their names in it."""
+        return {name: self._by_name[f"{module}.{name}"] for name in names}
+
+    def whole_of_module(self, module: str, weights: Tensors) -> dict[str, Tensor]:
+        """The whole weights of a module from their shards, by their names in it."""
+        whole = self._shards.whole({f"{module}.{name}": value for name, value in weights.items()})
+        return {name: whole[f"{module}.{name}"] for name in weights}
+
+    def whole(self, weights: Tensors) -> dict[str, Tensor]:
+        """The whole weights from their shards, by their names in the model."""
+        return self._shards.whole(weights) if weights else {}
+
+
+class _RefuseUseOutside(TorchFunctionMode):
+    """Tells of weights that are used where they were not gathered: they are on the meta device there. torch
+    itself does not always mind: a product of a CPU's matrix with one on the meta device is some number."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        given = (value for value in (*args, *kwargs.values()))
+        flat = (each for value in given for each in (value if isinstance(value, list | tuple) else (value,)))
+        devices = {value.device.type for value in flat if isinstance(value, Tensor)}
+        if "meta" in devices and len(devices) > 1:
+            raise CapabilityError(
+                "sharding.kind: sharded gathers weights for the module that has them, and this model uses "
+                "one outside of its module's own forward (an embedding's as the output head's, for "
+                "instance): make it a module's own, tied if it is shared, or take sharding.kind: replicated."
+            )
+        return func(*args, **kwargs)
 
 
 def _outside_blocks(model: nn.Module, parts: Sequence[str]) -> tuple[list[str], list[str]]:

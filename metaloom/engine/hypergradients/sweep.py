@@ -106,7 +106,7 @@ class AdjointSweep(Hypergradient):
         )
         del start
         d_theta: dict[str, Tensor] = {}
-        end = _End(unroll, theta, batch.num_tasks, d_theta, on_final)
+        end = End(unroll, theta, batch.num_tasks, d_theta, on_final)
         on_complete = end.take if on_final is not None and top == first else None
         losses, metrics, adjoint, share = self._top(unroll, theta, batch, next(states), top, on_complete)
         add_(d_theta, share)
@@ -146,7 +146,7 @@ class AdjointSweep(Hypergradient):
         return losses.detach(), metrics, adjoint, unprefixed("theta/", bars)
 
 
-class _End:
+class End:
     """The end of a sweep: the pull-back of the start, after which dtheta is what was asked for.
 
     What the start depends on (the initialisation) acts in no other way, so its gradient is final as soon as

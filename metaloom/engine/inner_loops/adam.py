@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metaloom.engine.inner_loops.base import InnerRule, Penalties, Tensors
-from metaloom.engine.inner_loops.gradient_terms import anchors, followed_gradient, kept_anchors
+from metaloom.engine.inner_loops.gradient_terms import GradientTerms
 
 FIRST = "first_moment/"
 SECOND = "second_moment/"
@@ -17,16 +17,16 @@ COUNT = "step_count"
 
 @dataclasses.dataclass(frozen=True)
 class Adam(InnerRule):
-    """`phi' = phi - rate * m_hat / (sqrt(v_hat + eps_root) + eps)`, with, in step t = 1, 2 ...,
+    """`phi' = phi - rate * m_hat / (sqrt(v_hat + eps_root) + eps)`, with d the gradient with its `terms`
+    and, in step t = 1, 2 ...,
 
         m' = b1 * m + (1 - b1) * d,     m_hat = m' / (1 - b1^t)
         v' = b2 * v + (1 - b2) * d^2,   v_hat = v' / (1 - b2^t)
-        d = clip(g + proximal * (phi - phi_0)) + weight_decay * phi
 
     Kingma and Ba 2015, "Adam", algorithm 1; torch.optim.Adam where `eps_root` is 0. With
     `decoupled_weight_decay` it is AdamW (Loshchilov and Hutter 2019, "Decoupled Weight Decay
-    Regularization", algorithm 2; torch.optim.AdamW): d has no decay, and phi is first multiplied by
-    `1 - rate * weight_decay`.
+    Regularization", algorithm 2; torch.optim.AdamW): phi is first multiplied by
+    `1 - rate * decoupled_weight_decay`.
 
     Why there is an epsilon under the root: at a gradient that is exactly zero, such as that of LoRA's A
     while B is 0, the root's derivative is infinite, and every exact hypergradient NaN. With `eps_root`
@@ -36,28 +36,22 @@ class Adam(InnerRule):
     variable: nothing is differentiated by it.
 
     Attributes:
+        terms: what is added to the gradient, and its limit.
         betas: (b1, b2), each at least 0 and below 1.
         eps: at least 0.
         eps_root: at least 0; 0 only where no gradient is ever exactly zero.
-        weight_decay: at least 0.
-        decoupled_weight_decay: whether the decay acts on phi and not on the gradient.
-        clip_norm: the largest norm of one task's gradient over all its fast weights; None for no limit.
-        proximal: the pull back to phi_0, at least 0.
+        decoupled_weight_decay: a decay of phi itself and not through the gradient, at least 0.
     """
 
+    terms: GradientTerms = dataclasses.field(default_factory=GradientTerms)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     eps_root: float = 1e-8
-    weight_decay: float = 0.0
-    decoupled_weight_decay: bool = False
-    clip_norm: float | None = None
-    proximal: float = 0.0
+    decoupled_weight_decay: float = 0.0
 
     @property
     def penalties(self) -> Penalties:
-        if self.decoupled_weight_decay:
-            return Penalties(self.proximal, decoupled_decay=self.weight_decay)
-        return Penalties(self.proximal, self.weight_decay)
+        return Penalties(self.terms.proximal, self.terms.weight_decay, self.decoupled_weight_decay)
 
     def init_state(self, fast: Tensors) -> dict[str, Tensor]:
         device = next(iter(fast.values())).device
@@ -65,29 +59,22 @@ class Adam(InnerRule):
             what + name: torch.zeros_like(value) for what in (FIRST, SECOND) for name, value in fast.items()
         }
         count = torch.zeros((), dtype=torch.float64, device=device)
-        return anchors(fast, proximal=self.proximal) | moments | {COUNT: count}
+        return self.terms.anchors(fast) | moments | {COUNT: count}
 
     def update(
         self, fast: Tensors, state: Tensors, grads: Tensors, rates: Tensors
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        gradients = followed_gradient(
-            fast,
-            state,
-            grads,
-            proximal=self.proximal,
-            clip_norm=self.clip_norm,
-            weight_decay=0.0 if self.decoupled_weight_decay else self.weight_decay,
-        )
+        gradients = self.terms.followed(fast, state, grads)
         count = state[COUNT].detach() + 1.0
-        beta_1, beta_2 = self.betas
+        (beta_1, beta_2), decay = self.betas, self.decoupled_weight_decay
         correction_1, correction_2 = 1.0 - beta_1**count, 1.0 - beta_2**count
-        new_fast, new_state = {}, kept_anchors(state) | {COUNT: count}
+        new_fast, new_state = {}, self.terms.kept_anchors(state) | {COUNT: count}
         for name, value in fast.items():
             first = beta_1 * state[FIRST + name] + (1.0 - beta_1) * gradients[name]
             second = beta_2 * state[SECOND + name] + (1.0 - beta_2) * gradients[name].square()
             root = (second / correction_2 + self.eps_root).sqrt() + self.eps
             rate = rates[name]
-            kept = value * (1.0 - rate * self.weight_decay) if self.decoupled_weight_decay else value
+            kept = value * (1.0 - rate * decay) if decay != 0.0 else value
             new_fast[name] = kept - rate * (first / correction_1) / root
             new_state |= {FIRST + name: first, SECOND + name: second}
         return new_fast, new_state

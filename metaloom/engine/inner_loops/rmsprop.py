@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metaloom.engine.inner_loops.base import InnerRule, Penalties, Tensors
-from metaloom.engine.inner_loops.gradient_terms import anchors, followed_gradient, kept_anchors
+from metaloom.engine.inner_loops.gradient_terms import GradientTerms
 
 SQUARE = "square_average/"
 MEAN = "average/"
@@ -17,10 +17,10 @@ MOMENTUM = "momentum/"
 
 @dataclasses.dataclass(frozen=True)
 class RmsProp(InnerRule):
-    """`m' = momentum * m + d / (sqrt(v' + eps_root) + eps);  phi' = phi - rate * m'`, with
+    """`m' = momentum * m + d / (sqrt(v' + eps_root) + eps);  phi' = phi - rate * m'`, with d the gradient
+    with its `terms`, and
 
         v' = alpha * v + (1 - alpha) * d^2
-        d = clip(g + proximal * (phi - phi_0)) + weight_decay * phi
 
     Hinton 2012, "Neural Networks for Machine Learning", lecture 6e; torch.optim.RMSprop where
     `eps_root` is 0. `centered` divides by the deviation from the running mean u (Graves 2013,
@@ -33,46 +33,35 @@ class RmsProp(InnerRule):
     Why there is an epsilon under the root: see `Adam`.
 
     Attributes:
+        terms: what is added to the gradient, and its limit.
         alpha: decay of the running means, at least 0, below 1.
         eps: at least 0.
         eps_root: at least 0; 0 only where no gradient is ever exactly zero.
         momentum: at least 0, below 1.
         centered: whether the mean is taken off.
-        weight_decay: at least 0.
-        clip_norm: the largest norm of one task's gradient over all its fast weights; None for no limit.
-        proximal: the pull back to phi_0, at least 0.
     """
 
+    terms: GradientTerms = dataclasses.field(default_factory=GradientTerms)
     alpha: float = 0.99
     eps: float = 1e-8
     eps_root: float = 1e-8
     momentum: float = 0.0
     centered: bool = False
-    weight_decay: float = 0.0
-    clip_norm: float | None = None
-    proximal: float = 0.0
 
     @property
     def penalties(self) -> Penalties:
-        return Penalties(self.proximal, self.weight_decay)
+        return Penalties(self.terms.proximal, self.terms.weight_decay)
 
     def init_state(self, fast: Tensors) -> dict[str, Tensor]:
         kinds = [SQUARE, *([MEAN] if self.centered else []), *([MOMENTUM] if self.momentum != 0.0 else [])]
         zeros = {kind + name: torch.zeros_like(value) for kind in kinds for name, value in fast.items()}
-        return anchors(fast, proximal=self.proximal) | zeros
+        return self.terms.anchors(fast) | zeros
 
     def update(
         self, fast: Tensors, state: Tensors, grads: Tensors, rates: Tensors
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        gradients = followed_gradient(
-            fast,
-            state,
-            grads,
-            proximal=self.proximal,
-            clip_norm=self.clip_norm,
-            weight_decay=self.weight_decay,
-        )
-        alpha, new_fast, new_state = self.alpha, {}, kept_anchors(state)
+        gradients = self.terms.followed(fast, state, grads)
+        alpha, new_fast, new_state = self.alpha, {}, self.terms.kept_anchors(state)
         for name, value in fast.items():
             gradient = gradients[name]
             if self.centered:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metaloom.engine.inner_loops.base import InnerRule, Penalties, Tensors
-from metaloom.engine.inner_loops.gradient_terms import anchors, followed_gradient, kept_anchors
+from metaloom.engine.inner_loops.gradient_terms import GradientTerms
 from metaloom.errors import CapabilityError
 
 MOMENTUM = "momentum/"
@@ -17,29 +17,23 @@ MOMENTUM = "momentum/"
 @dataclasses.dataclass(frozen=True)
 class Sgd(InnerRule):
     """`m' = momentum * m + d;  phi' = phi - rate * m'`, or with Nesterov's momentum
-    `phi' = phi - rate * (d + momentum * m')`, where
-    `d = clip(g + proximal * (phi - phi_0)) + weight_decay * phi`.
+    `phi' = phi - rate * (d + momentum * m')`, d being the gradient with its `terms`.
 
     torch.optim.SGD without dampening; plain MAML's inner step where momentum is 0 (Finn et al. 2017,
     "Model-Agnostic Meta-Learning", equation 1).
 
     Attributes:
+        terms: what is added to the gradient, and its limit.
         momentum: at least 0, below 1.
         nesterov: whether the step looks ahead along the momentum; needs one.
-        weight_decay: at least 0.
-        clip_norm: the largest norm of one task's gradient over all its fast weights; longer ones are
-            scaled down to it, and the scaling is differentiated. None for no limit.
-        proximal: the pull back to phi_0, at least 0.
 
     Raises:
         CapabilityError: Nesterov's momentum without momentum.
     """
 
+    terms: GradientTerms = dataclasses.field(default_factory=GradientTerms)
     momentum: float = 0.0
     nesterov: bool = False
-    weight_decay: float = 0.0
-    clip_norm: float | None = None
-    proximal: float = 0.0
 
     def __post_init__(self) -> None:
         if self.nesterov and self.momentum == 0.0:
@@ -50,10 +44,10 @@ class Sgd(InnerRule):
 
     @property
     def penalties(self) -> Penalties:
-        return Penalties(self.proximal, self.weight_decay)
+        return Penalties(self.terms.proximal, self.terms.weight_decay)
 
     def init_state(self, fast: Tensors) -> dict[str, Tensor]:
-        state = anchors(fast, proximal=self.proximal)
+        state = self.terms.anchors(fast)
         if self.momentum != 0.0:
             state |= {MOMENTUM + name: torch.zeros_like(value) for name, value in fast.items()}
         return state
@@ -61,15 +55,8 @@ class Sgd(InnerRule):
     def update(
         self, fast: Tensors, state: Tensors, grads: Tensors, rates: Tensors
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        step = followed_gradient(
-            fast,
-            state,
-            grads,
-            proximal=self.proximal,
-            clip_norm=self.clip_norm,
-            weight_decay=self.weight_decay,
-        )
-        new_state = kept_anchors(state)
+        step = self.terms.followed(fast, state, grads)
+        new_state = self.terms.kept_anchors(state)
         if self.momentum != 0.0:
             for name, gradient in step.items():
                 momentum = self.momentum * state[MOMENTUM + name] + gradient
@@ -79,4 +66,4 @@ class Sgd(InnerRule):
 
     @property
     def is_affine_in_gradient(self) -> bool:
-        return self.clip_norm is None
+        return self.terms.clip_norm is None

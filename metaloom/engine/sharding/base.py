@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from metaloom.engine.meta_optimizer import MetaOptimizer, TorchMetaOptimizer, UpdateRule
 from metaloom.engine.sharding.gradient_sum import GradientSum, SumAtOnce
 
 Value = TypeVar("Value")
@@ -33,6 +34,14 @@ class Sharding(abc.ABC):
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
 
+    def optimizer(self, meta: Mapping[str, Tensor], rule: UpdateRule) -> MetaOptimizer:
+        """What holds and moves the meta-parameters: here torch's optimizer. Every rank must call.
+
+        Args:
+            meta: what this rank holds of them, by name; copied.
+        """
+        return TorchMetaOptimizer(meta, rule)
+
     @abc.abstractmethod
     def sum_gradients(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Each meta-parameter's gradient, summed over the tasks of all ranks. Every rank must call.
@@ -41,7 +50,8 @@ class Sharding(abc.ABC):
             gradients: by name of the meta-parameter, of what this rank holds of it.
 
         Returns:
-            The same, of the same shapes; equal bit for bit on all ranks that hold the same.
+            By the same names, what this rank updates of each: the same shapes, equal bit for bit on all ranks
+            that hold the same; or, where each rank updates a share, the flat elements of its share.
         """
 
     def gradient_sum(self, like: Mapping[str, Tensor], order: Sequence[str]) -> GradientSum:

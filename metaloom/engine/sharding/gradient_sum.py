@@ -49,18 +49,27 @@ class SumAtOnce(GradientSum):
     sends_early = False
 
     def __init__(self, like: Tensors, sum_over_ranks: Callable[[Tensors], dict[str, Tensor]]) -> None:
-        self._sum = {name: torch.zeros_like(value) for name, value in like.items()}
+        self._like = like
+        self._sum: dict[str, Tensor] = {}
         self._sum_over_ranks = sum_over_ranks
 
     def add(self, gradients: Tensors) -> None:
         for name, value in gradients.items():
-            self._sum[name] += value
+            if name in self._sum:
+                self._sum[name] += value
+            else:
+                self._sum[name] = value.clone()
 
     def complete(self, name: str) -> None:
         pass
 
     def result(self) -> dict[str, Tensor]:
-        return self._sum_over_ranks(self._sum)
+        return self._sum_over_ranks(
+            {
+                name: self._sum[name] if name in self._sum else torch.zeros_like(value)
+                for name, value in self._like.items()
+            }
+        )
 
 
 class BucketedSum(GradientSum):
@@ -77,8 +86,6 @@ class BucketedSum(GradientSum):
         group: the ranks to add over; None for all.
     """
 
-    sends_early = True
-
     def __init__(
         self,
         like: Tensors,
@@ -87,7 +94,7 @@ class BucketedSum(GradientSum):
         bucket_bytes: int,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        self._is_alone = not dist.is_initialized() or dist.get_world_size(group) == 1
+        self.sends_early = dist.is_initialized() and dist.get_world_size(group) > 1
         self._group = group
         contents = bucket_contents(like, order, bucket_bytes=bucket_bytes)
         self._buckets: list[Tensor] = []
@@ -111,7 +118,7 @@ class BucketedSum(GradientSum):
     def complete(self, name: str) -> None:
         self._missing[self._bucket_of[name]].discard(name)
         while self._num_begun < len(self._buckets) and not self._missing[self._num_begun]:
-            if not self._is_alone:
+            if self.sends_early:
                 work = dist.all_reduce(self._buckets[self._num_begun], group=self._group, async_op=True)
                 assert work is not None
                 self._work.append(work)

@@ -1,0 +1,142 @@
+"""The ranks of one host, as processes of `metaloom.worker` that torch elastic starts and stops."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing import LogsSpecs, PContext, start_processes
+
+from metaloom.faults import Fault, rank_fault
+from metaloom.whereabouts import last_failure, last_place
+
+STOP_S = 30  # how long ranks have to end when they are told to
+
+
+@dataclasses.dataclass(frozen=True)
+class Seats:
+    """Which ranks of a job run on this host, in one round of it.
+
+    Attributes:
+        round_number: rounds before this one: every restart and every change of hosts begins one.
+        first_rank: the first rank here; the others follow on it.
+        num_here: ranks here.
+        world_size: ranks on all hosts.
+        store: host and port of the store by which the ranks find each other.
+    """
+
+    round_number: int
+    first_rank: int
+    num_here: int
+    world_size: int
+    store: tuple[str, int]
+
+    def describe(self) -> str:
+        """The ranks here: `rank 0`, `ranks 2 to 3`."""
+        last = self.first_rank + self.num_here - 1
+        return f"rank {last}" if self.num_here == 1 else f"ranks {self.first_rank} to {last}"
+
+    def environment(self, local_rank: int, job: str) -> dict[str, str]:
+        """The variables of one rank, named as torch elastic names them."""
+        return {
+            "RANK": str(self.first_rank + local_rank),
+            "LOCAL_RANK": str(local_rank),
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_WORLD_SIZE": str(self.num_here),
+            "MASTER_ADDR": self.store[0],
+            "MASTER_PORT": str(self.store[1]),
+            "TORCHELASTIC_RUN_ID": job,
+            "TORCHELASTIC_RESTART_COUNT": str(self.round_number),
+        }
+
+
+class Ranks:
+    """The processes of one host in one round.
+
+    Args:
+        job: names the folder of their logs.
+        worker_args: arguments of `metaloom.worker`.
+    """
+
+    def __init__(self, seats: Seats, job: str, worker_args: Sequence[str], logs: LogsSpecs) -> None:
+        self.seats = seats
+        local_ranks = range(seats.num_here)
+        self._folder = Path(tempfile.mkdtemp(prefix="metaloom-ranks-"))
+        self._folders = [self._folder / str(local_rank) for local_rank in local_ranks]
+        for folder in self._folders:
+            folder.mkdir()
+        self._processes: PContext = start_processes(
+            name="metaloom",
+            entrypoint=sys.executable,
+            args={
+                local_rank: ("-m", "metaloom.worker", "--whereabouts", str(folder), *worker_args)
+                for local_rank, folder in enumerate(self._folders)
+            },
+            envs={local_rank: seats.environment(local_rank, job) for local_rank in local_ranks},
+            logs_specs=logs,
+        )
+
+    def places(self) -> list[str]:
+        """Where in the job each rank is, or was last."""
+        return [last_place(folder) for folder in self._folders]
+
+    def exit_statuses(self) -> dict[int, int | str]:
+        """Of those ranks that have ended, by local rank: the exit code, or the name of the signal."""
+        statuses: dict[int, int | str] = {}
+        for local_rank, pid in self._processes.pids().items():
+            # The process is left to be collected by `stop`.
+            ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if ended is not None:
+                was_killed = ended.si_code != os.CLD_EXITED
+                statuses[local_rank] = signal.Signals(ended.si_status).name if was_killed else ended.si_status
+        return statuses
+
+    def faults(self) -> list[Fault]:
+        """Why ranks have ended that did not end well, the first ranks first."""
+        statuses, places = self.exit_statuses(), self.places()
+        faults = []
+        for local_rank, status in statuses.items():
+            if status == 0:
+                continue
+            failure = last_failure(self._folders[local_rank])
+            kind, text = (None, "") if failure is None else (failure.kind, failure.text)
+            if kind == "lost_partner":
+                text += self._silent(places, statuses)
+            faults.append(
+                rank_fault(
+                    kind,
+                    text,
+                    rank=self.seats.first_rank + local_rank,
+                    place=places[local_rank],
+                    exit_status=status,
+                    output=self._output(local_rank),
+                )
+            )
+        return faults
+
+    def stop(self, number: signal.Signals) -> None:
+        """Ends the ranks that still run by a signal, after `STOP_S` by SIGKILL, and tidies up."""
+        for pid in self._processes.pids().values():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGCONT)  # one that was stopped cannot end before it goes on
+        self._processes.close(number, STOP_S)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _silent(self, places: Sequence[str], statuses: dict[int, int | str]) -> str:
+        """Those ranks of this host that have not noticed, in words: what others wait for is among them."""
+        silent = [
+            f"rank {self.seats.first_rank + local_rank} at {place}"
+            for local_rank, place in enumerate(places)
+            if local_rank not in statuses
+        ]
+        return f" (still running here: {', '.join(silent)})" if silent else ""
+
+    def _output(self, local_rank: int) -> str:
+        return str(Path(self._processes.stderrs[local_rank]).parent)

@@ -1,0 +1,200 @@
+"""Ranks that are killed, crash or hang: the job goes on by itself, or ends with the cause."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.commands import (
+    ADDED,
+    RECIPES,
+    command,
+    curve,
+    environment,
+    kill_tree,
+    logs,
+    rank_of,
+    run,
+    run_well,
+    wait_for_step,
+)
+
+SMOKE = RECIPES / "smoke.yaml"
+STEPS = 60
+LONG = (
+    f"outer.num_steps={STEPS}",
+    "outer.ema=0.9",
+    "checkpoint.every_steps=4",
+    "validation.every_steps=20",
+    "model.width=16",
+)
+# What rank 1 does whenever it reads the tasks of the fifth outer step.
+FAULTY = """
+import os
+if os.environ.get("RANK") == "1":
+    from metaloom.datasets import EpisodeStream
+    read = EpisodeStream.__next__
+    def read_and_fail(stream):
+        step, episodes = read(stream)
+        if step == 4:
+            raise ZeroDivisionError("injected")
+        return step, episodes
+    EpisodeStream.__next__ = read_and_fail
+"""
+
+
+@pytest.fixture
+def faulty(tmp_path: Path) -> Iterator[None]:
+    """Commands whose rank 1 fails in the fifth outer step."""
+    folder = tmp_path / "faulty"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(FAULTY)
+    ADDED["PYTHONPATH"] = f"{folder}:{environment()['PYTHONPATH']}"
+    yield
+    del ADDED["PYTHONPATH"]
+
+
+def start(*words: str | Path, cwd: Path) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(
+        command(*words),
+        cwd=cwd,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+def end(process: "subprocess.Popen[bytes]", timeout_s: float = 120.0) -> tuple[int, str, str]:
+    """How a command ends: its code, its output, its errors."""
+    try:
+        output, errors = process.communicate(timeout=timeout_s)
+    finally:
+        if process.poll() is None:
+            kill_tree(process.pid)
+    return process.returncode, output.decode(), errors.decode()
+
+
+def test_killed_ranks_are_started_again_and_change_no_number(tmp_path: Path, glyphs: Path) -> None:
+    words = ("train", SMOKE, f"data.url={glyphs}", *LONG)
+    run_well(*words, "tracking=none", "--run", tmp_path / "whole", cwd=tmp_path)
+    folder = tmp_path / "run"
+    process = start(*words, "--run", folder, cwd=tmp_path)
+    try:
+        for step, rank in ((6, 1), (22, 0)):
+            wait_for_step(folder / "metrics.jsonl", step, process)
+            os.kill(rank_of(process.pid, rank), signal.SIGKILL)
+            wait_for_restart(folder, rank, process)
+    finally:
+        code, output, errors = end(process)
+    assert code == 0, errors + logs(tmp_path)
+    assert "fault: rank 1 was killed by SIGKILL at outer step " in errors
+    assert "fault: rank 0 was killed by SIGKILL at outer step " in errors
+    assert "restart 1 of 3, from the last checkpoint" in errors
+    assert "restart 2 of 3, from the last checkpoint" in errors
+    assert "error:" not in errors
+    assert "resumed after outer step" in output
+    # Bit for bit, each step once.
+    assert curve(folder) == curve(tmp_path / "whole")
+    assert tracked_steps(folder) == list(range(1, STEPS + 1))
+
+
+def wait_for_restart(folder: Path, rank: int, process: "subprocess.Popen[bytes]") -> None:
+    """Returns once the steps that will be repeated are cut from the metrics: the file is another one then."""
+    metrics = folder / "metrics.jsonl"
+    before = metrics.stat().st_ino
+    while metrics.stat().st_ino == before:
+        assert process.poll() is None, f"the job ended after rank {rank} was killed"
+        time.sleep(0.01)
+
+
+def tracked_steps(folder: Path) -> list[int]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    experiment = client.get_experiment_by_name("metaloom")
+    assert experiment is not None
+    (tracked,) = client.search_runs([experiment.experiment_id])
+    assert tracked.info.status == "FINISHED"
+    steps = [point.step for point in client.get_metric_history(tracked.info.run_id, "meta_loss")]
+    client._tracking_client.store._dispose_engine()
+    return sorted(steps)
+
+
+@pytest.mark.usefixtures("faulty")
+def test_a_fault_that_comes_again_at_the_same_step_ends_the_job_with_its_cause(
+    tmp_path: Path, glyphs: Path
+) -> None:
+    finished = run(
+        "train", SMOKE, f"data.url={glyphs}", "tracking=none", "--run", tmp_path / "run", cwd=tmp_path
+    )
+    assert finished.code == 1
+    said = "rank 1 at outer step 5: ZeroDivisionError: injected\nThis is a defect or a fault of rank 1; "
+    assert f"fault: {said}" in finished.errors
+    assert f"error: {said}" in finished.errors
+    assert "It is the second fault in a row at outer step 5, so it is not tried again." in finished.errors
+    assert "restart 1 of 3" in finished.errors
+    assert "restart 2" not in finished.errors
+    (where,) = {
+        line.partition("traceback is in ")[2] for line in finished.errors.splitlines() if "attempt_1" in line
+    }
+    assert 'raise ZeroDivisionError("injected")' in (Path(where) / "stderr.log").read_text()
+
+
+def test_a_rank_that_hangs_is_named_when_the_timeout_has_passed(tmp_path: Path, glyphs: Path) -> None:
+    folder = tmp_path / "run"
+    process = start(
+        "train",
+        SMOKE,
+        f"data.url={glyphs}",
+        "outer.num_steps=5000",
+        "launcher.timeout_s=3",
+        "launcher.max_restarts=0",
+        "tracking=none",
+        "--run",
+        folder,
+        cwd=tmp_path,
+    )
+    try:
+        wait_for_step(folder / "metrics.jsonl", 3, process)
+        os.kill(rank_of(process.pid, 1), signal.SIGSTOP)
+    finally:
+        code, _, errors = end(process, timeout_s=60.0)
+    assert code == 1
+    assert "error: rank 0 at outer step " in errors
+    assert "was silent for longer than launcher.timeout_s" in errors
+    assert "(still running here: rank 1 at outer step " in errors
+
+
+def test_a_run_goes_on_with_any_number_of_processes(tmp_path: Path, glyphs: Path) -> None:
+    folder = tmp_path / "run"
+    run_well(
+        "train",
+        SMOKE,
+        f"data.url={glyphs}",
+        "precision.compute=float64",
+        "tracking=none",
+        "outer.num_steps=16",
+        "checkpoint={every_steps: 4, keep_last: 9}",
+        "launcher.num_processes=4",
+        "--run",
+        folder,
+        cwd=tmp_path,
+    )
+    whole = curve(folder)
+    assert len(whole) == 16
+    for step, num_processes in ((4, 2), (8, 1), (12, 4)):
+        for later in (folder / "checkpoints/meta").iterdir():
+            if int(later.name.removeprefix("step-")) > step:
+                (later / "manifest.json").unlink()  # as if it had been killed before
+        output = run_well(
+            "train", "--resume", folder, f"launcher.num_processes={num_processes}", cwd=tmp_path
+        )
+        assert "changed: launcher.num_processes: " in output
+        assert f"resumed after outer step {step} of 16" in output
+        for ours, theirs in zip(curve(folder), whole, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-7)  # sums over tasks are added in another order

@@ -1,0 +1,95 @@
+"""Several hosts: the same command on each. Here each "host" is an agent of its own on this machine."""
+
+import re
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.commands import ADDED, RECIPES, curve, environment, run_well
+from tests.hosts import Host, held
+
+SMOKE = RECIPES / "smoke.yaml"
+RUN = ("precision.compute=float64", "tracking=none", "outer.num_steps=12", "checkpoint.every_steps=2")
+STEPS = 12
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def hosts(*, min_hosts: int) -> tuple[str, str]:
+    endpoint = f"endpoint: '127.0.0.1:{free_port()}', num_hosts: 2, min_hosts: {min_hosts}"
+    return "launcher.num_processes=1", f"launcher.hosts={{{endpoint}, silence_s: 4, wait_s: 120}}"
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as opened:
+        yield opened
+
+
+def test_a_job_goes_on_without_a_host_that_is_lost_and_with_it_when_it_is_back(
+    tmp_path: Path, glyphs: Path, stack: ExitStack
+) -> None:
+    words: tuple[str | Path, ...] = (f"data.url={glyphs}", *RUN)
+    run_well("train", SMOKE, *words, "launcher.num_processes=1", "--run", tmp_path / "whole", cwd=tmp_path)
+    folder = tmp_path / "run"
+    words = (*words, *hosts(min_hosts=1), "--run", folder)
+    hold = stack.enter_context(held(tmp_path))
+    first = Host(tmp_path, "first", *words)
+    stack.callback(first.close)
+    first.wait_for_store(folder)  # on one machine, the first to come serves it
+    second = Host(tmp_path, "second", *words)
+    stack.callback(second.close)
+    first.wait_for("rank 0 of 2 here, on 2 hosts\n")
+    second.wait_for("rank 1 of 2 here, on 2 hosts; progress is shown on 127.0.0.1\n")
+    hold.at(4)
+    first.wait_for_step(folder / "metrics.jsonl", 4)
+    second.kill()
+    hold.at(8)
+    first.wait_for("rank 0 of 1 here, on 1 host\n")
+    first.wait_for_step(folder / "metrics.jsonl", 8)
+    # Of rank 0, which lost its partner, and of the beats, which stopped, one is noticed before the other.
+    assert re.search("fault: (.*\n)?.*rank 0 (is )?at outer step [45]", first.errors)
+    again = Host(tmp_path, "again", *words)
+    stack.callback(again.close)
+    again.wait_for("rank 1 of 2 here, on 2 hosts")
+    hold.at(STEPS)
+    assert (first.end(), again.end()) == (0, 0), first.errors + again.errors
+    assert "resumed after outer step 8 of 12" in first.output
+    assert "meta-train" in first.output
+    assert "meta-train" not in second.output + again.output
+    assert len(curve(folder)) == STEPS
+    for ours, theirs in zip(curve(folder), curve(tmp_path / "whole"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-7)  # sums over tasks are added in another order
+
+
+FAULTY = """
+import os
+if os.environ.get("RANK") == "1":
+    from metaloom.datasets import EpisodeStream
+    from metaloom.errors import StreamError
+    def fail(stream):
+        raise StreamError("the sample of rank 1 is broken")
+    EpisodeStream.__next__ = fail
+"""
+
+
+def test_all_hosts_end_with_the_message_and_the_code_of_the_one_that_failed(
+    tmp_path: Path, glyphs: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "faulty").mkdir()
+    (tmp_path / "faulty" / "sitecustomize.py").write_text(FAULTY)
+    monkeypatch.setitem(ADDED, "PYTHONPATH", f"{tmp_path / 'faulty'}:{environment()['PYTHONPATH']}")
+    words = (f"data.url={glyphs}", *RUN, *hosts(min_hosts=2), "--run", tmp_path / "run")
+    both = [Host(tmp_path, name, *words) for name in ("first", "second")]
+    for host in both:
+        stack.callback(host.close)
+    for host in both:
+        assert host.end() == 3
+        assert host.errors == "error: the sample of rank 1 is broken\n"
