@@ -1,4 +1,4 @@
-"""Which setting would make fit what does not: found by trying settings in the model, one by one, then together."""
+"""Which setting would make fit what does not: found by trying settings, one by one, then together."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def remedies(
 ) -> tuple[Remedy, ...]:
     """The settings that make the recipe fit on so many ranks; nothing where all of them do not.
 
-    First the micro-batch alone, which costs nothing but what is side by side; else each other setting that does so
-    alone, with the micro-batch that then fits, the fastest first; else the shortest series of them that does
-    together.
+    First the micro-batch alone, which costs nothing but what is side by side; else each other setting that
+    does so alone, with the micro-batch that then fits, the fastest first; else the shortest series of them
+    that does together.
 
     Args:
         count: gives the facts of the recipe with further settings; asked as little as that takes.
@@ -77,9 +77,10 @@ def _candidates(recipe: Recipe, hardware: Hardware) -> list[tuple[str, ...]]:
     """Settings that take less memory and the recipe has not, the cheapest in time first."""
     found: list[tuple[str, ...]] = []
     estimator, memory = recipe.algorithm.hypergradient, recipe.memory
-    if isinstance(recipe.data, StdlibData) and memory.head_chunk is None:
-        if recipe.data.num_support * recipe.data.sequence_length > HEAD_CHUNK:
-            found.append((f"memory.head_chunk={HEAD_CHUNK}",))
+    data = recipe.data
+    num_tokens = data.num_support * data.sequence_length if isinstance(data, StdlibData) else 0
+    if num_tokens > HEAD_CHUNK and memory.head_chunk is None:
+        found.append((f"memory.head_chunk={HEAD_CHUNK}",))
     if isinstance(estimator, UnrolledHypergradient | AutoHypergradient):
         found.append(("algorithm.hypergradient=rematerialized",))
     if isinstance(memory.snapshots, AllSnapshots):

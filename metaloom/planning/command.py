@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +12,9 @@ from pathlib import Path
 import torch
 
 from metaloom.errors import CapabilityError, MetaloomError, RecipeError
-from metaloom.planning.advice import Count, Remedy, first_fitting, remedies
+from metaloom.planning.advice import Remedy, first_fitting, remedies
 from metaloom.planning.counting import count
-from metaloom.planning.estimate import Estimate, Layout, estimate
+from metaloom.planning.estimate import Layout, estimate
 from metaloom.planning.facts import Facts
 from metaloom.planning.hardware import HERE, Hardware, device_named, link_named
 from metaloom.planning.here import measured_device
@@ -81,8 +79,8 @@ def make_plan(path: Path, request: Request, *, say: Callable[[str], None]) -> Pl
     hardware = _hardware(recipe, request, say)
     if isinstance(recipe.memory.snapshots, HostSnapshots) and not hardware.device.has_host_memory:
         raise CapabilityError(
-            f"memory.snapshots: host, and {hardware.device.name} has no memory but the host's; choose all or binomial, "
-            "or hardware with a memory of its own."
+            f"memory.snapshots: host, and {hardware.device.name} has no memory but the host's; choose all or "
+            "binomial, or hardware with a memory of its own."
         )
     on_gpu = hardware.device.is_asynchronous
     in_shards = isinstance(recipe.sharding, ShardedSharding)
@@ -105,7 +103,7 @@ def make_plan(path: Path, request: Request, *, say: Callable[[str], None]) -> Pl
     misfits: dict[int, tuple[Remedy, ...]] = {}
     elsewhere: list[Remedy] = []
     unfit = [found for found in estimates[own] if not found.fits]
-    for found in _worth_a_search(unfit):
+    for found in unfit:  # what is counted for one number of ranks serves all
         misfits[found.num_ranks] = remedies(recipe, counted, hardware, own, found.num_ranks)
     for layout in _others(own):
         if layout.kind == "sharded" and isinstance(recipe.adaptation.fast, FullFast):
@@ -126,15 +124,6 @@ def make_plan(path: Path, request: Request, *, say: Callable[[str], None]) -> Pl
                 named = (*settings, f"sharding.kind={layout.kind}")
                 elsewhere.append(Remedy(named, layout, fitting))
     return Plan(recipe.name, facts, hardware, estimates, refused, misfits, elsewhere)
-
-
-def _worth_a_search(unfit: list[Estimate]) -> list[Estimate]:
-    """Of the numbers of ranks on which it does not fit, those whose ranks have different work: what holds for
-    one holds for those with as many tasks."""
-    found: dict[int, Estimate] = {}
-    for one in unfit:
-        found.setdefault(one.micro_batch, one)
-    return list(found.values())
 
 
 def _layout(recipe: Recipe) -> Layout:

@@ -1,7 +1,8 @@
 """A recipe's real outer step, run on tensors without data: `Facts`.
 
-Nothing here knows an architecture or an estimator: the recipe's own model, adapter, estimator and outer optimizer
-run, at a few small sizes, and what they do is counted. From those sizes to the recipe's it goes on linearly.
+Nothing here knows an architecture or an estimator: the recipe's own model, adapter, estimator and outer
+optimizer run, at a few small sizes, and what they do is counted. From those sizes to the recipe's it goes on
+linearly.
 """
 
 from __future__ import annotations
@@ -31,7 +32,6 @@ from metaloom.engine.choice import EXACT_AND_FLAT, EstimatorChoice
 from metaloom.engine.choice import TIMED_STEPS as TRIED_STEPS
 from metaloom.engine.combiners.mean import Mean
 from metaloom.engine.hypergradients.base import prefixed, unprefixed
-from metaloom.engine.inner_loops.gradient_terms import kept_anchors
 from metaloom.engine.kernels.attention import CHUNK_GPU, chunks_of
 from metaloom.engine.learner import TaskBatch
 from metaloom.engine.ordinary import ordinary_gradient
@@ -85,7 +85,11 @@ def count(recipe: Recipe, *, with_shards: bool, on_gpu: bool) -> Facts:
 
 
 def _counted(recipe: Recipe, *, with_shards: bool) -> Facts:
-    fast, estimator, snapshots = recipe.adaptation.fast, recipe.algorithm.hypergradient, recipe.memory.snapshots
+    fast, estimator, snapshots = (
+        recipe.adaptation.fast,
+        recipe.algorithm.hypergradient,
+        recipe.memory.snapshots,
+    )
     tasks, steps, blocks, _ = axes = (_task_sizes(recipe), _step_sizes(recipe), _block_sizes(recipe), (1,))
     ways = tuple(_ways(recipe, axes))
     held = _held(recipe, ways[0].tasks)
@@ -188,7 +192,7 @@ def _ways(recipe: Recipe, axes: Axes) -> Iterator[Way]:
         kinds.append(EstimatorChoice("rematerialized", max(axes[1])))  # the graph of all steps
         choices = [Choices(tasks, kind) for tasks in _tasks(recipe) for kind in kinds]
     for choice in choices:
-        name = estimator.kind
+        name: str = estimator.kind
         if choice.estimator is not None:
             name = GRAPH if choice.estimator.num_graph_steps > 0 else choice.estimator.kind
         try:
@@ -236,7 +240,10 @@ def _step_amounts(recipe: Recipe, choices: Choices, point: Point) -> Amounts:
 def _advance_amounts(recipe: Recipe, point: Point) -> Amounts:
     """Of one inner step without a graph."""
     recipe = _with_blocks(recipe, point.blocks)
-    with _assembled(recipe, Choices(_tasks(recipe)[0], EstimatorChoice("rematerialized", 0))) as (trace, parts):
+    with _assembled(recipe, Choices(_tasks(recipe)[0], EstimatorChoice("rematerialized", 0))) as (
+        trace,
+        parts,
+    ):
         unroll, meta = parts.algorithm.unroll, parts.outer.meta
         batch = _batch(recipe, point.tasks, recipe.adaptation.num_steps)
         start = first_snapshot(unroll, meta, point.tasks)
@@ -264,24 +271,28 @@ def _held(recipe: Recipe, tasks: Tasks) -> _Held:
         parts.update()
         update = _amounts(trace, held, None)
         parameters = dict(parts.model.module.named_parameters())
-        kinds = {True: Sizes(), False: Sizes()}
-        for key, value in parts.outer.tensors().items():
-            where = {"meta": "learned", "average": "average", "optimizer": "optimizer"}[key.partition("/")[0]]
-            is_backbone = parameter_of(key).startswith(BACKBONE)
-            kinds[is_backbone] = kinds[is_backbone].with_more(where, _bytes(value))
-            if where == "learned":
-                kinds[is_backbone] = kinds[is_backbone].with_more("gradients", _bytes(value))
-        kinds[True] = kinds[True].with_more("weights", _extra_bytes(parameters, parts.outer.meta))
+        held_tensors = parts.outer.tensors()
         initial = parts.algorithm.unroll.learner.init({}, 1)
-        kinds[False] = kinds[False].with_more("weights", _extra_bytes(initial, parameters))
+        values = {True: _extra_bytes(parameters, parts.outer.meta), False: _extra_bytes(initial, parameters)}
+
+        def sizes(*, of_backbone: bool) -> Sizes:
+            def part(kind: str) -> int:
+                return sum(
+                    _bytes(value)
+                    for key, value in held_tensors.items()
+                    if key.startswith(f"{kind}/") and parameter_of(key).startswith(BACKBONE) == of_backbone
+                )
+
+            return Sizes(values[of_backbone], part("meta"), part("optimizer"), part("average"), part("meta"))
+
         fast, state = parts.algorithm.unroll.start(parts.outer.meta, 1)
         return _Held(
             num_parameters=sum(value.numel() for value in parameters.values()),
-            backbone=kinds[True],
-            own=kinds[False],
+            backbone=sizes(of_backbone=True),
+            own=sizes(of_backbone=False),
             update=update,
-            # What every state passes on, the anchors of a proximal term, is kept once.
-            state_bytes=_bytes_of(fast) + _bytes_of(state) - _bytes_of(kept_anchors(state)),
+            # A proximal term's anchors are phi_0 itself, and kept once.
+            state_bytes=_bytes_of(fast) + _extra_bytes(state, fast),
         )
 
 
@@ -390,8 +401,8 @@ def _held_model(on_meta: nn.Module, group: _CountedGroup | None) -> HeldModel:
 
 
 class _CountedGroup(ShardGroup):
-    """A group of ranks of which there is only this one: its collectives give tensors of the right shapes, and are
-    counted."""
+    """A group of ranks of which there is only this one: its collectives give tensors of the right shapes, and
+    are counted."""
 
     def __init__(self, size: int) -> None:
         super().__init__()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
 from typing import Literal
 
 from metaloom.planning.facts import Amounts, Facts, Point, Sizes, Way
@@ -77,7 +76,8 @@ class Memory:
     @property
     def total(self) -> float:
         """All together."""
-        return sum(dataclasses.astuple(self))
+        parts: tuple[float, ...] = dataclasses.astuple(self)
+        return sum(parts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,8 +190,7 @@ def estimate(facts: Facts, hardware: Hardware, layout: Layout, num_ranks: int) -
 
 def _held(facts: Facts, layout: Layout, num_ranks: int) -> Sizes:
     """What a rank holds between hypergradients."""
-    own, backbone = facts.own, facts.backbone.divided(layout.group_size(num_ranks))
-    held = Sizes(*(a + b for a, b in zip(dataclasses.astuple(own), dataclasses.astuple(backbone), strict=True)))
+    held = facts.own.plus(facts.backbone.divided(layout.group_size(num_ranks)))
     if layout.kind != "deepspeed_zero":
         return held
     # A rank's part of the states, and the copy of its part of the meta-parameters that DeepSpeed steps on.
@@ -200,10 +199,8 @@ def _held(facts: Facts, layout: Layout, num_ranks: int) -> Sizes:
 
 
 def _offloaded(facts: Facts, num_ranks: int) -> float:
-    learned, optimizer = (
-        getattr(facts.own, part) + getattr(facts.backbone, part) for part in ("learned", "optimizer")
-    )
-    return (learned + optimizer) / num_ranks
+    both = facts.own.plus(facts.backbone)
+    return (both.learned + both.optimizer) / num_ranks
 
 
 def _update_bytes(facts: Facts, layout: Layout, num_ranks: int) -> float:
@@ -294,7 +291,6 @@ def _pass_by(facts: Facts, hardware: Hardware, way: Way, num_tasks: int, group_s
         if facts.snapshots == "binomial":
             again = num_advances(num_swept, facts.num_slots) - num_swept
             once = dataclasses.replace(facts.advance.at(dataclasses.replace(point, steps=1)), peak_bytes=0.0)
-            # Its weights are gathered for a forward and for a backward pass, as often as they are in a sweep's.
             amounts = amounts.plus(once, again)
         if facts.snapshots == "host":
             host_bytes = (num_swept + 1) * state
@@ -302,11 +298,11 @@ def _pass_by(facts: Facts, hardware: Hardware, way: Way, num_tasks: int, group_s
 
 
 def num_advances(num_steps: int, num_slots: int) -> int:
-    """The inner steps that are computed to visit the states of K = `num_steps` backwards, s = `num_slots` of them
-    kept beside the first.
+    """The inner steps that are computed to visit the states of K = `num_steps` backwards, s = `num_slots` of
+    them kept beside the first.
 
-    `t (K + 1) - C(s + t + 1, t - 1)`, t the fewest repeats with `C(s + t + 1, t) - 1 >= K` (Griewank and Walther
-    2000, "Algorithm 799: Revolve", theorem 1).
+    `t (K + 1) - C(s + t + 1, t - 1)`, t the fewest repeats with `C(s + t + 1, t) - 1 >= K` (Griewank and
+    Walther 2000, "Algorithm 799: Revolve", theorem 1).
     """
     repeats = 1
     while math.comb(num_slots + repeats + 1, repeats) - 1 < num_steps:
@@ -321,7 +317,7 @@ def _compute_s(amounts: Amounts, compute: str, hardware: Hardware) -> float:
     """Arithmetic and traffic one after the other; the host's own time beside them, or before them."""
     device = hardware.device
     on_device = amounts.flops / (device.efficiency * device.flops_per_s[compute])
-    on_device += amounts.moved_bytes / (device.efficiency * device.bandwidth)
+    on_device += amounts.moved_bytes / (device.bandwidth_efficiency * device.bandwidth)
     on_host = amounts.num_operations * device.operation_s
     return max(on_device, on_host) if device.is_asynchronous else on_device + on_host
 
@@ -333,9 +329,7 @@ class _Wires:
     exposed_s: float
 
 
-def _wires(
-    facts: Facts, hardware: Hardware, layout: Layout, num_ranks: int, passes: list[_Pass]
-) -> _Wires:
+def _wires(facts: Facts, hardware: Hardware, layout: Layout, num_ranks: int, passes: list[_Pass]) -> _Wires:
     """The collectives of an outer step."""
     own, backbone = facts.own.gradients, facts.backbone.gradients
     group_size = layout.group_size(num_ranks)

@@ -63,8 +63,8 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """Amounts counted at the corners of a box of problems; between and beyond them linear in each of T, K, B and
-    1/W (so with all their products).
+    """Amounts counted at the corners of a box of problems; between and beyond them linear in each of T, K, B
+    and 1/W (so with all their products).
 
     Attributes:
         corners: the amounts by point: all points of a product of one or two values along each axis.
@@ -76,9 +76,7 @@ class Samples:
         """The amounts of a problem; what is linear in nothing along an axis with one value."""
         axes = [sorted({corner.coordinates()[axis] for corner in self.corners}) for axis in range(len(AXES))]
         by_coordinates = {corner.coordinates(): amounts for corner, amounts in self.corners.items()}
-        weights = [
-            _weights(values, at) for values, at in zip(axes, point.coordinates(), strict=True)
-        ]
+        weights = [_weights(values, at) for values, at in zip(axes, point.coordinates(), strict=True)]
         total = Amounts()
         for choice in itertools.product(*(list(each.items()) for each in weights)):
             coordinates = tuple(value for value, _ in choice)
@@ -121,11 +119,16 @@ class Sizes:
     @property
     def total(self) -> float:
         """All together."""
-        return sum(dataclasses.astuple(self))
+        return self.weights + self.learned + self.optimizer + self.average + self.gradients
 
-    def with_more(self, part: str, num_bytes: float) -> Sizes:
-        """The same with more of one part."""
-        return dataclasses.replace(self, **{part: getattr(self, part) + num_bytes})
+    def plus(self, other: Sizes) -> Sizes:
+        """Part by part."""
+        return Sizes(
+            *(
+                mine + others
+                for mine, others in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+            )
+        )
 
     def divided(self, num_ranks: int) -> Sizes:
         """A rank's share, where each has as much."""

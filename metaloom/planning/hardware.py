@@ -1,6 +1,6 @@
 """What computes and what connects it: a small table, from the makers' public data sheets.
 
-Rates are peaks without sparsity; what is reached of them is in `Device.efficiency` and `Link.efficiency`.
+Rates are peaks without sparsity; the shares of them that are reached are assumptions, see docs/scaling.md.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ GIB = 2.0**30
 TERA = 1e12
 HERE = "here"
 
-# What a rank's process takes of a GPU beside its tensors: context, kernels, workspaces of cuBLAS, NCCL's buffers.
+# What a rank's process takes of a GPU beside its tensors: context, kernels, cuBLAS's workspaces, NCCL's
+# buffers.
 GPU_RESERVED = 2.0 * GIB
 # Blocks of the caching allocator that are free and do not fit what is asked for.
 GPU_UNUSABLE = 0.10
@@ -34,7 +35,8 @@ class Device:
         operation_s: time of the host for one operation, whatever its size.
         is_asynchronous: whether the host runs ahead of the device, so that the longer of both counts, not
             the sum.
-        efficiency: the share of `flops_per_s` and of `bandwidth` that is reached.
+        efficiency: the share of `flops_per_s` that is reached.
+        bandwidth_efficiency: the share of `bandwidth` that is reached.
         process_bytes: what the process takes beside tensors.
         unusable: what the allocator holds beside the tensors of a step, as a share of them.
         node_bandwidth: bytes per second that one device sends to others of its node.
@@ -48,6 +50,7 @@ class Device:
     operation_s: float
     is_asynchronous: bool
     efficiency: float
+    bandwidth_efficiency: float
     process_bytes: float
     unusable: float
     node_bandwidth: float
@@ -116,6 +119,7 @@ def _gpu(
         operation_s=10e-6,
         is_asynchronous=True,
         efficiency=0.5,
+        bandwidth_efficiency=0.8,
         process_bytes=GPU_RESERVED,
         unusable=GPU_UNUSABLE,
         node_bandwidth=node_gb * GB,
@@ -144,7 +148,8 @@ DEVICES: Mapping[str, Device] = {
         bandwidth_gb=2039,
         node_gb=300,
     ),
-    # NVIDIA H100 Tensor Core GPU data sheet, SXM: BF16 1979 TFLOPS with sparsity, half without; NVLink 900 GB/s.
+    # NVIDIA H100 Tensor Core GPU data sheet, SXM: BF16 1979 TFLOPS with sparsity, half without; NVLink 900
+    # GB/s.
     "h100": _gpu(
         "H100 80 GB",
         memory_gb=80,
@@ -164,7 +169,8 @@ DEVICES: Mapping[str, Device] = {
         bandwidth_gb=4800,
         node_gb=450,
     ),
-    # NVIDIA DGX B200 data sheet: 1440 GB in 8 GPUs; HGX B200 at 1000 W: BF16 2250 TFLOPS dense; NVLink 1800 GB/s.
+    # NVIDIA DGX B200 data sheet: 1440 GB in 8 GPUs; HGX B200 at 1000 W: BF16 2250 TFLOPS dense; NVLink 1800
+    # GB/s.
     "b200": _gpu(
         "B200 180 GB",
         memory_gb=180,

@@ -19,7 +19,8 @@ from metaloom.errors import LaunchError
 from metaloom.planning.hardware import GPU_RESERVED, GPU_UNUSABLE, Device
 
 NUM_REPEATS = 5
-# glibc's allocator keeps what is freed between tensors that live: measured on the built-in recipes, docs/scaling.md.
+# glibc's allocator keeps what is freed between tensors that live: measured on the built-in recipes, see
+# docs/scaling.md.
 CPU_UNUSABLE = 0.45
 LOOPBACK_BYTES = 2**24
 LOOPBACK_TIMEOUT_S = 120.0
@@ -53,6 +54,7 @@ def measured_device(compute: ComputeFormat, *, num_local_ranks: int, is_tracked:
         operation_s=operation_s,
         is_asynchronous=False,
         efficiency=1.0,
+        bandwidth_efficiency=1.0,
         process_bytes=process_bytes,
         unusable=CPU_UNUSABLE,
         node_bandwidth=_loopback_bandwidth(),
@@ -81,8 +83,9 @@ def _gpu_here(compute: ComputeFormat, num_local_ranks: int) -> Device:
         bandwidth=3 * numbers.numel() * numbers.element_size() / added_s,
         operation_s=operation_s,
         is_asynchronous=True,
-        # Of rates that were reached, by large products and long vectors: those of a model reach less.
+        # Of rates that large products and long vectors have reached: those of a model reach less.
         efficiency=0.7,
+        bandwidth_efficiency=0.9,
         process_bytes=GPU_RESERVED,
         unusable=GPU_UNUSABLE,
         node_bandwidth=numbers.numel() * numbers.element_size() / copied_s,

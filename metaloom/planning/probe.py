@@ -6,6 +6,7 @@ import argparse
 import importlib
 import tempfile
 import time
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
 import torch
@@ -66,8 +67,10 @@ def loopback() -> float:
     """Bytes per second that each of two processes sends."""
     with tempfile.TemporaryDirectory() as folder:
         context = multiprocessing.get_context("spawn")
-        answers = context.SimpleQueue()
-        ranks = [context.Process(target=_reduce, args=(rank, f"{folder}/store", answers)) for rank in range(2)]
+        answers: SimpleQueue[float] = context.SimpleQueue()
+        ranks = [
+            context.Process(target=_reduce, args=(rank, f"{folder}/store", answers)) for rank in range(2)
+        ]
         for rank in ranks:
             rank.start()
         for rank in ranks:
@@ -77,7 +80,7 @@ def loopback() -> float:
         return float(answers.get())
 
 
-def _reduce(rank: int, store: str, answers: multiprocessing.SimpleQueue) -> None:
+def _reduce(rank: int, store: str, answers: SimpleQueue[float]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     numbers = torch.ones(LOOPBACK_BYTES // 4)

@@ -32,7 +32,7 @@ class Plan:
         estimates: by layout, for each number of ranks; the recipe's own layout first.
         refused: layouts that are not possible, and why.
         misfits: for a number of ranks on which the recipe does not fit, what would make it fit.
-        elsewhere: the fewest ranks on which it fits under other layouts as it stands, or with what those need.
+        elsewhere: the fewest ranks on which it fits under other layouts, with what those need.
     """
 
     name: str
@@ -48,12 +48,12 @@ def show(plan: Plan, console: Console) -> None:
     """Prints tables and remarks."""
     facts, hardware = plan.facts, plan.hardware
     console.note(
-        f"plan for {plan.name}: {facts.num_parameters:,} parameters, {facts.tasks_per_step} tasks per outer step, "
-        f"{facts.num_steps} inner step{'' if facts.num_steps == 1 else 's'}, {facts.compute}"
+        f"plan for {plan.name}: {facts.num_parameters:,} parameters, {facts.tasks_per_step} tasks per outer "
+        f"step, {facts.num_steps} inner step{'' if facts.num_steps == 1 else 's'}, {facts.compute}"
     )
     console.note(
-        f"on {hardware.device.name} ({_size(hardware.device.memory_bytes)}), {hardware.devices_per_node} per node, "
-        f"{hardware.link.name}"
+        f"on {hardware.device.name} ({_size(hardware.device.memory_bytes)}), {hardware.devices_per_node} per "
+        f"node, {hardware.link.name}"
     )
     own = next(iter(plan.estimates))
     _show_memory(plan.estimates[own], own, console)
@@ -69,18 +69,16 @@ def remarks(plan: Plan) -> list[str]:
     """What does not fit and what would make it fit; which ranks would be idle."""
     own, estimates = next(iter(plan.estimates.items()))
     lines: list[str] = []
-    for found in estimates:
-        if found.fits:
-            continue
-        needs = _size(found.memory.total)
+    for group in _alike(plan, [found for found in estimates if not found.fits]):
+        first, last = group[0], group[-1]
         lines.append(
-            f"{_ranks(found.num_ranks)}: does not fit under {own.in_words()} ({needs} of "
-            f"{_size(plan.hardware.device.memory_bytes)}, most of it {_largest_part(found.memory)}"
-            f"{'' if found.peak_in == 'outer step' else f', in {found.peak_in}'})"
+            f"{_span(group)}: does not fit under {own.in_words()} ({_size(first.memory.total)}"
+            f"{'' if first is last else f' to {_size(last.memory.total)}'} of "
+            f"{_size(plan.hardware.device.memory_bytes)}, most of it {_largest_part(first.memory)}"
+            f"{'' if first.peak_in == 'outer step' else f', in {first.peak_in}'})"
         )
-        found_remedies = plan.misfits.get(found.num_ranks, ())
-        lines += [f"  fits with {_in_words(remedy)}" for remedy in found_remedies]
-        if not found_remedies and found.num_ranks in plan.misfits:
+        lines += [f"  fits with {_in_words(remedy)}" for remedy in plan.misfits[last.num_ranks]]
+        if not plan.misfits[last.num_ranks]:
             lines.append("  no setting of memory, estimator or micro-batch makes it fit on so many ranks")
     fitting = next((found for found in estimates if found.fits), None)
     if fitting is not None and not estimates[0].fits:
@@ -93,8 +91,8 @@ def remarks(plan: Plan) -> list[str]:
     idle = next((found for found in estimates if found.num_idle_ranks), None)
     if idle is not None:
         lines.append(
-            f"{_ranks(idle.num_ranks)}: {idle.num_idle_ranks} of them get no tasks, since outer.tasks_per_step is "
-            f"{plan.facts.tasks_per_step}: more ranks than tasks make a step no faster"
+            f"{_ranks(idle.num_ranks)}: {idle.num_idle_ranks} of them get no tasks, since "
+            f"outer.tasks_per_step is {plan.facts.tasks_per_step}: more ranks than tasks make no step faster"
         )
     return lines
 
@@ -191,9 +189,31 @@ def _show_steps(layout: Layout, estimates: Sequence[Estimate], console: Console)
     console.table(f"an outer step: {layout.in_words()} ({first.way})", columns, rows)
 
 
+def _alike(plan: Plan, unfit: Sequence[Estimate]) -> list[list[Estimate]]:
+    """Those that do not fit, in runs of neighbours that the same settings would make fit."""
+
+    def settings(found: Estimate) -> list[tuple[str, ...]]:
+        return [remedy.settings for remedy in plan.misfits[found.num_ranks]]
+
+    groups: list[list[Estimate]] = []
+    for found in unfit:
+        if groups and settings(groups[-1][-1]) == settings(found):
+            groups[-1].append(found)
+        else:
+            groups.append([found])
+    return groups
+
+
+def _span(group: Sequence[Estimate]) -> str:
+    first, last = group[0].num_ranks, group[-1].num_ranks
+    return _ranks(first) if first == last else f"{first} to {last} ranks"
+
+
 def _in_words(remedy: Remedy) -> str:
     found = remedy.estimate
-    return f"{' '.join(remedy.settings)}: {_size(found.memory.total)}, {_time(found.step_s)} per step"
+    settings = " ".join(f"'{setting}'" if " " in setting else setting for setting in remedy.settings)
+    on = f" on {_ranks(found.num_ranks)}"
+    return f"{settings}: {_size(found.memory.total)}, {_time(found.step_s)} per step{on}"
 
 
 def _largest_part(memory: Memory) -> str:

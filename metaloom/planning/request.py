@@ -60,7 +60,9 @@ def ranks_in(text: str) -> tuple[int, ...]:
     for part in text.split(","):
         match = re.fullmatch(r"\s*(-?\d+)\s*(?:-\s*(\d+)\s*)?", part)
         if match is None:
-            raise RecipeError(f"--ranks: {text!r} is no number of ranks; give one (8), some (1,8,64) or a range (1-64).")
+            raise RecipeError(
+                f"--ranks: {text!r} is no number of ranks; give one (8), some (1,8,64) or a range (1-64)."
+            )
         first, last = int(match[1]), int(match[2] or match[1])
         for number in (first, last):
             if not 1 <= number <= MOST_RANKS:

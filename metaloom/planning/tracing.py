@@ -25,8 +25,8 @@ _aten = torch.ops.aten
 class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts every operation that runs inside, and the storages that live.
 
-    What the code under it asks of values that are not there is answered alike: numbers are 1, flags are True: an
-    iteration that goes on while something moves goes on to its last.
+    What the code under it asks of values that are not there is answered alike: numbers are 1, flags are True:
+    an iteration that goes on while something moves goes on to its last.
 
     Attributes:
         live_bytes: of storages that were made inside and live.
@@ -126,9 +126,11 @@ def _on_tensors(counts: dict[Any, Any]) -> dict[Any, Any]:
     return {operation: taking_tensors(count) for operation, count in counts.items()}
 
 
-def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *rest: Any, out_val: Any, **options: Any) -> int:
-    """Of the CPU's fused attention, of which torch's counters do not know: two products, not halved where it is
-    causal, as theirs."""
+def _attention_flops(
+    query: Tensor, key: Tensor, value: Tensor, *rest: Any, out_val: Any, **options: Any
+) -> int:
+    """Of the CPU's fused attention, of which torch's counters do not know: two products, not halved where it
+    is causal, as theirs."""
     batch, heads, num_queries, width = query.shape
     return 2 * batch * heads * num_queries * key.shape[-2] * (width + value.shape[-1])
 
@@ -144,12 +146,12 @@ def _attention_backward_flops(
 def _convolution_backward_flops(
     gradient: Tensor, inputs: Tensor, weight: Tensor, *rest: Any, out_val: Any, **options: Any
 ) -> int:
-    """As many as the convolution itself for each of the gradients of inputs and weight. torch's own count takes
-    grouped convolutions, which those of several tasks are under vmap, for one of all groups with all."""
-    transposed, output_mask = rest[4], rest[-1]
+    """As many as the convolution itself for each of the gradients of inputs and weight. torch's own count
+    takes grouped convolutions, such as those of several tasks under vmap, for one of all groups with all."""
+    transposed, output_mask = bool(rest[4]), rest[-1]
     positions = inputs if transposed else gradient
     forward = 2 * positions.numel() * weight.shape[1:].numel()
-    return forward * (output_mask[0] + output_mask[1])
+    return forward * (int(output_mask[0]) + int(output_mask[1]))
 
 
 _FLOPS: dict[Any, Any] = {

@@ -25,6 +25,7 @@ DEVICE = Device(
     operation_s=0.0,
     is_asynchronous=False,
     efficiency=0.5,
+    bandwidth_efficiency=0.5,
     process_bytes=100.0,
     unusable=0.0,
     node_bandwidth=80.0,
@@ -82,9 +83,7 @@ def test_amounts_between_and_beyond_the_corners_are_those_of_what_is_linear_in_e
     samples = sampled(((1, 2), (2, 3), (2, 3), (2, 64)), amounts_at)
     assert len(samples.corners) == 16
     for point in (Point(5, 16, 32, 8), Point(1, 2, 3, 64), Point(7, 3, 2, 1024)):
-        found, expected = (
-            dataclasses.astuple(each) for each in (samples.at(point), amounts_at(point))
-        )
+        found, expected = (dataclasses.astuple(each) for each in (samples.at(point), amounts_at(point)))
         assert found == pytest.approx(expected, rel=1e-12)
 
 
@@ -125,7 +124,8 @@ def test_deepspeed_divides_optimizer_states_and_puts_them_into_the_hosts_memory_
     assert stage_1.host_bytes == 0.0
     offloaded = Layout("deepspeed_zero", stage=2, offload_optimizer=True)
     found = estimate(some_facts(), HARDWARE, offloaded, 8)
-    assert (found.memory.optimizer, found.host_bytes) == (0.0, pytest.approx((136 + 68) / 8))
+    assert found.memory.optimizer == 0.0
+    assert found.host_bytes == pytest.approx((136 + 68) / 8)
 
 
 @pytest.mark.parametrize("num_ranks", [2, 8, 16])
@@ -292,7 +292,7 @@ def test_what_is_no_number_of_ranks_is_told(text: str, message: str) -> None:
 
 
 def test_unknown_hardware_is_told_with_what_was_probably_meant() -> None:
-    with pytest.raises(RecipeError, match="'h10' is not one of .*, here; did you mean 'h100'"):
+    with pytest.raises(RecipeError, match=r"'h10' is not one of .*, here; did you mean 'h100'"):
         device_named("h10")
     with pytest.raises(RecipeError, match="'token ring' is not one of hdr, ndr, 100gbe; choose one of them"):
         link_named("token ring")

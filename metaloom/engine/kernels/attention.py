@@ -46,8 +46,8 @@ Triple = tuple[Tensor, Tensor, Tensor]
 
 @contextlib.contextmanager
 def chunks_of(num_queries: int | None) -> Iterator[None]:
-    """While it lasts, attention takes so many queries at a time, as it would on another device; None for as many as
-    this one takes."""
+    """While it lasts, attention takes so many queries at a time, as it would on another device; None for as
+    many as this one takes."""
     token = _chunk.set(num_queries)
     try:
         yield
