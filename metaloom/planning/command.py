@@ -20,6 +20,7 @@ from metaloom.planning.hardware import HERE, Hardware, device_named, link_named
 from metaloom.planning.here import measured_device
 from metaloom.planning.report import Plan, as_json, show
 from metaloom.planning.request import Request
+from metaloom.planning.sample import calibrated
 from metaloom.recipe import (
     DeepSpeedZeroSharding,
     FullFast,
@@ -98,6 +99,9 @@ def make_plan(path: Path, request: Request, *, say: Callable[[str], None]) -> Pl
 
     facts = counted(())
     assert facts is not None, "the recipe was loaded"
+    if request.hardware == HERE:
+        hardware, text = calibrated(recipe, facts, hardware)
+        say(text)
     estimates = {own: [estimate(facts, hardware, own, number) for number in request.ranks]}
     refused: dict[Layout, str] = {}
     misfits: dict[int, tuple[Remedy, ...]] = {}

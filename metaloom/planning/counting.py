@@ -97,7 +97,7 @@ def _counted(recipe: Recipe, *, with_shards: bool) -> Facts:
     if with_shards and isinstance(fast, LoRAFast):
         in_shards = tuple(_ways(_with_blocks_recomputed(recipe), (tasks, steps, blocks, SHARD_SIZES)))
     limit = estimator.limit_gib if isinstance(estimator, AutoHypergradient) else None
-    one = _batch(recipe, 1, recipe.adaptation.num_steps)
+    one = batch_like(recipe, 1, recipe.adaptation.num_steps)
     return Facts(
         tasks_per_step=recipe.outer.tasks_per_step,
         micro_batch=recipe.outer.micro_batch,
@@ -233,7 +233,7 @@ def _step_amounts(recipe: Recipe, choices: Choices, point: Point) -> Amounts:
     with _assembled(recipe, choices, point.shards) as (trace, parts):
         held = trace.live_bytes
         trace.restart()
-        parts.differentiate(_batch(recipe, point.tasks, point.steps))
+        parts.differentiate(batch_like(recipe, point.tasks, point.steps))
         return _amounts(trace, held, parts.group)
 
 
@@ -245,7 +245,7 @@ def _advance_amounts(recipe: Recipe, point: Point) -> Amounts:
         parts,
     ):
         unroll, meta = parts.algorithm.unroll, parts.outer.meta
-        batch = _batch(recipe, point.tasks, recipe.adaptation.num_steps)
+        batch = batch_like(recipe, point.tasks, recipe.adaptation.num_steps)
         start = first_snapshot(unroll, meta, point.tasks)
         held = trace.live_bytes
         trace.restart()
@@ -427,7 +427,7 @@ class _CountedGroup(ShardGroup):
 # ---------------------------------------------------------------- data without data
 
 
-def _batch(recipe: Recipe, num_tasks: int, num_steps: int) -> TaskBatch:
+def batch_like(recipe: Recipe, num_tasks: int, num_steps: int) -> TaskBatch:
     """Tasks of the recipe's shapes."""
     data, rehearsed = recipe.data, num_rehearsed(recipe, num_steps)
     if isinstance(data, GlyphsData):

@@ -164,8 +164,9 @@ def estimate(facts: Facts, hardware: Hardware, layout: Layout, num_ranks: int) -
         unusable=hardware.device.unusable * (kept + peaks[peak_in]),
     )
     wires = _wires(facts, hardware, layout, num_ranks, all_passes)
-    compute_s = sum(one.compute_s for one in all_passes) + _compute_s(facts.update, facts.compute, hardware)
-    step_s = compute_s + wires.exposed_s
+    computing_s = sum(one.compute_s for one in all_passes)
+    computing_s += compute_s(facts.update, facts.compute, hardware)
+    step_s = computing_s + wires.exposed_s
     return Estimate(
         num_ranks=num_ranks,
         way=largest.way,
@@ -177,7 +178,7 @@ def estimate(facts: Facts, hardware: Hardware, layout: Layout, num_ranks: int) -
         fits=memory.total <= hardware.device.memory_bytes,
         host_bytes=largest.host_bytes + (_offloaded(facts, num_ranks) if layout.offload_optimizer else 0.0),
         wire_bytes=wires.num_bytes,
-        compute_s=compute_s,
+        compute_s=computing_s,
         communication_s=wires.total_s,
         step_s=step_s,
         tasks_per_s=facts.tasks_per_step / step_s,
@@ -269,7 +270,7 @@ def _pass(
         amounts=amounts,
         states=(1.0 - share) * sweep.states,
         host_bytes=(1.0 - share) * sweep.host_bytes,
-        compute_s=_compute_s(amounts, facts.compute, hardware),
+        compute_s=compute_s(amounts, facts.compute, hardware),
     )
 
 
@@ -294,7 +295,7 @@ def _pass_by(facts: Facts, hardware: Hardware, way: Way, num_tasks: int, group_s
             amounts = amounts.plus(once, again)
         if facts.snapshots == "host":
             host_bytes = (num_swept + 1) * state
-    return _Pass(way.name, amounts, states, host_bytes, _compute_s(amounts, facts.compute, hardware))
+    return _Pass(way.name, amounts, states, host_bytes, compute_s(amounts, facts.compute, hardware))
 
 
 def num_advances(num_steps: int, num_slots: int) -> int:
@@ -313,8 +314,8 @@ def num_advances(num_steps: int, num_slots: int) -> int:
 # ---------------------------------------------------------------- time
 
 
-def _compute_s(amounts: Amounts, compute: str, hardware: Hardware) -> float:
-    """Arithmetic and traffic one after the other; the host's own time beside them, or before them."""
+def compute_s(amounts: Amounts, compute: str, hardware: Hardware) -> float:
+    """Seconds: of arithmetic and of traffic one after the other; the host's own beside them, or before."""
     device = hardware.device
     on_device = amounts.flops / (device.efficiency * device.flops_per_s[compute])
     on_device += amounts.moved_bytes / (device.bandwidth_efficiency * device.bandwidth)

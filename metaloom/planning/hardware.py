@@ -56,6 +56,15 @@ class Device:
     node_bandwidth: float
     has_host_memory: bool
 
+    def slowed(self, factor: float) -> Device:
+        """The same where everything takes `factor` times as long."""
+        return dataclasses.replace(
+            self,
+            flops_per_s={name: rate / factor for name, rate in self.flops_per_s.items()},
+            bandwidth=self.bandwidth / factor,
+            operation_s=self.operation_s * factor,
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Link:

@@ -215,7 +215,7 @@ def real_hypergradient(of: Recipe, group: ShardGroup | None = None) -> Any:
     scales = LossScaler(Precision(of.precision.compute)).scales
 
     def differentiate() -> None:
-        batch = counting._batch(of, NUM_TASKS, NUM_STEPS)
+        batch = counting.batch_like(of, NUM_TASKS, NUM_STEPS)
         combiner.add(built.meta_gradient(outer.meta, batch, scales))
 
     return differentiate
