@@ -161,7 +161,7 @@ def estimate(facts: Facts, hardware: Hardware, layout: Layout, num_ranks: int) -
         gradients=gradients,
         states=states,
         working=peaks[peak_in] - gradients - states,
-        unusable=hardware.device.unusable * (kept + peaks[peak_in]),
+        unusable=hardware.device.unusable * (kept + peaks[peak_in]) + hardware.device.unusable_bytes,
     )
     wires = _wires(facts, hardware, layout, num_ranks, all_passes)
     computing_s = sum(one.compute_s for one in all_passes)

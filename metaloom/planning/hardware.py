@@ -38,7 +38,8 @@ class Device:
         efficiency: the share of `flops_per_s` that is reached.
         bandwidth_efficiency: the share of `bandwidth` that is reached.
         process_bytes: what the process takes beside tensors.
-        unusable: what the allocator holds beside the tensors of a step, as a share of them.
+        unusable: what the allocator holds beside tensors, as a share of them.
+        unusable_bytes: what it holds beside that, however large they are.
         node_bandwidth: bytes per second that one device sends to others of its node.
         has_host_memory: whether the host's memory is another than the device's own.
     """
@@ -53,6 +54,7 @@ class Device:
     bandwidth_efficiency: float
     process_bytes: float
     unusable: float
+    unusable_bytes: float
     node_bandwidth: float
     has_host_memory: bool
 
@@ -131,6 +133,7 @@ def _gpu(
         bandwidth_efficiency=0.8,
         process_bytes=GPU_RESERVED,
         unusable=GPU_UNUSABLE,
+        unusable_bytes=0.0,
         node_bandwidth=node_gb * GB,
         has_host_memory=True,
     )

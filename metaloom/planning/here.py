@@ -19,9 +19,9 @@ from metaloom.errors import LaunchError
 from metaloom.planning.hardware import GPU_RESERVED, GPU_UNUSABLE, Device
 
 NUM_REPEATS = 5
-# glibc's allocator keeps what is freed between tensors that live: measured on the built-in recipes, see
-# docs/scaling.md.
-CPU_UNUSABLE = 0.45
+# glibc's allocator keeps what is freed between tensors that live; and graphs have nodes beside their tensors.
+# Both are fitted to the built-in recipes, see docs/scaling.md.
+CPU_UNUSABLE, CPU_UNUSABLE_BYTES = 0.45, 30 * 2**20
 LOOPBACK_BYTES = 2**24
 LOOPBACK_TIMEOUT_S = 120.0
 
@@ -57,6 +57,7 @@ def measured_device(compute: ComputeFormat, *, num_local_ranks: int, is_tracked:
         bandwidth_efficiency=1.0,
         process_bytes=process_bytes,
         unusable=CPU_UNUSABLE,
+        unusable_bytes=CPU_UNUSABLE_BYTES,
         node_bandwidth=_loopback_bandwidth(),
         has_host_memory=False,
     )
@@ -88,6 +89,7 @@ def _gpu_here(compute: ComputeFormat, num_local_ranks: int) -> Device:
         bandwidth_efficiency=0.9,
         process_bytes=GPU_RESERVED,
         unusable=GPU_UNUSABLE,
+        unusable_bytes=0.0,
         node_bandwidth=numbers.numel() * numbers.element_size() / copied_s,
         has_host_memory=True,
     )

@@ -28,6 +28,7 @@ DEVICE = Device(
     bandwidth_efficiency=0.5,
     process_bytes=100.0,
     unusable=0.0,
+    unusable_bytes=0.0,
     node_bandwidth=80.0,
     has_host_memory=True,
 )
@@ -101,6 +102,14 @@ def test_memory_under_replicated_is_what_is_held_and_what_a_micro_batch_takes() 
     assert memory.states + memory.working == pytest.approx(amounts_at(Point(2, 4, 1)).peak_bytes)
     assert memory.total == pytest.approx(100 + 64 + 72 + 136 + 89)
     assert found.fits
+
+
+def test_what_the_allocator_cannot_use_is_a_share_of_all_tensors_and_a_part_of_its_own() -> None:
+    exact = estimate(some_facts(), HARDWARE, REPLICATED, 8).memory
+    device = dataclasses.replace(DEVICE, unusable=0.1, unusable_bytes=7.0)
+    found = estimate(some_facts(), dataclasses.replace(HARDWARE, device=device), REPLICATED, 8).memory
+    assert found.unusable == pytest.approx(0.1 * (exact.total - exact.process) + 7.0)
+    assert found.total == pytest.approx(exact.total + found.unusable)
 
 
 def test_a_rank_short_of_memory_does_not_fit() -> None:
