@@ -107,3 +107,34 @@ def test_ctrl_c_on_one_host_ends_the_job_on_all(tmp_path: Path, glyphs: Path, st
     both[1].process.send_signal(signal.SIGINT)
     assert [host.end() for host in both] == [130, 130]
     assert [host.errors for host in both] == ["stopped by SIGINT on 127.0.0.1\n"] * 2
+
+
+UNAWARE = """
+import sys, time
+if sys.argv[0] == "-m" and "metaloom.agent" in sys.orig_argv:
+    from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
+    def meet_and_wait(handler, meet=DynamicRendezvousHandler.next_rendezvous):
+        met = meet(handler)
+        time.sleep(600)
+        return met
+    DynamicRendezvousHandler.next_rendezvous = meet_and_wait
+"""
+
+
+def test_ctrl_c_on_a_host_that_does_not_know_yet_that_all_are_there(
+    tmp_path: Path, glyphs: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (f"data.url={glyphs}", *RUN, *hosts(min_hosts=2), "--run", tmp_path / "run")
+    first = Host(tmp_path, "first", *words)
+    stack.callback(first.close)
+    first.wait_for_store(tmp_path / "run")
+    (tmp_path / "unaware").mkdir()
+    (tmp_path / "unaware" / "sitecustomize.py").write_text(UNAWARE)
+    monkeypatch.setitem(ADDED, "PYTHONPATH", f"{tmp_path / 'unaware'}:{environment()['PYTHONPATH']}")
+    second = Host(tmp_path, "second", *words)
+    stack.callback(second.close)
+    first.wait_for("of 2 here, on 2 hosts")
+    second.process.send_signal(signal.SIGINT)
+    assert [host.end() for host in (first, second)] == [130, 130]
+    assert [host.errors for host in (first, second)] == ["stopped by SIGINT on 127.0.0.1\n"] * 2
+    assert second.output == ""
