@@ -1,6 +1,6 @@
 """What a rank holds, and how long it waits, as its weights are divided among more of them: prints a table.
 
-    python -m benchmarks.sharding [--ranks 1 2 4] [--layers 24] [--width 512] [--estimator mixed_mode]
+    python -m benchmarks.sharding [--ranks 1 2 4] [--layers 24] [--width 512] [--estimator rematerialized]
 
 A transformer over bytes, its backbone and the start of rank-8 LoRA meta-learned with Adam, under
 `sharding.kind: sharded`; every rank has one task. Each number of ranks runs in fresh processes with one
@@ -206,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--inner", type=int, default=2, metavar="K", help="inner steps")
     parser.add_argument("--steps", type=int, default=3, help="outer steps, the first of which is not timed")
-    parser.add_argument("--estimator", choices=sorted(EXACT_AND_FLAT), default="mixed_mode")
+    parser.add_argument("--estimator", choices=sorted(EXACT_AND_FLAT), default="rematerialized")
     options = parser.parse_args(arguments)
     case = Case(
         options.layers, options.width, options.tokens, options.inner, options.estimator, options.steps

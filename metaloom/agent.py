@@ -135,15 +135,19 @@ class Agent:
         self._exit_code = code
         self._watchman.expect_within(FAREWELL_S)
         num_others = 0 if current is None else current.num_hosts - 1
+        if meeting is not None and current is None:
+            with contextlib.suppress(*BROKEN):
+                num_others = meeting.num_others()
         text = f"stopped by {number.name}" + (f" on {self._terms.address}" if num_others else "")
-        if meeting is not None and current is not None and num_others:
+        if meeting is not None and num_others:
             fault = Fault("departure", text, "", code)
-            verdict = self._judge(fault, current)
+            verdict = None if current is None else self._judge(fault, current)
             if number == signal.SIGINT or meeting.serves:
                 verdict = Verdict(fault, is_end=True, num_restarts=0)
             with contextlib.suppress(*BROKEN):
-                current.post(verdict)
-                if verdict.is_end:
+                if verdict is not None and current is not None:
+                    current.post(verdict)
+                if verdict is not None and verdict.is_end:
                     meeting.close(verdict)
         say(text)
         self._stop_ranks(signal.SIGINT)  # the ranks take SIGTERM for the loss of a partner
@@ -212,6 +216,8 @@ class Agent:
             return verdict
         if current.all_are_done():
             return "finished"
+        if meeting.is_over():
+            return meeting.outcome() or "finished"
         silent = current.silent_host(self._terms.silence_s) if meeting.serves else None
         if silent is not None:
             seats, place = silent

@@ -31,12 +31,11 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousClosedError,
     RendezvousConnectionError,
     RendezvousGracefulExitError,
-    RendezvousHandler,
     RendezvousParameters,
     RendezvousTimeoutError,
 )
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
-from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, create_handler
 
 from metaloom.errors import LaunchError, RecipeError
 from metaloom.faults import Verdict
@@ -213,12 +212,23 @@ class Meeting:
         """Whether hosts wait to join, or to meet again."""
         return bool(self._handler.num_nodes_waiting() > 0)
 
+    def num_others(self) -> int:
+        """Other hosts that have met with this one, which may not know it yet."""
+        self._handler.is_closed()  # reads the store
+        state = self._handler._state_holder.state
+        is_in = state.complete and self._handler._this_node in state.participants
+        return len(state.participants) - 1 if is_in else 0
+
     def close(self, verdict: Verdict | None) -> None:
         """Ends the job for all hosts: well where there is no verdict."""
         self._board.set("outcome", "" if verdict is None else verdict.to_json())
         self._handler.shutdown()
         if not self.serves:
             self._board.add("farewells", 1)
+
+    def is_over(self) -> bool:
+        """Whether a host has ended the job."""
+        return bool(self._board.check(["outcome"]))
 
     def outcome(self) -> Verdict | None:
         """What `close` was given, on whichever host."""
@@ -309,7 +319,7 @@ def _tcp_store(endpoint: tuple[str, int], *, is_master: bool) -> TCPStore:
     )
 
 
-def _make_handler(terms: Terms, store: TCPStore) -> RendezvousHandler:
+def _make_handler(terms: Terms, store: TCPStore) -> DynamicRendezvousHandler:
     interval = max(1, min(5, int(terms.silence_s / 4)))
     parameters = RendezvousParameters(
         backend="c10d",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
+import re
 import signal
 import sys
 import threading
@@ -151,7 +152,8 @@ def _lost_partner(whereabouts: Whereabouts, error: Exception) -> int:
         whereabouts,
         "lost_partner",
         "a collective failed, since another rank ended, or was silent for longer than launcher.timeout_s: "
-        + _last_line(error),
+        # Gloo puts a line of its sources before what it says, and good wishes after.
+        + re.sub(r"^\[\S+:[0-9]+\] | This is typically caused by .*", "", _last_line(error)),
     )
     return LOST_PARTNER_EXIT_CODE
 

@@ -166,7 +166,7 @@ def test_a_rank_that_hangs_is_named_when_the_timeout_has_passed(tmp_path: Path, 
         code, _, errors = end(process, timeout_s=60.0)
     assert code == 1
     assert "error: rank 0 at outer step " in errors
-    assert "was silent for longer than launcher.timeout_s" in errors
+    assert "was silent for longer than launcher.timeout_s: Timed out waiting 3000ms" in errors
     assert "(still running here: rank 1 at outer step " in errors
 
 
@@ -178,7 +178,7 @@ def test_a_run_goes_on_with_any_number_of_processes(tmp_path: Path, glyphs: Path
         f"data.url={glyphs}",
         "precision.compute=float64",
         "tracking=none",
-        "outer.num_steps=16",
+        "outer.num_steps=12",
         "checkpoint={every_steps: 4, keep_last: 9}",
         "launcher.num_processes=4",
         "--run",
@@ -186,8 +186,8 @@ def test_a_run_goes_on_with_any_number_of_processes(tmp_path: Path, glyphs: Path
         cwd=tmp_path,
     )
     whole = curve(folder)
-    assert len(whole) == 16
-    for step, num_processes in ((4, 2), (8, 1), (12, 4)):
+    assert len(whole) == 12
+    for step, num_processes in ((4, 1), (8, 2)):
         for later in (folder / "checkpoints/meta").iterdir():
             if int(later.name.removeprefix("step-")) > step:
                 (later / "manifest.json").unlink()  # as if it had been killed before
@@ -195,6 +195,6 @@ def test_a_run_goes_on_with_any_number_of_processes(tmp_path: Path, glyphs: Path
             "train", "--resume", folder, f"launcher.num_processes={num_processes}", cwd=tmp_path
         )
         assert "changed: launcher.num_processes: " in output
-        assert f"resumed after outer step {step} of 16" in output
+        assert f"resumed after outer step {step} of 12" in output
         for ours, theirs in zip(curve(folder), whole, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-7)  # sums over tasks are added in another order

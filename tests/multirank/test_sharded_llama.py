@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import pytest
 
-from metaloom.engine.hypergradients.mixed_mode import MixedMode
 from metaloom.engine.hypergradients.rematerialized import Rematerialized
 from metaloom.engine.sharding.sharded import Event
 from tests.multirank.llama import LARGE, SMALL, Size, Trained, train
@@ -20,10 +19,6 @@ COMPARED = {"TORCH_DISTRIBUTED_DEBUG": "DETAIL"}
 
 def rematerialized(size: Size, num_outer_steps: int, backbone: bool) -> Trained:
     return train(size, Rematerialized(), num_outer_steps, backbone=backbone, compute="float32")
-
-
-def in_mixed_mode(size: Size, num_outer_steps: int, backbone: bool) -> Trained:
-    return train(size, MixedMode(), num_outer_steps, backbone=backbone, compute="float32")
 
 
 def collectives(events: Sequence[Event]) -> list[Event]:
@@ -81,9 +76,8 @@ def test_blocks_are_gathered_given_back_and_gathered_again_in_one_order() -> Non
 
 @pytest.mark.timeout(600)
 def test_a_llama_of_300_million_parameters_trains_on_4_ranks() -> None:
-    ranks = run_ranks(4, in_mixed_mode, LARGE, 2, False, timeout_s=500.0, environment=COMPARED)
+    ranks = run_ranks(4, rematerialized, LARGE, 2, False, timeout_s=500.0, environment=COMPARED)
     assert ranks[0].num_parameters >= 300e6
-    # In the sweep forwards and backwards alone.
-    assert_gathered_given_back_and_gathered_again(ranks, LARGE, 2, passes=6)
+    assert_gathered_given_back_and_gathered_again(ranks, LARGE, 2, passes=8)
     assert ranks[0].losses[1] < ranks[0].losses[0]
     assert all(rank.losses == ranks[0].losses for rank in ranks)
