@@ -1,4 +1,4 @@
-"""The command line: `metaloom train | evaluate | check | data | recipe`.
+"""The command line: `metaloom train | evaluate | check | plan | data | recipe`.
 
 Everything that can be checked is checked here, before any process is started and without importing torch.
 """
@@ -6,9 +6,11 @@ Everything that can be checked is checked here, before any process is started an
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -18,6 +20,8 @@ from typing import TYPE_CHECKING
 from metaloom import __version__
 from metaloom.errors import LaunchError, MetaloomError, RecipeError, StreamError
 from metaloom.files import replace_file
+from metaloom.planning.hardware import DEVICES, HERE, LINKS
+from metaloom.planning.request import DEFAULT_RANKS, Request, checked, ranks_in
 from metaloom.run_folder import RunFolder, new_run_path
 
 if TYPE_CHECKING:
@@ -59,6 +63,17 @@ examples:
 The hypergradient on the recipe's model and two tasks, in float64, is compared with that of the whole graph
 and with differences of the meta-loss, and tasks are checked not to reach into each other: a table, and exit
 code 2 if terms are lost. For values and data alone, in a moment: metaloom recipe check
+"""
+
+PLAN_EXAMPLES = """\
+examples:
+  metaloom plan recipes/stdlib-lora.yaml                          on H100s, 1 to 1024 of them
+  metaloom plan recipes/stdlib-lora.yaml --ranks 16 --hardware a100-80 --link hdr
+  metaloom plan recipes/glyphs-maml.yaml --hardware here --ranks 1-8
+  metaloom plan recipes/stdlib-lora.yaml outer.micro_batch=1 --json > plan.json
+
+An outer step of the recipe is run on tensors without data, and what it would hold, compute and send is
+counted; nothing is trained, and no data set is needed. What an estimate rests on: docs/scaling.md.
 """
 
 DATA_EXAMPLES = """\
@@ -140,6 +155,41 @@ def _parser() -> argparse.ArgumentParser:
         help=f"all of the recipe's inner steps (default: at most {CHECKED_STEPS})",
     )
     check.set_defaults(run_command=_check)
+
+    plan = _command(
+        commands,
+        "plan",
+        "say what a recipe takes on 1 to 1024 ranks: memory, communication, time",
+        PLAN_EXAMPLES,
+    )
+    plan.add_argument("recipe", metavar="RECIPE", help="a YAML file")
+    _add_overrides(plan)
+    plan.add_argument(
+        "--ranks",
+        default=DEFAULT_RANKS,
+        metavar="N",
+        help=f"numbers of ranks: 8, or 1,8,64, or 1-64 for powers of two (default: {DEFAULT_RANKS})",
+    )
+    plan.add_argument(
+        "--hardware",
+        default="h100",
+        metavar="NAME",
+        help=f"{', '.join(DEVICES)}, or {HERE} for this machine, measured (default: h100)",
+    )
+    plan.add_argument(
+        "--link", default="ndr", metavar="NAME", help=f"between nodes: {', '.join(LINKS)} (default: ndr)"
+    )
+    plan.add_argument(
+        "--gpus-per-node",
+        type=int,
+        metavar="N",
+        help=f"ranks of one node (default: 8; with --hardware {HERE} launcher.num_processes)",
+    )
+    plan.add_argument(
+        "--compare", action="store_true", help="the same with weights in shards, also where they fit whole"
+    )
+    plan.add_argument("--json", action="store_true", help="print JSON in place of tables")
+    plan.set_defaults(run_command=_plan)
 
     data = _command(commands, "data", "make data sets", DATA_EXAMPLES)
     data_commands = data.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -304,6 +354,30 @@ def _check(arguments: argparse.Namespace) -> int:
     finally:
         if code != 1:
             shutil.rmtree(folder.path, ignore_errors=True)
+    return code
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from metaloom.recipe import load_recipe
+
+    request = checked(
+        Request(
+            hardware=arguments.hardware,
+            link=arguments.link,
+            ranks=ranks_in(arguments.ranks),
+            devices_per_node=arguments.gpus_per_node,
+            compare=arguments.compare,
+            as_json=arguments.json,
+        )
+    )
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    with tempfile.TemporaryDirectory(prefix="metaloom-plan-") as folder:
+        path = Path(folder) / "recipe.yaml"
+        _write_recipe(recipe, path)
+        words = [str(path), json.dumps(dataclasses.asdict(request))]
+        code = subprocess.run([sys.executable, "-m", "metaloom.planning.command", *words]).returncode
+    if code < 0:
+        raise LaunchError(f"the process that makes the plan was ended by signal {-code}; start it again.")
     return code
 
 

@@ -20,9 +20,11 @@ time, and P, the only thing that is quadratic in the length, is never kept.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -36,9 +38,21 @@ from metaloom.errors import CapabilityError
 # Large enough for efficient matrix products, small enough that a chunk's scores stay in a CPU's cache.
 CHUNK_CPU = 64
 CHUNK_GPU = 256
+_chunk = ContextVar[int | None]("_chunk", default=None)
 
 Pair = tuple[Tensor, Tensor]
 Triple = tuple[Tensor, Tensor, Tensor]
+
+
+@contextlib.contextmanager
+def chunks_of(num_queries: int | None) -> Iterator[None]:
+    """While it lasts, attention takes so many queries at a time, as it would on another device; None for as
+    many as this one takes."""
+    token = _chunk.set(num_queries)
+    try:
+        yield
+    finally:
+        _chunk.reset(token)
 
 
 def attention(
@@ -75,7 +89,7 @@ def attention(
         1.0 / math.sqrt(query.shape[-1]) if scale is None else scale,
         is_causal,
         attn_mask,
-        CHUNK_CPU if query.device.type == "cpu" else CHUNK_GPU,
+        _chunk.get() or (CHUNK_CPU if query.device.type == "cpu" else CHUNK_GPU),
     )
     output: Tensor = _Attention.apply(query, key, value, plan)  # type: ignore[no-untyped-call]
     return output

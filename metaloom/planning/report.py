@@ -1,0 +1,243 @@
+"""A plan for people, and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from metaloom.planning.advice import Remedy
+from metaloom.planning.estimate import Estimate, Layout, Memory
+from metaloom.planning.facts import Facts
+from metaloom.planning.hardware import GIB, Hardware
+from metaloom.tracking.console import Console
+
+PARTS = {
+    "process": "process",
+    "weights": "weights",
+    "learned": "meta-parameters",
+    "optimizer": "optimizer",
+    "gradients": "gradients",
+    "states": "snapshots",
+    "working": "activations",
+    "unusable": "allocator",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything that a plan says.
+
+    Attributes:
+        estimates: by layout, for each number of ranks; the recipe's own layout first.
+        refused: layouts that are not possible, and why.
+        misfits: for a number of ranks on which the recipe does not fit, what would make it fit.
+        elsewhere: the fewest ranks on which it fits under other layouts, with what those need.
+    """
+
+    name: str
+    facts: Facts
+    hardware: Hardware
+    estimates: Mapping[Layout, Sequence[Estimate]]
+    refused: Mapping[Layout, str]
+    misfits: Mapping[int, Sequence[Remedy]]
+    elsewhere: Sequence[Remedy]
+
+
+def show(plan: Plan, console: Console) -> None:
+    """Prints tables and remarks."""
+    facts, hardware = plan.facts, plan.hardware
+    console.note(
+        f"plan for {plan.name}: {facts.num_parameters:,} parameters, {facts.tasks_per_step} tasks per outer "
+        f"step, {facts.num_steps} inner step{'' if facts.num_steps == 1 else 's'}, {facts.compute}"
+    )
+    console.note(
+        f"on {hardware.device.name} ({_size(hardware.device.memory_bytes)}), {hardware.devices_per_node} per "
+        f"node, {hardware.link.name}"
+    )
+    own = next(iter(plan.estimates))
+    _show_memory(plan.estimates[own], own, console)
+    for layout, estimates in plan.estimates.items():
+        _show_steps(layout, estimates, console)
+    for layout, why in plan.refused.items():
+        console.note(f"{layout.in_words()}: not possible, {why}")
+    for text in remarks(plan):
+        console.note(text)
+
+
+def remarks(plan: Plan) -> list[str]:
+    """What does not fit and what would make it fit; which ranks would be idle."""
+    own, estimates = next(iter(plan.estimates.items()))
+    lines: list[str] = []
+    for group in _alike(plan, [found for found in estimates if not found.fits]):
+        first, last = group[0], group[-1]
+        lines.append(
+            f"{_span(group)}: does not fit under {own.in_words()} ({_size(first.memory.total)}"
+            f"{'' if first is last else f' to {_size(last.memory.total)}'} of "
+            f"{_size(plan.hardware.device.memory_bytes)}, most of it {_largest_part(first.memory)}"
+            f"{'' if first.peak_in == 'outer step' else f', in {first.peak_in}'})"
+        )
+        lines += [f"  fits with {_in_words(remedy)}" for remedy in plan.misfits[last.num_ranks]]
+        if not plan.misfits[last.num_ranks]:
+            lines.append("  no setting of memory, estimator or micro-batch makes it fit on so many ranks")
+    fitting = next((found for found in estimates if found.fits), None)
+    if fitting is not None and not estimates[0].fits:
+        lines.append(f"as it is, it fits from {_ranks(fitting.num_ranks)} on")
+    lines += [
+        f"{remedy.layout.in_words()} fits from {_ranks(remedy.estimate.num_ranks)} on"
+        + (f", with {' '.join(remedy.settings)}" if remedy.settings else "")
+        for remedy in plan.elsewhere
+    ]
+    idle = next((found for found in estimates if found.num_idle_ranks), None)
+    if idle is not None:
+        lines.append(
+            f"{_ranks(idle.num_ranks)}: {idle.num_idle_ranks} of them get no tasks, since "
+            f"outer.tasks_per_step is {plan.facts.tasks_per_step}: more ranks than tasks make no step faster"
+        )
+    return lines
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """The same as JSON values."""
+
+    def remedy(found: Remedy) -> dict[str, Any]:
+        return {
+            "settings": list(found.settings),
+            "sharding": dataclasses.asdict(found.layout),
+            "estimate": _values(found.estimate),
+        }
+
+    return {
+        "recipe": plan.name,
+        "num_parameters": plan.facts.num_parameters,
+        "hardware": dataclasses.asdict(
+            dataclasses.replace(
+                plan.hardware,
+                device=dataclasses.replace(
+                    plan.hardware.device, flops_per_s=dict(plan.hardware.device.flops_per_s)
+                ),
+            )
+        ),
+        "plans": [
+            {"sharding": dataclasses.asdict(layout), "estimates": [_values(found) for found in estimates]}
+            for layout, estimates in plan.estimates.items()
+        ],
+        "refused": [
+            {"sharding": dataclasses.asdict(layout), "why": why} for layout, why in plan.refused.items()
+        ],
+        "misfits": [
+            {"num_ranks": number, "remedies": [remedy(found) for found in each]}
+            for number, each in plan.misfits.items()
+        ],
+        "elsewhere": [remedy(found) for found in plan.elsewhere],
+        "remarks": remarks(plan),
+    }
+
+
+def _values(found: Estimate) -> dict[str, Any]:
+    memory = dataclasses.asdict(found.memory) | {"total": found.memory.total}
+    return dataclasses.asdict(found) | {"memory": memory}
+
+
+def _show_memory(estimates: Sequence[Estimate], layout: Layout, console: Console) -> None:
+    columns = ["ranks", *PARTS.values(), "total", "fits"]
+    rows = [
+        [
+            str(found.num_ranks),
+            *(_number(getattr(found.memory, part)) for part in PARTS),
+            _number(found.memory.total),
+            "yes" if found.fits else "no",
+        ]
+        for found in estimates
+    ]
+    console.table(f"memory of a rank at its peak, GiB: {layout.in_words()}", columns, rows)
+
+
+def _show_steps(layout: Layout, estimates: Sequence[Estimate], console: Console) -> None:
+    columns = [
+        "ranks",
+        "tasks per rank",
+        "side by side",
+        "memory",
+        "fits",
+        "host memory",
+        "over the wire",
+        "compute",
+        "wire",
+        "step",
+        "tasks/s",
+        "efficiency",
+    ]
+    first = estimates[0]
+    rows = [
+        [
+            str(found.num_ranks),
+            str(found.tasks_per_rank),
+            str(found.micro_batch),
+            _size(found.memory.total),
+            "yes" if found.fits else "no",
+            _size(found.host_bytes),
+            _size(found.wire_bytes),
+            _time(found.compute_s),
+            _time(found.communication_s),
+            _time(found.step_s),
+            f"{found.tasks_per_s:.3g}",
+            f"{found.tasks_per_s / first.tasks_per_s * first.num_ranks / found.num_ranks:.0%}",
+        ]
+        for found in estimates
+    ]
+    console.table(f"an outer step: {layout.in_words()} ({first.way})", columns, rows)
+
+
+def _alike(plan: Plan, unfit: Sequence[Estimate]) -> list[list[Estimate]]:
+    """Those that do not fit, in runs of neighbours that the same settings would make fit."""
+
+    def settings(found: Estimate) -> list[tuple[str, ...]]:
+        return [remedy.settings for remedy in plan.misfits[found.num_ranks]]
+
+    groups: list[list[Estimate]] = []
+    for found in unfit:
+        if groups and settings(groups[-1][-1]) == settings(found):
+            groups[-1].append(found)
+        else:
+            groups.append([found])
+    return groups
+
+
+def _span(group: Sequence[Estimate]) -> str:
+    first, last = group[0].num_ranks, group[-1].num_ranks
+    return _ranks(first) if first == last else f"{first} to {last} ranks"
+
+
+def _in_words(remedy: Remedy) -> str:
+    found = remedy.estimate
+    settings = " ".join(f"'{setting}'" if " " in setting else setting for setting in remedy.settings)
+    on = f" on {_ranks(found.num_ranks)}"
+    return f"{settings}: {_size(found.memory.total)}, {_time(found.step_s)} per step{on}"
+
+
+def _largest_part(memory: Memory) -> str:
+    return PARTS[max(PARTS, key=lambda part: float(getattr(memory, part)))]
+
+
+def _ranks(number: int) -> str:
+    return f"{number} rank{'' if number == 1 else 's'}"
+
+
+def _number(num_bytes: float) -> str:
+    return "-" if num_bytes == 0 else f"{num_bytes / GIB:.3g}"
+
+
+def _size(num_bytes: float) -> str:
+    for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.3g} {unit}"
+    return "-" if num_bytes == 0 else f"{num_bytes:.0f} B"
+
+
+def _time(seconds: float) -> str:
+    if seconds == 0.0:
+        return "-"
+    if seconds < 1e-3:
+        return f"{1e6 * seconds:.3g} us"
+    return f"{1e3 * seconds:.3g} ms" if seconds < 1.0 else f"{seconds:.3g} s"

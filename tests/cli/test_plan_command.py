@@ -1,0 +1,172 @@
+"""`metaloom plan`: what a recipe takes, before it is started."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from metaloom.cli import main
+from metaloom.errors import CapabilityError
+from metaloom.planning.command import make_plan
+from metaloom.planning.estimate import Layout, estimate
+from metaloom.planning.facts import Facts
+from metaloom.planning.hardware import DEVICES, LINKS, Hardware
+from metaloom.planning.report import remarks
+from metaloom.planning.request import Request
+from metaloom.recipe import load_recipe
+from tests.commands import RECIPES, run, run_well
+
+# Large enough not to fit on the smallest GPU of the table, small enough to be counted in seconds.
+LARGE = """
+name: large
+model: {kind: gpt, num_layers: 2, width: 4096, num_heads: 32, context_length: 1024}
+data: {kind: stdlib, url: nowhere, num_support: 8, num_query: 8, sequence_length: 1024}
+adaptation:
+  fast: {kind: lora, rank: 2, alpha: 2, targets: [qkv]}
+  rule: {kind: sgd, lr: 0.1}
+  num_steps: 2
+algorithm: {kind: maml, hypergradient: unrolled}
+outer: {num_steps: 10, tasks_per_step: 64}
+precision: {compute: bfloat16}
+"""
+
+
+def request(**changes: Any) -> Request:
+    values: dict[str, Any] = {
+        "hardware": "a100-40",
+        "link": "ndr",
+        "ranks": (1, 64),
+        "devices_per_node": None,
+        "compare": False,
+        "as_json": False,
+    }
+    return Request(**values | changes)
+
+
+def test_a_small_recipe_is_planned_without_its_data_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    recipe = RECIPES / "smoke.yaml"
+    output = run_well(
+        "plan", recipe, "data.url=nowhere", "--ranks", "1,8", "--gpus-per-node", "4", cwd=tmp_path
+    )
+    assert "plan for smoke" in output
+    assert "on H100 80 GB (74.5 GiB), 4 per node, InfiniBand NDR" in output
+    assert "memory of a rank at its peak, GiB: replicated" in output
+    assert "an outer step: replicated (rematerialized, loop)" in output
+    assert "an outer step: deepspeed_zero, stage 2" in output
+    assert "sharded: not possible, since every weight is fast" in output
+    assert "8 ranks: 4 of them get no tasks, since outer.tasks_per_step is 4" in output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_as_json_has_every_number_and_nothing_beside_it(tmp_path: Path) -> None:
+    finished = run("plan", RECIPES / "smoke.yaml", "--ranks", "2", "--json", cwd=tmp_path)
+    assert finished.code == 0, finished.errors
+    plan = json.loads(finished.output)
+    assert plan["recipe"] == "smoke"
+    assert plan["hardware"]["device"]["name"] == "H100 80 GB"
+    (found,) = plan["plans"][0]["estimates"]
+    assert (found["num_ranks"], found["tasks_per_rank"], found["fits"]) == (2, 2, True)
+    memory = found["memory"]
+    assert memory["total"] == pytest.approx(sum(value for name, value in memory.items() if name != "total"))
+    # A ring all-reduce of two ranks sends the gradient once: as many bytes as the model has.
+    assert found["wire_bytes"] == 4 * plan["num_parameters"]
+
+
+def test_this_machine_is_measured_and_said_so(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text((RECIPES / "smoke.yaml").read_text() + "tracking: none\n")
+    finished = run("plan", recipe, "--ranks", "1", "--hardware", "here", "--json", cwd=tmp_path)
+    assert finished.code == 0, finished.errors
+    assert "measuring this machine" in finished.errors
+    device = json.loads(finished.output)["hardware"]["device"]
+    assert device["flops_per_s"].keys() == {"float32"}
+    for name in ("memory_bytes", "bandwidth", "operation_s", "process_bytes", "node_bandwidth"):
+        assert device[name] > 0.0
+
+
+def test_mistakes_are_told_before_anything_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(RECIPES / "smoke.yaml")
+    for words, message in (
+        (["--hardware", "h1000"], "did you mean 'h100'?"),
+        (["--link", "hdrr"], "did you mean 'hdr'?"),
+        (["--ranks", "0"], "--ranks: 0; a plan is for 1 to 1024 ranks."),
+        (["--gpus-per-node", "0"], "--gpus-per-node: 0; a node has at least 1"),
+        (["outer.tasks_per_stepp=3"], "did you mean 'tasks_per_step'"),
+    ):
+        assert main(["plan", recipe, *words]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_told_with_settings_that_were_tried(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(LARGE)
+    plan = make_plan(path, request(), say=lambda text: None)
+    own = Layout("replicated")
+    alone, many = plan.estimates[own]
+    assert not alone.fits
+    (remedy,) = plan.misfits[1]
+    assert remedy.estimate.fits
+    (setting,) = remedy.settings
+    name, _, value = setting.partition("=")
+    assert name == "outer.micro_batch"
+    # The most that fit: one task more does not.
+    more = load_recipe(path, [f"outer.micro_batch={int(value) + 1}"])
+    assert more.outer.micro_batch == int(value) + 1
+    assert not estimate(_with_micro_batch(plan.facts, int(value) + 1), plan.hardware, own, 1).fits
+    text = "\n".join(remarks(plan))
+    assert "1 rank: does not fit under replicated (" in text
+    assert f"fits with {setting}: " in text
+    assert many.fits
+    assert "as it is, it fits from 64 ranks on" in text
+
+
+def test_shards_fit_where_whole_weights_do_not(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    deep = LARGE.replace("num_layers: 2, width: 4096", "num_layers: 24, width: 8192")
+    sparing = (
+        deep.replace("unrolled", "rematerialized") + "memory: {recompute_blocks: true, snapshots: host}\n"
+    )
+    sparing = sparing.replace("tasks_per_step: 64", "tasks_per_step: 64, micro_batch: 1")
+    path.write_text(sparing.replace("sequence_length: 1024", "sequence_length: 32"))
+    plan = make_plan(path, request(ranks=(1, 8, 16)), say=lambda text: None)
+    assert not any(found.fits for found in plan.estimates[Layout("replicated")])
+    assert plan.misfits[8] == ()
+    (elsewhere,) = plan.elsewhere
+    assert elsewhere.layout.kind == "sharded"
+    assert elsewhere.settings == ("sharding.kind=sharded",)
+    fits = [found.fits for found in plan.estimates[elsewhere.layout]]
+    assert fits == sorted(fits)
+    assert elsewhere.estimate.num_ranks == next(
+        found.num_ranks for found in plan.estimates[elsewhere.layout] if found.fits
+    )
+    text = "\n".join(remarks(plan))
+    assert "no setting of memory, estimator or micro-batch makes it fit on so many ranks" in text
+    number = elsewhere.estimate.num_ranks
+    assert f"sharded fits from {number} ranks on, with sharding.kind=sharded" in text
+
+
+def test_states_in_the_hosts_memory_need_a_host_beside_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        LARGE.replace("hypergradient: unrolled", "hypergradient: rematerialized")
+        + "memory: {snapshots: host}\n"
+    )
+    here = _hardware(1e12)
+    device = dataclasses.replace(here.device, has_host_memory=False, name="a core")
+    monkeypatch.setattr("metaloom.planning.command.measured_device", lambda *_, **__: device)
+    with pytest.raises(CapabilityError, match="snapshots: host, and a core has no memory but the host's"):
+        make_plan(path, request(hardware="here"), say=lambda text: None)
+
+
+def _hardware(memory_bytes: float) -> Hardware:
+    return Hardware(
+        dataclasses.replace(DEVICES["h100"], memory_bytes=memory_bytes, unusable=0.0), LINKS["ndr"], 8
+    )
+
+
+def _with_micro_batch(facts: Facts, micro_batch: int) -> Facts:
+    return dataclasses.replace(facts, micro_batch=micro_batch)
