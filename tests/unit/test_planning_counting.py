@@ -133,8 +133,8 @@ def test_what_crosses_between_shards_is_what_a_real_shard_group_is_told() -> Non
     assert counted.gathered_bytes == gathered
     assert counted.scattered_bytes == scattered
     assert counted.num_collectives == sum(event.kind in ("gather", "scatter") for event in events)
-    # As docs/scaling.md has it: for each step 2 to adapt and 4 to pull back, and 2 for the query loss; sums 2 and
-    # 1. Embeddings are not differentiated by what goes in, and gathered less.
+    # As docs/scaling.md has it: for each step 2 to adapt and 4 to pull back, and 2 for the query loss; sums 2
+    # and 1. Embeddings are not differentiated by what goes in, and gathered less.
     weights = 4 * sum(value.numel() for value in build_model(learned, CPU, Replicated()).module.parameters())
     assert gathered == pytest.approx((6 * NUM_STEPS + 2) * weights, rel=0.15)
     assert scattered == pytest.approx((2 * NUM_STEPS + 1) * weights, rel=0.15)
