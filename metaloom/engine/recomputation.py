@@ -21,6 +21,7 @@ of the tensor itself, and that of torch 2.11 refuses dual numbers.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -151,10 +152,53 @@ class _RecomputedDual(torch.autograd.Function):
         spread: list[Tensor | None] = [None] * len(ctx.saved_tensors)
         with torch.enable_grad():
             inputs = _dual_leaves(ctx.saved_tensors, needed)
-            gradients = _gradients(ctx.compute(*inputs), [inputs[position] for position in needed], d_outputs)
+            outputs = ctx.compute(*inputs)
+            tangents = _kept_tangents(outputs)
+            gradients = _gradients(outputs, [inputs[position] for position in needed], d_outputs)
+        _give_back(tangents, [tangent for _, tangent in map(_unpacked, gradients) if tangent is not None])
         for position, gradient in zip(needed, gradients, strict=True):
             spread[position] = gradient
         return (None, *spread)
+
+
+def _kept_tangents(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """The tangents of what the graph of some outputs has saved.
+
+    Of what an operation saves of its own results (a softmax, say), torch 2.13 registers the tangent with the
+    level of forward differentiation, which keeps it until it is left, and with it the tangent's own graph and
+    all that this one has saved: the weights of the block.
+    """
+    nodes = [output.grad_fn for output in outputs if output.grad_fn is not None]
+    seen = set(nodes)
+    tangents = []
+    while nodes:
+        node = nodes.pop()
+        for name in _names_of_saved(type(node)):
+            saved = getattr(node, name)
+            for tensor in saved if isinstance(saved, tuple) else (saved,):
+                if isinstance(tensor, Tensor):
+                    tangents.append(_unpacked(tensor)[1])
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                nodes.append(following)
+    return [tangent for tangent in tangents if tangent is not None]
+
+
+@functools.cache
+def _names_of_saved(kind: type) -> tuple[str, ...]:
+    """The attributes under which a kind of node has what it saved: torch's own, or a `Function`."""
+    return tuple(name for name in dir(kind) if name.startswith("_saved_") or name == "saved_tensors")
+
+
+def _give_back(tangents: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
+    """Empties tangents that nothing needs any more but those that are `kept`, whatever still refers to them."""
+    numbers = {id(tangent) for tangent in kept}
+    for tangent in tangents:
+        if id(tangent) not in numbers:
+            if not tangent._is_view():
+                tangent.detach_()
+            tangent.data = tangent.new_empty(0)
 
 
 def _dual_leaves(tensors: Sequence[Tensor], needed: Collection[int]) -> list[Tensor]:

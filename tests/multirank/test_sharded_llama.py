@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import pytest
 
+from metaloom.engine.hypergradients.base import Hypergradient
+from metaloom.engine.hypergradients.mixed_mode import MixedMode
 from metaloom.engine.hypergradients.rematerialized import Rematerialized
 from metaloom.engine.sharding.sharded import Event
 from tests.multirank.llama import LARGE, SMALL, Size, Trained, train
@@ -17,8 +19,8 @@ from tests.multirank.processes import run_ranks
 COMPARED = {"TORCH_DISTRIBUTED_DEBUG": "DETAIL"}
 
 
-def rematerialized(size: Size, num_outer_steps: int, backbone: bool) -> Trained:
-    return train(size, Rematerialized(), num_outer_steps, backbone=backbone, compute="float32")
+def trained(estimator: Hypergradient, size: Size, num_outer_steps: int, backbone: bool) -> Trained:
+    return train(size, estimator, num_outer_steps, backbone=backbone, compute="float32")
 
 
 def collectives(events: Sequence[Event]) -> list[Event]:
@@ -48,7 +50,7 @@ def assert_gathered_given_back_and_gathered_again(
         # This block's weights and the next one's; and gloo's thread may let go of a buffer a moment late.
         assert most_alive(rank.events) <= 3
         counts = Counter(event.kind for event in rank.events if event.names)
-        assert counts["gather"] == counts["release"]
+        assert counts["gather"] - counts["release"] <= 1  # at the end
     in_vain = 0
     for number in range(size.num_layers):
         gathers = [event for event in first if event.kind == "gather" and layer(number) in event.names]
@@ -62,11 +64,14 @@ def assert_gathered_given_back_and_gathered_again(
     assert ahead > 0.8 * len(gathers) * (num_outer_steps - 1) / num_outer_steps
 
 
-def test_blocks_are_gathered_given_back_and_gathered_again_in_one_order() -> None:
-    ranks = run_ranks(4, rematerialized, SMALL, 3, True, timeout_s=120.0, environment=COMPARED)
-    # An inner step: forwards, and again backwards. In the sweep forwards, backwards, and both once more to
-    # differentiate that. The query loss: forwards and backwards.
-    assert_gathered_given_back_and_gathered_again(ranks, SMALL, 3, passes=8)
+# An inner step: forwards, and again backwards. The query loss: the same. In the sweep also, under dual numbers;
+# without these, both once more to differentiate them.
+@pytest.mark.parametrize(("estimator", "passes"), [(Rematerialized(), 8), (MixedMode(), 6)])
+def test_blocks_are_gathered_given_back_and_gathered_again_in_one_order(
+    estimator: Hypergradient, passes: int
+) -> None:
+    ranks = run_ranks(4, trained, estimator, SMALL, 3, True, timeout_s=120.0, environment=COMPARED)
+    assert_gathered_given_back_and_gathered_again(ranks, SMALL, 3, passes=passes)
     # Each layer's gradient is summed into shards twice in the sweep, through the gradient and through what it
     # is taken at, and once of the query loss; no inner step has use for it.
     scatters = Counter(event.num_elements for event in ranks[0].events if event.kind == "scatter")
@@ -76,8 +81,8 @@ def test_blocks_are_gathered_given_back_and_gathered_again_in_one_order() -> Non
 
 @pytest.mark.timeout(600)
 def test_a_llama_of_300_million_parameters_trains_on_4_ranks() -> None:
-    ranks = run_ranks(4, rematerialized, LARGE, 2, False, timeout_s=500.0, environment=COMPARED)
+    ranks = run_ranks(4, trained, MixedMode(), LARGE, 2, False, timeout_s=500.0, environment=COMPARED)
     assert ranks[0].num_parameters >= 300e6
-    assert_gathered_given_back_and_gathered_again(ranks, LARGE, 2, passes=8)
+    assert_gathered_given_back_and_gathered_again(ranks, LARGE, 2, passes=6)
     assert ranks[0].losses[1] < ranks[0].losses[0]
     assert all(rank.losses == ranks[0].losses for rank in ranks)

@@ -96,3 +96,29 @@ def test_recomputed_under_dual_numbers_a_block_keeps_its_inputs_and_their_tangen
     # The start and its tangent lie outside; each block's output, with its tangent, is the next one's input.
     assert _kept_bytes(_again) <= 2 * NUM_BLOCKS * one + 2 * one
     assert _kept_bytes(_plain) >= 2 * NUM_BLOCKS * DEPTH * one
+
+
+def test_after_its_backward_pass_a_block_leaves_gradients_alone() -> None:
+    """Also of operations that save what they return, whose tangents have a graph that holds the weights."""
+    weights: list[weakref.ref[Tensor]] = []
+
+    def compute(x: Tensor) -> tuple[Tensor]:
+        weight = torch.full((SIZE,), 0.5, dtype=torch.float64)  # made anew in each pass, as a gather does
+        weights.append(weakref.ref(weight))
+        return ((x.tanh() * weight).softmax(0).exp() * weight,)
+
+    start, direction = torch.randn(2, SIZE, dtype=torch.float64)
+    with forward_ad.dual_level():
+        x = forward_ad.make_dual(start.clone().requires_grad_(), direction)  # type: ignore[no-untyped-call]
+        (y,) = _again(compute, [x])
+        loss = y.square().sum()
+        produced = _Produced()
+        with produced:
+            (grad,) = torch.autograd.grad(loss, [x])
+        del y, loss
+        assert len(weights) == 2
+        assert not any(weight() is not None for weight in weights)
+        gradient, tangent = forward_ad.unpack_dual(grad)  # type: ignore[no-untyped-call]
+        assert produced.alive_bytes() <= 2 * SIZE * 8
+        assert tangent is not None
+        assert torch.count_nonzero(gradient) == torch.count_nonzero(tangent) == SIZE
