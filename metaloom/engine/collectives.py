@@ -7,10 +7,9 @@ of a sum of:
     scatter_sum:      x_r = sum_s Y_s[r P : (r + 1) P]
 
 Each is the transpose of the other, taken over all ranks at once. A linear operator's derivative in forward
-mode is
-itself, applied to the tangent, and in reverse mode its transpose: so the pair is closed under
-    differentiation, and gradients of any order come through it exactly. torch's own way to weights that are
-    sharded (FSDP2) has no second derivative.
+mode is itself, applied to the tangent, and in reverse mode its transpose: so the pair is closed under
+differentiation, and gradients of any order come through it exactly. torch's own way to weights that are
+sharded (FSDP2) has no second derivative.
 
 Every rank of the group must make the same calls in the same order, forwards and backwards.
 """

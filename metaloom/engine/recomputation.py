@@ -192,7 +192,7 @@ def _names_of_saved(kind: type) -> tuple[str, ...]:
 
 
 def _give_back(tangents: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
-    """Empties tangents that nothing needs any more but those that are `kept`, whatever still refers to them."""
+    """Empties tangents but those that are `kept`, whatever still refers to them."""
     numbers = {id(tangent) for tangent in kept}
     for tangent in tangents:
         if id(tangent) not in numbers:

@@ -64,8 +64,8 @@ def assert_gathered_given_back_and_gathered_again(
     assert ahead > 0.8 * len(gathers) * (num_outer_steps - 1) / num_outer_steps
 
 
-# An inner step: forwards, and again backwards. The query loss: the same. In the sweep also, under dual numbers;
-# without these, both once more to differentiate them.
+# An inner step: forwards, and again backwards. The query loss: the same. In the sweep also, under dual
+# numbers; without these, both once more to differentiate them.
 @pytest.mark.parametrize(("estimator", "passes"), [(Rematerialized(), 8), (MixedMode(), 6)])
 def test_blocks_are_gathered_given_back_and_gathered_again_in_one_order(
     estimator: Hypergradient, passes: int
