@@ -31,6 +31,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from metaloom.engine.forward_pass import Derivative
+from metaloom.engine.kernels.absent import none_of_none
 from metaloom.engine.kernels.order import last_derivative
 from metaloom.engine.kernels.wanted import wanted
 
@@ -92,6 +93,7 @@ class _RecomputedGradient(torch.autograd.Function):
         ctx: Any, compute: Compute, needed: tuple[int, ...], num_outputs: int, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         d_outputs, inputs = tensors[:num_outputs], _leaves(tensors[num_outputs:], needed)
+        ctx.set_materialize_grads(False)
         ctx.compute, ctx.needed, ctx.num_outputs = compute, needed, num_outputs
         ctx.save_for_backward(*tensors)
         with torch.enable_grad():
@@ -99,8 +101,9 @@ class _RecomputedGradient(torch.autograd.Function):
             return _gradients(outputs, [inputs[position] for position in needed], d_outputs)
 
     @staticmethod
+    @none_of_none
     @last_derivative
-    def backward(ctx: Any, *directions: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *directions: Tensor | None) -> tuple[Tensor | None, ...]:
         saved, num_outputs = ctx.saved_tensors, ctx.num_outputs
         by = _positions(wanted(ctx))  # what to differentiate by the second time
         d_outputs = _leaves(saved[:num_outputs], [position for position in by if position < num_outputs])
@@ -135,6 +138,7 @@ class _RecomputedDual(torch.autograd.Function):
             else tangent
             for primal, tangent in pairs
         )
+        ctx.set_materialize_grads(False)
         ctx.compute = compute
         ctx.save_for_backward(*tensors)
         ctx.mark_non_differentiable(*(primal for primal in primals if not primal.is_floating_point()))
@@ -147,7 +151,8 @@ class _RecomputedDual(torch.autograd.Function):
         return tangents
 
     @staticmethod
-    def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    @none_of_none
+    def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         needed = _positions(wanted(ctx))
         spread: list[Tensor | None] = [None] * len(ctx.saved_tensors)
         with torch.enable_grad():
@@ -162,7 +167,7 @@ class _RecomputedDual(torch.autograd.Function):
 
 
 def _kept_tangents(outputs: Sequence[Tensor]) -> list[Tensor]:
-    """The tangents of what the graph of some outputs has saved.
+    """The tangents of what the graph of some outputs has saved of results on the way to them.
 
     Of what an operation saves of its own results (a softmax, say), torch 2.13 registers the tangent with the
     level of forward differentiation, which keeps it until it is left, and with it the tangent's own graph and
@@ -176,7 +181,7 @@ def _kept_tangents(outputs: Sequence[Tensor]) -> list[Tensor]:
         for name in _names_of_saved(type(node)):
             saved = getattr(node, name)
             for tensor in saved if isinstance(saved, tuple) else (saved,):
-                if isinstance(tensor, Tensor):
+                if isinstance(tensor, Tensor) and tensor.requires_grad:
                     tangents.append(_unpacked(tensor)[1])
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
@@ -232,7 +237,7 @@ def _leaves(tensors: Sequence[Tensor], needed: Collection[int]) -> list[Tensor]:
 def _gradients(
     outputs: Sequence[Tensor],
     inputs: Sequence[Tensor],
-    cotangents: Sequence[Tensor],
+    cotangents: Sequence[Tensor | None],
     *,
     create_graph: bool = False,
 ) -> tuple[Tensor, ...]:
@@ -240,7 +245,7 @@ def _gradients(
     connected = [
         (output, cotangent)
         for output, cotangent in zip(outputs, cotangents, strict=True)
-        if output.requires_grad
+        if output.requires_grad and cotangent is not None
     ]
     if not connected:
         return tuple(torch.zeros_like(tensor) for tensor in inputs)

@@ -497,3 +497,39 @@ def test_the_operations_of_a_large_product_are_counted() -> None:
     with FlopCounterMode(display=False, custom_mapping=product_flops()) as counter:
         kernels.linear(big(128, 64, seed=1), big(96, 64, seed=2))
     assert counter.get_total_flops() == 2 * 128 * 64 * 96
+
+
+@pytest.mark.skipif(not product_flops(), reason="linear layers are torch's own on this processor")
+def test_what_has_no_tangent_takes_no_product() -> None:
+    """A frozen layer under dual numbers: the value and its tangent, forwards and backwards."""
+    one_product = 2 * 128 * 64 * 96
+    with (
+        FlopCounterMode(display=False, custom_mapping=product_flops()) as counter,
+        forward_ad.dual_level(),
+    ):
+        inputs = forward_ad.make_dual(big(128, 64, seed=1).requires_grad_(), big(128, 64, seed=3))  # type: ignore[no-untyped-call]
+        output = kernels.linear(inputs, big(96, 64, seed=2))
+        torch.autograd.grad(output.square().sum(), [inputs])
+    assert counter.get_total_flops() == 4 * one_product
+
+
+def test_what_has_no_gradient_is_passed_on_as_none() -> None:
+    class Deaf(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, value: Tensor) -> Tensor:
+            return value.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> None:
+            return None
+
+    for through in (
+        lambda x: kernels.linear(x, big(64, 64, seed=2)),
+        kernels.gelu,
+        lambda x: kernels.attention(x[None], x[None], x[None]),
+        lambda x: low_rank_update(x[None], x[None], x[None, :2], x[None, :, :2], 1.0),
+    ):
+        x = big(64, 64, seed=1).requires_grad_()
+        heard: Tensor = Deaf.apply(through(x))  # type: ignore[no-untyped-call]
+        (gradient,) = torch.autograd.grad(heard.sum(), [x], allow_unused=True)
+        assert gradient is None

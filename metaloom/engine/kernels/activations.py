@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from metaloom.engine.kernels.absent import left_absent, none_of_none
 from metaloom.engine.kernels.order import last_derivative
 
 
@@ -61,12 +62,14 @@ class _Activation(torch.autograd.Function):
         return rule.value(x)
 
     @staticmethod
+    @left_absent
     def setup_context(ctx: Any, inputs: tuple[Tensor, _Rule], output: Tensor) -> None:
         x, ctx.rule = inputs
         ctx.save_for_backward(x)
         ctx.save_for_forward(x)
 
     @staticmethod
+    @none_of_none
     def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:
         gradient: Tensor = _ActivationGradient.apply(  # type: ignore[no-untyped-call]
             d_output, *ctx.saved_tensors, ctx.rule
@@ -88,12 +91,14 @@ class _ActivationGradient(torch.autograd.Function):
         return rule.gradient(d_output, x)
 
     @staticmethod
+    @left_absent
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, _Rule], output: Tensor) -> None:
         d_output, x, ctx.rule = inputs
         ctx.save_for_backward(d_output, x)
         ctx.save_for_forward(d_output, x)
 
     @staticmethod
+    @none_of_none
     @last_derivative
     def backward(ctx: Any, direction: Tensor) -> tuple[Tensor | None, ...]:
         d_output, x = ctx.saved_tensors
@@ -103,12 +108,12 @@ class _ActivationGradient(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, d_output_dot: Tensor | None, x_dot: Tensor | None, _: None) -> Tensor:
         d_output, x = ctx.saved_tensors
-        tangent: Tensor = torch.zeros_like(x)
+        parts: list[Tensor] = []
         if d_output_dot is not None:
-            tangent = ctx.rule.gradient(d_output_dot, x)
+            parts.append(ctx.rule.gradient(d_output_dot, x))
         if x_dot is not None:
-            tangent = tangent.add_(ctx.rule.second(x).mul_(d_output).mul_(x_dot))
-        return tangent
+            parts.append(ctx.rule.second(x).mul_(d_output).mul_(x_dot))
+        return parts[0] if len(parts) == 1 else parts[0].add_(parts[1])
 
 
 def _gelu_second(x: Tensor) -> Tensor:

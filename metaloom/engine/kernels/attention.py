@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from metaloom.engine.kernels.absent import left_absent, none_of_none
 from metaloom.engine.kernels.autocast import as_autocast
 from metaloom.engine.kernels.order import last_derivative
 from metaloom.errors import CapabilityError
@@ -180,12 +181,14 @@ class _Attention(torch.autograd.Function):
         )
 
     @staticmethod
+    @left_absent
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         *tensors, ctx.plan = inputs
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
     @staticmethod
+    @none_of_none
     def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:
         gradients: Triple = _AttentionGradient.apply(  # type: ignore[no-untyped-call]
             d_output, *ctx.saved_tensors, ctx.plan
@@ -222,16 +225,19 @@ class _AttentionGradient(torch.autograd.Function):
         return d_query, d_key.to(key.dtype), d_value.to(value.dtype)
 
     @staticmethod
+    @left_absent
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Triple) -> None:
         *tensors, ctx.plan = inputs
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
     @staticmethod
+    @none_of_none
     @last_derivative
-    def backward(ctx: Any, *directions: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *directions: Tensor | None) -> tuple[Tensor | None, ...]:
         d_output, *inputs = ctx.saved_tensors
-        result = _gradient_tangents(ctx.plan, d_output, tuple(inputs), directions, None)
+        filled = _filled(directions, tuple(inputs))
+        result = _gradient_tangents(ctx.plan, d_output, tuple(inputs), filled, None)
         return (*result, None)
 
     @staticmethod

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from metaloom.engine.kernels.absent import left_absent, none_of_none
 from metaloom.engine.kernels.wanted import wanted
 
 
@@ -55,11 +56,13 @@ class _Product(torch.autograd.Function):
         return _multiplied(a, b)
 
     @staticmethod
+    @left_absent
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
         ctx.save_for_forward(*inputs)
 
     @staticmethod
+    @none_of_none
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         a, b = ctx.saved_tensors
         d_a: Tensor | None = None

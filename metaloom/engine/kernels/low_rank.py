@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metaloom.engine.kernels.absent import left_absent, none_of_none
 from metaloom.engine.kernels.autocast import as_autocast
 
 
@@ -41,11 +42,13 @@ class _Project(torch.autograd.Function):
         return torch.bmm(inputs, lora_a.transpose(1, 2))
 
     @staticmethod
+    @left_absent
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
         ctx.save_for_forward(*inputs)
 
     @staticmethod
+    @none_of_none
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         inputs, lora_a = ctx.saved_tensors
         d_inputs = torch.bmm(gradient, lora_a) if ctx.needs_input_grad[0] else None
@@ -55,12 +58,7 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, inputs_dot: Tensor | None, lora_a_dot: Tensor | None) -> Tensor:
         inputs, lora_a = ctx.saved_tensors
-        tangent: Tensor = inputs.new_zeros(*inputs.shape[:2], lora_a.shape[1])
-        if inputs_dot is not None:
-            tangent = torch.bmm(inputs_dot, lora_a.transpose(1, 2))
-        if lora_a_dot is not None:
-            tangent = torch.baddbmm(tangent, inputs, lora_a_dot.transpose(1, 2))
-        return tangent
+        return _sum_of_products(None, (inputs_dot, lora_a.transpose(1, 2)), (inputs, _turned(lora_a_dot)))
 
 
 class _AddExpanded(torch.autograd.Function):
@@ -72,11 +70,13 @@ class _AddExpanded(torch.autograd.Function):
         return torch.baddbmm(output, low_rank, lora_b)
 
     @staticmethod
+    @left_absent
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[1:])
         ctx.save_for_forward(*inputs[1:])
 
     @staticmethod
+    @none_of_none
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         low_rank, lora_b = ctx.saved_tensors
         d_low_rank = None
@@ -90,11 +90,18 @@ class _AddExpanded(torch.autograd.Function):
         ctx: Any, output_dot: Tensor | None, low_rank_dot: Tensor | None, lora_b_dot: Tensor | None
     ) -> Tensor:
         low_rank, lora_b = ctx.saved_tensors
-        tangent: Tensor = low_rank.new_zeros(*low_rank.shape[:2], lora_b.shape[2])
-        if output_dot is not None:
-            tangent = output_dot
-        if low_rank_dot is not None:
-            tangent = torch.baddbmm(tangent, low_rank_dot, lora_b)
-        if lora_b_dot is not None:
-            tangent = torch.baddbmm(tangent, low_rank, lora_b_dot)
-        return tangent
+        return _sum_of_products(output_dot, (low_rank_dot, lora_b), (low_rank, lora_b_dot))
+
+
+def _sum_of_products(start: Tensor | None, *pairs: tuple[Tensor | None, Tensor | None]) -> Tensor:
+    """`start + sum of A B`, without what is not there; something is."""
+    total = start
+    for one, other in pairs:
+        if one is not None and other is not None:
+            total = torch.bmm(one, other) if total is None else torch.baddbmm(total, one, other)
+    assert total is not None
+    return total
+
+
+def _turned(matrices: Tensor | None) -> Tensor | None:
+    return None if matrices is None else matrices.transpose(1, 2)

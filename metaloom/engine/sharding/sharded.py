@@ -220,12 +220,13 @@ class ShardedWeights:
 
     def _taken_apart(self, names: Iterable[str], whole: Tensor) -> dict[str, Tensor]:
         by_rank = whole.view(self._group.size, -1)  # [W, P]
-        result, start = {}, 0
-        for name in names:
-            shape, length = self._shapes[name], self._longest(name)
-            rows = by_rank[:, start : start + length].reshape(-1, *shape[1:])
-            result[name] = rows[: shape[0]]
-            start += length
+        # Of a split, unlike of slices, the derivative is one concatenation.
+        parts = torch.split(by_rank, [self._longest(name) for name in names], dim=1)
+        result = {}
+        for name, part in zip(names, parts, strict=True):
+            shape = self._shapes[name]
+            rows = part.reshape(-1, *shape[1:])
+            result[name] = rows if len(rows) == shape[0] else rows[: shape[0]]
         return result
 
     def _longest(self, name: str) -> int:
