@@ -21,6 +21,8 @@ Columns.
 
     estimator, blocks, snapshots   `blocks`: each block keeps its inputs alone and is computed again;
                                    snapshots `binomial` keeps 9 inner steps and computes the others again
+    weights                        `shards`: under the `sharded` backend, on one rank: a block's weights are
+                                   gathered by NCCL (on a CPU by gloo) for each pass over it
     above                          peak memory above model, LoRA and data, MiB (on a CPU: of the resident set)
     peak                           peak memory, MiB
     seconds, tokens/s              of the hypergradient; (K * support + query tokens) / seconds
@@ -41,6 +43,7 @@ share.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import gc
 import json
@@ -49,11 +52,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -69,6 +75,7 @@ from metaloom.engine.inner_loops.rates import Rates
 from metaloom.engine.inner_loops.sgd import Sgd
 from metaloom.engine.learner import Learner, TaskBatch
 from metaloom.engine.precision import HALF, Precision
+from metaloom.engine.sharding.sharded import Sharded, rows_in
 from metaloom.engine.snapshots import Binomial, HostMemory, KeepAll, SnapshotPlan
 from metaloom.engine.unroll import Unroll
 from metaloom.models.gpt import Gpt
@@ -94,17 +101,19 @@ class Row:
         num_steps: K.
         recompute_blocks: whether blocks keep their inputs alone.
         snapshots: which inner steps are kept, and where; "none" where the graph of all is.
+        weights: "whole", or in "shards".
     """
 
     estimator: str
     num_steps: int
     recompute_blocks: bool = False
     snapshots: str = "all"
+    weights: str = "whole"
 
     @property
-    def configuration(self) -> tuple[str, bool, str]:
+    def configuration(self) -> tuple[str, bool, str, str]:
         """All but K."""
-        return self.estimator, self.recompute_blocks, self.snapshots
+        return self.estimator, self.recompute_blocks, self.snapshots, self.weights
 
     def build(self) -> Hypergradient:
         """The estimator."""
@@ -134,9 +143,11 @@ def planned(steps: list[int], *, has_host_memory: bool) -> list[Row]:
     rows += [Row("unrolled", count, snapshots="none") for count in (*between, largest)]
     rows += [Row(flat[0], largest, True, plan) for plan in plans]
     rows += [Row("first_order", smallest)]
+    rows += [Row(kind, smallest, True, weights="shards") for kind in flat]
     rows += [Row(kind, count) for count in between for kind in flat]
     rows += [Row("unrolled", count, True, "none") for count in ordered]
     rows += [Row(kind, count, True) for count in (smallest, *between) for kind in flat]
+    rows += [Row(flat[1], largest, True, weights="shards")]
     rows += [Row(flat[1], largest, True, plan) for plan in plans]
     rows += [Row(kind, largest, False, plan) for kind in flat for plan in plans]
     rest = [
@@ -183,15 +194,14 @@ def build_problem(settings: argparse.Namespace, row: Row, device: torch.device) 
     torch.manual_seed(0)
     precision = Precision(settings.compute)
     with device:  # a billion weights are drawn where they stay
-        model = Gpt(
-            num_layers=settings.layers,
-            width=settings.width,
-            num_heads=settings.heads,
-            context_length=settings.length,
-            tied_embeddings=True,
-            vocabulary=settings.vocabulary,
-        )
+        model = _gpt(settings)
     model.to(precision.storage_dtype).requires_grad_(False)
+    matrices = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
+    shards = None
+    if row.weights == "shards":
+        shards = Sharded(device).divide(model, rows_in(model))
+        with torch.device("meta"):
+            model = _gpt(settings).requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     adapter = LoraAdapter(
         model,
@@ -200,9 +210,14 @@ def build_problem(settings: argparse.Namespace, row: Row, device: torch.device) 
         alpha=float(settings.rank),
         generator=generator,
         structure=Structure(tuple(f"blocks.{index}" for index in range(settings.layers)), "head"),
+        shards=shards,
     )
-    if settings.compute in HALF:
-        _store_matrices_as(model, HALF[settings.compute])
+    if settings.compute in HALF and shards is None:
+        for name, parameter in model.named_parameters():
+            parameter.data = _stored(name, parameter.data, HALF[settings.compute])
+    elif settings.compute in HALF and shards is not None:
+        for name, value in shards.values.items():
+            shards.values[name] = _stored(name, value, HALF[settings.compute])
     meta = adapter.meta_parameters(init=True, backbone=False)
     for name, value in meta.items():
         if name.endswith("lora_b"):
@@ -218,7 +233,6 @@ def build_problem(settings: argparse.Namespace, row: Row, device: torch.device) 
         settings.vocabulary, (2, 1, settings.batch, settings.length + 1), generator=generator
     ).to(device)
     support, query = ({"inputs": part[..., :-1], "targets": part[..., 1:]} for part in tokens)
-    matrices = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
     products = matrices + sum(value.numel() for value in meta.values())
     return Problem(
         unroll,
@@ -229,20 +243,50 @@ def build_problem(settings: argparse.Namespace, row: Row, device: torch.device) 
     )
 
 
-def _store_matrices_as(model: Gpt, dtype: torch.dtype) -> None:
-    """Matrices that enter products, embeddings of tokens among them, in `dtype`; the rest stays float32."""
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 2 and not name.startswith("position_embedding"):
-            parameter.data = parameter.data.to(dtype)
+def _gpt(settings: argparse.Namespace) -> Gpt:
+    return Gpt(
+        num_layers=settings.layers,
+        width=settings.width,
+        num_heads=settings.heads,
+        context_length=settings.length,
+        tied_embeddings=True,
+        vocabulary=settings.vocabulary,
+    )
+
+
+def _stored(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Matrices that enter products, embeddings of tokens among them, in `dtype`; the rest as it is."""
+    is_in_products = value.ndim == 2 and not name.startswith("position_embedding")
+    return value.to(dtype) if is_in_products else value
 
 
 def measure(settings: argparse.Namespace, row: Row) -> dict[str, Any]:
     """One row's figures, in this process."""
     device = torch.device(settings.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+    with one_rank(device) if row.weights == "shards" else contextlib.nullcontext():
+        try:
+            return _measured(settings, row, device)
+        except torch.OutOfMemoryError:
+            return {"outcome": "out of memory"}
+
+
+@contextlib.contextmanager
+def one_rank(device: torch.device) -> Iterator[None]:
+    """A world of this process alone."""
+    is_cuda = device.type == "cuda"
+    dist.init_process_group(
+        "nccl" if is_cuda else "gloo",
+        store=HashStore(),
+        rank=0,
+        world_size=1,
+        device_id=device if is_cuda else None,
+    )
     try:
-        return _measured(settings, row, device)
-    except torch.OutOfMemoryError:
-        return {"outcome": "out of memory"}
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def _measured(settings: argparse.Namespace, row: Row, device: torch.device) -> dict[str, Any]:
@@ -354,8 +398,9 @@ def _memory(device: torch.device, *, peak: bool) -> int:
 
 
 HEADER = (
-    f"{'K':>4} {'estimator':14} {'blocks':6} {'snapshots':9} {'above':>8} {'peak':>8} {'seconds':>8} "
-    f"{'tokens/s':>9} {'TFLOP/s':>8} {'share':>6} {'counted':>7} {'difference':>10} {'elapsed':>7}"
+    f"{'K':>4} {'estimator':14} {'blocks':6} {'snapshots':9} {'weights':7} {'above':>8} {'peak':>8} "
+    f"{'seconds':>8} {'tokens/s':>9} {'TFLOP/s':>8} {'share':>6} {'counted':>7} {'difference':>10} "
+    f"{'elapsed':>7}"
 )
 
 
@@ -363,6 +408,7 @@ def formatted(row: Row, figures: dict[str, Any], elapsed_s: float) -> str:
     """A line of the table."""
     what = (
         f"{row.num_steps:4} {row.estimator:14} {'yes' if row.recompute_blocks else 'no':6} {row.snapshots:9} "
+        f"{row.weights:7} "
     )
     if figures["outcome"] != "measured":
         return f"{what}{figures['outcome']} ({elapsed_s:.0f} s elapsed)"
@@ -405,7 +451,7 @@ class Budget:
 
 def in_fresh_process(row: Row, arguments: list[str], reference: Path, limit_s: float) -> dict[str, Any]:
     """A row's figures, measured by a process of its own, which is killed at the limit."""
-    words = [row.estimator, str(row.num_steps), str(int(row.recompute_blocks)), row.snapshots]
+    words = [row.estimator, str(row.num_steps), str(int(row.recompute_blocks)), row.snapshots, row.weights]
     command = [sys.executable, __file__, *arguments, "--row", *words, "--reference", str(reference)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s)
@@ -422,7 +468,7 @@ def run_table(settings: argparse.Namespace, arguments: list[str], folder: Path) 
     """Measures row by row, prints each, and returns all."""
     budget = Budget(settings.budget_s)
     results: list[dict[str, Any]] = []
-    too_large: dict[tuple[str, bool, str], int] = {}
+    too_large: dict[tuple[str, bool, str, str], int] = {}
     print(HEADER, flush=True)
     is_cuda = torch.device(settings.device).type == "cuda"
     for row in planned(settings.steps, has_host_memory=is_cuda)[: settings.rows]:
@@ -473,7 +519,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--budget-s", type=float, default=540.0, help="of the whole table; default 540")
     parser.add_argument("--row-limit-s", type=float, default=120.0, help="of one row; default 120")
     parser.add_argument("--json", type=Path, metavar="OUT", help="a file to write all figures to")
-    parser.add_argument("--row", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--row", nargs=5, help=argparse.SUPPRESS)
     parser.add_argument("--reference", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
@@ -483,8 +529,8 @@ def main() -> int:
     arguments = sys.argv[1:]
     settings = parsed(arguments)
     if settings.row is not None:
-        estimator, num_steps, recompute_blocks, snapshots = settings.row
-        row = Row(estimator, int(num_steps), bool(int(recompute_blocks)), snapshots)
+        estimator, num_steps, recompute_blocks, snapshots, weights = settings.row
+        row = Row(estimator, int(num_steps), bool(int(recompute_blocks)), snapshots, weights)
         print(json.dumps(measure(settings, row)))
         return 0
     with tempfile.TemporaryDirectory() as folder:
