@@ -533,3 +533,21 @@ def test_what_has_no_gradient_is_passed_on_as_none() -> None:
         heard: Tensor = Deaf.apply(through(x))  # type: ignore[no-untyped-call]
         (gradient,) = torch.autograd.grad(heard.sum(), [x], allow_unused=True)
         assert gradient is None
+
+
+def test_gradients_of_a_linear_layer_are_laid_out_as_what_they_are_gradients_of() -> None:
+    """Also in second derivatives, whose products are of transposed matrices."""
+    inputs, weight = big(128, 64, seed=1).requires_grad_(), big(96, 64, seed=2).requires_grad_()
+    d_output = big(128, 96, seed=3).requires_grad_()
+    directions = big(128, 64, seed=4), big(96, 64, seed=5)
+    output = kernels.linear(inputs, weight)
+    first = torch.autograd.grad(output, [inputs, weight], d_output, create_graph=True)
+    second = torch.autograd.grad(first, [inputs, weight, d_output], directions)
+    assert all(gradient.is_contiguous() for gradient in (*first, *second))
+    expected = [
+        d_output @ directions[1],
+        d_output.T @ directions[0],
+        directions[0] @ weight.T + inputs @ directions[1].T,
+    ]
+    for one, other in zip(second, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)

@@ -69,9 +69,9 @@ class _Product(torch.autograd.Function):
         d_b: Tensor | None = None
         wants_a, wants_b = wanted(ctx)
         if wants_a:
-            d_a = _Product.apply(gradient, b.t())  # type: ignore[no-untyped-call]
+            d_a = _laid_out_as(a, gradient, b.t())
         if wants_b:
-            d_b = _Product.apply(gradient.t(), a.t())  # type: ignore[no-untyped-call]
+            d_b = _laid_out_as(b, gradient.t(), a.t())
         return d_a, d_b
 
     @staticmethod
@@ -85,6 +85,17 @@ class _Product(torch.autograd.Function):
         return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
+def _laid_out_as(like: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """A B^T, by columns where `like` is: what it is added to and multiplied with is laid out so too, and
+    elementwise operations on two layouts take several times as long."""
+    product: Tensor
+    if _is_by_columns(like):
+        product = _Product.apply(b, a).t()  # type: ignore[no-untyped-call]
+    else:
+        product = _Product.apply(a, b)  # type: ignore[no-untyped-call]
+    return product
+
+
 def _multiplied(a: Tensor, b: Tensor) -> Tensor:
     product: Tensor = _onednns_product()(_dense(a), _dense(b), None, "none", [], "")
     return product
@@ -96,9 +107,15 @@ def _onednns_product() -> Any:
 
 def _dense(matrix: Tensor) -> Tensor:
     """The matrix by rows or by columns, without gaps that oneDNN does not take (expanded gradients have)."""
-    is_by_rows = matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
-    is_by_columns = matrix.stride(0) == 1 and matrix.stride(1) >= matrix.shape[0]
-    return matrix if is_by_rows or is_by_columns else matrix.contiguous()
+    return matrix if _is_by_rows(matrix) or _is_by_columns(matrix) else matrix.contiguous()
+
+
+def _is_by_rows(matrix: Tensor) -> bool:
+    return matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
+
+
+def _is_by_columns(matrix: Tensor) -> bool:
+    return matrix.stride(0) == 1 and matrix.stride(1) >= matrix.shape[0]
 
 
 def _is_onednns(*tensors: Tensor) -> bool:
