@@ -88,11 +88,10 @@ class _Product(torch.autograd.Function):
 def _laid_out_as(like: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """A B^T, by columns where `like` is: what it is added to and multiplied with is laid out so too, and
     elementwise operations on two layouts take several times as long."""
-    product: Tensor
     if _is_by_columns(like):
-        product = _Product.apply(b, a).t()  # type: ignore[no-untyped-call]
-    else:
-        product = _Product.apply(a, b)  # type: ignore[no-untyped-call]
+        turned: Tensor = _Product.apply(b, a)  # type: ignore[no-untyped-call]
+        return turned.t()
+    product: Tensor = _Product.apply(a, b)  # type: ignore[no-untyped-call]
     return product
 
 
