@@ -128,21 +128,24 @@ class Agent:
     def leave(self, number: signal.Signals) -> int:
         """Ends this host's part, since a signal asks for it; returns the exit code.
 
-        SIGINT is a person's wish, and ends the job on all hosts. By another signal this host leaves: the
-        others go on if they are enough and the store's host is among them.
+        SIGINT is a person's wish, and ends the job on all hosts; on one that only waits to join, it does not.
+        By another signal this host leaves: the others go on if they are enough and the store's host is among
+        them.
         """
         meeting, current, code = self._meeting, self._round, 128 + int(number)
         self._exit_code = code
         self._watchman.expect_within(FAREWELL_S)
-        num_others = 0 if current is None else current.num_hosts - 1
-        if meeting is not None and current is None:
+        num_others, is_in = 0, False
+        if meeting is not None:
             with contextlib.suppress(*BROKEN):
-                num_others = meeting.num_others()
+                num_others, is_in = meeting.attendance()
+        if current is not None:
+            num_others, is_in = max(num_others, current.num_hosts - 1), True
         text = f"stopped by {number.name}" + (f" on {self._terms.address}" if num_others else "")
         if meeting is not None and num_others:
             fault = Fault("departure", text, "", code)
             verdict = None if current is None else self._judge(fault, current)
-            if number == signal.SIGINT or meeting.serves:
+            if (number == signal.SIGINT and is_in) or meeting.serves:
                 verdict = Verdict(fault, is_end=True, num_restarts=0)
             with contextlib.suppress(*BROKEN):
                 if verdict is not None and current is not None:

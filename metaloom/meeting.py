@@ -18,10 +18,12 @@ import dataclasses
 import datetime
 import json
 import math
+import pickle
 import socket
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousTimeoutError,
 )
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
-from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, create_handler
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
 
 from metaloom.errors import LaunchError, RecipeError
 from metaloom.faults import Verdict
@@ -166,7 +168,8 @@ class Meeting:
             self._open_job()
         else:
             self.job = self._join_job()
-        self._handler = _make_handler(terms, self._store)
+        self._backend = C10dRendezvousBackend(self._store, "metaloom")
+        self._handler = create_handler(self._store, self._backend, _parameters(terms))
         self._num_rounds = 0
 
     def next_round(self, before: Verdict | None) -> Round:
@@ -196,7 +199,7 @@ class Meeting:
             met.store.set("plan", json.dumps(plan))
             self._num_rounds += 1
         else:
-            plan = json.loads(_read(met.store, "plan"))
+            plan = json.loads(_read(met.store, "plan", is_over=self.is_over))
             before = None if plan["before"] is None else Verdict.from_json(plan["before"])
         position = 0 if self.serves else met.rank + (met.rank < plan["first"])
         seats = Seats(
@@ -212,12 +215,14 @@ class Meeting:
         """Whether hosts wait to join, or to meet again."""
         return bool(self._handler.num_nodes_waiting() > 0)
 
-    def num_others(self) -> int:
-        """Other hosts that have met with this one, which may not know it yet."""
-        self._handler.is_closed()  # reads the store
-        state = self._handler._state_holder.state
-        is_in = state.complete and self._handler._this_node in state.participants
-        return len(state.participants) - 1 if is_in else 0
+    def attendance(self) -> tuple[int, bool]:
+        """How many other hosts are there, running the job, or waiting for more or for the next round; and
+        whether this one is in the round. It may be, and not know yet."""
+        stored = self._backend.get_state()  # the handler's own may be a second old
+        if stored is None:
+            return 0, False
+        state, this = pickle.loads(stored[0]), self._handler._this_node
+        return len((state.participants.keys() | state.wait_list) - {this}), this in state.participants
 
     def close(self, verdict: Verdict | None) -> None:
         """Ends the job for all hosts: well where there is no verdict."""
@@ -319,9 +324,9 @@ def _tcp_store(endpoint: tuple[str, int], *, is_master: bool) -> TCPStore:
     )
 
 
-def _make_handler(terms: Terms, store: TCPStore) -> DynamicRendezvousHandler:
+def _parameters(terms: Terms) -> RendezvousParameters:
     interval = max(1, min(5, int(terms.silence_s / 4)))
-    parameters = RendezvousParameters(
+    return RendezvousParameters(
         backend="c10d",
         endpoint=terms.where,
         run_id="metaloom",
@@ -334,15 +339,20 @@ def _make_handler(terms: Terms, store: TCPStore) -> DynamicRendezvousHandler:
         keep_alive_interval=interval,
         keep_alive_max_attempt=max(2, math.ceil(terms.silence_s / interval)),
     )
-    return create_handler(store, C10dRendezvousBackend(store, "metaloom"), parameters)
 
 
-def _read(store: Store, key: str) -> bytes:
-    """A value that another agent writes. Waits for it in steps, as `get` would hold up the heartbeat."""
+def _read(store: Store, key: str, *, is_over: Callable[[], bool] = lambda: False) -> bytes:
+    """A value that another agent writes. Waits for it in steps, as `get` would hold up the heartbeat.
+
+    Raises:
+        JobOver: there is none, and the job has ended.
+    """
     deadline = time.monotonic() + CONNECT_S
     while not store.check([key]):
         if time.monotonic() > deadline:
             raise dist.DistStoreError(f"no {key} within {CONNECT_S:g} s")
+        if is_over():
+            raise JobOver
         time.sleep(POLL_S)
     value: bytes = store.get(key)
     return value

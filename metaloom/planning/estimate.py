@@ -137,8 +137,10 @@ def estimate(facts: Facts, hardware: Hardware, layout: Layout, num_ranks: int) -
     all_passes = [passes[size] for size in sizes]
 
     batch_bytes = facts.data_bytes * tasks_per_rank
-    # The sum over tasks is there from the first micro-batch on, but not while that is computed.
-    summed = held.gradients if len(sizes) > 1 else 0.0
+    # The sum over tasks is there from the first micro-batch on, but not while that is computed: but where it
+    # is sent as it is completed.
+    is_sent_early = layout.kind == "replicated" and num_ranks > 1
+    summed = held.gradients if len(sizes) > 1 or is_sent_early else 0.0
     peaks = {
         "outer step": summed + largest.amounts.peak_bytes + batch_bytes,
         "update": _update_bytes(facts, layout, num_ranks) + batch_bytes,

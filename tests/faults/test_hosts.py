@@ -1,12 +1,16 @@
 """Several hosts: the same command on each. Here each "host" is an agent of its own on this machine."""
 
+import pickle
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 
 from tests.commands import ADDED, RECIPES, curve, environment, run_well
 from tests.hosts import Host, held
@@ -138,3 +142,34 @@ def test_ctrl_c_on_a_host_that_does_not_know_yet_that_all_are_there(
     assert [host.end() for host in (first, second)] == [130, 130]
     assert [host.errors for host in (first, second)] == ["stopped by SIGINT on 127.0.0.1\n"] * 2
     assert second.output == ""
+
+
+def wait_until_two_have_come(port: int) -> None:
+    """To the rendezvous, where they wait for a third."""
+    store = TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+    backend = C10dRendezvousBackend(store, "metaloom")
+    deadline = time.monotonic() + 120.0
+    while time.monotonic() < deadline:
+        found = backend.get_state()
+        if found is not None and len(pickle.loads(found[0]).participants) == 2:
+            return
+        time.sleep(0.05)
+    pytest.fail("the second host has not come")
+
+
+def test_ctrl_c_on_a_host_ends_the_job_also_for_those_that_wait_for_more_with_it(
+    tmp_path: Path, glyphs: Path, stack: ExitStack
+) -> None:
+    port = free_port()
+    terms = f"{{endpoint: '127.0.0.1:{port}', num_hosts: 3, min_hosts: 2, silence_s: 60, wait_s: 120}}"
+    launcher = ("launcher.num_processes=1", f"launcher.hosts={terms}")
+    words = (f"data.url={glyphs}", *RUN, *launcher, "--run", tmp_path / "run")
+    first = Host(tmp_path, "first", *words)
+    stack.callback(first.close)
+    first.wait_for_store(tmp_path / "run")
+    second = Host(tmp_path, "second", *words)
+    stack.callback(second.close)
+    wait_until_two_have_come(port)
+    first.process.send_signal(signal.SIGINT)
+    assert [host.end() for host in (first, second)] == [130, 130]
+    assert [host.errors for host in (first, second)] == ["stopped by SIGINT on 127.0.0.1\n"] * 2

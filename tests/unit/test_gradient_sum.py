@@ -61,6 +61,15 @@ def test_on_one_rank_the_result_is_the_sum_in_the_order_of_the_meta_parameters(n
         assert ones["c"].tolist() == [1.0] * 6  # what was added is left as it was
 
 
+def test_room_for_a_sum_is_taken_when_there_is_something_to_add() -> None:
+    vast = torch.zeros(1).expand(10**15)  # itself of one number
+    total = BucketedSum({"vast": vast, "small": torch.zeros(2)}, ["small", "vast"], bucket_bytes=8)
+    total.add({"small": torch.ones(2)})
+    total.complete("small")
+    with pytest.raises(RuntimeError, match="memory"):
+        total.result()
+
+
 def test_last_layers_are_expected_first_and_rates_last() -> None:
     names = ["init.0.a", "init.1.a", "backbone.0", "backbone.1", "rates.0", "rates.1", "loss.temperature"]
     assert order_of_completion(names) == [

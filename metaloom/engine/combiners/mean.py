@@ -10,7 +10,6 @@ from torch import Tensor
 
 from metaloom.engine.hypergradients.base import MetaGradient, OnGradient, Tensors, order_of_completion
 from metaloom.engine.sharding.base import Sharding
-from metaloom.engine.sharding.gradient_sum import GradientSum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,18 +37,11 @@ class Mean:
         self._start()
 
     def _start(self) -> None:
-        self._started: GradientSum | None = None
+        self._sum = self._sharding.gradient_sum(self._like, self._order)
         self._final: set[str] = set()
         self._metrics: dict[str, Tensor] = {
             name: torch.zeros((), dtype=torch.float64) for name in self._metric_names
         }
-
-    @property
-    def _sum(self) -> GradientSum:
-        # Room is taken with the first gradient: not before, while the most is needed to compute it.
-        if self._started is None:
-            self._started = self._sharding.gradient_sum(self._like, self._order)
-        return self._started
 
     @property
     def on_final(self) -> OnGradient | None:

@@ -77,7 +77,8 @@ class BucketedSum(GradientSum):
 
     Gradients lie in flat buffers, the buckets, one all-reduce each. Collectives must be begun in one order
     on all ranks, so a bucket waits for those before it: `order` should be that of completion. Every rank
-    gets the same sums, bit for bit. Memory: one gradient.
+    gets the same sums, bit for bit. Memory: one gradient; a bucket's is taken when the first gradient for it
+    comes, not before, while the most is needed to compute it.
 
     Args:
         like: the meta-parameters, for their names and shapes.
@@ -96,40 +97,46 @@ class BucketedSum(GradientSum):
     ) -> None:
         self.sends_early = dist.is_initialized() and dist.get_world_size(group) > 1
         self._group = group
-        contents = bucket_contents(like, order, bucket_bytes=bucket_bytes)
-        self._buckets: list[Tensor] = []
-        views: dict[str, Tensor] = {}
-        for names in contents:
-            sizes = [like[name].numel() for name in names]
-            bucket = like[names[0]].new_zeros(sum(sizes))
-            self._buckets.append(bucket)
-            for name, piece in zip(names, torch.split(bucket, sizes), strict=True):
-                views[name] = piece.view(like[name].shape)
-        self._views = {name: views[name] for name in like}
-        self._missing = [set(names) for names in contents]
-        self._bucket_of = {name: index for index, names in enumerate(contents) for name in names}
+        self._like = like
+        self._contents = bucket_contents(like, order, bucket_bytes=bucket_bytes)
+        self._buckets: dict[int, Tensor] = {}
+        self._views: dict[str, Tensor] = {}
+        self._missing = [set(names) for names in self._contents]
+        self._bucket_of = {name: index for index, names in enumerate(self._contents) for name in names}
         self._work: list[dist.Work] = []
         self._num_begun = 0
 
     def add(self, gradients: Tensors) -> None:
         for name, value in gradients.items():
+            self._bucket(self._bucket_of[name])
             self._views[name] += value
 
     def complete(self, name: str) -> None:
         self._missing[self._bucket_of[name]].discard(name)
-        while self._num_begun < len(self._buckets) and not self._missing[self._num_begun]:
+        while self._num_begun < len(self._contents) and not self._missing[self._num_begun]:
+            bucket = self._bucket(self._num_begun)
             if self.sends_early:
-                work = dist.all_reduce(self._buckets[self._num_begun], group=self._group, async_op=True)
+                work = dist.all_reduce(bucket, group=self._group, async_op=True)
                 assert work is not None
                 self._work.append(work)
             self._num_begun += 1
 
     def result(self) -> dict[str, Tensor]:
-        for name in self._views:
+        for name in self._like:
             self.complete(name)
         for work in self._work:
             work.wait()
-        return self._views
+        return {name: self._views[name] for name in self._like}
+
+    def _bucket(self, index: int) -> Tensor:
+        """A bucket, made of zeros when it is first asked for, with a view for each of its names."""
+        if index not in self._buckets:
+            names = self._contents[index]
+            sizes = [self._like[name].numel() for name in names]
+            self._buckets[index] = bucket = self._like[names[0]].new_zeros(sum(sizes))
+            for name, piece in zip(names, torch.split(bucket, sizes), strict=True):
+                self._views[name] = piece.view(self._like[name].shape)
+        return self._buckets[index]
 
 
 def bucket_contents(like: Tensors, order: Sequence[str], *, bucket_bytes: int) -> list[list[str]]:
