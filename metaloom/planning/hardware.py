@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from metaloom.errors import RecipeError
 
 GB = 1e9
-GIB = 2.0**30
+MIB, GIB = 2.0**20, 2.0**30
 TERA = 1e12
 HERE = "here"
 

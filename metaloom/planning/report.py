@@ -9,7 +9,7 @@ from typing import Any
 from metaloom.planning.advice import Remedy
 from metaloom.planning.estimate import Estimate, Layout, Memory
 from metaloom.planning.facts import Facts
-from metaloom.planning.hardware import GIB, Hardware
+from metaloom.planning.hardware import GIB, MIB, Hardware
 from metaloom.tracking.console import Console
 
 PARTS = {
@@ -59,6 +59,9 @@ def show(plan: Plan, console: Console) -> None:
     _show_memory(plan.estimates[own], own, console)
     for layout, estimates in plan.estimates.items():
         _show_steps(layout, estimates, console)
+    console.note(
+        "wire: all communication of a step; what runs beside the computing is not in the step's time"
+    )
     for layout, why in plan.refused.items():
         console.note(f"{layout.in_words()}: not possible, {why}")
     for text in remarks(plan):
@@ -140,17 +143,18 @@ def _values(found: Estimate) -> dict[str, Any]:
 
 
 def _show_memory(estimates: Sequence[Estimate], layout: Layout, console: Console) -> None:
+    unit, size = ("GiB", GIB) if max(found.memory.total for found in estimates) >= 10 * GIB else ("MiB", MIB)
     columns = ["ranks", *PARTS.values(), "total", "fits"]
     rows = [
         [
             str(found.num_ranks),
-            *(_number(getattr(found.memory, part)) for part in PARTS),
-            _number(found.memory.total),
+            *(_number(getattr(found.memory, part) / size) for part in PARTS),
+            _number(found.memory.total / size),
             "yes" if found.fits else "no",
         ]
         for found in estimates
     ]
-    console.table(f"memory of a rank at its peak, GiB: {layout.in_words()}", columns, rows)
+    _show(console, f"memory of a rank at its peak, {unit}: {layout.in_words()}", columns, rows)
 
 
 def _show_steps(layout: Layout, estimates: Sequence[Estimate], console: Console) -> None:
@@ -186,7 +190,13 @@ def _show_steps(layout: Layout, estimates: Sequence[Estimate], console: Console)
         ]
         for found in estimates
     ]
-    console.table(f"an outer step: {layout.in_words()} ({first.way})", columns, rows)
+    _show(console, f"an outer step: {layout.in_words()} ({first.way})", columns, rows)
+
+
+def _show(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table without the columns in which nothing stands."""
+    kept = [index for index in range(len(columns)) if any(row[index] != "-" for row in rows)]
+    console.table(title, [columns[index] for index in kept], [[row[index] for index in kept] for row in rows])
 
 
 def _alike(plan: Plan, unfit: Sequence[Estimate]) -> list[list[Estimate]]:
@@ -224,8 +234,10 @@ def _ranks(number: int) -> str:
     return f"{number} rank{'' if number == 1 else 's'}"
 
 
-def _number(num_bytes: float) -> str:
-    return "-" if num_bytes == 0 else f"{num_bytes / GIB:.3g}"
+def _number(amount: float) -> str:
+    if amount == 0:
+        return "-"
+    return f"{amount:,.0f}" if amount >= 100 else f"{amount:.3g}"
 
 
 def _size(num_bytes: float) -> str:

@@ -272,10 +272,17 @@ class TerminalConsole(Console):
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         table = Table(title=Text(_printable(title), style="bold"), title_justify="left", box=box.SIMPLE_HEAD)
         for index, column in enumerate(columns):
-            table.add_column(Text(_printable(column)), justify="left" if index == 0 else "right")
+            # On a narrow terminal names are broken between words, and lines at its edge; nothing is cut.
+            cells = [row[index] for row in rows]
+            whole = column.split() + (cells if index else [word for cell in cells for word in cell.split()])
+            table.add_column(
+                Text(_printable(column)),
+                justify="left" if index == 0 else "right",
+                min_width=max(len(part) for part in whole),
+            )
         for row in rows:
             table.add_row(*(Text(_printable(cell)) for cell in row))
-        self._rich.print(table)
+        self._rich.print(table, crop=False)
 
 
 class WarningConsole(Console):

@@ -52,7 +52,7 @@ def test_a_small_recipe_is_planned_without_its_data_and_leaves_nothing_behind(tm
     )
     assert "plan for smoke" in output
     assert "on H100 80 GB (74.5 GiB), 4 per node, InfiniBand NDR" in output
-    assert "memory of a rank at its peak, GiB: replicated" in output
+    assert "memory of a rank at its peak, MiB: replicated" in output
     assert "an outer step: replicated (rematerialized, loop)" in output
     assert "an outer step: deepspeed_zero, stage 2" in output
     assert "sharded: not possible, since every weight is fast" in output

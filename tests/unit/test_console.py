@@ -173,6 +173,15 @@ def test_a_quiet_terminal_shows_the_table_and_warnings_only() -> None:
     assert "93.1 ± 0.4 %" in text
 
 
+def test_a_table_wider_than_the_terminal_loses_no_number() -> None:
+    shown = io.StringIO()
+    console = TerminalConsole(shown)
+    console._rich.width = 30
+    cells = [f"{number} GiB" for number in range(100, 108)]
+    console.table("memory", ["ranks", *(f"part {number}" for number in range(8))], [["1024", *cells]])
+    assert all(cell in shown.getvalue() for cell in ("1024", "ranks", *cells))
+
+
 def test_lines_wait_for_ten_seconds_and_five_percent() -> None:
     lines = Lines()
     with lines.console.phase("meta-train", total=1000) as phase:
