@@ -17,7 +17,7 @@ from metaloom.recipe import (
     UnrolledHypergradient,
 )
 
-# The recipe's facts under further key=value; None where that is no recipe.
+# The recipe's facts under further key=value; None where that is no recipe, or cannot be computed.
 Count = Callable[[tuple[str, ...]], Facts | None]
 HEAD_CHUNK = 1024
 NUM_SLOTS = 9

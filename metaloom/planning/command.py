@@ -13,7 +13,7 @@ import torch
 
 from metaloom.errors import CapabilityError, MetaloomError, RecipeError
 from metaloom.planning.advice import Remedy, first_fitting, remedies
-from metaloom.planning.counting import count
+from metaloom.planning.counting import IMPOSSIBLE, count
 from metaloom.planning.estimate import Layout, estimate
 from metaloom.planning.facts import Facts
 from metaloom.planning.hardware import HERE, Hardware, device_named, link_named
@@ -95,7 +95,12 @@ def make_plan(path: Path, request: Request, *, say: Callable[[str], None]) -> Pl
             return None
         what = f" with {' '.join(settings)}" if settings else ""
         say(f"counting an outer step of {recipe.name}{what}, on tensors without data ...")
-        return count(changed, with_shards=in_shards, on_gpu=on_gpu)
+        try:
+            return count(changed, with_shards=in_shards, on_gpu=on_gpu)
+        except IMPOSSIBLE:
+            if not settings:
+                raise
+            return None
 
     facts = counted(())
     assert facts is not None, "the recipe was loaded"

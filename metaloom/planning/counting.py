@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,11 @@ IMAGE_SHAPE = (1, 28, 28)
 MOST_STEPS, MOST_BLOCKS, MOST_FULL_TASKS = 4, 4, 4
 SHARD_SIZES = (2, 64)
 
+# What a run that measures several ways passes over.
+IMPOSSIBLE = (CapabilityError, NotImplementedError, RuntimeError)
+
 Axes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+Counted = TypeVar("Counted")
 
 
 def count(recipe: Recipe, *, with_shards: bool, on_gpu: bool) -> Facts:
@@ -183,7 +188,7 @@ def _with_blocks_recomputed(recipe: Recipe) -> Recipe:
 # ---------------------------------------------------------------- what is counted
 
 
-def _ways(recipe: Recipe, axes: Axes) -> Iterator[Way]:
+def _ways(recipe: Recipe, axes: Axes) -> list[Way]:
     """The ways that a run of the recipe may compute its hypergradient by."""
     estimator = recipe.algorithm.hypergradient
     choices = [Choices(tasks) for tasks in _tasks(recipe)]
@@ -191,33 +196,60 @@ def _ways(recipe: Recipe, axes: Axes) -> Iterator[Way]:
         kinds = [EstimatorChoice(kind, 0) for kind in EXACT_AND_FLAT]
         kinds.append(EstimatorChoice("rematerialized", max(axes[1])))  # the graph of all steps
         choices = [Choices(tasks, kind) for tasks in _tasks(recipe) for kind in kinds]
+    counts: dict[str, Callable[[], Way]] = {}
     for choice in choices:
         name: str = estimator.kind
         if choice.estimator is not None:
             name = GRAPH if choice.estimator.num_graph_steps > 0 else choice.estimator.kind
+        counts[f"{name}, {choice.tasks}"] = functools.partial(_way, recipe, axes, choice, name)
+    return _possible(counts)
+
+
+def _way(recipe: Recipe, axes: Axes, choice: Choices, name: str) -> Way:
+    amounts = sampled(axes, functools.partial(_step_amounts, recipe, choice))
+    return Way(choice.tasks, name, keeps_states=name in KEEPING_STATES, amounts=amounts)
+
+
+def _possible(counts: Mapping[str, Callable[[], Counted]]) -> list[Counted]:
+    """What can be counted: a run that measures several ways passes over those that raise, too.
+
+    Raises:
+        CapabilityError: none of several can be; of a single one, its own error.
+    """
+    found: list[Counted] = []
+    failures: dict[str, str] = {}
+    for name, counted in counts.items():
         try:
-            amounts = sampled(axes, functools.partial(_step_amounts, recipe, choice))
-        except (CapabilityError, NotImplementedError, RuntimeError):
-            if len(choices) == 1:
+            found.append(counted())
+        except IMPOSSIBLE as error:
+            if len(counts) == 1:
                 raise
-            continue  # a run that measures several ways passes it over, too
-        yield Way(choice.tasks, name, keeps_states=name in KEEPING_STATES, amounts=amounts)
+            failures[name] = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if counts and not found:
+        raise CapabilityError("; ".join(f"{name}: {why}" for name, why in failures.items()))
+    return found
 
 
 # The estimators that keep (phi_k, s_k) of every inner step.
 KEEPING_STATES = ("rematerialized", "mixed_mode", "first_order", "truncated")
 
 
-def _trials(recipe: Recipe, axes: Axes) -> Iterator[Samples]:
+def _trials(recipe: Recipe, axes: Axes) -> list[Samples]:
     """What a run tries before it chooses how tasks are put side by side."""
     if len(_tasks(recipe)) == 1:
-        return
+        return []
     algorithm = recipe.algorithm.model_copy(update={"hypergradient": RematerializedHypergradient()})
     tried = recipe.model_copy(update={"algorithm": algorithm})
     steps = (min(recipe.adaptation.num_steps, TRIED_STEPS),)
-    for tasks in _tasks(recipe):
-        amounts = functools.partial(_step_amounts, tried, Choices(tasks))
-        yield sampled((axes[0], steps, axes[2], (1,)), amounts)
+    counts: dict[str, Callable[[], Samples]] = {
+        tasks: functools.partial(
+            sampled,
+            (axes[0], steps, axes[2], (1,)),
+            functools.partial(_step_amounts, tried, Choices(tasks)),
+        )
+        for tasks in _tasks(recipe)
+    }
+    return _possible(counts)
 
 
 def _tasks(recipe: Recipe) -> tuple[Tasks, ...]:

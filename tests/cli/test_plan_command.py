@@ -11,12 +11,13 @@ from metaloom.cli import main
 from metaloom.errors import CapabilityError
 from metaloom.planning.command import make_plan
 from metaloom.planning.estimate import Layout, estimate
-from metaloom.planning.facts import Facts
+from metaloom.planning.facts import Facts, Sizes
 from metaloom.planning.hardware import DEVICES, LINKS, Hardware
 from metaloom.planning.report import remarks
 from metaloom.planning.request import Request
-from metaloom.recipe import load_recipe
+from metaloom.recipe import Recipe, load_recipe
 from tests.commands import RECIPES, run, run_well
+from tests.unit.test_planning_estimate import some_facts
 
 # Large enough not to fit on the smallest GPU of the table, small enough to be counted in seconds.
 LARGE = """
@@ -120,6 +121,25 @@ def test_what_does_not_fit_is_told_with_settings_that_were_tried(tmp_path: Path)
     assert f"fits with {setting}: " in text
     assert many.fits
     assert "as it is, it fits from 64 ranks on" in text
+
+
+def test_a_setting_under_which_the_recipe_cannot_be_computed_is_no_advice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(LARGE)
+    asked: list[Recipe] = []
+
+    def count(recipe: Recipe, *, with_shards: bool, on_gpu: bool) -> Facts:
+        asked.append(recipe)
+        if recipe.memory.recompute_blocks and not with_shards:
+            raise CapabilityError("nothing can be recomputed")
+        return some_facts(compute="bfloat16", own=Sizes(learned=1e15))
+
+    monkeypatch.setattr("metaloom.planning.command.count", count)
+    plan = make_plan(path, request(ranks=(1,)), say=lambda text: None)
+    assert any(recipe.memory.recompute_blocks for recipe in asked)
+    assert plan.misfits[1] == ()
 
 
 def test_shards_fit_where_whole_weights_do_not(tmp_path: Path) -> None:

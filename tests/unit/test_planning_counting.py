@@ -188,6 +188,32 @@ def test_an_estimator_that_the_model_does_not_take_is_refused(monkeypatch: pytes
         count(recipe(), with_shards=False, on_gpu=False)
 
 
+def test_what_only_a_loop_over_tasks_can_do_is_counted_without_vmap_where_a_run_may_choose() -> None:
+    chosen = recipe(
+        full=True,
+        adaptation={"fast": "full", "rule": {"kind": "sgd", "lr": 0.1}, "num_steps": 1},
+        memory={"head_chunk": 64},
+        outer={"num_steps": 10, "tasks_per_step": 4, "micro_batch": 1},
+    )
+    facts = count(chosen, with_shards=False, on_gpu=False)
+    assert [way.tasks for way in facts.ways] == ["loop"]
+    assert len(facts.trials) == 1
+
+
+def test_a_choice_of_which_nothing_is_possible_is_refused_with_every_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object) -> Amounts:
+        raise NotImplementedError("no such derivative")
+
+    monkeypatch.setattr(counting, "_step_amounts", refuse)
+    every = (
+        r"rematerialized, loop: no such derivative; mixed_mode, loop: no such derivative; unrolled, loop: "
+    )
+    with pytest.raises(CapabilityError, match=every):
+        count(recipe(algorithm=algorithm("auto")), with_shards=False, on_gpu=False)
+
+
 class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The arithmetic of what runs inside, by torch's own counts, and by hand for what it does not know:
     products by oneDNN, and the CPU's fused attention, two products forwards and five backwards."""
