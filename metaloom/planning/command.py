@@ -86,6 +86,13 @@ def make_plan(path: Path, request: Request, *, say: Callable[[str], None]) -> Pl
     on_gpu = hardware.device.is_asynchronous
     in_shards = isinstance(recipe.sharding, ShardedSharding)
     own = _layout(recipe)
+    numbers = tuple(number for number in request.ranks if own.takes(number))
+    if not numbers:
+        raise CapabilityError(
+            f"sharding.shard_size is {own.shard_size}, and divides none of the numbers of ranks, "
+            f"{', '.join(map(str, request.ranks))}; ask for multiples of it (--ranks {own.shard_size}), or "
+            "change it."
+        )
 
     @functools.cache
     def counted(settings: tuple[str, ...]) -> Facts | None:
@@ -107,7 +114,7 @@ def make_plan(path: Path, request: Request, *, say: Callable[[str], None]) -> Pl
     if request.hardware == HERE:
         hardware, text = calibrated(recipe, facts, hardware)
         say(text)
-    estimates = {own: [estimate(facts, hardware, own, number) for number in request.ranks]}
+    estimates = {own: [estimate(facts, hardware, own, number) for number in numbers]}
     refused: dict[Layout, str] = {}
     misfits: dict[int, tuple[Remedy, ...]] = {}
     elsewhere: list[Remedy] = []
@@ -132,7 +139,8 @@ def make_plan(path: Path, request: Request, *, say: Callable[[str], None]) -> Pl
             if fitting is not None:
                 named = (*settings, f"sharding.kind={layout.kind}")
                 elsewhere.append(Remedy(named, layout, fitting))
-    return Plan(recipe.name, facts, hardware, estimates, refused, misfits, elsewhere)
+    left_out = tuple(number for number in request.ranks if number not in numbers)
+    return Plan(recipe.name, facts, hardware, estimates, left_out, refused, misfits, elsewhere)
 
 
 def _layout(recipe: Recipe) -> Layout:

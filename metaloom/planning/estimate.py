@@ -42,11 +42,15 @@ class Layout:
             return f"deepspeed_zero, stage {self.stage}{offload}"
         return self.kind
 
+    def takes(self, num_ranks: int) -> bool:
+        """Whether a run starts on so many ranks: they are whole shard groups."""
+        return num_ranks % self.group_size(num_ranks) == 0
+
     def group_size(self, num_ranks: int) -> int:
         """W; 1 where weights are whole."""
         if self.kind != "sharded":
             return 1
-        return num_ranks if self.shard_size is None else min(self.shard_size, num_ranks)
+        return num_ranks if self.shard_size is None else self.shard_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,8 +127,11 @@ def estimate(facts: Facts, hardware: Hardware, layout: Layout, num_ranks: int) -
     """What an outer step takes on the busiest of `num_ranks` ranks.
 
     Raises:
-        ValueError: weights are to be in shards, and were not counted so.
+        ValueError: the layout does not take so many ranks; or weights are to be in shards, and were not
+            counted so.
     """
+    if not layout.takes(num_ranks):
+        raise ValueError(f"{num_ranks} ranks are no whole groups of {layout.shard_size}")
     tasks_per_rank = math.ceil(facts.tasks_per_step / num_ranks)
     micro_batch = min(tasks_per_rank, facts.micro_batch or tasks_per_rank)
     rest = tasks_per_rank % micro_batch

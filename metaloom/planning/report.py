@@ -30,6 +30,7 @@ class Plan:
 
     Attributes:
         estimates: by layout, for each number of ranks; the recipe's own layout first.
+        left_out: numbers of ranks that the recipe's own layout does not take.
         refused: layouts that are not possible, and why.
         misfits: for a number of ranks on which the recipe does not fit, what would make it fit.
         elsewhere: the fewest ranks on which it fits under other layouts, with what those need.
@@ -39,6 +40,7 @@ class Plan:
     facts: Facts
     hardware: Hardware
     estimates: Mapping[Layout, Sequence[Estimate]]
+    left_out: Sequence[int]
     refused: Mapping[Layout, str]
     misfits: Mapping[int, Sequence[Remedy]]
     elsewhere: Sequence[Remedy]
@@ -69,6 +71,12 @@ def remarks(plan: Plan) -> list[str]:
     """What does not fit and what would make it fit; which ranks would be idle."""
     own, estimates = next(iter(plan.estimates.items()))
     lines: list[str] = []
+    if plan.left_out:
+        lines.append(
+            f"{', '.join(map(str, plan.left_out[:-1]))}{' and ' if plan.left_out[1:] else ''}"
+            f"{_ranks(plan.left_out[-1])}: not possible under {own.in_words()}, since sharding.shard_size "
+            "must divide the number of ranks"
+        )
     for group in _alike(plan, [found for found in estimates if not found.fits]):
         first, last = group[0], group[-1]
         lines.append(
@@ -122,6 +130,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             {"sharding": dataclasses.asdict(layout), "estimates": [_values(found) for found in estimates]}
             for layout, estimates in plan.estimates.items()
         ],
+        "left_out": list(plan.left_out),
         "refused": [
             {"sharding": dataclasses.asdict(layout), "why": why} for layout, why in plan.refused.items()
         ],

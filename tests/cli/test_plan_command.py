@@ -123,6 +123,31 @@ def test_what_does_not_fit_is_told_with_settings_that_were_tried(tmp_path: Path)
     assert "as it is, it fits from 64 ranks on" in text
 
 
+def test_numbers_of_ranks_on_which_a_sharded_recipe_does_not_start_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        LARGE + "sharding: {kind: sharded, shard_size: 4}\nmemory: {recompute_blocks: true}\n"
+        "launcher: {kind: local, num_processes: 4}\n"
+    )
+    facts = some_facts(compute="bfloat16")
+    monkeypatch.setattr("metaloom.planning.command.count", lambda *_, **__: facts)
+    plan = make_plan(path, request(ranks=(1, 2, 4, 6, 8)), say=lambda text: None)
+    own = Layout("sharded", 4)
+    assert {layout: [found.num_ranks for found in each] for layout, each in plan.estimates.items()} == {
+        own: [4, 8],
+        Layout("replicated"): [1, 2, 4, 6, 8],
+        Layout("deepspeed_zero"): [1, 2, 4, 6, 8],
+    }
+    expected = "1, 2 and 6 ranks: not possible under sharded, shard_size 4, since sharding.shard_size must"
+    assert any(text.startswith(expected) for text in remarks(plan))
+    with pytest.raises(
+        CapabilityError, match=r"shard_size is 4, and divides none of .* 1, 2, 6; ask for mul"
+    ):
+        make_plan(path, request(ranks=(1, 2, 6)), say=lambda text: None)
+
+
 def test_a_setting_under_which_the_recipe_cannot_be_computed_is_no_advice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

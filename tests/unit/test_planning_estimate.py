@@ -154,6 +154,11 @@ def test_sharded_ranks_send_gathers_sums_and_once_what_copies_add_up() -> None:
     assert found.wire_bytes == pytest.approx(2 * per_micro_batch + once)
 
 
+def test_ranks_that_are_no_whole_shard_groups_are_a_mistake() -> None:
+    with pytest.raises(ValueError, match="6 ranks are no whole groups of 4"):
+        estimate(some_facts(), HARDWARE, Layout("sharded", shard_size=4), 6)
+
+
 def test_gathers_hide_behind_the_arithmetic_and_sums_into_shards_do_not() -> None:
     facts = some_facts(micro_batch=1, own=Sizes(), tasks_per_step=8)
     found = estimate(facts, HARDWARE, SHARDED, 8)
