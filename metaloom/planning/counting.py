@@ -99,8 +99,17 @@ def _counted(recipe: Recipe, *, with_shards: bool) -> Facts:
     ways = tuple(_ways(recipe, axes))
     held = _held(recipe, ways[0].tasks)
     in_shards: tuple[Way, ...] = ()
+    again: Samples | None = None
+    again_in_shards: Samples | None = None
+    is_again = isinstance(snapshots, BinomialSnapshots)
+    if is_again:
+        again = sampled((tasks, (1,), blocks, (1,)), functools.partial(_advance_amounts, recipe))
     if with_shards and isinstance(fast, LoRAFast):
-        in_shards = tuple(_ways(_with_blocks_recomputed(recipe), (tasks, steps, blocks, SHARD_SIZES)))
+        recomputed = _with_blocks_recomputed(recipe)
+        in_shards = tuple(_ways(recomputed, (tasks, steps, blocks, SHARD_SIZES)))
+        if is_again:
+            counted = functools.partial(_advance_amounts, recomputed)
+            again_in_shards = sampled((tasks, (1,), blocks, SHARD_SIZES), counted)
     limit = estimator.limit_gib if isinstance(estimator, AutoHypergradient) else None
     one = batch_like(recipe, 1, recipe.adaptation.num_steps)
     return Facts(
@@ -120,11 +129,12 @@ def _counted(recipe: Recipe, *, with_shards: bool) -> Facts:
         data_bytes=_bytes_of(one.support) + _bytes_of(one.query) + _bytes_of(one.rehearsal or {}),
         ways=ways,
         trials=tuple(_trials(recipe, axes)),
-        advance=sampled((tasks, (1,), blocks, (1,)), functools.partial(_advance_amounts, recipe)),
+        advance=again,
         graph_limit_bytes=None if limit is None else limit * 2.0**30,
         pretrain=None if recipe.pretrain is None else _pretraining(recipe, recipe.pretrain),
         pretrain_batch=0 if recipe.pretrain is None else recipe.pretrain.batch_size,
         ways_in_shards=in_shards,
+        advance_in_shards=again_in_shards,
         tasks_share_weights=isinstance(fast, LoRAFast),
     )
 
@@ -272,17 +282,15 @@ def _step_amounts(recipe: Recipe, choices: Choices, point: Point) -> Amounts:
 def _advance_amounts(recipe: Recipe, point: Point) -> Amounts:
     """Of one inner step without a graph."""
     recipe = _with_blocks(recipe, point.blocks)
-    with _assembled(recipe, Choices(_tasks(recipe)[0], EstimatorChoice("rematerialized", 0))) as (
-        trace,
-        parts,
-    ):
+    choices = Choices(_tasks(recipe)[0], EstimatorChoice("rematerialized", 0))
+    with _assembled(recipe, choices, point.shards) as (trace, parts):
         unroll, meta = parts.algorithm.unroll, parts.outer.meta
         batch = batch_like(recipe, point.tasks, recipe.adaptation.num_steps)
         start = first_snapshot(unroll, meta, point.tasks)
         held = trace.live_bytes
         trace.restart()
         advance(unroll, meta, batch, start, 0)
-        return _amounts(trace, held, None)
+        return _amounts(trace, held, parts.group)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import functools
 import math
 from typing import Literal
 
-from metaloom.planning.facts import Amounts, Facts, Point, Sizes, Way
+from metaloom.planning.facts import Amounts, Facts, Point, Samples, Sizes, Way
 from metaloom.planning.hardware import Hardware
 
 FREE_SHARE = 0.5  # of what is free, that `auto` fills with graphs where no limit is set
@@ -259,7 +259,8 @@ def _pass(
     ways = facts.ways_in_shards if layout.kind == "sharded" else facts.ways
     if not ways:
         raise ValueError("the recipe was not counted with its backbone in shards")
-    passes = [_pass_by(facts, hardware, way, num_tasks, group_size) for way in ways]
+    advance = facts.advance_in_shards if layout.kind == "sharded" else facts.advance
+    passes = [_pass_by(facts, hardware, way, advance, num_tasks, group_size) for way in ways]
     fastest = min(passes, key=lambda one: one.compute_s)
     stateful = [one for one, way in zip(passes, ways, strict=True) if way.keeps_states]
     is_auto = len({way.estimator for way in ways}) > 1
@@ -281,7 +282,9 @@ def _pass(
     )
 
 
-def _pass_by(facts: Facts, hardware: Hardware, way: Way, num_tasks: int, group_size: int) -> _Pass:
+def _pass_by(
+    facts: Facts, hardware: Hardware, way: Way, advance: Samples | None, num_tasks: int, group_size: int
+) -> _Pass:
     point = Point(num_tasks, facts.num_steps, facts.num_blocks, group_size)
     amounts = way.amounts.at(point)
     states = host_bytes = 0.0
@@ -297,8 +300,9 @@ def _pass_by(facts: Facts, hardware: Hardware, way: Way, num_tasks: int, group_s
         peak = max(0.0, amounts.peak_bytes - num_swept * state) + states
         amounts = dataclasses.replace(amounts, peak_bytes=peak)
         if facts.snapshots == "binomial":
+            assert advance is not None, "counted with such snapshots"
             again = num_advances(num_swept, facts.num_slots) - num_swept
-            once = dataclasses.replace(facts.advance.at(dataclasses.replace(point, steps=1)), peak_bytes=0.0)
+            once = dataclasses.replace(advance.at(dataclasses.replace(point, steps=1)), peak_bytes=0.0)
             amounts = amounts.plus(once, again)
         if facts.snapshots == "host":
             host_bytes = (num_swept + 1) * state

@@ -177,12 +177,13 @@ class Facts:
         data_bytes: of one task.
         ways: what a run may compute its hypergradient by: of several it takes the fastest.
         trials: what a run tries when it starts, where it chooses how tasks are put side by side.
-        advance: one inner step without a graph.
+        advance: one inner step without a graph; None where none is computed again.
         graph_limit_bytes: for graphs that `auto` keeps; None for half of what is free.
         pretrain: a step of ordinary training by samples of a rank (as T), what it holds included; None where
             there is none.
         pretrain_batch: samples of such a step over all ranks.
         ways_in_shards: as `ways` with the backbone in shards and blocks recomputed; none where not counted.
+        advance_in_shards: as `advance`, likewise.
         tasks_share_weights: whether there is a backbone that can be in shards.
     """
 
@@ -202,9 +203,10 @@ class Facts:
     data_bytes: float
     ways: tuple[Way, ...]
     trials: tuple[Samples, ...]
-    advance: Samples
+    advance: Samples | None
     graph_limit_bytes: float | None
     pretrain: Samples | None
     pretrain_batch: int
     ways_in_shards: tuple[Way, ...]
+    advance_in_shards: Samples | None
     tasks_share_weights: bool

@@ -28,6 +28,7 @@ from metaloom.engine.sharding.sharded import Event, ShardedWeights, ShardGroup, 
 from metaloom.errors import CapabilityError
 from metaloom.planning import counting
 from metaloom.planning.counting import count
+from metaloom.planning.estimate import num_advances
 from metaloom.planning.facts import Amounts, Point
 from metaloom.recipe import Recipe, recipe_from_dict
 from metaloom.weights import HeldModel
@@ -143,6 +144,22 @@ def test_what_crosses_between_shards_is_what_a_real_shard_group_is_told(
     sizes = {kind: Counter(event.num_elements for event in events if event.kind == kind) for kind in KINDS}
     assert sizes["gather"][of_blocks // NUM_BLOCKS] == ((2 + of_pull_back) * NUM_STEPS + 2) * NUM_BLOCKS
     assert sizes["scatter"][of_blocks // NUM_BLOCKS] == (2 * NUM_STEPS + 1) * NUM_BLOCKS
+
+
+def test_steps_that_binomial_snapshots_compute_again_gather_again_as_a_real_shard_group_is_told() -> None:
+    num_steps, num_slots = 3, 1
+    sparing = recipe(
+        num_steps=num_steps,
+        memory={"recompute_blocks": True, "snapshots": {"kind": "binomial", "num_slots": num_slots}},
+    )
+    events: list[Event] = []
+    real_hypergradient(sparing, ShardGroup(on_event=events.append))()
+    gathered = sum(4 * event.num_elements for event in events if event.kind == "gather")
+    step = counting._step_amounts(sparing, Choices(), Point(1, num_steps, NUM_BLOCKS, 2))
+    again = counting._advance_amounts(sparing, Point(1, 1, NUM_BLOCKS, 2))
+    num_again = num_advances(num_steps, num_slots) - num_steps
+    assert num_again == 1
+    assert gathered == step.gathered_bytes + num_again * again.gathered_bytes
 
 
 def test_what_is_held_is_every_copy_of_the_meta_parameters() -> None:

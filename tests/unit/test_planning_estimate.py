@@ -75,6 +75,7 @@ def some_facts(**changes: object) -> Facts:
         pretrain=None,
         pretrain_batch=0,
         ways_in_shards=(Way("loop", "rematerialized", True, in_shards),),
+        advance_in_shards=None,
         tasks_share_weights=True,
     )
     return dataclasses.replace(facts, **changes)  # type: ignore[arg-type]
@@ -191,6 +192,17 @@ def test_binomial_snapshots_take_memory_for_slots_and_time_for_steps_computed_ag
     assert every.memory.total - found.memory.total == pytest.approx(3 * 5)
     again = num_advances(4, 1) - 4
     assert found.compute_s - every.compute_s == pytest.approx(again * 1000 / 50)
+
+
+def test_in_shards_steps_that_are_computed_again_gather_again() -> None:
+    again = sampled(((1,), (1,), (1,), (2, 64)), lambda _: Amounts(flops=1000.0, gathered_bytes=16.0))
+    facts = some_facts(micro_batch=1, snapshots="binomial", num_slots=1, advance_in_shards=again)
+    every, found = (
+        estimate(each, HARDWARE, SHARDED, 8) for each in (dataclasses.replace(facts, snapshots="all"), facts)
+    )
+    num_again = num_advances(4, 1) - 4
+    assert found.wire_bytes - every.wire_bytes == pytest.approx(2 * num_again * 7 / 8 * 16)
+    assert found.compute_s - every.compute_s == pytest.approx(2 * num_again * 1000 / 50)
 
 
 def test_snapshots_on_the_host_leave_two_on_the_device() -> None:
