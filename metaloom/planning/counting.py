@@ -185,7 +185,8 @@ def _with_steps(recipe: Recipe, num_steps: int) -> Recipe:
     return recipe.model_copy(update={"adaptation": adaptation})
 
 
-def _with_every_state(recipe: Recipe) -> Recipe:
+def with_every_state(recipe: Recipe) -> Recipe:
+    """The recipe as amounts are counted: no state is computed again."""
     memory = recipe.memory.model_copy(update={"snapshots": AllSnapshots()})
     return recipe.model_copy(update={"memory": memory})
 
@@ -399,7 +400,7 @@ def _assembled(recipe: Recipe, choices: Choices, num_shards: int = 1) -> Iterato
 
     Every state is kept, whatever the recipe says: what other plans of snapshots save and cost is arithmetic.
     """
-    recipe = _with_every_state(recipe)
+    recipe = with_every_state(recipe)
     on_meta = _on_meta(recipe)
     with traced() as trace:
         group = None if num_shards == 1 else _CountedGroup(num_shards)

@@ -26,10 +26,10 @@ from metaloom.engine.precision import LossScaler, Precision
 from metaloom.engine.sharding.replicated import Replicated
 from metaloom.engine.sharding.sharded import Event, ShardedWeights, ShardGroup, rows_in
 from metaloom.errors import CapabilityError
-from metaloom.planning import counting
+from metaloom.planning import counting, sample
 from metaloom.planning.counting import count
 from metaloom.planning.estimate import num_advances
-from metaloom.planning.facts import Amounts, Point
+from metaloom.planning.facts import Amounts, Point, Samples, Way
 from metaloom.recipe import Recipe, recipe_from_dict
 from metaloom.weights import HeldModel
 
@@ -160,6 +160,15 @@ def test_steps_that_binomial_snapshots_compute_again_gather_again_as_a_real_shar
     num_again = num_advances(num_steps, num_slots) - num_steps
     assert num_again == 1
     assert gathered == step.gathered_bytes + num_again * again.gathered_bytes
+
+
+def test_the_task_that_rates_are_scaled_by_computes_what_was_counted_for_it() -> None:
+    sparing = recipe(num_steps=3, memory={"snapshots": {"kind": "binomial", "num_slots": 1}})
+    amounts = counting._step_amounts(sparing, Choices(), Point(1, 3, NUM_BLOCKS))
+    way = Way("loop", "rematerialized", True, Samples({Point(1, 3, NUM_BLOCKS): amounts}))
+    with FlopCounter() as counter:
+        sample.seconds_of_a_task(sparing, way, CPU)
+    assert counter.total == (1 + sample.NUM_REPEATS) * amounts.flops
 
 
 def test_what_is_held_is_every_copy_of_the_meta_parameters() -> None:
