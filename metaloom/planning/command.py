@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from metaloom.errors import CapabilityError, MetaloomError, RecipeError
-from metaloom.planning.advice import Remedy, first_fitting, remedies
+from metaloom.planning.advice import Remedy, first_fitting, remedies, settings_to_try
 from metaloom.planning.counting import IMPOSSIBLE, count
 from metaloom.planning.estimate import Layout, estimate
 from metaloom.planning.facts import Facts
@@ -31,6 +31,7 @@ from metaloom.recipe import (
     ShardedSharding,
     load_recipe,
 )
+from metaloom.recipe.rules import broken_rules
 from metaloom.tracking.console import make_console
 
 DEVICES_PER_NODE = 8
@@ -122,25 +123,28 @@ def make_plan(path: Path, request: Request, *, say: Callable[[str], None]) -> Pl
     for found in unfit:  # what is counted for one number of ranks serves all
         misfits[found.num_ranks] = remedies(recipe, counted, hardware, own, found.num_ranks)
     for layout in _others(own):
-        if layout.kind == "sharded" and isinstance(recipe.adaptation.fast, FullFast):
-            refused[layout] = FULL_IN_SHARDS
+        changed = _under(recipe, layout)
+        why = _refusal(changed)
+        if why:
+            refused[layout] = why
             continue
         if layout.kind == "sharded":
             if not request.compare and all(misfits.values()):
                 continue  # it fits without
             say(f"counting {recipe.name} with its backbone in shards ...")
             settings = () if recipe.memory.recompute_blocks else (RECOMPUTED,)
-            facts_there = count(load_recipe(path, settings), with_shards=True, on_gpu=on_gpu)
+            facts_there = count(changed, with_shards=True, on_gpu=on_gpu)
         else:
             settings, facts_there = (), facts
         estimates[layout] = [estimate(facts_there, hardware, layout, number) for number in request.ranks]
         if not all(misfits.values()):
             fitting = first_fitting(facts_there, hardware, layout, request.ranks)
             if fitting is not None:
-                named = (*settings, f"sharding.kind={layout.kind}")
+                named = (*settings, f"sharding={layout.kind}")
                 elsewhere.append(Remedy(named, layout, fitting))
     left_out = tuple(number for number in request.ranks if number not in numbers)
-    return Plan(recipe.name, facts, hardware, estimates, left_out, refused, misfits, elsewhere)
+    tried = [setting for settings in settings_to_try(recipe, hardware) for setting in settings]
+    return Plan(recipe.name, facts, hardware, estimates, left_out, refused, misfits, tried, elsewhere)
 
 
 def _layout(recipe: Recipe) -> Layout:
@@ -152,6 +156,25 @@ def _layout(recipe: Recipe) -> Layout:
             return Layout("deepspeed_zero", stage=stage, offload_optimizer=offload_optimizer)
         case ReplicatedSharding():
             return Layout("replicated")
+
+
+def _under(recipe: Recipe, layout: Layout) -> Recipe:
+    """The recipe under another layout than its own, at that backend's defaults."""
+    match layout.kind:
+        case "sharded":
+            memory = recipe.memory.model_copy(update={"recompute_blocks": True})
+            return recipe.model_copy(update={"sharding": ShardedSharding(), "memory": memory})
+        case "deepspeed_zero":
+            return recipe.model_copy(update={"sharding": DeepSpeedZeroSharding()})
+        case "replicated":
+            return recipe.model_copy(update={"sharding": ReplicatedSharding()})
+
+
+def _refusal(recipe: Recipe) -> str:
+    """Why a recipe is none; empty where it is one."""
+    if isinstance(recipe.sharding, ShardedSharding) and isinstance(recipe.adaptation.fast, FullFast):
+        return FULL_IN_SHARDS
+    return "; ".join(f"{path}: {text}" for path, text in broken_rules(recipe))
 
 
 def _others(own: Layout) -> list[Layout]:

@@ -33,6 +33,7 @@ class Plan:
         left_out: numbers of ranks that the recipe's own layout does not take.
         refused: layouts that are not possible, and why.
         misfits: for a number of ranks on which the recipe does not fit, what would make it fit.
+        tried: settings that were tried where it does not fit.
         elsewhere: the fewest ranks on which it fits under other layouts, with what those need.
     """
 
@@ -43,6 +44,7 @@ class Plan:
     left_out: Sequence[int]
     refused: Mapping[Layout, str]
     misfits: Mapping[int, Sequence[Remedy]]
+    tried: Sequence[str]
     elsewhere: Sequence[Remedy]
 
 
@@ -87,13 +89,14 @@ def remarks(plan: Plan) -> list[str]:
         )
         lines += [f"  fits with {_in_words(remedy)}" for remedy in plan.misfits[last.num_ranks]]
         if not plan.misfits[last.num_ranks]:
-            lines.append("  no setting of memory, estimator or micro-batch makes it fit on so many ranks")
+            tried = ", ".join(_quoted(setting) for setting in ("outer.micro_batch=1", *plan.tried))
+            lines.append(f"  none of those tried makes it fit on so many ranks, alone or together: {tried}")
     fitting = next((found for found in estimates if found.fits), None)
     if fitting is not None and not estimates[0].fits:
-        lines.append(f"as it is, it fits from {_ranks(fitting.num_ranks)} on")
+        lines.append(f"as it is, it fits from {_ranks(fitting.num_ranks)} on, of those asked for")
     lines += [
-        f"{remedy.layout.in_words()} fits from {_ranks(remedy.estimate.num_ranks)} on"
-        + (f", with {' '.join(remedy.settings)}" if remedy.settings else "")
+        f"{remedy.layout.in_words()} fits from {_ranks(remedy.estimate.num_ranks)} on, of those asked for"
+        + (f", with {' '.join(map(_quoted, remedy.settings))}" if remedy.settings else "")
         for remedy in plan.elsewhere
     ]
     idle = next((found for found in estimates if found.num_idle_ranks), None)
@@ -220,9 +223,14 @@ def _span(group: Sequence[Estimate]) -> str:
 
 def _in_words(remedy: Remedy) -> str:
     found = remedy.estimate
-    settings = " ".join(f"'{setting}'" if " " in setting else setting for setting in remedy.settings)
+    settings = " ".join(map(_quoted, remedy.settings))
     on = f" on {_ranks(found.num_ranks)}"
     return f"{settings}: {_size(found.memory.total)}, {_time(found.step_s)} per step{on}"
+
+
+def _quoted(setting: str) -> str:
+    """As it is typed in a shell."""
+    return f"'{setting}'" if " " in setting else setting
 
 
 def _largest_part(memory: Memory) -> str:

@@ -120,7 +120,7 @@ def test_what_does_not_fit_is_told_with_settings_that_were_tried(tmp_path: Path)
     assert "1 rank: does not fit under replicated (" in text
     assert f"fits with {setting}: " in text
     assert many.fits
-    assert "as it is, it fits from 64 ranks on" in text
+    assert "as it is, it fits from 64 ranks on, of those asked for" in text
 
 
 def test_numbers_of_ranks_on_which_a_sharded_recipe_does_not_start_are_left_out(
@@ -148,6 +148,19 @@ def test_numbers_of_ranks_on_which_a_sharded_recipe_does_not_start_are_left_out(
         make_plan(path, request(ranks=(1, 2, 6)), say=lambda text: None)
 
 
+def test_a_layout_that_the_recipe_does_not_go_with_is_not_planned_and_said_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(LARGE.replace("bfloat16", "float64"))
+    monkeypatch.setattr("metaloom.planning.command.count", lambda *_, **__: some_facts(compute="float64"))
+    plan = make_plan(path, request(), say=lambda text: None)
+    (layout,) = plan.refused
+    assert layout == Layout("deepspeed_zero")
+    assert layout not in plan.estimates
+    assert "precision.compute: float64; " in plan.refused[layout]
+
+
 def test_a_setting_under_which_the_recipe_cannot_be_computed_is_no_advice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,6 +185,7 @@ def test_shards_fit_where_whole_weights_do_not(tmp_path: Path) -> None:
     deep = LARGE.replace("num_layers: 2, width: 4096", "num_layers: 24, width: 8192")
     sparing = (
         deep.replace("unrolled", "rematerialized") + "memory: {recompute_blocks: true, snapshots: host}\n"
+        "sharding: {kind: replicated, bucket_mib: 50}\n"
     )
     sparing = sparing.replace("tasks_per_step: 64", "tasks_per_step: 64, micro_batch: 1")
     path.write_text(sparing.replace("sequence_length: 1024", "sequence_length: 32"))
@@ -180,16 +194,17 @@ def test_shards_fit_where_whole_weights_do_not(tmp_path: Path) -> None:
     assert plan.misfits[8] == ()
     (elsewhere,) = plan.elsewhere
     assert elsewhere.layout.kind == "sharded"
-    assert elsewhere.settings == ("sharding.kind=sharded",)
+    assert elsewhere.settings == ("sharding=sharded",)
+    assert load_recipe(path, elsewhere.settings).sharding.kind == "sharded"
     fits = [found.fits for found in plan.estimates[elsewhere.layout]]
     assert fits == sorted(fits)
     assert elsewhere.estimate.num_ranks == next(
         found.num_ranks for found in plan.estimates[elsewhere.layout] if found.fits
     )
     text = "\n".join(remarks(plan))
-    assert "no setting of memory, estimator or micro-batch makes it fit on so many ranks" in text
+    assert "none of those tried makes it fit on so many ranks, alone or together: outer.micro_batch=1" in text
     number = elsewhere.estimate.num_ranks
-    assert f"sharded fits from {number} ranks on, with sharding.kind=sharded" in text
+    assert f"sharded fits from {number} ranks on, of those asked for, with sharding=sharded" in text
 
 
 def test_states_in_the_hosts_memory_need_a_host_beside_the_device(
