@@ -58,6 +58,7 @@ from metaloom.recipe import (
     RematerializedHypergradient,
     TruncatedHypergradient,
 )
+from metaloom.recipe.rules import GPT_BLOCK_LAYERS
 from metaloom.sources import num_rehearsed
 from metaloom.weights import HeldModel, materialize
 
@@ -166,8 +167,24 @@ def _num_swept(recipe: Recipe) -> int:
 def _block_sizes(recipe: Recipe) -> tuple[int, ...]:
     num_blocks = _num_blocks(recipe)
     # The built-in convolutions halve the image: their blocks differ. Those of a transformer do not.
-    is_uniform = isinstance(recipe.model, GPTModel)
+    is_uniform = isinstance(recipe.model, GPTModel) and _are_adapted_alike(recipe)
     return (2, 3) if is_uniform and num_blocks > MOST_BLOCKS else (num_blocks,)
+
+
+def _are_adapted_alike(recipe: Recipe) -> bool:
+    """Whether the same layers of every block are adapted; `blocks.5.attention.qkv` names one of a single
+    block."""
+    fast = recipe.adaptation.fast
+    if not isinstance(fast, LoRAFast) or fast.targets == "all-linear":
+        return True
+    adapted = {
+        tuple(
+            any(f".blocks.{block}.{layer}".endswith(f".{target}") for target in fast.targets)
+            for layer in GPT_BLOCK_LAYERS
+        )
+        for block in range(_num_blocks(recipe))
+    }
+    return len(adapted) == 1
 
 
 def _num_blocks(recipe: Recipe) -> int:

@@ -119,6 +119,26 @@ def test_a_recipe_larger_than_what_is_counted_follows_linearly() -> None:
     assert followed.num_operations == pytest.approx(direct.num_operations, rel=0.01)
 
 
+def test_layers_of_single_blocks_are_counted_at_the_models_full_depth() -> None:
+    def deep(*targets: str) -> Recipe:
+        return recipe(
+            num_steps=1,
+            model={"kind": "gpt", "num_layers": 5, "width": 16, "num_heads": 2, "context_length": 32},
+            adaptation={
+                "fast": {"kind": "lora", "rank": 2, "targets": list(targets)},
+                "rule": {"kind": "sgd", "lr": 0.1},
+                "num_steps": 1,
+            },
+            outer={"num_steps": 10, "tasks_per_step": 1},
+        )
+
+    assert counting._block_sizes(deep("qkv", "head")) == (2, 3)
+    assert counting._block_sizes(deep("blocks.4.attention.qkv")) == (5,)
+    assert counting._block_sizes(deep("qkv", "1.mlp.fc_in")) == (5,)
+    facts = count(deep("blocks.4.attention.qkv"), with_shards=False, on_gpu=False)
+    assert facts.state_bytes == 4 * 2 * (16 + 3 * 16)  # one layer of 16 inputs and 48 outputs
+
+
 # As docs/scaling.md has it.
 @pytest.mark.parametrize(("estimator", "of_pull_back"), [("rematerialized", 4), ("mixed_mode", 2)])
 def test_what_crosses_between_shards_is_what_a_real_shard_group_is_told(
