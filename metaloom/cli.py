@@ -375,7 +375,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         path = Path(folder) / "recipe.yaml"
         _write_recipe(recipe, path)
         words = [str(path), json.dumps(dataclasses.asdict(request))]
-        code = subprocess.run([sys.executable, "-m", "metaloom.planning.command", *words]).returncode
+        code = subprocess.run([sys.executable, "-m", "metaloom.planning", *words]).returncode
     if code < 0:
         raise LaunchError(f"the process that makes the plan was ended by signal {-code}; start it again.")
     return code

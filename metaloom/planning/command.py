@@ -1,4 +1,4 @@
-"""Makes and prints a plan: `python -m metaloom.planning.command RECIPE ...`, started by `metaloom plan`."""
+"""Makes and prints a plan."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ FULL_IN_SHARDS = "since every weight is fast and each task has a whole copy (ada
 
 def main() -> int:
     """Prints the plan that the arguments ask for; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m metaloom.planning.command")
+    parser = argparse.ArgumentParser(prog="python -m metaloom.planning")
     parser.add_argument("recipe", type=Path)
     parser.add_argument("request", help="a Request as JSON")
     arguments = parser.parse_args()
@@ -53,8 +53,6 @@ def main() -> int:
     except MetaloomError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        return 130
     if request.as_json:
         print(json.dumps(as_json(plan), indent=2))
     else:
@@ -194,7 +192,3 @@ def _hardware(recipe: Recipe, request: Request, say: Callable[[str], None]) -> H
         is_tracked=isinstance(recipe.tracking, MLflowTracking),
     )
     return Hardware(device, link, num_local)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

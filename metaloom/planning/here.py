@@ -23,7 +23,7 @@ NUM_REPEATS = 5
 # Both are fitted to the built-in recipes, see docs/scaling.md.
 CPU_UNUSABLE, CPU_UNUSABLE_BYTES = 0.45, 30 * 2**20
 LOOPBACK_BYTES = 2**24
-LOOPBACK_TIMEOUT_S = 120.0
+PROBE_TIMEOUT_S = 120.0
 
 
 def measured_device(compute: ComputeFormat, *, num_local_ranks: int, is_tracked: bool) -> Device:
@@ -137,18 +137,25 @@ def _loopback_bandwidth() -> float:
 
 
 def _answer_of(*words: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "metaloom.planning.probe", *words],
-        capture_output=True,
-        text=True,
-        timeout=LOOPBACK_TIMEOUT_S,
-    )
-    if done.returncode != 0:
-        raise LaunchError(
-            f"--hardware here: what this machine reaches could not be measured ({words[0]}): "
-            f"{(done.stderr.strip().splitlines() or ['no message'])[-1]}. Name hardware of the table instead."
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "metaloom.planning.probe", *words],
+            capture_output=True,
+            text=True,
+            timeout=PROBE_TIMEOUT_S,
         )
+    except subprocess.TimeoutExpired:
+        raise _not_measured(words[0], f"not done after {PROBE_TIMEOUT_S:.0f} s") from None
+    if done.returncode != 0:
+        raise _not_measured(words[0], (done.stderr.strip().splitlines() or ["no message"])[-1])
     return done.stdout.strip().splitlines()[-1]
+
+
+def _not_measured(what: str, why: str) -> LaunchError:
+    return LaunchError(
+        f"--hardware here: what this machine reaches could not be measured ({what}): {why}. Name hardware of "
+        "the table instead."
+    )
 
 
 def resident_bytes() -> int:

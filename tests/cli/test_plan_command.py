@@ -2,21 +2,29 @@
 
 import dataclasses
 import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from metaloom.cli import main
-from metaloom.errors import CapabilityError
+from metaloom.errors import CapabilityError, LaunchError
 from metaloom.planning.command import make_plan
 from metaloom.planning.estimate import Layout, estimate
 from metaloom.planning.facts import Facts, Sizes
 from metaloom.planning.hardware import DEVICES, LINKS, Hardware
+from metaloom.planning.here import measured_device
+from metaloom.planning.probe import join_all
 from metaloom.planning.report import remarks
 from metaloom.planning.request import Request
 from metaloom.recipe import Recipe, load_recipe
-from tests.commands import RECIPES, run, run_well
+from tests.commands import RECIPES, command, environment, run, run_well
 from tests.unit.test_planning_estimate import some_facts
 
 # Large enough not to fit on the smallest GPU of the table, small enough to be counted in seconds.
@@ -98,6 +106,49 @@ def test_mistakes_are_told_before_anything_is_counted(capsys: pytest.CaptureFixt
     ):
         assert main(["plan", recipe, *words]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_is_no_fault(tmp_path: Path) -> None:
+    words = command("plan", RECIPES / "smoke.yaml", "--ranks", "1", "--json")
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        finished = subprocess.run(
+            words, cwd=tmp_path, env=environment(), stdout=writing, stderr=subprocess.PIPE, timeout=60
+        )
+    finally:
+        os.close(writing)
+    assert (finished.returncode, b"Traceback" in finished.stderr) == (0, False), finished.stderr
+
+
+def test_an_interrupt_while_torch_is_imported_is_no_fault(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    words = [sys.executable, "-m", "metaloom.planning", "recipe.yaml", "{}"]
+    path = f"{tmp_path}{os.pathsep}{environment()['PYTHONPATH']}"
+    finished = subprocess.run(
+        words, cwd=tmp_path, env=environment() | {"PYTHONPATH": path}, stderr=subprocess.PIPE, timeout=60
+    )
+    assert (finished.returncode, finished.stderr) == (130, b"")
+
+
+def test_a_measurement_that_does_not_end_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(words: list[str], **_: object) -> None:
+        raise subprocess.TimeoutExpired(words, 120.0)
+
+    monkeypatch.setattr("metaloom.planning.here.subprocess.run", run)
+    with pytest.raises(LaunchError, match=r"could not be measured \(process\): not done after 120 s. Name"):
+        measured_device("float32", num_local_ranks=1, is_tracked=False)
+
+
+def test_a_process_that_waits_for_one_that_has_failed_is_ended() -> None:
+    context = multiprocessing.get_context("spawn")
+    waiting = context.Process(target=time.sleep, args=(100.0,))
+    failing = context.Process(target=sys.exit, args=(1,))
+    waiting.start()
+    failing.start()
+    with pytest.raises(RuntimeError, match="a process of the all-reduce over loopback failed"):
+        join_all([waiting, failing])
+    assert waiting.exitcode == -signal.SIGTERM
 
 
 def test_what_does_not_fit_is_told_with_settings_that_were_tried(tmp_path: Path) -> None:
