@@ -27,10 +27,10 @@ from metaloom.build import (
     ordinary_settings,
     outer_settings,
 )
+from metaloom.choosing import TIMED_STEPS
 from metaloom.engine.adapters.base import BACKBONE
 from metaloom.engine.algorithms.maml import Maml
 from metaloom.engine.choice import EXACT_AND_FLAT, EstimatorChoice
-from metaloom.engine.choice import TIMED_STEPS as TRIED_STEPS
 from metaloom.engine.combiners.mean import Mean
 from metaloom.engine.hypergradients.base import prefixed, unprefixed
 from metaloom.engine.kernels.attention import CHUNK_GPU, chunks_of
@@ -43,7 +43,7 @@ from metaloom.engine.sharding.sharded import ShardedWeights, ShardGroup
 from metaloom.engine.step import StepTasks, outer_step
 from metaloom.engine.unroll import advance, first_snapshot
 from metaloom.errors import CapabilityError
-from metaloom.planning.facts import Amounts, Facts, Point, Samples, Sizes, Way, sampled
+from metaloom.planning.facts import Amounts, Facts, Point, Samples, Sizes, Way, name_of_way, sampled
 from metaloom.planning.tracing import Trace, traced
 from metaloom.recipe import (
     AllSnapshots,
@@ -98,7 +98,7 @@ def _counted(recipe: Recipe, *, with_shards: bool) -> Facts:
     )
     tasks, steps, blocks, _ = axes = (_task_sizes(recipe), _step_sizes(recipe), _block_sizes(recipe), (1,))
     ways = tuple(_ways(recipe, axes))
-    held = _held(recipe, ways[0].tasks)
+    held = _held(recipe, ways[0].tasks or "loop")
     in_shards: tuple[Way, ...] = ()
     again: Samples | None = None
     again_in_shards: Samples | None = None
@@ -229,13 +229,18 @@ def _ways(recipe: Recipe, axes: Axes) -> list[Way]:
         name: str = estimator.kind
         if choice.estimator is not None:
             name = GRAPH if choice.estimator.num_graph_steps > 0 else choice.estimator.kind
-        counts[f"{name}, {choice.tasks}"] = functools.partial(_way, recipe, axes, choice, name)
+        in_words = name_of_way(name, _tasks_of(recipe, choice))
+        counts[in_words] = functools.partial(_way, recipe, axes, choice, name)
     return _possible(counts)
 
 
 def _way(recipe: Recipe, axes: Axes, choice: Choices, name: str) -> Way:
     amounts = sampled(axes, functools.partial(_step_amounts, recipe, choice))
-    return Way(choice.tasks, name, keeps_states=name in KEEPING_STATES, amounts=amounts)
+    return Way(_tasks_of(recipe, choice), name, keeps_states=name in KEEPING_STATES, amounts=amounts)
+
+
+def _tasks_of(recipe: Recipe, choice: Choices) -> Tasks | None:
+    return choice.tasks if isinstance(recipe.adaptation.fast, FullFast) else None
 
 
 def _possible(counts: Mapping[str, Callable[[], Counted]]) -> list[Counted]:
@@ -262,19 +267,16 @@ def _possible(counts: Mapping[str, Callable[[], Counted]]) -> list[Counted]:
 KEEPING_STATES = ("rematerialized", "mixed_mode", "first_order", "truncated")
 
 
-def _trials(recipe: Recipe, axes: Axes) -> list[Samples]:
+def _trials(recipe: Recipe, axes: Axes) -> list[Way]:
     """What a run tries before it chooses how tasks are put side by side."""
     if len(_tasks(recipe)) == 1:
         return []
     algorithm = recipe.algorithm.model_copy(update={"hypergradient": RematerializedHypergradient()})
     tried = recipe.model_copy(update={"algorithm": algorithm})
-    steps = (min(recipe.adaptation.num_steps, TRIED_STEPS),)
-    counts: dict[str, Callable[[], Samples]] = {
-        tasks: functools.partial(
-            sampled,
-            (axes[0], steps, axes[2], (1,)),
-            functools.partial(_step_amounts, tried, Choices(tasks)),
-        )
+    steps = (min(recipe.adaptation.num_steps, TIMED_STEPS),)
+    of_trial = (axes[0], steps, axes[2], (1,))
+    counts: dict[str, Callable[[], Way]] = {
+        tasks: functools.partial(_way, tried, of_trial, Choices(tasks), "rematerialized")
         for tasks in _tasks(recipe)
     }
     return _possible(counts)

@@ -139,7 +139,8 @@ def estimate(facts: Facts, hardware: Hardware, layout: Layout, num_ranks: int) -
     group_size = layout.group_size(num_ranks)
     held = _held(facts, layout, num_ranks)
     free = hardware.device.memory_bytes - hardware.device.process_bytes - held.total
-    passes = {size: _pass(facts, hardware, layout, size, group_size, free) for size in set(sizes)}
+    ways = _ways(facts, hardware, layout, micro_batch)
+    passes = {size: _pass(facts, hardware, layout, ways, size, group_size, free) for size in set(sizes)}
     largest = passes[micro_batch]
     all_passes = [passes[size] for size in sizes]
 
@@ -151,7 +152,7 @@ def estimate(facts: Facts, hardware: Hardware, layout: Layout, num_ranks: int) -
         "update": _update_bytes(facts, layout, num_ranks) + batch_bytes,
     }
     for trial in facts.trials:
-        amounts = trial.at(Point(micro_batch, facts.num_steps, facts.num_blocks))
+        amounts = trial.amounts.at(Point(micro_batch, facts.num_steps, facts.num_blocks))
         peaks["first trials"] = max(peaks.get("first trials", 0.0), amounts.peak_bytes + batch_bytes)
     kept = held.total - held.gradients
     if facts.pretrain is not None:
@@ -253,12 +254,31 @@ class _Pass:
     compute_s: float
 
 
-def _pass(
-    facts: Facts, hardware: Hardware, layout: Layout, num_tasks: int, group_size: int, free_bytes: float
-) -> _Pass:
-    ways = facts.ways_in_shards if layout.kind == "sharded" else facts.ways
+def _ways(facts: Facts, hardware: Hardware, layout: Layout, micro_batch: int) -> list[Way]:
+    """The ways that are left once a run has chosen how tasks are put side by side, which it does first, by
+    its trials; of what is possible, the fastest."""
+    ways = list(facts.ways_in_shards if layout.kind == "sharded" else facts.ways)
     if not ways:
         raise ValueError("the recipe was not counted with its backbone in shards")
+    possible = {way.tasks for way in ways}
+    trials = [trial for trial in facts.trials if trial.tasks in possible]
+    if not trials:
+        return ways
+    point = Point(micro_batch, facts.num_steps, facts.num_blocks)
+    fastest = min(trials, key=lambda trial: compute_s(trial.amounts.at(point), facts.compute, hardware))
+    return [way for way in ways if way.tasks == fastest.tasks]
+
+
+def _pass(
+    facts: Facts,
+    hardware: Hardware,
+    layout: Layout,
+    ways: list[Way],
+    num_tasks: int,
+    group_size: int,
+    free_bytes: float,
+) -> _Pass:
+    """By the fastest of the ways."""
     advance = facts.advance_in_shards if layout.kind == "sharded" else facts.advance
     passes = [_pass_by(facts, hardware, way, advance, num_tasks, group_size) for way in ways]
     fastest = min(passes, key=lambda one: one.compute_s)

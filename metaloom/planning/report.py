@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -198,7 +199,16 @@ def _show_steps(layout: Layout, estimates: Sequence[Estimate], console: Console)
         ]
         for found in estimates
     ]
-    console.table(f"an outer step: {layout.in_words()} ({first.way})", columns, rows)
+    console.table(f"an outer step: {layout.in_words()} ({_ways(estimates)})", columns, rows)
+
+
+def _ways(estimates: Sequence[Estimate]) -> str:
+    """By which way, and from how many ranks on by another."""
+    parts = [estimates[0].way]
+    for before, found in itertools.pairwise(estimates):
+        if found.way != before.way:
+            parts.append(f"from {_ranks(found.num_ranks)} on {found.way}")
+    return "; ".join(parts)
 
 
 def _alike(plan: Plan, unfit: Sequence[Estimate]) -> list[list[Estimate]]:

@@ -47,7 +47,7 @@ def seconds_of_a_task(recipe: Recipe, way: Way, device: torch.device) -> float:
     kept, as the way was counted: the median of a few, after one that warms up."""
     recipe = with_every_state(recipe)
     estimator = EstimatorChoice(way.estimator, 0) if way.estimator in EXACT_AND_FLAT else None
-    choices = Choices(way.tasks, estimator)
+    choices = Choices(way.tasks or "loop", estimator)
     unread = recipe.model_copy(update={"model": recipe.model.model_copy(update={"weights": None})})
     model = build_model(unread, device, Replicated())
     algorithm = build_algorithm(recipe, build_adapter(recipe, model, choices), choices, device)

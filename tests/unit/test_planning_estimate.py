@@ -13,7 +13,7 @@ from metaloom.engine.snapshots import Binomial
 from metaloom.engine.unroll import Snapshot
 from metaloom.errors import RecipeError
 from metaloom.planning.estimate import Layout, estimate, num_advances
-from metaloom.planning.facts import Amounts, Facts, Point, Samples, Sizes, Way, sampled
+from metaloom.planning.facts import Amounts, Facts, Point, Samples, Sizes, Tasks, Way, sampled
 from metaloom.planning.hardware import DEVICES, LINKS, Device, Hardware, device_named, link_named
 from metaloom.planning.request import Request, checked, ranks_in
 
@@ -33,6 +33,7 @@ DEVICE = Device(
     has_host_memory=True,
 )
 HARDWARE = Hardware(DEVICE, LINKS["ndr"], devices_per_node=8, link_efficiency=1.0, latency_s=0.0)
+TASKS: tuple[Tasks, ...] = ("loop", "vmap")
 REPLICATED, SHARDED = Layout("replicated"), Layout("sharded")
 
 
@@ -245,6 +246,30 @@ def test_auto_keeps_as_many_graphs_as_fit_into_its_limit() -> None:
     assert "graph of the last 4" in estimate(unlimited, HARDWARE, REPLICATED, 1).way
     none = dataclasses.replace(facts, graph_limit_bytes=1.0)
     assert estimate(none, HARDWARE, REPLICATED, 1).way == "rematerialized, loop"
+
+
+def test_auto_chooses_how_tasks_are_put_side_by_side_before_it_chooses_an_estimator() -> None:
+    def taking(flops: float) -> Samples:
+        return sampled(((1,), (2, 3), (1,), (1,)), lambda point: Amounts(flops=flops, peak_bytes=point.steps))
+
+    # By itself the graph under vmap would be the fastest of all.
+    flops = {"rematerialized, loop": 10.0, "unrolled, loop": 8.0, "rematerialized, vmap": 12.0}
+    flops |= {"unrolled, vmap": 1.0}
+    ways = {
+        (tasks, kind): Way(tasks, kind, kind == "rematerialized", taking(flops[f"{kind}, {tasks}"]))
+        for tasks in TASKS
+        for kind in ("rematerialized", "unrolled")
+    }
+    trials = tuple(ways[tasks, "rematerialized"] for tasks in TASKS)
+    facts = some_facts(
+        ways=tuple(ways.values()), trials=trials, tasks_per_step=1, graph_limit_bytes=1e9, state_bytes=0.0
+    )
+    assert estimate(facts, HARDWARE, REPLICATED, 1).way == "rematerialized, loop, graph of the last 4 steps"
+    without = dataclasses.replace(facts, trials=())
+    assert (
+        estimate(without, HARDWARE, REPLICATED, 1).compute_s
+        < estimate(facts, HARDWARE, REPLICATED, 1).compute_s
+    )
 
 
 def test_pretraining_counts_where_it_takes_more() -> None:
