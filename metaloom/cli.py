@@ -21,7 +21,7 @@ from metaloom import __version__
 from metaloom.errors import LaunchError, MetaloomError, RecipeError, StreamError
 from metaloom.files import replace_file
 from metaloom.planning.hardware import DEVICES, HERE, LINKS
-from metaloom.planning.request import DEFAULT_RANKS, Request, checked, ranks_in
+from metaloom.planning.request import DEFAULT_RANKS, Request, check_comparison, checked, ranks_in
 from metaloom.run_folder import RunFolder, new_run_path
 
 if TYPE_CHECKING:
@@ -371,6 +371,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         )
     )
     recipe = load_recipe(arguments.recipe, arguments.overrides)
+    check_comparison(request, recipe)
     with tempfile.TemporaryDirectory(prefix="metaloom-plan-") as folder:
         path = Path(folder) / "recipe.yaml"
         _write_recipe(recipe, path)

@@ -19,7 +19,7 @@ from metaloom.planning.facts import Facts
 from metaloom.planning.hardware import HERE, Hardware, device_named, link_named
 from metaloom.planning.here import measured_device
 from metaloom.planning.report import Plan, as_json, show
-from metaloom.planning.request import Request
+from metaloom.planning.request import DEVICES_PER_NODE, Request
 from metaloom.planning.sample import calibrated
 from metaloom.recipe import (
     DeepSpeedZeroSharding,
@@ -34,7 +34,6 @@ from metaloom.recipe import (
 from metaloom.recipe.rules import broken_rules
 from metaloom.tracking.console import make_console
 
-DEVICES_PER_NODE = 8
 RECOMPUTED = "memory.recompute_blocks=true"
 FULL_IN_SHARDS = "since every weight is fast and each task has a whole copy (adaptation.fast: full)"
 
@@ -142,7 +141,10 @@ def make_plan(path: Path, request: Request, *, say: Callable[[str], None]) -> Pl
                 elsewhere.append(Remedy(named, layout, fitting))
     left_out = tuple(number for number in request.ranks if number not in numbers)
     tried = [setting for settings in settings_to_try(recipe, hardware) for setting in settings]
-    return Plan(recipe.name, facts, hardware, estimates, left_out, refused, misfits, tried, elsewhere)
+    is_here = request.hardware == HERE
+    return Plan(
+        recipe.name, facts, hardware, is_here, estimates, left_out, refused, misfits, tried, elsewhere
+    )
 
 
 def _layout(recipe: Recipe) -> Layout:
@@ -186,6 +188,7 @@ def _hardware(recipe: Recipe, request: Request, say: Callable[[str], None]) -> H
         return Hardware(device_named(request.hardware), link, request.devices_per_node or DEVICES_PER_NODE)
     num_local = request.devices_per_node or recipe.launcher.num_processes
     say("measuring this machine ...")
+    torch.set_num_threads(recipe.launcher.threads_per_process)
     device = measured_device(
         recipe.precision.compute,
         num_local_ranks=num_local,

@@ -27,7 +27,7 @@ from metaloom.build import (
     ordinary_settings,
     outer_settings,
 )
-from metaloom.choosing import TIMED_STEPS
+from metaloom.choosing import FREE_SHARE, TIMED_STEPS
 from metaloom.engine.adapters.base import BACKBONE
 from metaloom.engine.algorithms.maml import Maml
 from metaloom.engine.choice import EXACT_AND_FLAT, EstimatorChoice
@@ -132,11 +132,11 @@ def _counted(recipe: Recipe, *, with_shards: bool) -> Facts:
         trials=tuple(_trials(recipe, axes)),
         advance=again,
         graph_limit_bytes=None if limit is None else limit * 2.0**30,
+        graph_share=FREE_SHARE,
         pretrain=None if recipe.pretrain is None else _pretraining(recipe, recipe.pretrain),
         pretrain_batch=0 if recipe.pretrain is None else recipe.pretrain.batch_size,
         ways_in_shards=in_shards,
         advance_in_shards=again_in_shards,
-        tasks_share_weights=isinstance(fast, LoRAFast),
     )
 
 

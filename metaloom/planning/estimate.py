@@ -13,7 +13,6 @@ from typing import Literal
 from metaloom.planning.facts import Amounts, Facts, Point, Samples, Sizes, Way
 from metaloom.planning.hardware import Hardware
 
-FREE_SHARE = 0.5  # of what is free, that `auto` fills with graphs where no limit is set
 DEEPSPEED_BUCKET_BYTES = 2.0**27  # see engine/sharding/deepspeed_config.py
 
 
@@ -288,7 +287,7 @@ def _pass(
         return fastest
     # `auto`: the graph of as many of the last steps as fit, the faster sweep over the others.
     sweep = min(stateful, key=lambda one: one.compute_s)
-    limit = facts.graph_limit_bytes or FREE_SHARE * max(0.0, free_bytes)
+    limit = facts.graph_limit_bytes or facts.graph_share * max(0.0, free_bytes)
     step_bytes = fastest.amounts.peak_bytes / facts.num_steps
     num_kept = max(0, min(facts.num_steps, int(limit / step_bytes) - 1))
     share = num_kept / facts.num_steps
@@ -325,7 +324,7 @@ def _pass_by(
             once = dataclasses.replace(advance.at(dataclasses.replace(point, steps=1)), peak_bytes=0.0)
             amounts = amounts.plus(once, again)
         if facts.snapshots == "host":
-            host_bytes = (num_swept + 1) * state
+            host_bytes = num_swept * state
     return _Pass(way.name, amounts, states, host_bytes, compute_s(amounts, facts.compute, hardware))
 
 

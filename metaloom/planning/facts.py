@@ -184,13 +184,13 @@ class Facts:
         trials: what a run tries when it starts, where it chooses how tasks are put side by side: it keeps to
             the fastest.
         advance: one inner step without a graph; None where none is computed again.
-        graph_limit_bytes: for graphs that `auto` keeps; None for half of what is free.
+        graph_limit_bytes: for graphs that `auto` keeps; None for a share of what is free.
+        graph_share: that share.
         pretrain: a step of ordinary training by samples of a rank (as T), what it holds included; None where
             there is none.
         pretrain_batch: samples of such a step over all ranks.
         ways_in_shards: as `ways` with the backbone in shards and blocks recomputed; none where not counted.
         advance_in_shards: as `advance`, likewise.
-        tasks_share_weights: whether there is a backbone that can be in shards.
     """
 
     tasks_per_step: int
@@ -211,8 +211,8 @@ class Facts:
     trials: tuple[Way, ...]
     advance: Samples | None
     graph_limit_bytes: float | None
+    graph_share: float
     pretrain: Samples | None
     pretrain_batch: int
     ways_in_shards: tuple[Way, ...]
     advance_in_shards: Samples | None
-    tasks_share_weights: bool

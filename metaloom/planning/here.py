@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 
+from metaloom.choosing import memory_limit
 from metaloom.engine.kernels.linear import linear
 from metaloom.engine.precision import HALF, ComputeFormat, Precision
 from metaloom.errors import LaunchError
-from metaloom.planning.hardware import GPU_RESERVED, GPU_UNUSABLE, Device
+from metaloom.planning.hardware import GPU_RESERVED, GPU_UNUSABLE, LINK_EFFICIENCY, Device
 
 NUM_REPEATS = 5
 # glibc's allocator keeps what is freed between tensors that live; and graphs have nodes beside their tensors.
@@ -27,7 +28,8 @@ PROBE_TIMEOUT_S = 120.0
 
 
 def measured_device(compute: ComputeFormat, *, num_local_ranks: int, is_tracked: bool) -> Device:
-    """This machine as a rank's device: a GPU where torch finds one, else a share of the CPU and its memory.
+    """This machine as a rank's device: a GPU where torch finds one, else a share of the CPU and its memory,
+    at as many threads as torch is set to.
 
     Args:
         compute: the format to multiply matrices in.
@@ -46,9 +48,11 @@ def measured_device(compute: ComputeFormat, *, num_local_ranks: int, is_tracked:
     one = torch.randn(8, requires_grad=True)
     operation_s = _timed(lambda: _many_small(one)) / (2 * SMALL_OPERATIONS)
     process_bytes = _process_bytes(is_tracked=is_tracked)
+    num_threads = torch.get_num_threads()
+    physical_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return Device(
-        name=f"a core of this machine, {compute}",
-        memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / num_local_ranks,
+        name=f"{'a core' if num_threads == 1 else f'{num_threads} cores'} of this machine, {compute}",
+        memory_bytes=min(physical_bytes, memory_limit()[0]) / num_local_ranks,
         flops_per_s={compute: 2 * size**3 / seconds},
         bandwidth=3 * numbers.numel() * numbers.element_size() / added_s,
         operation_s=operation_s,
@@ -59,6 +63,7 @@ def measured_device(compute: ComputeFormat, *, num_local_ranks: int, is_tracked:
         unusable=CPU_UNUSABLE,
         unusable_bytes=CPU_UNUSABLE_BYTES,
         node_bandwidth=_loopback_bandwidth(),
+        node_efficiency=1.0,  # a collective itself has been measured
         has_host_memory=False,
     )
 
@@ -91,6 +96,7 @@ def _gpu_here(compute: ComputeFormat, num_local_ranks: int) -> Device:
         unusable=GPU_UNUSABLE,
         unusable_bytes=0.0,
         node_bandwidth=numbers.numel() * numbers.element_size() / copied_s,
+        node_efficiency=LINK_EFFICIENCY,
         has_host_memory=True,
     )
 

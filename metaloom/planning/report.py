@@ -30,6 +30,7 @@ class Plan:
     """Everything that a plan says.
 
     Attributes:
+        is_here: whether the hardware is this machine.
         estimates: by layout, for each number of ranks; the recipe's own layout first.
         left_out: numbers of ranks that the recipe's own layout does not take.
         refused: layouts that are not possible, and why.
@@ -41,6 +42,7 @@ class Plan:
     name: str
     facts: Facts
     hardware: Hardware
+    is_here: bool
     estimates: Mapping[Layout, Sequence[Estimate]]
     left_out: Sequence[int]
     refused: Mapping[Layout, str]
@@ -74,6 +76,13 @@ def remarks(plan: Plan) -> list[str]:
     """What does not fit and what would make it fit; which ranks would be idle."""
     own, estimates = next(iter(plan.estimates.items()))
     lines: list[str] = []
+    num_local = plan.hardware.devices_per_node
+    beyond = next((found for found in estimates if found.num_ranks > num_local), None)
+    if plan.is_here and beyond is not None:
+        lines.append(
+            f"{_ranks(beyond.num_ranks)} and more are planned on several machines like this one, "
+            f"{_ranks(num_local)} each, over {plan.hardware.link.name} (--link): that link is not measured"
+        )
     if plan.left_out:
         lines.append(
             f"{', '.join(map(str, plan.left_out[:-1]))}{' and ' if plan.left_out[1:] else ''}"

@@ -39,7 +39,7 @@ def calibrated(recipe: Recipe, facts: Facts, hardware: Hardware) -> tuple[Hardwa
         return hardware, "a task of the recipe is too large to be tried: rates are those of large products"
     seconds = seconds_of_a_task(recipe, way, device)
     slowed = dataclasses.replace(hardware, device=hardware.device.slowed(seconds / expected_s))
-    return slowed, f"one task takes {seconds:.3g} s ({way.name}): all times are scaled by that"
+    return slowed, f"one task takes {seconds:.3g} s ({way.name}): times of computing are scaled by that"
 
 
 def seconds_of_a_task(recipe: Recipe, way: Way, device: torch.device) -> float:

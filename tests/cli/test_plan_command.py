@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from metaloom.cli import main
 from metaloom.errors import CapabilityError, LaunchError
+from metaloom.planning import report
 from metaloom.planning.command import make_plan
 from metaloom.planning.estimate import Layout, estimate
 from metaloom.planning.facts import Facts, Sizes
@@ -102,6 +104,10 @@ def test_mistakes_are_told_before_anything_is_counted(capsys: pytest.CaptureFixt
         (["--link", "hdrr"], "did you mean 'hdr'?"),
         (["--ranks", "0"], "--ranks: 0; a plan is for 1 to 1024 ranks."),
         (["--gpus-per-node", "0"], "--gpus-per-node: 0; a node has at least 1"),
+        (
+            ["--compare"],
+            "--compare: plans weights in shards too, and has no effect, since with adaptation.fast",
+        ),
         (["outer.tasks_per_stepp=3"], "did you mean 'tasks_per_step'"),
     ):
         assert main(["plan", recipe, *words]) == 2
@@ -129,6 +135,47 @@ def test_an_interrupt_while_torch_is_imported_is_no_fault(tmp_path: Path) -> Non
         words, cwd=tmp_path, env=environment() | {"PYTHONPATH": path}, stderr=subprocess.PIPE, timeout=60
     )
     assert (finished.returncode, finished.stderr) == (130, b"")
+
+
+def test_this_machine_has_what_its_container_may_take_and_the_threads_of_the_recipes_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("400000\n")
+    monkeypatch.setattr("metaloom.choosing.CGROUP", tmp_path)
+    monkeypatch.setattr("metaloom.planning.here._answer_of", lambda *_: "1000.0")
+    monkeypatch.setattr("metaloom.planning.command.count", lambda *_, **__: some_facts())
+    monkeypatch.setattr("metaloom.planning.command.calibrated", lambda recipe, facts, here: (here, ""))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    recipe = RECIPES / "smoke.yaml"
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        recipe.read_text().replace("num_processes: 2 ", "threads_per_process: 2\n  num_processes: 2 ")
+    )
+    num_threads = torch.get_num_threads()
+    try:
+        plan = make_plan(path, request(hardware="here", ranks=(2, 4)), say=lambda text: None)
+    finally:
+        torch.set_num_threads(num_threads)
+    device = plan.hardware.device
+    assert (device.name, device.memory_bytes) == ("2 cores of this machine, float32", 500_000.0)
+    # A measured all-reduce is what collectives reach.
+    assert plan.hardware.bandwidth_among(2) == 1000.0
+    expected = (
+        "4 ranks and more are planned on several machines like this one, 2 ranks each, over InfiniBand NDR"
+    )
+    assert any(text.startswith(expected) for text in remarks(plan))
+
+
+def test_a_title_says_from_how_many_ranks_on_the_way_is_another() -> None:
+    hardware = _hardware(1e12)
+    found = estimate(some_facts(), hardware, Layout("replicated"), 1)
+    ways = [
+        dataclasses.replace(found, num_ranks=number, way=way)
+        for number, way in ((1, "rematerialized"), (2, "rematerialized"), (4, "mixed_mode"))
+    ]
+    assert report._ways(ways[:2]) == "rematerialized"
+    assert report._ways(ways) == "rematerialized; from 4 ranks on mixed_mode"
 
 
 def test_a_measurement_that_does_not_end_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
