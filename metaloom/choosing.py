@@ -29,6 +29,7 @@ from metaloom.weights import HeldModel
 
 FREE_SHARE = 0.5
 TIMED_STEPS = 2
+CGROUP = Path("/sys/fs/cgroup")
 
 
 def choose(job: Job, model: HeldModel, source: EpisodeSource) -> Choices:
@@ -124,15 +125,21 @@ def _available_bytes() -> int:
 
 def _allowed_bytes() -> float:
     """What the limit of this container or batch job leaves; infinite where there is none."""
-    folder = Path("/sys/fs/cgroup")
+    limit, used = memory_limit()
+    return max(0.0, limit - used)
+
+
+def memory_limit() -> tuple[float, int]:
+    """The bytes that this container or batch job may take, infinite where there is no limit, and those that
+    it has taken."""
     for limit, usage in (
         ("memory.max", "memory.current"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
     ):
         try:
-            text = (folder / limit).read_text(encoding="ascii").strip()
-            used = int((folder / usage).read_text(encoding="ascii"))
+            text = (CGROUP / limit).read_text(encoding="ascii").strip()
+            used = int((CGROUP / usage).read_text(encoding="ascii"))
         except OSError:
             continue
-        return math.inf if text == "max" else max(0, int(text) - used)
-    return math.inf
+        return math.inf if text == "max" else int(text), used
+    return math.inf, 0

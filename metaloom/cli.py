@@ -21,7 +21,7 @@ from metaloom import __version__
 from metaloom.errors import LaunchError, MetaloomError, RecipeError, StreamError
 from metaloom.files import replace_file
 from metaloom.planning.hardware import DEVICES, HERE, LINKS
-from metaloom.planning.request import DEFAULT_RANKS, Request, checked, ranks_in
+from metaloom.planning.request import DEFAULT_RANKS, Request, check_comparison, checked, ranks_in
 from metaloom.run_folder import RunFolder, new_run_path
 
 if TYPE_CHECKING:
@@ -371,11 +371,12 @@ def _plan(arguments: argparse.Namespace) -> int:
         )
     )
     recipe = load_recipe(arguments.recipe, arguments.overrides)
+    check_comparison(request, recipe)
     with tempfile.TemporaryDirectory(prefix="metaloom-plan-") as folder:
         path = Path(folder) / "recipe.yaml"
         _write_recipe(recipe, path)
         words = [str(path), json.dumps(dataclasses.asdict(request))]
-        code = subprocess.run([sys.executable, "-m", "metaloom.planning.command", *words]).returncode
+        code = subprocess.run([sys.executable, "-m", "metaloom.planning", *words]).returncode
     if code < 0:
         raise LaunchError(f"the process that makes the plan was ended by signal {-code}; start it again.")
     return code

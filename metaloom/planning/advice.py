@@ -17,7 +17,7 @@ from metaloom.recipe import (
     UnrolledHypergradient,
 )
 
-# The recipe's facts under further key=value; None where that is no recipe.
+# The recipe's facts under further key=value; None where that is no recipe, or cannot be computed.
 Count = Callable[[tuple[str, ...]], Facts | None]
 HEAD_CHUNK = 1024
 NUM_SLOTS = 9
@@ -44,8 +44,8 @@ def remedies(
     """The settings that make the recipe fit on so many ranks; nothing where all of them do not.
 
     First the micro-batch alone, which costs nothing but what is side by side; else each other setting that
-    does so alone, with the micro-batch that then fits, the fastest first; else the shortest series of them
-    that does together.
+    does so alone, with the micro-batch that then fits, the fastest first; else several of them together, of
+    which none can be left out.
 
     Args:
         count: gives the facts of the recipe with further settings; asked as little as that takes.
@@ -58,7 +58,7 @@ def remedies(
     smaller = tried(())
     if smaller is not None:
         return (smaller,)
-    candidates = _candidates(recipe, hardware)
+    candidates = settings_to_try(recipe, hardware)
     alone = [remedy for settings in candidates if (remedy := tried(settings)) is not None]
     if alone:
         return tuple(sorted(alone, key=lambda remedy: remedy.estimate.step_s))
@@ -69,11 +69,24 @@ def remedies(
         together = (*together, *settings)
         found = tried(together)
         if found is not None:
-            return (found,)
+            return (_without_idle(found, together, tried),)
     return ()
 
 
-def _candidates(recipe: Recipe, hardware: Hardware) -> list[tuple[str, ...]]:
+def _without_idle(
+    found: Remedy, together: tuple[str, ...], tried: Callable[[tuple[str, ...]], Remedy | None]
+) -> Remedy:
+    """The remedy without the settings that it does without, the dearest in time left out first. The last
+    stays: what came before it was not enough."""
+    for setting in reversed(together[:-1]):
+        fewer = tuple(other for other in together if other != setting)
+        without = tried(fewer)
+        if without is not None:
+            found, together = without, fewer
+    return found
+
+
+def settings_to_try(recipe: Recipe, hardware: Hardware) -> list[tuple[str, ...]]:
     """Settings that take less memory and the recipe has not, the cheapest in time first."""
     found: list[tuple[str, ...]] = []
     estimator, memory = recipe.algorithm.hypergradient, recipe.memory

@@ -1,4 +1,4 @@
-"""Makes and prints a plan: `python -m metaloom.planning.command RECIPE ...`, started by `metaloom plan`."""
+"""Makes and prints a plan."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 
 from metaloom.errors import CapabilityError, MetaloomError, RecipeError
-from metaloom.planning.advice import Remedy, first_fitting, remedies
-from metaloom.planning.counting import count
+from metaloom.planning.advice import Remedy, first_fitting, remedies, settings_to_try
+from metaloom.planning.counting import IMPOSSIBLE, count
 from metaloom.planning.estimate import Layout, estimate
 from metaloom.planning.facts import Facts
 from metaloom.planning.hardware import HERE, Hardware, device_named, link_named
 from metaloom.planning.here import measured_device
 from metaloom.planning.report import Plan, as_json, show
-from metaloom.planning.request import Request
+from metaloom.planning.request import DEVICES_PER_NODE, Request
 from metaloom.planning.sample import calibrated
 from metaloom.recipe import (
     DeepSpeedZeroSharding,
@@ -31,16 +31,16 @@ from metaloom.recipe import (
     ShardedSharding,
     load_recipe,
 )
+from metaloom.recipe.rules import broken_rules
 from metaloom.tracking.console import make_console
 
-DEVICES_PER_NODE = 8
 RECOMPUTED = "memory.recompute_blocks=true"
 FULL_IN_SHARDS = "since every weight is fast and each task has a whole copy (adaptation.fast: full)"
 
 
 def main() -> int:
     """Prints the plan that the arguments ask for; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m metaloom.planning.command")
+    parser = argparse.ArgumentParser(prog="python -m metaloom.planning")
     parser.add_argument("recipe", type=Path)
     parser.add_argument("request", help="a Request as JSON")
     arguments = parser.parse_args()
@@ -52,8 +52,6 @@ def main() -> int:
     except MetaloomError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        return 130
     if request.as_json:
         print(json.dumps(as_json(plan), indent=2))
     else:
@@ -86,6 +84,13 @@ def make_plan(path: Path, request: Request, *, say: Callable[[str], None]) -> Pl
     on_gpu = hardware.device.is_asynchronous
     in_shards = isinstance(recipe.sharding, ShardedSharding)
     own = _layout(recipe)
+    numbers = tuple(number for number in request.ranks if own.takes(number))
+    if not numbers:
+        raise CapabilityError(
+            f"sharding.shard_size is {own.shard_size}, and divides none of the numbers of ranks, "
+            f"{', '.join(map(str, request.ranks))}; ask for multiples of it (--ranks {own.shard_size}), or "
+            "change it."
+        )
 
     @functools.cache
     def counted(settings: tuple[str, ...]) -> Facts | None:
@@ -95,14 +100,19 @@ def make_plan(path: Path, request: Request, *, say: Callable[[str], None]) -> Pl
             return None
         what = f" with {' '.join(settings)}" if settings else ""
         say(f"counting an outer step of {recipe.name}{what}, on tensors without data ...")
-        return count(changed, with_shards=in_shards, on_gpu=on_gpu)
+        try:
+            return count(changed, with_shards=in_shards, on_gpu=on_gpu)
+        except IMPOSSIBLE:
+            if not settings:
+                raise
+            return None
 
     facts = counted(())
     assert facts is not None, "the recipe was loaded"
     if request.hardware == HERE:
         hardware, text = calibrated(recipe, facts, hardware)
         say(text)
-    estimates = {own: [estimate(facts, hardware, own, number) for number in request.ranks]}
+    estimates = {own: [estimate(facts, hardware, own, number) for number in numbers]}
     refused: dict[Layout, str] = {}
     misfits: dict[int, tuple[Remedy, ...]] = {}
     elsewhere: list[Remedy] = []
@@ -110,24 +120,31 @@ def make_plan(path: Path, request: Request, *, say: Callable[[str], None]) -> Pl
     for found in unfit:  # what is counted for one number of ranks serves all
         misfits[found.num_ranks] = remedies(recipe, counted, hardware, own, found.num_ranks)
     for layout in _others(own):
-        if layout.kind == "sharded" and isinstance(recipe.adaptation.fast, FullFast):
-            refused[layout] = FULL_IN_SHARDS
+        changed = _under(recipe, layout)
+        why = _refusal(changed)
+        if why:
+            refused[layout] = why
             continue
         if layout.kind == "sharded":
             if not request.compare and all(misfits.values()):
                 continue  # it fits without
             say(f"counting {recipe.name} with its backbone in shards ...")
             settings = () if recipe.memory.recompute_blocks else (RECOMPUTED,)
-            facts_there = count(load_recipe(path, settings), with_shards=True, on_gpu=on_gpu)
+            facts_there = count(changed, with_shards=True, on_gpu=on_gpu)
         else:
             settings, facts_there = (), facts
         estimates[layout] = [estimate(facts_there, hardware, layout, number) for number in request.ranks]
         if not all(misfits.values()):
             fitting = first_fitting(facts_there, hardware, layout, request.ranks)
             if fitting is not None:
-                named = (*settings, f"sharding.kind={layout.kind}")
+                named = (*settings, f"sharding={layout.kind}")
                 elsewhere.append(Remedy(named, layout, fitting))
-    return Plan(recipe.name, facts, hardware, estimates, refused, misfits, elsewhere)
+    left_out = tuple(number for number in request.ranks if number not in numbers)
+    tried = [setting for settings in settings_to_try(recipe, hardware) for setting in settings]
+    is_here = request.hardware == HERE
+    return Plan(
+        recipe.name, facts, hardware, is_here, estimates, left_out, refused, misfits, tried, elsewhere
+    )
 
 
 def _layout(recipe: Recipe) -> Layout:
@@ -141,6 +158,25 @@ def _layout(recipe: Recipe) -> Layout:
             return Layout("replicated")
 
 
+def _under(recipe: Recipe, layout: Layout) -> Recipe:
+    """The recipe under another layout than its own, at that backend's defaults."""
+    match layout.kind:
+        case "sharded":
+            memory = recipe.memory.model_copy(update={"recompute_blocks": True})
+            return recipe.model_copy(update={"sharding": ShardedSharding(), "memory": memory})
+        case "deepspeed_zero":
+            return recipe.model_copy(update={"sharding": DeepSpeedZeroSharding()})
+        case "replicated":
+            return recipe.model_copy(update={"sharding": ReplicatedSharding()})
+
+
+def _refusal(recipe: Recipe) -> str:
+    """Why a recipe is none; empty where it is one."""
+    if isinstance(recipe.sharding, ShardedSharding) and isinstance(recipe.adaptation.fast, FullFast):
+        return FULL_IN_SHARDS
+    return "; ".join(f"{path}: {text}" for path, text in broken_rules(recipe))
+
+
 def _others(own: Layout) -> list[Layout]:
     layouts = (Layout("replicated"), Layout("sharded"), Layout("deepspeed_zero", stage=2))
     return [layout for layout in layouts if layout.kind != own.kind]
@@ -152,13 +188,10 @@ def _hardware(recipe: Recipe, request: Request, say: Callable[[str], None]) -> H
         return Hardware(device_named(request.hardware), link, request.devices_per_node or DEVICES_PER_NODE)
     num_local = request.devices_per_node or recipe.launcher.num_processes
     say("measuring this machine ...")
+    torch.set_num_threads(recipe.launcher.threads_per_process)
     device = measured_device(
         recipe.precision.compute,
         num_local_ranks=num_local,
         is_tracked=isinstance(recipe.tracking, MLflowTracking),
     )
     return Hardware(device, link, num_local)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

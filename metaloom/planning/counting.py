@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +27,10 @@ from metaloom.build import (
     ordinary_settings,
     outer_settings,
 )
+from metaloom.choosing import FREE_SHARE, TIMED_STEPS
 from metaloom.engine.adapters.base import BACKBONE
 from metaloom.engine.algorithms.maml import Maml
 from metaloom.engine.choice import EXACT_AND_FLAT, EstimatorChoice
-from metaloom.engine.choice import TIMED_STEPS as TRIED_STEPS
 from metaloom.engine.combiners.mean import Mean
 from metaloom.engine.hypergradients.base import prefixed, unprefixed
 from metaloom.engine.kernels.attention import CHUNK_GPU, chunks_of
@@ -42,7 +43,7 @@ from metaloom.engine.sharding.sharded import ShardedWeights, ShardGroup
 from metaloom.engine.step import StepTasks, outer_step
 from metaloom.engine.unroll import advance, first_snapshot
 from metaloom.errors import CapabilityError
-from metaloom.planning.facts import Amounts, Facts, Point, Samples, Sizes, Way, sampled
+from metaloom.planning.facts import Amounts, Facts, Point, Samples, Sizes, Way, name_of_way, sampled
 from metaloom.planning.tracing import Trace, traced
 from metaloom.recipe import (
     AllSnapshots,
@@ -57,6 +58,7 @@ from metaloom.recipe import (
     RematerializedHypergradient,
     TruncatedHypergradient,
 )
+from metaloom.recipe.rules import GPT_BLOCK_LAYERS
 from metaloom.sources import num_rehearsed
 from metaloom.weights import HeldModel, materialize
 
@@ -67,7 +69,11 @@ IMAGE_SHAPE = (1, 28, 28)
 MOST_STEPS, MOST_BLOCKS, MOST_FULL_TASKS = 4, 4, 4
 SHARD_SIZES = (2, 64)
 
+# What a run that measures several ways passes over.
+IMPOSSIBLE = (CapabilityError, NotImplementedError, RuntimeError)
+
 Axes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+Counted = TypeVar("Counted")
 
 
 def count(recipe: Recipe, *, with_shards: bool, on_gpu: bool) -> Facts:
@@ -92,10 +98,19 @@ def _counted(recipe: Recipe, *, with_shards: bool) -> Facts:
     )
     tasks, steps, blocks, _ = axes = (_task_sizes(recipe), _step_sizes(recipe), _block_sizes(recipe), (1,))
     ways = tuple(_ways(recipe, axes))
-    held = _held(recipe, ways[0].tasks)
+    held = _held(recipe, ways[0].tasks or "loop")
     in_shards: tuple[Way, ...] = ()
+    again: Samples | None = None
+    again_in_shards: Samples | None = None
+    is_again = isinstance(snapshots, BinomialSnapshots)
+    if is_again:
+        again = sampled((tasks, (1,), blocks, (1,)), functools.partial(_advance_amounts, recipe))
     if with_shards and isinstance(fast, LoRAFast):
-        in_shards = tuple(_ways(_with_blocks_recomputed(recipe), (tasks, steps, blocks, SHARD_SIZES)))
+        recomputed = _with_blocks_recomputed(recipe)
+        in_shards = tuple(_ways(recomputed, (tasks, steps, blocks, SHARD_SIZES)))
+        if is_again:
+            counted = functools.partial(_advance_amounts, recomputed)
+            again_in_shards = sampled((tasks, (1,), blocks, SHARD_SIZES), counted)
     limit = estimator.limit_gib if isinstance(estimator, AutoHypergradient) else None
     one = batch_like(recipe, 1, recipe.adaptation.num_steps)
     return Facts(
@@ -115,12 +130,13 @@ def _counted(recipe: Recipe, *, with_shards: bool) -> Facts:
         data_bytes=_bytes_of(one.support) + _bytes_of(one.query) + _bytes_of(one.rehearsal or {}),
         ways=ways,
         trials=tuple(_trials(recipe, axes)),
-        advance=sampled((tasks, (1,), blocks, (1,)), functools.partial(_advance_amounts, recipe)),
+        advance=again,
         graph_limit_bytes=None if limit is None else limit * 2.0**30,
+        graph_share=FREE_SHARE,
         pretrain=None if recipe.pretrain is None else _pretraining(recipe, recipe.pretrain),
         pretrain_batch=0 if recipe.pretrain is None else recipe.pretrain.batch_size,
         ways_in_shards=in_shards,
-        tasks_share_weights=isinstance(fast, LoRAFast),
+        advance_in_shards=again_in_shards,
     )
 
 
@@ -151,8 +167,24 @@ def _num_swept(recipe: Recipe) -> int:
 def _block_sizes(recipe: Recipe) -> tuple[int, ...]:
     num_blocks = _num_blocks(recipe)
     # The built-in convolutions halve the image: their blocks differ. Those of a transformer do not.
-    is_uniform = isinstance(recipe.model, GPTModel)
+    is_uniform = isinstance(recipe.model, GPTModel) and _are_adapted_alike(recipe)
     return (2, 3) if is_uniform and num_blocks > MOST_BLOCKS else (num_blocks,)
+
+
+def _are_adapted_alike(recipe: Recipe) -> bool:
+    """Whether the same layers of every block are adapted; `blocks.5.attention.qkv` names one of a single
+    block."""
+    fast = recipe.adaptation.fast
+    if not isinstance(fast, LoRAFast) or fast.targets == "all-linear":
+        return True
+    adapted = {
+        tuple(
+            any(f".blocks.{block}.{layer}".endswith(f".{target}") for target in fast.targets)
+            for layer in GPT_BLOCK_LAYERS
+        )
+        for block in range(_num_blocks(recipe))
+    }
+    return len(adapted) == 1
 
 
 def _num_blocks(recipe: Recipe) -> int:
@@ -170,7 +202,8 @@ def _with_steps(recipe: Recipe, num_steps: int) -> Recipe:
     return recipe.model_copy(update={"adaptation": adaptation})
 
 
-def _with_every_state(recipe: Recipe) -> Recipe:
+def with_every_state(recipe: Recipe) -> Recipe:
+    """The recipe as amounts are counted: no state is computed again."""
     memory = recipe.memory.model_copy(update={"snapshots": AllSnapshots()})
     return recipe.model_copy(update={"memory": memory})
 
@@ -183,7 +216,7 @@ def _with_blocks_recomputed(recipe: Recipe) -> Recipe:
 # ---------------------------------------------------------------- what is counted
 
 
-def _ways(recipe: Recipe, axes: Axes) -> Iterator[Way]:
+def _ways(recipe: Recipe, axes: Axes) -> list[Way]:
     """The ways that a run of the recipe may compute its hypergradient by."""
     estimator = recipe.algorithm.hypergradient
     choices = [Choices(tasks) for tasks in _tasks(recipe)]
@@ -191,33 +224,62 @@ def _ways(recipe: Recipe, axes: Axes) -> Iterator[Way]:
         kinds = [EstimatorChoice(kind, 0) for kind in EXACT_AND_FLAT]
         kinds.append(EstimatorChoice("rematerialized", max(axes[1])))  # the graph of all steps
         choices = [Choices(tasks, kind) for tasks in _tasks(recipe) for kind in kinds]
+    counts: dict[str, Callable[[], Way]] = {}
     for choice in choices:
         name: str = estimator.kind
         if choice.estimator is not None:
             name = GRAPH if choice.estimator.num_graph_steps > 0 else choice.estimator.kind
+        in_words = name_of_way(name, _tasks_of(recipe, choice))
+        counts[in_words] = functools.partial(_way, recipe, axes, choice, name)
+    return _possible(counts)
+
+
+def _way(recipe: Recipe, axes: Axes, choice: Choices, name: str) -> Way:
+    amounts = sampled(axes, functools.partial(_step_amounts, recipe, choice))
+    return Way(_tasks_of(recipe, choice), name, keeps_states=name in KEEPING_STATES, amounts=amounts)
+
+
+def _tasks_of(recipe: Recipe, choice: Choices) -> Tasks | None:
+    return choice.tasks if isinstance(recipe.adaptation.fast, FullFast) else None
+
+
+def _possible(counts: Mapping[str, Callable[[], Counted]]) -> list[Counted]:
+    """What can be counted: a run that measures several ways passes over those that raise, too.
+
+    Raises:
+        CapabilityError: none of several can be; of a single one, its own error.
+    """
+    found: list[Counted] = []
+    failures: dict[str, str] = {}
+    for name, counted in counts.items():
         try:
-            amounts = sampled(axes, functools.partial(_step_amounts, recipe, choice))
-        except (CapabilityError, NotImplementedError, RuntimeError):
-            if len(choices) == 1:
+            found.append(counted())
+        except IMPOSSIBLE as error:
+            if len(counts) == 1:
                 raise
-            continue  # a run that measures several ways passes it over, too
-        yield Way(choice.tasks, name, keeps_states=name in KEEPING_STATES, amounts=amounts)
+            failures[name] = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if counts and not found:
+        raise CapabilityError("; ".join(f"{name}: {why}" for name, why in failures.items()))
+    return found
 
 
 # The estimators that keep (phi_k, s_k) of every inner step.
 KEEPING_STATES = ("rematerialized", "mixed_mode", "first_order", "truncated")
 
 
-def _trials(recipe: Recipe, axes: Axes) -> Iterator[Samples]:
+def _trials(recipe: Recipe, axes: Axes) -> list[Way]:
     """What a run tries before it chooses how tasks are put side by side."""
     if len(_tasks(recipe)) == 1:
-        return
+        return []
     algorithm = recipe.algorithm.model_copy(update={"hypergradient": RematerializedHypergradient()})
     tried = recipe.model_copy(update={"algorithm": algorithm})
-    steps = (min(recipe.adaptation.num_steps, TRIED_STEPS),)
-    for tasks in _tasks(recipe):
-        amounts = functools.partial(_step_amounts, tried, Choices(tasks))
-        yield sampled((axes[0], steps, axes[2], (1,)), amounts)
+    steps = (min(recipe.adaptation.num_steps, TIMED_STEPS),)
+    of_trial = (axes[0], steps, axes[2], (1,))
+    counts: dict[str, Callable[[], Way]] = {
+        tasks: functools.partial(_way, tried, of_trial, Choices(tasks), "rematerialized")
+        for tasks in _tasks(recipe)
+    }
+    return _possible(counts)
 
 
 def _tasks(recipe: Recipe) -> tuple[Tasks, ...]:
@@ -240,17 +302,15 @@ def _step_amounts(recipe: Recipe, choices: Choices, point: Point) -> Amounts:
 def _advance_amounts(recipe: Recipe, point: Point) -> Amounts:
     """Of one inner step without a graph."""
     recipe = _with_blocks(recipe, point.blocks)
-    with _assembled(recipe, Choices(_tasks(recipe)[0], EstimatorChoice("rematerialized", 0))) as (
-        trace,
-        parts,
-    ):
+    choices = Choices(_tasks(recipe)[0], EstimatorChoice("rematerialized", 0))
+    with _assembled(recipe, choices, point.shards) as (trace, parts):
         unroll, meta = parts.algorithm.unroll, parts.outer.meta
         batch = batch_like(recipe, point.tasks, recipe.adaptation.num_steps)
         start = first_snapshot(unroll, meta, point.tasks)
         held = trace.live_bytes
         trace.restart()
         advance(unroll, meta, batch, start, 0)
-        return _amounts(trace, held, None)
+        return _amounts(trace, held, parts.group)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -359,7 +419,7 @@ def _assembled(recipe: Recipe, choices: Choices, num_shards: int = 1) -> Iterato
 
     Every state is kept, whatever the recipe says: what other plans of snapshots save and cost is arithmetic.
     """
-    recipe = _with_every_state(recipe)
+    recipe = with_every_state(recipe)
     on_meta = _on_meta(recipe)
     with traced() as trace:
         group = None if num_shards == 1 else _CountedGroup(num_shards)

@@ -10,10 +10,9 @@ import functools
 import math
 from typing import Literal
 
-from metaloom.planning.facts import Amounts, Facts, Point, Sizes, Way
+from metaloom.planning.facts import Amounts, Facts, Point, Samples, Sizes, Way
 from metaloom.planning.hardware import Hardware
 
-FREE_SHARE = 0.5  # of what is free, that `auto` fills with graphs where no limit is set
 DEEPSPEED_BUCKET_BYTES = 2.0**27  # see engine/sharding/deepspeed_config.py
 
 
@@ -42,11 +41,15 @@ class Layout:
             return f"deepspeed_zero, stage {self.stage}{offload}"
         return self.kind
 
+    def takes(self, num_ranks: int) -> bool:
+        """Whether a run starts on so many ranks: they are whole shard groups."""
+        return num_ranks % self.group_size(num_ranks) == 0
+
     def group_size(self, num_ranks: int) -> int:
         """W; 1 where weights are whole."""
         if self.kind != "sharded":
             return 1
-        return num_ranks if self.shard_size is None else min(self.shard_size, num_ranks)
+        return num_ranks if self.shard_size is None else self.shard_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,8 +126,11 @@ def estimate(facts: Facts, hardware: Hardware, layout: Layout, num_ranks: int) -
     """What an outer step takes on the busiest of `num_ranks` ranks.
 
     Raises:
-        ValueError: weights are to be in shards, and were not counted so.
+        ValueError: the layout does not take so many ranks; or weights are to be in shards, and were not
+            counted so.
     """
+    if not layout.takes(num_ranks):
+        raise ValueError(f"{num_ranks} ranks are no whole groups of {layout.shard_size}")
     tasks_per_rank = math.ceil(facts.tasks_per_step / num_ranks)
     micro_batch = min(tasks_per_rank, facts.micro_batch or tasks_per_rank)
     rest = tasks_per_rank % micro_batch
@@ -132,7 +138,8 @@ def estimate(facts: Facts, hardware: Hardware, layout: Layout, num_ranks: int) -
     group_size = layout.group_size(num_ranks)
     held = _held(facts, layout, num_ranks)
     free = hardware.device.memory_bytes - hardware.device.process_bytes - held.total
-    passes = {size: _pass(facts, hardware, layout, size, group_size, free) for size in set(sizes)}
+    ways = _ways(facts, hardware, layout, micro_batch)
+    passes = {size: _pass(facts, hardware, layout, ways, size, group_size, free) for size in set(sizes)}
     largest = passes[micro_batch]
     all_passes = [passes[size] for size in sizes]
 
@@ -146,7 +153,7 @@ def estimate(facts: Facts, hardware: Hardware, layout: Layout, num_ranks: int) -
         "update": _update_bytes(facts, layout, num_ranks) + batch_bytes,
     }
     for trial in facts.trials:
-        amounts = trial.at(Point(micro_batch, facts.num_steps, facts.num_blocks))
+        amounts = trial.amounts.at(Point(micro_batch, facts.num_steps, facts.num_blocks))
         peaks["first trials"] = max(peaks.get("first trials", 0.0), amounts.peak_bytes + batch_bytes)
     kept = held.total - held.gradients
     if facts.pretrain is not None:
@@ -248,13 +255,33 @@ class _Pass:
     compute_s: float
 
 
-def _pass(
-    facts: Facts, hardware: Hardware, layout: Layout, num_tasks: int, group_size: int, free_bytes: float
-) -> _Pass:
-    ways = facts.ways_in_shards if layout.kind == "sharded" else facts.ways
+def _ways(facts: Facts, hardware: Hardware, layout: Layout, micro_batch: int) -> list[Way]:
+    """The ways that are left once a run has chosen how tasks are put side by side, which it does first, by
+    its trials; of what is possible, the fastest."""
+    ways = list(facts.ways_in_shards if layout.kind == "sharded" else facts.ways)
     if not ways:
         raise ValueError("the recipe was not counted with its backbone in shards")
-    passes = [_pass_by(facts, hardware, way, num_tasks, group_size) for way in ways]
+    possible = {way.tasks for way in ways}
+    trials = [trial for trial in facts.trials if trial.tasks in possible]
+    if not trials:
+        return ways
+    point = Point(micro_batch, facts.num_steps, facts.num_blocks)
+    fastest = min(trials, key=lambda trial: compute_s(trial.amounts.at(point), facts.compute, hardware))
+    return [way for way in ways if way.tasks == fastest.tasks]
+
+
+def _pass(
+    facts: Facts,
+    hardware: Hardware,
+    layout: Layout,
+    ways: list[Way],
+    num_tasks: int,
+    group_size: int,
+    free_bytes: float,
+) -> _Pass:
+    """By the fastest of the ways."""
+    advance = facts.advance_in_shards if layout.kind == "sharded" else facts.advance
+    passes = [_pass_by(facts, hardware, way, advance, num_tasks, group_size) for way in ways]
     fastest = min(passes, key=lambda one: one.compute_s)
     stateful = [one for one, way in zip(passes, ways, strict=True) if way.keeps_states]
     is_auto = len({way.estimator for way in ways}) > 1
@@ -262,7 +289,7 @@ def _pass(
         return fastest
     # `auto`: the graph of as many of the last steps as fit, the faster sweep over the others.
     sweep = min(stateful, key=lambda one: one.compute_s)
-    limit = facts.graph_limit_bytes or FREE_SHARE * max(0.0, free_bytes)
+    limit = facts.graph_limit_bytes or facts.graph_share * max(0.0, free_bytes)
     step_bytes = fastest.amounts.peak_bytes / facts.num_steps
     num_kept = max(0, min(facts.num_steps, int(limit / step_bytes) - 1))
     share = num_kept / facts.num_steps
@@ -276,7 +303,9 @@ def _pass(
     )
 
 
-def _pass_by(facts: Facts, hardware: Hardware, way: Way, num_tasks: int, group_size: int) -> _Pass:
+def _pass_by(
+    facts: Facts, hardware: Hardware, way: Way, advance: Samples | None, num_tasks: int, group_size: int
+) -> _Pass:
     point = Point(num_tasks, facts.num_steps, facts.num_blocks, group_size)
     amounts = way.amounts.at(point)
     states = host_bytes = 0.0
@@ -292,11 +321,12 @@ def _pass_by(facts: Facts, hardware: Hardware, way: Way, num_tasks: int, group_s
         peak = max(0.0, amounts.peak_bytes - num_swept * state) + states
         amounts = dataclasses.replace(amounts, peak_bytes=peak)
         if facts.snapshots == "binomial":
+            assert advance is not None, "counted with such snapshots"
             again = num_advances(num_swept, facts.num_slots) - num_swept
-            once = dataclasses.replace(facts.advance.at(dataclasses.replace(point, steps=1)), peak_bytes=0.0)
+            once = dataclasses.replace(advance.at(dataclasses.replace(point, steps=1)), peak_bytes=0.0)
             amounts = amounts.plus(once, again)
         if facts.snapshots == "host":
-            host_bytes = (num_swept + 1) * state
+            host_bytes = num_swept * state
     return _Pass(way.name, amounts, states, host_bytes, compute_s(amounts, facts.compute, hardware))
 
 

@@ -140,13 +140,13 @@ class Way:
     """One way to compute the hypergradient.
 
     Attributes:
-        tasks: how tasks are put side by side, where every weight is fast.
+        tasks: how tasks are put side by side, where every weight is fast; None where they share weights.
         estimator: its kind.
         keeps_states: whether (phi_k, s_k) of the inner steps are kept.
         amounts: with every state kept.
     """
 
-    tasks: Tasks
+    tasks: Tasks | None
     estimator: str
     keeps_states: bool
     amounts: Samples
@@ -154,7 +154,12 @@ class Way:
     @property
     def name(self) -> str:
         """As in a message."""
-        return f"{self.estimator}, {self.tasks}"
+        return name_of_way(self.estimator, self.tasks)
+
+
+def name_of_way(estimator: str, tasks: Tasks | None) -> str:
+    """As in a message."""
+    return estimator if tasks is None else f"{estimator}, {tasks}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,14 +181,16 @@ class Facts:
         state_bytes: (phi_k, s_k) of one task.
         data_bytes: of one task.
         ways: what a run may compute its hypergradient by: of several it takes the fastest.
-        trials: what a run tries when it starts, where it chooses how tasks are put side by side.
-        advance: one inner step without a graph.
-        graph_limit_bytes: for graphs that `auto` keeps; None for half of what is free.
+        trials: what a run tries when it starts, where it chooses how tasks are put side by side: it keeps to
+            the fastest.
+        advance: one inner step without a graph; None where none is computed again.
+        graph_limit_bytes: for graphs that `auto` keeps; None for a share of what is free.
+        graph_share: that share.
         pretrain: a step of ordinary training by samples of a rank (as T), what it holds included; None where
             there is none.
         pretrain_batch: samples of such a step over all ranks.
         ways_in_shards: as `ways` with the backbone in shards and blocks recomputed; none where not counted.
-        tasks_share_weights: whether there is a backbone that can be in shards.
+        advance_in_shards: as `advance`, likewise.
     """
 
     tasks_per_step: int
@@ -201,10 +208,11 @@ class Facts:
     state_bytes: float
     data_bytes: float
     ways: tuple[Way, ...]
-    trials: tuple[Samples, ...]
-    advance: Samples
+    trials: tuple[Way, ...]
+    advance: Samples | None
     graph_limit_bytes: float | None
+    graph_share: float
     pretrain: Samples | None
     pretrain_batch: int
     ways_in_shards: tuple[Way, ...]
-    tasks_share_weights: bool
+    advance_in_shards: Samples | None

@@ -21,6 +21,8 @@ HERE = "here"
 GPU_RESERVED = 2.0 * GIB
 # Blocks of the caching allocator that are free and do not fit what is asked for.
 GPU_UNUSABLE = 0.10
+# The share of a wire's bandwidth that collectives reach.
+LINK_EFFICIENCY = 0.8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Device:
         unusable: what the allocator holds beside tensors, as a share of them.
         unusable_bytes: what it holds beside that, however large they are.
         node_bandwidth: bytes per second that one device sends to others of its node.
+        node_efficiency: the share of it that collectives reach.
         has_host_memory: whether the host's memory is another than the device's own.
     """
 
@@ -56,10 +59,11 @@ class Device:
     unusable: float
     unusable_bytes: float
     node_bandwidth: float
+    node_efficiency: float
     has_host_memory: bool
 
     def slowed(self, factor: float) -> Device:
-        """The same where everything takes `factor` times as long."""
+        """The same where all computing takes `factor` times as long; what is sent takes as long as before."""
         return dataclasses.replace(
             self,
             flops_per_s={name: rate / factor for name, rate in self.flops_per_s.items()},
@@ -88,22 +92,23 @@ class Hardware:
 
     Attributes:
         devices_per_node: ranks of one node.
-        link_efficiency: the share of a link's bandwidth that collectives reach.
+        link_efficiency: the share of the bandwidth between nodes that collectives reach.
         latency_s: of one message.
     """
 
     device: Device
     link: Link
     devices_per_node: int
-    link_efficiency: float = 0.8
+    link_efficiency: float = LINK_EFFICIENCY
     latency_s: float = 10e-6
 
     def bandwidth_among(self, num_ranks: int) -> float:
         """Bytes per second that a rank of a ring over the first `num_ranks` ranks sends at most."""
+        in_node = self.device.node_bandwidth * self.device.node_efficiency
         if num_ranks <= self.devices_per_node:
-            return self.device.node_bandwidth * self.link_efficiency
+            return in_node
         share = self.devices_per_node if self.link.is_shared else 1
-        return min(self.device.node_bandwidth, self.link.bandwidth / share) * self.link_efficiency
+        return min(in_node, self.link.bandwidth / share * self.link_efficiency)
 
 
 def _gpu(
@@ -135,6 +140,7 @@ def _gpu(
         unusable=GPU_UNUSABLE,
         unusable_bytes=0.0,
         node_bandwidth=node_gb * GB,
+        node_efficiency=LINK_EFFICIENCY,
         has_host_memory=True,
     )
 

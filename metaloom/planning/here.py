@@ -13,21 +13,23 @@ from pathlib import Path
 
 import torch
 
+from metaloom.choosing import memory_limit
 from metaloom.engine.kernels.linear import linear
 from metaloom.engine.precision import HALF, ComputeFormat, Precision
 from metaloom.errors import LaunchError
-from metaloom.planning.hardware import GPU_RESERVED, GPU_UNUSABLE, Device
+from metaloom.planning.hardware import GPU_RESERVED, GPU_UNUSABLE, LINK_EFFICIENCY, Device
 
 NUM_REPEATS = 5
 # glibc's allocator keeps what is freed between tensors that live; and graphs have nodes beside their tensors.
 # Both are fitted to the built-in recipes, see docs/scaling.md.
 CPU_UNUSABLE, CPU_UNUSABLE_BYTES = 0.45, 30 * 2**20
 LOOPBACK_BYTES = 2**24
-LOOPBACK_TIMEOUT_S = 120.0
+PROBE_TIMEOUT_S = 120.0
 
 
 def measured_device(compute: ComputeFormat, *, num_local_ranks: int, is_tracked: bool) -> Device:
-    """This machine as a rank's device: a GPU where torch finds one, else a share of the CPU and its memory.
+    """This machine as a rank's device: a GPU where torch finds one, else a share of the CPU and its memory,
+    at as many threads as torch is set to.
 
     Args:
         compute: the format to multiply matrices in.
@@ -46,9 +48,11 @@ def measured_device(compute: ComputeFormat, *, num_local_ranks: int, is_tracked:
     one = torch.randn(8, requires_grad=True)
     operation_s = _timed(lambda: _many_small(one)) / (2 * SMALL_OPERATIONS)
     process_bytes = _process_bytes(is_tracked=is_tracked)
+    num_threads = torch.get_num_threads()
+    physical_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return Device(
-        name=f"a core of this machine, {compute}",
-        memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / num_local_ranks,
+        name=f"{'a core' if num_threads == 1 else f'{num_threads} cores'} of this machine, {compute}",
+        memory_bytes=min(physical_bytes, memory_limit()[0]) / num_local_ranks,
         flops_per_s={compute: 2 * size**3 / seconds},
         bandwidth=3 * numbers.numel() * numbers.element_size() / added_s,
         operation_s=operation_s,
@@ -59,6 +63,7 @@ def measured_device(compute: ComputeFormat, *, num_local_ranks: int, is_tracked:
         unusable=CPU_UNUSABLE,
         unusable_bytes=CPU_UNUSABLE_BYTES,
         node_bandwidth=_loopback_bandwidth(),
+        node_efficiency=1.0,  # a collective itself has been measured
         has_host_memory=False,
     )
 
@@ -91,6 +96,7 @@ def _gpu_here(compute: ComputeFormat, num_local_ranks: int) -> Device:
         unusable=GPU_UNUSABLE,
         unusable_bytes=0.0,
         node_bandwidth=numbers.numel() * numbers.element_size() / copied_s,
+        node_efficiency=LINK_EFFICIENCY,
         has_host_memory=True,
     )
 
@@ -137,18 +143,25 @@ def _loopback_bandwidth() -> float:
 
 
 def _answer_of(*words: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "metaloom.planning.probe", *words],
-        capture_output=True,
-        text=True,
-        timeout=LOOPBACK_TIMEOUT_S,
-    )
-    if done.returncode != 0:
-        raise LaunchError(
-            f"--hardware here: what this machine reaches could not be measured ({words[0]}): "
-            f"{(done.stderr.strip().splitlines() or ['no message'])[-1]}. Name hardware of the table instead."
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "metaloom.planning.probe", *words],
+            capture_output=True,
+            text=True,
+            timeout=PROBE_TIMEOUT_S,
         )
+    except subprocess.TimeoutExpired:
+        raise _not_measured(words[0], f"not done after {PROBE_TIMEOUT_S:.0f} s") from None
+    if done.returncode != 0:
+        raise _not_measured(words[0], (done.stderr.strip().splitlines() or ["no message"])[-1])
     return done.stdout.strip().splitlines()[-1]
+
+
+def _not_measured(what: str, why: str) -> LaunchError:
+    return LaunchError(
+        f"--hardware here: what this machine reaches could not be measured ({what}): {why}. Name hardware of "
+        "the table instead."
+    )
 
 
 def resident_bytes() -> int:

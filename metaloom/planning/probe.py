@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import importlib
 import tempfile
 import time
+from collections.abc import Sequence
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
@@ -15,6 +19,8 @@ import torch.multiprocessing as multiprocessing
 
 from metaloom.planning.here import LOOPBACK_BYTES, NUM_REPEATS, resident_bytes
 from metaloom.tracking import make_tracker
+
+REDUCE_TIMEOUT_S = 60.0
 
 
 def main() -> None:
@@ -73,16 +79,33 @@ def loopback() -> float:
         ]
         for rank in ranks:
             rank.start()
-        for rank in ranks:
-            rank.join()
-        if any(rank.exitcode for rank in ranks):
-            raise RuntimeError("a process of the all-reduce over loopback failed")
+        join_all(ranks)
         return float(answers.get())
+
+
+def join_all(ranks: Sequence[BaseProcess]) -> None:
+    """Waits for processes that wait for each other: when one fails, the others are ended.
+
+    Raises:
+        RuntimeError: one has failed.
+    """
+    running = list(ranks)
+    while running:
+        wait([rank.sentinel for rank in running])
+        has_failed = any(rank.exitcode for rank in running)
+        running = [rank for rank in running if rank.exitcode is None]
+        if has_failed:
+            for rank in running:
+                rank.terminate()
+                rank.join()
+            raise RuntimeError("a process of the all-reduce over loopback failed")
 
 
 def _reduce(rank: int, store: str, answers: SimpleQueue[float]) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    # Ends of itself, should there be no one left to end it.
+    timeout = datetime.timedelta(seconds=REDUCE_TIMEOUT_S)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timeout)
     numbers = torch.ones(LOOPBACK_BYTES // 4)
     dist.all_reduce(numbers)
     started = time.perf_counter()

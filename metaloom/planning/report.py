@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,18 +30,24 @@ class Plan:
     """Everything that a plan says.
 
     Attributes:
+        is_here: whether the hardware is this machine.
         estimates: by layout, for each number of ranks; the recipe's own layout first.
+        left_out: numbers of ranks that the recipe's own layout does not take.
         refused: layouts that are not possible, and why.
         misfits: for a number of ranks on which the recipe does not fit, what would make it fit.
+        tried: settings that were tried where it does not fit.
         elsewhere: the fewest ranks on which it fits under other layouts, with what those need.
     """
 
     name: str
     facts: Facts
     hardware: Hardware
+    is_here: bool
     estimates: Mapping[Layout, Sequence[Estimate]]
+    left_out: Sequence[int]
     refused: Mapping[Layout, str]
     misfits: Mapping[int, Sequence[Remedy]]
+    tried: Sequence[str]
     elsewhere: Sequence[Remedy]
 
 
@@ -72,6 +79,19 @@ def remarks(plan: Plan) -> list[str]:
     """What does not fit and what would make it fit; which ranks would be idle."""
     own, estimates = next(iter(plan.estimates.items()))
     lines: list[str] = []
+    num_local = plan.hardware.devices_per_node
+    beyond = next((found for found in estimates if found.num_ranks > num_local), None)
+    if plan.is_here and beyond is not None:
+        lines.append(
+            f"{_ranks(beyond.num_ranks)} and more are planned on several machines like this one, "
+            f"{_ranks(num_local)} each, over {plan.hardware.link.name} (--link): that link is not measured"
+        )
+    if plan.left_out:
+        lines.append(
+            f"{', '.join(map(str, plan.left_out[:-1]))}{' and ' if plan.left_out[1:] else ''}"
+            f"{_ranks(plan.left_out[-1])}: not possible under {own.in_words()}, since sharding.shard_size "
+            "must divide the number of ranks"
+        )
     for group in _alike(plan, [found for found in estimates if not found.fits]):
         first, last = group[0], group[-1]
         lines.append(
@@ -82,13 +102,14 @@ def remarks(plan: Plan) -> list[str]:
         )
         lines += [f"  fits with {_in_words(remedy)}" for remedy in plan.misfits[last.num_ranks]]
         if not plan.misfits[last.num_ranks]:
-            lines.append("  no setting of memory, estimator or micro-batch makes it fit on so many ranks")
+            tried = ", ".join(_quoted(setting) for setting in ("outer.micro_batch=1", *plan.tried))
+            lines.append(f"  none of those tried makes it fit on so many ranks, alone or together: {tried}")
     fitting = next((found for found in estimates if found.fits), None)
     if fitting is not None and not estimates[0].fits:
-        lines.append(f"as it is, it fits from {_ranks(fitting.num_ranks)} on")
+        lines.append(f"as it is, it fits from {_ranks(fitting.num_ranks)} on, of those asked for")
     lines += [
-        f"{remedy.layout.in_words()} fits from {_ranks(remedy.estimate.num_ranks)} on"
-        + (f", with {' '.join(remedy.settings)}" if remedy.settings else "")
+        f"{remedy.layout.in_words()} fits from {_ranks(remedy.estimate.num_ranks)} on, of those asked for"
+        + (f", with {' '.join(map(_quoted, remedy.settings))}" if remedy.settings else "")
         for remedy in plan.elsewhere
     ]
     idle = next((found for found in estimates if found.num_idle_ranks), None)
@@ -125,6 +146,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             {"sharding": dataclasses.asdict(layout), "estimates": [_values(found) for found in estimates]}
             for layout, estimates in plan.estimates.items()
         ],
+        "left_out": list(plan.left_out),
         "refused": [
             {"sharding": dataclasses.asdict(layout), "why": why} for layout, why in plan.refused.items()
         ],
@@ -190,13 +212,22 @@ def _show_steps(layout: Layout, estimates: Sequence[Estimate], console: Console)
         ]
         for found in estimates
     ]
-    _show(console, f"an outer step: {layout.in_words()} ({first.way})", columns, rows)
+    _show(console, f"an outer step: {layout.in_words()} ({_ways(estimates)})", columns, rows)
 
 
 def _show(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table without the columns in which nothing stands."""
     kept = [index for index in range(len(columns)) if any(row[index] != "-" for row in rows)]
     console.table(title, [columns[index] for index in kept], [[row[index] for index in kept] for row in rows])
+
+
+def _ways(estimates: Sequence[Estimate]) -> str:
+    """By which way, and from how many ranks on by another."""
+    parts = [estimates[0].way]
+    for before, found in itertools.pairwise(estimates):
+        if found.way != before.way:
+            parts.append(f"from {_ranks(found.num_ranks)} on {found.way}")
+    return "; ".join(parts)
 
 
 def _alike(plan: Plan, unfit: Sequence[Estimate]) -> list[list[Estimate]]:
@@ -221,9 +252,14 @@ def _span(group: Sequence[Estimate]) -> str:
 
 def _in_words(remedy: Remedy) -> str:
     found = remedy.estimate
-    settings = " ".join(f"'{setting}'" if " " in setting else setting for setting in remedy.settings)
+    settings = " ".join(map(_quoted, remedy.settings))
     on = f" on {_ranks(found.num_ranks)}"
     return f"{settings}: {_size(found.memory.total)}, {_time(found.step_s)} per step{on}"
+
+
+def _quoted(setting: str) -> str:
+    """As it is typed in a shell."""
+    return f"'{setting}'" if " " in setting else setting
 
 
 def _largest_part(memory: Memory) -> str:

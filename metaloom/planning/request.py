@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from typing import TYPE_CHECKING
 
 from metaloom.errors import RecipeError
 from metaloom.planning.hardware import HERE, device_named, link_named
 
+if TYPE_CHECKING:
+    from metaloom.recipe import Recipe
+
+DEVICES_PER_NODE = 8
 MOST_RANKS = 1024
 DEFAULT_RANKS = f"1-{MOST_RANKS}"
 
@@ -43,10 +48,30 @@ def checked(request: Request) -> Request:
         device_named(request.hardware)
     link_named(request.link)
     if request.devices_per_node is not None and request.devices_per_node < 1:
+        usual = "the recipe's processes of one machine" if request.hardware == HERE else str(DEVICES_PER_NODE)
         raise RecipeError(
-            f"--gpus-per-node: {request.devices_per_node}; a node has at least 1 (leave it out for 8)."
+            f"--gpus-per-node: {request.devices_per_node}; a node has at least 1 (leave it out for {usual})."
         )
     return request
+
+
+def check_comparison(request: Request, recipe: Recipe) -> None:
+    """Sees that there is something to compare where that is asked for.
+
+    Raises:
+        RecipeError: there is not.
+    """
+    if not request.compare:
+        return
+    why = None
+    if recipe.sharding.kind == "sharded":
+        why = "the recipe's own sharding.kind is sharded"
+    elif recipe.adaptation.fast.kind == "full":
+        why = "with adaptation.fast: full every task has a whole copy of all weights, and none are in shards"
+    if why is not None:
+        raise RecipeError(
+            f"--compare: plans weights in shards too, and has no effect, since {why}; leave it out."
+        )
 
 
 def ranks_in(text: str) -> tuple[int, ...]:

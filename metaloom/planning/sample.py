@@ -14,7 +14,7 @@ from metaloom.engine.choice import EXACT_AND_FLAT, EstimatorChoice
 from metaloom.engine.learner import TaskBatch
 from metaloom.engine.precision import LossScaler, Precision
 from metaloom.engine.sharding.replicated import Replicated
-from metaloom.planning.counting import batch_like
+from metaloom.planning.counting import batch_like, with_every_state
 from metaloom.planning.estimate import compute_s
 from metaloom.planning.facts import Facts, Point, Way
 from metaloom.planning.hardware import Hardware
@@ -39,14 +39,15 @@ def calibrated(recipe: Recipe, facts: Facts, hardware: Hardware) -> tuple[Hardwa
         return hardware, "a task of the recipe is too large to be tried: rates are those of large products"
     seconds = seconds_of_a_task(recipe, way, device)
     slowed = dataclasses.replace(hardware, device=hardware.device.slowed(seconds / expected_s))
-    return slowed, f"one task takes {seconds:.3g} s ({way.name}): all times are scaled by that"
+    return slowed, f"one task takes {seconds:.3g} s ({way.name}): times of computing are scaled by that"
 
 
 def seconds_of_a_task(recipe: Recipe, way: Way, device: torch.device) -> float:
-    """How long the hypergradient of one task takes by one way, at random initial weights: the median of a
-    few, after one that warms up."""
+    """How long the hypergradient of one task takes by one way, at random initial weights and with every state
+    kept, as the way was counted: the median of a few, after one that warms up."""
+    recipe = with_every_state(recipe)
     estimator = EstimatorChoice(way.estimator, 0) if way.estimator in EXACT_AND_FLAT else None
-    choices = Choices(way.tasks, estimator)
+    choices = Choices(way.tasks or "loop", estimator)
     unread = recipe.model_copy(update={"model": recipe.model.model_copy(update={"weights": None})})
     model = build_model(unread, device, Replicated())
     algorithm = build_algorithm(recipe, build_adapter(recipe, model, choices), choices, device)

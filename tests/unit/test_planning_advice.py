@@ -93,6 +93,14 @@ def test_settings_are_taken_together_where_none_does_it_alone() -> None:
     assert found.settings == (HEAD, REMATERIALIZED, HOST)
 
 
+def test_of_settings_that_fit_together_those_that_do_nothing_are_not_told() -> None:
+    def count(settings: tuple[str, ...]) -> Facts:
+        return taking(5.0 if {HEAD, HOST} <= set(settings) else 100.0)
+
+    (found,) = remedies(recipe(), count, with_room(20.0), REPLICATED, 1)
+    assert found.settings == (HEAD, HOST)
+
+
 def test_settings_that_exclude_each_other_are_not_taken_together() -> None:
     def count(settings: tuple[str, ...]) -> Facts | None:
         if {REMATERIALIZED, HOST} <= set(settings):
@@ -100,7 +108,7 @@ def test_settings_that_exclude_each_other_are_not_taken_together() -> None:
         return taking(5.0 if RECOMPUTED in settings and HEAD in settings else 100.0)
 
     (found,) = remedies(recipe(), count, with_room(20.0), REPLICATED, 1)
-    assert found.settings == (HEAD, REMATERIALIZED, RECOMPUTED)
+    assert found.settings == (HEAD, RECOMPUTED)
 
 
 def test_nothing_is_told_where_no_setting_helps() -> None:

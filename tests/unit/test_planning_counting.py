@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from metaloom import choosing
 from metaloom.build import (
     Choices,
     build_adapter,
@@ -26,9 +27,10 @@ from metaloom.engine.precision import LossScaler, Precision
 from metaloom.engine.sharding.replicated import Replicated
 from metaloom.engine.sharding.sharded import Event, ShardedWeights, ShardGroup, rows_in
 from metaloom.errors import CapabilityError
-from metaloom.planning import counting
+from metaloom.planning import counting, sample
 from metaloom.planning.counting import count
-from metaloom.planning.facts import Amounts, Point
+from metaloom.planning.estimate import num_advances
+from metaloom.planning.facts import Amounts, Point, Samples, Way
 from metaloom.recipe import Recipe, recipe_from_dict
 from metaloom.weights import HeldModel
 
@@ -118,6 +120,26 @@ def test_a_recipe_larger_than_what_is_counted_follows_linearly() -> None:
     assert followed.num_operations == pytest.approx(direct.num_operations, rel=0.01)
 
 
+def test_layers_of_single_blocks_are_counted_at_the_models_full_depth() -> None:
+    def deep(*targets: str) -> Recipe:
+        return recipe(
+            num_steps=1,
+            model={"kind": "gpt", "num_layers": 5, "width": 16, "num_heads": 2, "context_length": 32},
+            adaptation={
+                "fast": {"kind": "lora", "rank": 2, "targets": list(targets)},
+                "rule": {"kind": "sgd", "lr": 0.1},
+                "num_steps": 1,
+            },
+            outer={"num_steps": 10, "tasks_per_step": 1},
+        )
+
+    assert counting._block_sizes(deep("qkv", "head")) == (2, 3)
+    assert counting._block_sizes(deep("blocks.4.attention.qkv")) == (5,)
+    assert counting._block_sizes(deep("qkv", "1.mlp.fc_in")) == (5,)
+    facts = count(deep("blocks.4.attention.qkv"), with_shards=False, on_gpu=False)
+    assert facts.state_bytes == 4 * 2 * (16 + 3 * 16)  # one layer of 16 inputs and 48 outputs
+
+
 # As docs/scaling.md has it.
 @pytest.mark.parametrize(("estimator", "of_pull_back"), [("rematerialized", 4), ("mixed_mode", 2)])
 def test_what_crosses_between_shards_is_what_a_real_shard_group_is_told(
@@ -143,6 +165,31 @@ def test_what_crosses_between_shards_is_what_a_real_shard_group_is_told(
     sizes = {kind: Counter(event.num_elements for event in events if event.kind == kind) for kind in KINDS}
     assert sizes["gather"][of_blocks // NUM_BLOCKS] == ((2 + of_pull_back) * NUM_STEPS + 2) * NUM_BLOCKS
     assert sizes["scatter"][of_blocks // NUM_BLOCKS] == (2 * NUM_STEPS + 1) * NUM_BLOCKS
+
+
+def test_steps_that_binomial_snapshots_compute_again_gather_again_as_a_real_shard_group_is_told() -> None:
+    num_steps, num_slots = 3, 1
+    sparing = recipe(
+        num_steps=num_steps,
+        memory={"recompute_blocks": True, "snapshots": {"kind": "binomial", "num_slots": num_slots}},
+    )
+    events: list[Event] = []
+    real_hypergradient(sparing, ShardGroup(on_event=events.append))()
+    gathered = sum(4 * event.num_elements for event in events if event.kind == "gather")
+    step = counting._step_amounts(sparing, Choices(), Point(1, num_steps, NUM_BLOCKS, 2))
+    again = counting._advance_amounts(sparing, Point(1, 1, NUM_BLOCKS, 2))
+    num_again = num_advances(num_steps, num_slots) - num_steps
+    assert num_again == 1
+    assert gathered == step.gathered_bytes + num_again * again.gathered_bytes
+
+
+def test_the_task_that_rates_are_scaled_by_computes_what_was_counted_for_it() -> None:
+    sparing = recipe(num_steps=3, memory={"snapshots": {"kind": "binomial", "num_slots": 1}})
+    amounts = counting._step_amounts(sparing, Choices(), Point(1, 3, NUM_BLOCKS))
+    way = Way("loop", "rematerialized", True, Samples({Point(1, 3, NUM_BLOCKS): amounts}))
+    with FlopCounter() as counter:
+        sample.seconds_of_a_task(sparing, way, CPU)
+    assert counter.total == (1 + sample.NUM_REPEATS) * amounts.flops
 
 
 def test_what_is_held_is_every_copy_of_the_meta_parameters() -> None:
@@ -176,7 +223,26 @@ def test_auto_has_all_exact_ways_and_a_choice_between_loop_and_vmap_its_trials()
         f"{estimator}, {tasks}" for tasks in ("loop", "vmap") for estimator in estimators
     ]
     assert [way.keeps_states for way in facts.ways] == [True, True, False] * 2
-    assert len(facts.trials) == 2
+    assert [trial.name for trial in facts.trials] == ["rematerialized, loop", "rematerialized, vmap"]
+
+
+def test_trials_take_as_many_steps_as_a_runs_and_tasks_that_share_weights_are_in_no_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counted: list[tuple[str, int]] = []
+
+    def note(of: Recipe, choices: Choices, point: Point) -> Amounts:
+        counted.append((choices.tasks, point.steps))
+        return Amounts()
+
+    monkeypatch.setattr(counting, "_step_amounts", note)
+    chosen = recipe(
+        full=True, adaptation={"fast": "full", "rule": {"kind": "sgd", "lr": 0.1}, "num_steps": 5}
+    )
+    axes = ((1,), (2, 3), (3,), (1,))
+    counting._trials(chosen, axes)
+    assert counted == [("loop", choosing.TIMED_STEPS), ("vmap", choosing.TIMED_STEPS)]
+    assert [way.name for way in counting._ways(recipe(), axes)] == ["rematerialized"]
 
 
 def test_an_estimator_that_the_model_does_not_take_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,6 +252,30 @@ def test_an_estimator_that_the_model_does_not_take_is_refused(monkeypatch: pytes
     monkeypatch.setattr(counting, "_step_amounts", refuse)
     with pytest.raises(CapabilityError, match="no such derivative"):
         count(recipe(), with_shards=False, on_gpu=False)
+
+
+def test_what_only_a_loop_over_tasks_can_do_is_counted_without_vmap_where_a_run_may_choose() -> None:
+    chosen = recipe(
+        full=True,
+        adaptation={"fast": "full", "rule": {"kind": "sgd", "lr": 0.1}, "num_steps": 1},
+        memory={"head_chunk": 64},
+        outer={"num_steps": 10, "tasks_per_step": 4, "micro_batch": 1},
+    )
+    facts = count(chosen, with_shards=False, on_gpu=False)
+    assert [way.tasks for way in facts.ways] == ["loop"]
+    assert [trial.tasks for trial in facts.trials] == ["loop"]
+
+
+def test_a_choice_of_which_nothing_is_possible_is_refused_with_every_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object) -> Amounts:
+        raise NotImplementedError("no such derivative")
+
+    monkeypatch.setattr(counting, "_step_amounts", refuse)
+    every = "rematerialized: no such derivative; mixed_mode: no such derivative; unrolled: no such derivative"
+    with pytest.raises(CapabilityError, match=every):
+        count(recipe(algorithm=algorithm("auto")), with_shards=False, on_gpu=False)
 
 
 class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
