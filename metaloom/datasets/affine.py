@@ -36,10 +36,11 @@ class Affine:
         """Each image under its own random distortion about its centre, resampled bilinearly.
 
         Args:
-            images: float32 [N, H, W]; outside of an image is 0.
+            images: float32 [N, H, W] or [N, C, H, W], whose channels are distorted alike; outside of an image
+                is 0.
 
         Returns:
-            float32 [N, H, W]; exactly the images if all bounds are 0.
+            float32, the same shape; exactly the images if all bounds are 0.
         """
         draws = rng.uniform(-1.0, 1.0, size=(6, len(images))).astype(np.float32)
         angle = draws[0] * np.float32(math.radians(self.rotate_deg))
@@ -47,7 +48,12 @@ class Affine:
         scale_y, scale_x = np.exp(draws[2:4] * np.float32(math.log1p(self.scale)))
         shift_y, shift_x = draws[4:6] * np.float32(self.shift_px)
         matrix = output_to_input(angle, slant, scale_y, scale_x)
-        return resample(images, matrix, np.stack([shift_y, shift_x], -1))
+        shift = np.stack([shift_y, shift_x], -1)
+        if images.ndim == 3:
+            return resample(images, matrix, shift)
+        N, C, H, W = images.shape
+        planes = resample(images.reshape(N * C, H, W), matrix.repeat(C, axis=0), shift.repeat(C, axis=0))
+        return planes.reshape(N, C, H, W)
 
 
 def output_to_input(

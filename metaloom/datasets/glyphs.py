@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFont, features
 
-from metaloom.datasets.index import ClassEntry
 from metaloom.datasets.shards import Sample, SplitSamples
 from metaloom.errors import StreamError
 
@@ -218,10 +217,7 @@ def split_samples(glyphs: Glyphs) -> dict[str, SplitSamples]:
     return {
         split: SplitSamples(
             _samples(glyphs, split),
-            [
-                ClassEntry(unicodedata.name(glyphs.characters[row]), script_of(glyphs.characters[row]))
-                for row in glyphs.of_split(split)
-            ],
+            [unicodedata.name(glyphs.characters[row]) for row in glyphs.of_split(split)],
         )
         for split in SPLITS
     }

@@ -5,108 +5,133 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 from numpy.typing import NDArray
 
+from metaloom.datasets.storage import MissingFile, Storage, StorageSettings
 from metaloom.errors import StreamError
+from metaloom.files import replace_file
 
 FORMAT = "metaloom-shards"
-VERSION = 1
-LAYOUTS = ("classes", "documents")
+VERSION = 2
+LAYOUTS = ("classes", "groups", "documents", "episodes")
 INDEX_NAME = "index.json"
+# How a columns file, which is in the safetensors format, names its numbers.
+_DTYPES = {"U8": "<u1", "U32": "<u4", "I32": "<i4", "I64": "<i8"}
+# The columns that every split has, and their numbers.
+_PLACES = {"shard": "I32", "offset": "I64", "length": "I64", "crc32": "U32", "key_end": "I64", "keys": "U8"}
+ATTRIBUTE = "attribute."
 
 
 @dataclass(frozen=True)
-class ShardEntry:
-    """One tar file: its name beside the index, its size in bytes, the sha256 of the whole file."""
+class FileEntry:
+    """A file beside the index: its name, its size in bytes, the sha256 of the whole file."""
 
     name: str
     num_bytes: int
     sha256: str
-    num_samples: int
 
 
 @dataclass(frozen=True)
-class ClassEntry:
-    """One class of a split: a name unique in the data set, and the script or family that it belongs to."""
+class ShardEntry(FileEntry):
+    """One tar file."""
 
-    name: str
-    script: str
-
-
-@dataclass(frozen=True, eq=False)
-class MemberTable:
-    """Where one kind of member (`png`, `txt` ...) of every sample lies; int64, [number of samples] each."""
-
-    offset: NDArray[np.int64]  # bytes from the start of the shard to the payload
-    length: NDArray[np.int64]  # bytes
-    crc32: NDArray[np.int64]  # of the payload
+    num_samples: int
 
 
 @dataclass(frozen=True, eq=False)
 class SplitTable:
-    """The samples of one split, as columns of equal length.
+    """The samples of one split as columns, mapped into memory: what is not looked at is not read.
 
-    `attributes` holds integer columns; of layout `classes` they are `class` (row of `classes`) and `variant`
-    (the rendering, writer or device that made the sample; every class has each variant exactly once).
+    A sample is a stretch of its shard: all of its tar entries, from the first header to the end of the last
+    one's padding.
+
+    Attributes:
+        name: of the split.
+        shard: row of `Index.shards`, int32 [number of samples], as all columns.
+        offset: bytes from the start of the shard to the sample, int64.
+        length: bytes, int64.
+        crc32: of those bytes, uint32.
+        attributes: integer columns by name: `class` (row of `classes`), `group` (row of `groups`), `variant`
+            (the rendering, writer or device that made the sample), `size` (bytes of a text, or tokens).
+        members: extensions that samples of this split have.
+        classes: names.
+        groups: names of users, domains or corruptions.
     """
 
     name: str
-    keys: tuple[str, ...]
-    shard: NDArray[np.int64]  # row of Index.shards
-    members: Mapping[str, MemberTable]
-    attributes: Mapping[str, NDArray[np.int64]]
-    classes: tuple[ClassEntry, ...]  # empty for layout "documents"
+    shard: NDArray[np.int32]
+    offset: NDArray[np.int64]
+    length: NDArray[np.int64]
+    crc32: NDArray[np.uint32]
+    key_end: NDArray[np.int64]
+    keys: NDArray[np.uint8]
+    attributes: Mapping[str, NDArray[np.integer[Any]]]
+    members: tuple[str, ...]
+    classes: tuple[str, ...]
+    groups: tuple[str, ...]
 
     @property
     def num_samples(self) -> int:
-        return len(self.keys)
+        return len(self.shard)
+
+    def key(self, number: int) -> str:
+        """The key of a sample."""
+        start = int(self.key_end[number - 1]) if number else 0
+        return self.keys[start : int(self.key_end[number])].tobytes().decode()
 
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """A data set that can be read: its origin, shards and splits. Cheap to pickle; holds no open file."""
+    """A data set that can be read: its origin, shards and splits. Pickled, it is its URL: it is read
+    again."""
 
     url: str
     dataset: str
     layout: str
-    digest: str  # of the shards' digests: two data sets with one digest hold the same bytes
+    digest: str  # of all files: two data sets with one digest hold the same bytes
     source: Mapping[str, Any]
     shards: tuple[ShardEntry, ...]
+    columns: Mapping[str, FileEntry]  # by split
     splits: Mapping[str, SplitTable]
+    storage: Storage
 
     @classmethod
-    def load(cls, url: str | os.PathLike[str]) -> Index:
+    def load(cls, url: str | os.PathLike[str], settings: StorageSettings | None = None) -> Index:
         """The index of the data set at any path or fsspec URL, checked for form.
 
         Raises:
             StreamError: there is no index, or it is damaged, or of a version that this program cannot read.
         """
-        url = os.fspath(url)
-        file, root = open_filesystem(url)
-        path = f"{root}/{INDEX_NAME}"
-        try:
-            text = file.cat_file(path)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise StreamError(
-                f"{url} holds no {INDEX_NAME}, so it is not a finished metaloom data set. Make one with "
-                f"`metaloom data make glyphs {url}` or `metaloom data make stdlib {url}`, or correct "
-                f"the path."
-            ) from error
-        except OSError as error:
-            raise StreamError(f"{url}/{INDEX_NAME} cannot be read: {error}") from error
-        try:
-            raw = json.loads(text)
-        except ValueError as error:
-            raise StreamError(
-                f"{url}/{INDEX_NAME} is not JSON ({error}); the file is damaged. {_remake(url)}"
-            ) from error
-        return _parse(url, raw)
+        url = os.fspath(url).rstrip("/")
+        settings = settings or StorageSettings()
+        with Storage(url, settings) as storage:
+            try:
+                text = storage.read(INDEX_NAME)
+            except MissingFile as error:
+                raise StreamError(
+                    f"{url} holds no {INDEX_NAME}, so it is not a finished metaloom data set. Make one with "
+                    f"`metaloom data make glyphs|stdlib {url}` or `metaloom data pack`, or correct the path."
+                ) from error
+            try:
+                raw = json.loads(text)
+            except ValueError as error:
+                raise StreamError(
+                    f"{url}/{INDEX_NAME} is not JSON ({error}); the file is damaged. {_again(url)}"
+                ) from error
+            return _parse(url, raw, storage)
+
+    def __reduce__(self) -> tuple[Callable[..., Index], tuple[str, StorageSettings, str]]:
+        return _reload, (self.url, self.storage.settings, self.digest)
+
+    def close(self) -> None:
+        """Closes connections and files; reading opens them again."""
+        self.storage.close()
 
     def split(self, name: str) -> SplitTable:
         """The split of that name.
@@ -120,67 +145,6 @@ class Index:
             )
         return self.splits[name]
 
-    def verify_sizes(self) -> None:
-        """Returns if every shard exists with the recorded size; one look-up per shard, nothing is read.
-
-        Raises:
-            StreamError: lists all shards that are missing or of another size.
-        """
-        file, root = open_filesystem(self.url)
-        wrong = []
-        for shard in self.shards:
-            try:
-                size = int(file.info(f"{root}/{shard.name}")["size"])
-            except FileNotFoundError:
-                wrong.append(f"{shard.name}: missing, expected {shard.num_bytes} bytes")
-                continue
-            except OSError as error:
-                raise StreamError(f"{self.url}/{shard.name} cannot be looked up: {error}") from error
-            if size != shard.num_bytes:
-                verb = "truncated" if size < shard.num_bytes else "too long"
-                wrong.append(f"{shard.name}: {verb}, {size} bytes, expected {shard.num_bytes}")
-        if wrong:
-            raise StreamError(self._wrong_shards(wrong))
-
-    def verify_digests(self) -> None:
-        """Returns if every shard has the recorded sha256; reads every byte of the data set.
-
-        Raises:
-            StreamError: lists all shards that are missing, of another size, or with other bytes.
-        """
-        self.verify_sizes()
-        file, root = open_filesystem(self.url)
-        wrong = []
-        for shard in self.shards:
-            digest = hashlib.sha256()
-            with file.open(f"{root}/{shard.name}", "rb") as stream:
-                while block := stream.read(1 << 20):
-                    digest.update(block)
-            if digest.hexdigest() != shard.sha256:
-                wrong.append(f"{shard.name}: sha256 {digest.hexdigest()}, expected {shard.sha256}")
-        if wrong:
-            raise StreamError(self._wrong_shards(wrong))
-
-    def _wrong_shards(self, wrong: Sequence[str]) -> str:
-        listing = "\n".join(f"  {line}" for line in wrong)
-        return (
-            f"{len(wrong)} of {len(self.shards)} shards of {self.dataset} at {self.url} are not what "
-            f"{INDEX_NAME} records:\n{listing}\n{remake_advice(self.dataset, self.url)}"
-        )
-
-
-def open_filesystem(url: str) -> tuple[Any, str]:
-    """The fsspec filesystem of a URL and the path in it, without a trailing slash.
-
-    Raises:
-        StreamError: the scheme is unknown, or its driver is not installed.
-    """
-    try:
-        file, root = fsspec.core.url_to_fs(url)
-    except (ValueError, ImportError) as error:
-        raise StreamError(f"{url}: this URL cannot be opened: {error}") from error
-    return file, str(root).rstrip("/")
-
 
 def remake_advice(dataset: str, url: str) -> str:
     """The sentence that says how to get a damaged data set back."""
@@ -189,23 +153,38 @@ def remake_advice(dataset: str, url: str) -> str:
     return f"Copy the shards to {url} again."
 
 
-def shards_digest(shards: Sequence[ShardEntry]) -> str:
-    """The digest of a data set: sha256 over the lines `name sha256` of its shards, in order."""
-    lines = "".join(f"{shard.name} {shard.sha256}\n" for shard in shards)
+def data_digest(files: Sequence[FileEntry]) -> str:
+    """The digest of a data set: sha256 over the lines `name sha256` of its files, shards first."""
+    lines = "".join(f"{file.name} {file.sha256}\n" for file in files)
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def _remake(url: str) -> str:
-    return f"Delete {url} and run `metaloom data make glyphs|stdlib {url}`, or copy the data set there again."
+def columns_name(split: str) -> str:
+    """The file of a split's columns."""
+    return f"{split}.columns"
 
 
-def _parse(url: str, raw: Any) -> Index:
+def _again(url: str) -> str:
+    return f"Make the data set at {url} again, or copy it there again."
+
+
+def _reload(url: str, settings: StorageSettings, digest: str) -> Index:
+    index = Index.load(url, settings)
+    if index.digest != digest:
+        raise StreamError(
+            f"{url} was replaced by other data while it was in use (digest {index.digest[:12]}, before "
+            f"{digest[:12]}). Start again, and leave data sets in use as they are."
+        )
+    return index
+
+
+def _parse(url: str, raw: Any, storage: Storage) -> Index:
     where = f"{url}/{INDEX_NAME}"
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
         raise StreamError(
             f"{where} is not the index of a metaloom data set: its format is {found!r}, not {FORMAT!r}. "
-            f"{_remake(url)}"
+            f"{_again(url)}"
         )
     if raw.get("version") != VERSION:
         raise StreamError(
@@ -217,73 +196,135 @@ def _parse(url: str, raw: Any) -> Index:
             ShardEntry(str(s["name"]), int(s["bytes"]), str(s["sha256"]), int(s["num_samples"]))
             for s in raw["shards"]
         )
-        splits = {str(name): _parse_split(str(name), table) for name, table in raw["splits"].items()}
+        tables = dict(raw["splits"])
+        columns = {
+            str(name): FileEntry(
+                str(t["columns"]["name"]), int(t["columns"]["bytes"]), str(t["columns"]["sha256"])
+            )
+            for name, t in tables.items()
+        }
         index = Index(
-            url=url.rstrip("/"),
+            url=url,
             dataset=str(raw["dataset"]),
             layout=str(raw["layout"]),
             digest=str(raw["digest"]),
             source=dict(raw["source"]),
             shards=shards,
-            splits=splits,
+            columns=columns,
+            splits={
+                name: _split(name, tables[name], _columns(url, entry, storage))
+                for name, entry in columns.items()
+            },
+            storage=Storage(url, storage.settings, digest=str(raw["digest"])),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise StreamError(f"{where} is damaged: {type(error).__name__}: {error}. {_remake(url)}") from error
-    _check(index, where)
+        raise StreamError(f"{where} is damaged: {type(error).__name__}: {error}. {_again(url)}") from error
+    problems = _problems(index)
+    if problems:
+        raise StreamError(f"{where} is damaged: {'; '.join(problems)}. {_again(url)}")
     return index
 
 
-def _parse_split(name: str, raw: Mapping[str, Any]) -> SplitTable:
-    members = {
-        str(member): MemberTable(*(_integers(table[column]) for column in ("offset", "length", "crc32")))
-        for member, table in raw["members"].items()
-    }
+def _columns(url: str, entry: FileEntry, storage: Storage) -> NDArray[np.uint8]:
+    """A columns file as bytes: mapped into memory where it is on a disk, that of the cache included."""
+    if not entry.name or "/" in entry.name or entry.name.startswith("."):
+        raise ValueError(f"{entry.name!r} is no name of a columns file")
+    path = storage.local_path(entry.name)
+    folder = storage.settings.cache_folder
+    if path is None and folder is not None:
+        # Not a block of the cache: it is mapped as long as the data set is in use.
+        path = Path(folder) / "columns" / entry.sha256
+        if not path.exists():
+            payload = storage.read(entry.name)
+            _require_digest(url, entry, np.frombuffer(payload, np.uint8))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(path, payload)
+    if path is None:
+        payload = storage.read(entry.name)
+        content = np.frombuffer(payload, np.uint8)
+    else:
+        try:
+            content = np.memmap(path, np.uint8, mode="r")
+        except (OSError, ValueError) as error:  # numpy refuses an empty file with a ValueError
+            raise StreamError(f"{url}/{entry.name} cannot be read: {error}. {_again(url)}") from error
+    _require_digest(url, entry, content)
+    return content
+
+
+def _require_digest(url: str, entry: FileEntry, content: NDArray[np.uint8]) -> None:
+    if hashlib.sha256(content.data).hexdigest() != entry.sha256:
+        raise StreamError(
+            f"{url}/{entry.name} is damaged: it is not what {INDEX_NAME} records ({len(content)} bytes, "
+            f"expected {entry.num_bytes} with sha256 {entry.sha256[:12]}...). {_again(url)}"
+        )
+
+
+def _split(name: str, raw: Mapping[str, Any], content: NDArray[np.uint8]) -> SplitTable:
+    header_bytes = int.from_bytes(content[:8].tobytes(), "little")
+    header = json.loads(content[8 : 8 + header_bytes].tobytes())
+    data = content[8 + header_bytes :]
+    columns: dict[str, NDArray[Any]] = {}
+    for column, place in header.items():
+        if column == "__metadata__":
+            continue
+        start, end = place["data_offsets"]
+        columns[column] = data[start:end].view(_DTYPES[place["dtype"]])
+        is_attribute = column.startswith(ATTRIBUTE) and place["dtype"] in ("I32", "I64")
+        if not is_attribute and place["dtype"] != _PLACES[column]:
+            raise ValueError(f"column {column!r} of {name!r} holds {place['dtype']}")
     return SplitTable(
         name=name,
-        keys=tuple(str(key) for key in raw["keys"]),
-        shard=_integers(raw["shard"]),
-        members=members,
-        attributes={str(column): _integers(values) for column, values in raw["attributes"].items()},
-        classes=tuple(ClassEntry(str(c["name"]), str(c["script"])) for c in raw["classes"]),
+        shard=columns["shard"],
+        offset=columns["offset"],
+        length=columns["length"],
+        crc32=columns["crc32"],
+        key_end=columns["key_end"],
+        keys=columns["keys"],
+        attributes={
+            column.removeprefix(ATTRIBUTE): values
+            for column, values in columns.items()
+            if column.startswith(ATTRIBUTE)
+        },
+        members=tuple(str(m) for m in raw["members"]),
+        classes=tuple(str(c) for c in raw["classes"]),
+        groups=tuple(str(g) for g in raw["groups"]),
     )
 
 
-def _integers(values: Any) -> NDArray[np.int64]:
-    array = np.asarray(values)
-    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise ValueError(f"a column is not a list of integers but {array.dtype} {array.shape}")
-    return array.astype(np.int64)
-
-
-def _check(index: Index, where: str) -> None:
+def _problems(index: Index) -> list[str]:
+    """What contradicts itself."""
     problems = []
     if index.layout not in LAYOUTS:
         problems.append(f"layout {index.layout!r} is none of {', '.join(LAYOUTS)}")
-    if index.digest != shards_digest(index.shards):
-        problems.append("its digest is not that of its list of shards")
+    if index.digest != data_digest([*index.shards, *index.columns.values()]):
+        problems.append("its digest is not that of its lists of files")
     for split in index.splits.values():
-        columns = [split.shard, *split.attributes.values()]
-        for member in split.members.values():
-            columns += [member.offset, member.length, member.crc32]
-        if any(len(column) != split.num_samples for column in columns):
-            problems.append(f"split {split.name!r}: columns of different length")
-            continue
-        if not split.num_samples:
-            continue
-        if not 0 <= split.shard.min() <= split.shard.max() < len(index.shards):
-            problems.append(f"split {split.name!r}: samples in shards that are not listed")
-            continue
-        ends = np.array([shard.num_bytes for shard in index.shards])[split.shard]
-        for member in split.members.values():
-            if (member.offset < 0).any() or (member.length < 0).any():
-                problems.append(f"split {split.name!r}: negative offsets or lengths")
-            elif (member.offset + member.length > ends).any():
-                problems.append(f"split {split.name!r}: samples beyond the end of their shards")
-        if index.layout == "classes":
-            number = split.attributes.get("class")
-            if number is None or "variant" not in split.attributes:
-                problems.append(f"split {split.name!r}: no columns 'class' and 'variant'")
-            elif not 0 <= number.min() <= number.max() < len(split.classes):
-                problems.append(f"split {split.name!r}: samples of classes that are not listed")
-    if problems:
-        raise StreamError(f"{where} is damaged: {'; '.join(problems)}. {_remake(index.url)}")
+        problems += [f"split {split.name!r}: {problem}" for problem in _split_problems(index, split)]
+    return problems
+
+
+def _split_problems(index: Index, split: SplitTable) -> list[str]:
+    columns: list[NDArray[Any]] = [split.shard, split.offset, split.length, split.crc32, split.key_end]
+    columns += split.attributes.values()
+    if any(len(column) != split.num_samples for column in columns):
+        return ["columns of different length"]
+    if not split.num_samples:
+        return []
+    if split.shard.min() < 0 or split.shard.max() >= len(index.shards):
+        return ["samples in shards that are not listed"]
+    problems = []
+    ends = np.array([shard.num_bytes for shard in index.shards])[split.shard]
+    if split.offset.min() < 0 or split.length.min() <= 0:
+        problems.append("negative offsets or lengths")
+    elif (split.offset + split.length > ends).any():
+        problems.append("samples beyond the end of their shards")
+    if split.key_end[-1] != len(split.keys) or split.key_end[0] < 0 or (np.diff(split.key_end) < 0).any():
+        problems.append("keys that do not fit their bytes")
+    needed = {"classes": "class", "groups": "group"}.get(index.layout)
+    if needed is not None and needed not in split.attributes:
+        problems.append(f"no column {needed!r}")
+    for attribute, names in (("class", split.classes), ("group", split.groups)):
+        rows_of = split.attributes.get(attribute)
+        if rows_of is not None and (rows_of.min() < 0 or rows_of.max() >= len(names)):
+            problems.append(f"samples of a {attribute} that is not listed")
+    return problems

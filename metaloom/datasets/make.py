@@ -14,10 +14,13 @@ from typing import Any
 from metaloom.datasets import glyphs, stdlib_code
 from metaloom.datasets.index import INDEX_NAME, Index
 from metaloom.datasets.shards import SplitSamples, write_shards
+from metaloom.datasets.verify import verify_sizes
 from metaloom.errors import StreamError
 
 DATASETS = ("glyphs", "stdlib")
-_OWN_FILES = re.compile(r"((train|validation|test|rehearsal)-\d{5}\.tar|index\.json)(\.\d+\.partial)?")
+_OWN_FILES = re.compile(
+    r"((train|validation|test|rehearsal)(-\d{5}\.tar|\.columns)|index\.json)(\.\d+\.partial)?"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +156,7 @@ def _require_same(present: Index, name: str, origin: Mapping[str, Any]) -> None:
 
 def _is_complete(index: Index) -> bool:
     try:
-        index.verify_sizes()
+        verify_sizes(index)
     except StreamError:
         return False
     return True
@@ -161,7 +164,8 @@ def _is_complete(index: Index) -> bool:
 
 def _delete_leftovers(path: Path, index: Index) -> None:
     """Removes shards of an earlier, interrupted making that this one did not overwrite."""
-    wanted = {INDEX_NAME, *(shard.name for shard in index.shards)}
+    files = [*index.shards, *index.columns.values()]
+    wanted = {INDEX_NAME, *(file.name for file in files)}
     for entry in path.iterdir():
         if entry.name not in wanted and _OWN_FILES.fullmatch(entry.name):
             entry.unlink()

@@ -169,7 +169,8 @@ def _samples(modules: Sequence[Module]) -> Iterator[Sample]:
             "lines": module.text.count(b"\n"),
             "sha256": hashlib.sha256(module.text).hexdigest(),
         }
-        yield Sample(module.path, {"json": json.dumps(particulars).encode(), "txt": module.text})
+        members = {"json": json.dumps(particulars).encode(), "txt": module.text}
+        yield Sample(module.path, members, {"size": len(module.text)})
 
 
 def _is_task(path: str) -> bool:

@@ -8,9 +8,10 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from metaloom.errors import RecipeError
+from metaloom.recipe.base import Section
 from metaloom.recipe.reading import COMMAND_LINE, KeyPath, Problem, Source, apply_overrides, dotted, read_yaml
 from metaloom.recipe.rules import UnreadableValue, broken_rules
-from metaloom.recipe.schema import Recipe, Section
+from metaloom.recipe.schema import Recipe
 from metaloom.recipe.wording import (
     close_to,
     fault,

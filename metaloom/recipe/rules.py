@@ -12,27 +12,41 @@ from collections.abc import Callable, Iterator
 from metaloom.engine.capabilities import Kind, refusals, step_weights_refusal
 from metaloom.engine.sharding.deepspeed_config import refused_keys
 from metaloom.recipe.credentials import has_credentials, without_credentials
+from metaloom.recipe.data import (
+    ArrayInputs,
+    ClassesData,
+    DocumentsData,
+    ImageInputs,
+    TextInputs,
+)
 from metaloom.recipe.schema import (
     AdamWRule,
     Conv4Model,
     DeepSpeedZeroSharding,
     FiniteDifferenceHypergradient,
     FullFast,
-    GlyphsData,
     GPTModel,
     LoRAFast,
     MLflowTracking,
+    MLPModel,
     Recipe,
     SGDRule,
     ShardedSharding,
-    StdlibData,
     TruncatedHypergradient,
+)
+from metaloom.recipe.tasks import (
+    UnknownTaskError,
+    data_sets,
+    data_urls,
+    facts_of,
+    rehearsal_facts,
+    task_facts,
 )
 
 # The estimators that go back over the inner steps one by one, from fast weights that are kept.
 SWEEPS = ("auto", "rematerialized", "mixed_mode", "first_order", "truncated")
 Broken = Iterator[tuple[str, str]]
-NUM_FACES = 12
+READS = {"conv4": "image", "mlp": "array", "gpt": "text"}
 GPT_BLOCK_LAYERS = ("attention.qkv", "attention.proj", "mlp.fc_in", "mlp.fc_out")
 
 
@@ -62,26 +76,173 @@ def heads_divide_the_width(recipe: Recipe) -> Broken:
         )
 
 
+def ways_and_shots_are_given(recipe: Recipe) -> Broken:
+    for path, data in data_sets(recipe).items():
+        if not isinstance(data, ClassesData):
+            continue
+        for name in ("n_way", "n_shot", "n_query"):
+            value = getattr(data, name)
+            if data.variable is None and value is None:
+                yield (f"{path}.{name}", "missing; give it, or variable for tasks that differ")
+            if data.variable is not None and value is not None:
+                yield (
+                    f"{path}.{name}",
+                    f"{value}; has no effect, since {path}.variable draws ways and shots; leave one of the "
+                    "two out",
+                )
+
+
+def variable_ways_rise(recipe: Recipe) -> Broken:
+    for path, data in data_sets(recipe).items():
+        if not isinstance(data, ClassesData) or data.variable is None:
+            continue
+        variable = data.variable
+        if variable.min_way > variable.max_way:
+            yield (
+                f"{path}.variable.min_way",
+                f"{variable.min_way}; must be at most {path}.variable.max_way = {variable.max_way}",
+            )
+        if variable.max_support < variable.max_way:
+            yield (
+                f"{path}.variable.max_support",
+                f"{variable.max_support}; must be at least {path}.variable.max_way = {variable.max_way}, "
+                "since every "
+                "class has a support example",
+            )
+
+
+def kept_labels_fit(recipe: Recipe) -> Broken:
+    for path, data in data_sets(recipe).items():
+        if not isinstance(data, ClassesData) or data.labels != "kept":
+            continue
+        for name in ("variable", "window"):
+            if getattr(data, name) is not None:
+                yield (
+                    f"{path}.labels",
+                    f"kept; every task has a class for each label, and {path}.{name} draws from few or "
+                    "varying classes; "
+                    f"set {path}.labels to shuffled, or {path}.{name} to null",
+                )
+
+
+def windows_hold_a_task(recipe: Recipe) -> Broken:
+    for path, data in data_sets(recipe).items():
+        if isinstance(data, ClassesData) and data.window is not None:
+            ways = facts_of(data).num_outputs
+            if ways is not None and data.window.num_classes < ways:
+                yield (
+                    f"{path}.window.num_classes",
+                    f"{data.window.num_classes}; must be at least the {ways} classes of a task, and several "
+                    "times that "
+                    "for variety",
+                )
+
+
+def images_are_distorted(recipe: Recipe) -> Broken:
+    for path, data in data_sets(recipe).items():
+        if not isinstance(data, ClassesData) or isinstance(data.inputs, ImageInputs):
+            continue
+        for name in ("affine", "query_affine"):
+            if getattr(data, name) is not None:
+                yield (
+                    f"{path}.{name}",
+                    f"changes images, and {path}.inputs.kind is {data.inputs.kind}; set it to null",
+                )
+
+
+def parts_are_alike(recipe: Recipe) -> Broken:
+    sets = data_sets(recipe)
+    first_path, *others = sets
+    first = facts_of(sets[first_path])
+    for path in others:
+        facts = facts_of(sets[path])
+        if facts.objective != first.objective:
+            yield (
+                path,
+                f"its tasks are {facts.objective}, and those of {first_path} {first.objective}; one model "
+                "learns one "
+                "of them",
+            )
+        elif facts.inputs != first.inputs:
+            yield (
+                path,
+                f"its inputs are {_described(facts.inputs)}, and those of {first_path} "
+                f"{_described(first.inputs)}; "
+                "make them the same",
+            )
+        elif first.objective == "regression" and facts.num_outputs != first.num_outputs:
+            yield (
+                path,
+                f"its targets have {facts.num_outputs} numbers, and those of {first_path} "
+                f"{first.num_outputs}; make "
+                "them the same",
+            )
+
+
 def model_reads_the_data(recipe: Recipe) -> Broken:
-    if isinstance(recipe.model, Conv4Model) and not isinstance(recipe.data, GlyphsData):
+    reads = READS[recipe.model.kind]
+    given = {"data": task_facts(recipe).inputs}
+    rehearsed = rehearsal_facts(recipe)
+    if rehearsed is not None:
+        given["adaptation.rehearsal.data"] = rehearsed.inputs
+    for path, inputs in given.items():
+        if inputs.kind != reads:
+            model = next(kind for kind, read in READS.items() if read == inputs.kind)
+            yield (
+                "model.kind",
+                f"{recipe.model.kind} reads {reads}s, and {path} (kind {_kind_at(recipe, path)}) gives "
+                f"{inputs.kind}s; "
+                f"set model.kind to {model}, or take other data",
+            )
+    shown = given["data"]
+    if rehearsed is not None and not isinstance(rehearsed.inputs, TextInputs) and rehearsed.inputs != shown:
+        yield (
+            "adaptation.rehearsal.data.inputs",
+            f"{_described(rehearsed.inputs)}; the model is shown "
+            f"{_described(shown)} by data; "
+            "make them the same",
+        )
+
+
+def models_fit_the_objective(recipe: Recipe) -> Broken:
+    objective = task_facts(recipe).objective
+    if objective == "regression" and not isinstance(recipe.model, MLPModel):
         yield (
             "model.kind",
-            f"conv4 reads images, and data.kind = {recipe.data.kind} gives text; "
-            "set model.kind to gpt, or data.kind to glyphs",
+            f"{recipe.model.kind} tells classes apart or models text, and the targets are numbers; set "
+            "model.kind to "
+            "mlp",
         )
-    if isinstance(recipe.model, GPTModel) and not isinstance(recipe.data, StdlibData):
-        yield (
-            "model.kind",
-            f"gpt reads text, and data.kind = {recipe.data.kind} gives images; "
-            "set model.kind to conv4, or data.kind to stdlib",
-        )
+
+
+def regression_has_no_classes(recipe: Recipe) -> Broken:
+    loss = recipe.adaptation.loss
+    if task_facts(recipe).objective != "regression":
+        return
+    for name, neutral in (("temperature", 1.0), ("label_smoothing", 0.0)):
+        if getattr(loss, name) != neutral or name in loss.learned:
+            yield (
+                f"adaptation.loss.{name}",
+                f"{getattr(loss, name)}; belongs to the cross-entropy of classes, and the targets are "
+                "numbers; leave it "
+                "out",
+            )
 
 
 def pretrain_needs_gpt(recipe: Recipe) -> Broken:
-    if recipe.pretrain is not None and not isinstance(recipe.model, GPTModel):
+    if recipe.pretrain is None:
+        return
+    if not isinstance(recipe.model, GPTModel):
         yield (
             "pretrain",
             f"only for model.kind = gpt, and model.kind is {recipe.model.kind}; set pretrain to null",
+        )
+    elif not isinstance(recipe.data, DocumentsData):
+        yield (
+            "pretrain",
+            f"only for data.kind = documents, and data.kind is {recipe.data.kind}; set pretrain to null, "
+            "and give "
+            "weights that were trained before as model.weights",
         )
 
 
@@ -184,12 +345,38 @@ def lora_targets_differ(recipe: Recipe) -> Broken:
         yield from _repeated("adaptation.fast.targets", fast.targets)
 
 
-def rehearsal_needs_stdlib(recipe: Recipe) -> Broken:
-    if recipe.adaptation.rehearsal is not None and not isinstance(recipe.data, StdlibData):
+def rehearsal_has_data(recipe: Recipe) -> Broken:
+    rehearsal = recipe.adaptation.rehearsal
+    if rehearsal is not None and rehearsal.data is None and not isinstance(recipe.data, DocumentsData):
         yield (
-            "adaptation.rehearsal",
-            f"only data.kind = stdlib has a rehearsal split, and data.kind is {recipe.data.kind}; "
-            "set adaptation.rehearsal to null",
+            "adaptation.rehearsal.data",
+            "null; only data.kind = documents has a split rehearsal of its own, and data.kind is "
+            f"{recipe.data.kind}; "
+            "say where the rehearsal data come from",
+        )
+
+
+def rehearsal_has_an_effect(recipe: Recipe) -> Broken:
+    rehearsal = recipe.adaptation.rehearsal
+    if rehearsal is not None and rehearsal.ratio == rehearsal.outer_ratio == 0.0:
+        yield (
+            "adaptation.rehearsal.ratio",
+            "0.0; nothing is rehearsed, since adaptation.rehearsal.outer_ratio is 0 too; raise one of them, "
+            "or set "
+            "adaptation.rehearsal to null",
+        )
+
+
+def rehearsal_differs_by_its_head(recipe: Recipe) -> Broken:
+    rehearsed = rehearsal_facts(recipe)
+    if (
+        rehearsed is not None
+        and rehearsed.objective == "language_modelling"
+        and not isinstance(recipe.model, GPTModel)
+    ):
+        yield (
+            "adaptation.rehearsal.data.kind",
+            f"documents; are texts, which model.kind = {recipe.model.kind} does not model; take kind classes",
         )
 
 
@@ -376,26 +563,27 @@ def warmup_ends(recipe: Recipe) -> Broken:
 
 
 def sequences_fit_the_context(recipe: Recipe) -> Broken:
-    if (
-        isinstance(recipe.data, StdlibData)
-        and isinstance(recipe.model, GPTModel)
-        and recipe.data.sequence_length > recipe.model.context_length
-    ):
-        yield (
-            "data.sequence_length",
-            f"{recipe.data.sequence_length}; must be at most model.context_length = "
-            f"{recipe.model.context_length}; shorten the sequences or raise model.context_length",
-        )
-
-
-def faces_suffice(recipe: Recipe) -> Broken:
-    data = recipe.data
-    if isinstance(data, GlyphsData) and data.n_shot + data.n_query > NUM_FACES:
-        yield (
-            "data.n_query",
-            f"{data.n_query}; data.n_shot + data.n_query = {data.n_shot + data.n_query} must be "
-            f"at most {NUM_FACES}, the type faces of each glyph; lower one of them",
-        )
+    model = recipe.model
+    if not isinstance(model, GPTModel):
+        return
+    lengths = {}
+    for path, data in data_sets(recipe).items():
+        inputs = facts_of(data).inputs
+        if isinstance(inputs, TextInputs):
+            key = "sequence_length" if isinstance(data, DocumentsData) else "inputs.length"
+            lengths[f"{path}.{key}"] = inputs.length
+    rehearsed = rehearsal_facts(recipe)
+    if rehearsed is not None and isinstance(rehearsed.inputs, TextInputs):
+        is_document = rehearsed.objective == "language_modelling"
+        key = "sequence_length" if is_document else "inputs.length"
+        lengths[f"adaptation.rehearsal.data.{key}"] = rehearsed.inputs.length
+    for path, length in lengths.items():
+        if length > model.context_length:
+            yield (
+                path,
+                f"{length}; must be at most model.context_length = "
+                f"{model.context_length}; shorten the sequences or raise model.context_length",
+            )
 
 
 def early_stopping_needs_validation(recipe: Recipe) -> Broken:
@@ -441,13 +629,15 @@ def tracking_uri_has_no_secret(recipe: Recipe) -> Broken:
         )
 
 
-def data_url_has_no_secret(recipe: Recipe) -> Broken:
-    if has_credentials(recipe.data.url):
-        yield (
-            "data.url",
-            "holds a user name, password or token (not shown), and a recipe is stored with each run; "
-            "remove it, and give the credentials in the file system's own settings or environment variables",
-        )
+def data_urls_have_no_secret(recipe: Recipe) -> Broken:
+    for path, url in data_urls(recipe).items():
+        if has_credentials(url):
+            yield (
+                path,
+                "holds a user name, password or token (not shown), and a recipe is stored with each run; "
+                "remove it, and give the credentials in the file system's own settings or environment "
+                "variables",
+            )
 
 
 def shards_divide_the_ranks(recipe: Recipe) -> Broken:
@@ -506,7 +696,15 @@ def hosts_meet_at_one_of_them(recipe: Recipe) -> Broken:
 
 RULES: tuple[Callable[[Recipe], Broken], ...] = (
     heads_divide_the_width,
+    ways_and_shots_are_given,
+    variable_ways_rise,
+    kept_labels_fit,
+    windows_hold_a_task,
+    images_are_distorted,
+    parts_are_alike,
     model_reads_the_data,
+    models_fit_the_objective,
+    regression_has_no_classes,
     pretrain_needs_gpt,
     pretrain_warmup_ends,
     pretrain_splits_differ,
@@ -518,7 +716,9 @@ RULES: tuple[Callable[[Recipe], Broken], ...] = (
     proximal_needs_a_second_step,
     rates_are_learned,
     tuning_rates_differ,
-    rehearsal_needs_stdlib,
+    rehearsal_has_data,
+    rehearsal_has_an_effect,
+    rehearsal_differs_by_its_head,
     full_adaptation_has_no_backbone,
     something_is_learned,
     the_estimator_gives_what_is_learned,
@@ -537,7 +737,6 @@ RULES: tuple[Callable[[Recipe], Broken], ...] = (
     extra_keys_are_left_open,
     warmup_ends,
     sequences_fit_the_context,
-    faces_suffice,
     early_stopping_needs_validation,
     rates_exist_for_each_evaluation_step,
     pretrained_baseline_needs_pretrain,
@@ -548,7 +747,7 @@ RULES: tuple[Callable[[Recipe], Broken], ...] = (
     fewer_hosts_are_not_more,
     hosts_meet_at_one_of_them,
     tracking_uri_has_no_secret,
-    data_url_has_no_secret,
+    data_urls_have_no_secret,
 )
 
 
@@ -558,7 +757,7 @@ def broken_rules(recipe: Recipe) -> list[tuple[str, str]]:
     for rule in RULES:
         try:
             broken.extend(rule(recipe))
-        except Unreadable:
+        except (Unreadable, UnknownTaskError):
             continue
     return broken
 
@@ -569,3 +768,20 @@ def _repeated(path: str, values: tuple[str, ...]) -> Broken:
         if value in seen:
             yield path, f"'{value}' is listed twice; list it once"
         seen.add(value)
+
+
+def _kind_at(recipe: Recipe, path: str) -> str:
+    if path == "data":
+        return recipe.data.kind
+    rehearsal = recipe.adaptation.rehearsal
+    return "documents" if rehearsal is None or rehearsal.data is None else rehearsal.data.kind
+
+
+def _described(inputs: ImageInputs | ArrayInputs | TextInputs) -> str:
+    match inputs:
+        case ImageInputs(size=size, channels=channels):
+            return f"{size} x {size} images of {channels} channel{'s' if channels > 1 else ''}"
+        case ArrayInputs(shape=shape):
+            return f"arrays of shape {list(shape)}"
+        case TextInputs(length=length):
+            return f"texts of {length} tokens"

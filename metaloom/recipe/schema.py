@@ -5,33 +5,20 @@ the class. A class states the type and range of each value; what relates several
 each other is in `rules.py`, so that every broken rule can be reported at once.
 """
 
-import json
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, WithJsonSchema
+from pydantic import AfterValidator, Field, JsonValue, WithJsonSchema
 
-type_checked = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-FloatOrZero = Annotated[float, Field(ge=0)]
-BelowOne = Annotated[float, Field(ge=0, lt=1)]
-Text = Annotated[str, Field(min_length=1)]
-
-
-class Keys(dict[str, JsonValue]):
-    """Keys and values of another program's configuration, hashable as the rest of a recipe."""
-
-    def __hash__(self) -> int:  # type: ignore[override]
-        return hash(json.dumps(self, sort_keys=True))
-
-
-class Section(BaseModel):
-    """A part of a recipe: immutable, without unknown keys, without silent conversions."""
-
-    model_config = type_checked
-
+from metaloom.recipe.base import BelowOne, Count, CountOrZero, FloatOrZero, Keys, PositiveFloat, Section, Text
+from metaloom.recipe.data import (
+    ClassesData,
+    DocumentsData,
+    EpisodesData,
+    GroupsData,
+    Loading,
+    MixtureData,
+    RehearsalData,
+)
 
 # ---------------------------------------------------------------- model
 
@@ -43,9 +30,9 @@ WEIGHTS = (
 
 
 class Conv4Model(Section):
-    """The convolutional network of the few-shot literature, for 28x28x1 images; n_way outputs."""
+    """The convolutional network of the few-shot literature; as many outputs as a task has classes."""
 
-    kind: Literal["conv4"] = Field(default="conv4", description="convolutional network for 28x28x1 images")
+    kind: Literal["conv4"] = Field(default="conv4", description="convolutional network for images")
     width: Count = Field(default=32, description="channels of each block")
     num_blocks: int = Field(
         default=4,
@@ -59,16 +46,27 @@ class Conv4Model(Section):
     weights: str | None = Field(default=None, description=WEIGHTS)
 
 
-class GPTModel(Section):
-    """A decoder-only transformer over bytes: a vocabulary of 256."""
+class MLPModel(Section):
+    """A fully connected network, for arrays of numbers."""
 
-    kind: Literal["gpt"] = Field(
-        default="gpt", description="decoder-only transformer over bytes (256 symbols)"
+    kind: Literal["mlp"] = Field(default="mlp", description="fully connected network for arrays of numbers")
+    width: Count = Field(default=40, description="units of each hidden layer")
+    num_layers: Count = Field(default=2, description="hidden layers")
+    activation: Literal["relu", "tanh"] = Field(default="relu", description="after each hidden layer")
+    weights: str | None = Field(default=None, description=WEIGHTS)
+
+
+class GPTModel(Section):
+    """A decoder-only transformer over bytes or tokens; for classification with a head on the last token."""
+
+    kind: Literal["gpt"] = Field(default="gpt", description="decoder-only transformer over bytes or tokens")
+    vocabulary: int = Field(
+        default=256, ge=2, description="tokens that texts are made of; 256 where they are read as bytes"
     )
     num_layers: Count = Field(default=4, description="transformer blocks")
     width: Count = Field(default=128, description="width of the residual stream; a multiple of num_heads")
     num_heads: Count = Field(default=4, description="attention heads per block")
-    context_length: Count = Field(default=128, description="most positions in one sequence, in bytes")
+    context_length: Count = Field(default=128, description="most positions in one sequence, in tokens")
     tied_embeddings: bool = Field(
         default=True, description="whether the output head shares the embedding's weight"
     )
@@ -230,13 +228,25 @@ InnerRule = SGDRule | AdamRule | AdamWRule | RMSPropRule
 class Rehearsal(Section):
     """Data of the pre-training kind mixed into adaptation, so that the model forgets less."""
 
-    ratio: float = Field(
+    ratio: BelowOne = Field(
         default=0.1,
-        gt=0,
-        lt=1,
         description="weight of the rehearsal loss in each inner step; the support loss has the rest",
     )
-    num_sequences: Count = Field(default=1, description="stretches of rehearsal data per inner step and task")
+    num_samples: Count = Field(default=1, description="samples of rehearsal data per inner step and task")
+    outer_ratio: BelowOne = Field(
+        default=0.0,
+        description="weight of the rehearsal loss, at the adapted weights, in the meta-loss; the query loss "
+        "has the rest",
+    )
+    outer_samples: Count = Field(
+        default=4,
+        description="samples of rehearsal data per task for the meta-loss, where outer_ratio is above 0",
+    )
+    data: RehearsalData | None = Field(
+        default=None,
+        description="where the rehearsal data come from, and what they are; null for the split rehearsal of "
+        "the tasks' own data (documents)",
+    )
 
 
 class SupportLoss(Section):
@@ -501,47 +511,6 @@ class Outer(Section):
     )
 
 
-# ---------------------------------------------------------------- data
-
-
-class Affine(Section):
-    """Random affine change of each image; every range is symmetric about no change."""
-
-    rotate_deg: float = Field(default=0.0, ge=0, le=180, description="largest rotation, in degrees")
-    shear_deg: float = Field(default=0.0, ge=0, le=45, description="largest shear, in degrees")
-    scale: BelowOne = Field(
-        default=0.0, description="largest relative change of size (0.1: 0.9 to 1.1 times)"
-    )
-    shift_px: float = Field(default=0.0, ge=0, le=14, description="largest shift along each side, in pixels")
-
-
-class GlyphsData(Section):
-    """Few-shot classification of glyphs, each drawn in several type faces."""
-
-    kind: Literal["glyphs"] = Field(default="glyphs", description="images of glyphs in 12 type faces")
-    url: Text = Field(description="folder or fsspec URL of the shards")
-    n_way: int = Field(default=5, ge=2, description="classes (glyphs) per task")
-    n_shot: Count = Field(default=1, description="support examples per class")
-    n_query: Count = Field(
-        default=5, description="query examples per class; with n_shot at most 12, the faces of a glyph"
-    )
-    affine: Affine | None = Field(
-        default=None, description="random affine change of each image; null for none"
-    )
-
-
-class StdlibData(Section):
-    """Next-byte prediction on the source of one module of Python's standard library per task."""
-
-    kind: Literal["stdlib"] = Field(default="stdlib", description="source text of Python's standard library")
-    url: Text = Field(description="folder or fsspec URL of the shards")
-    num_support: Count = Field(default=8, description="support sequences per task")
-    num_query: Count = Field(default=8, description="query sequences per task")
-    sequence_length: int = Field(
-        default=128, ge=2, description="bytes per sequence; at most model.context_length"
-    )
-
-
 # ---------------------------------------------------------------- machine
 
 
@@ -800,8 +769,11 @@ class Recipe(Section):
     seed: int = Field(
         default=0, ge=0, le=2**32 - 1, description="every random draw of the run follows from it"
     )
-    model: Conv4Model | GPTModel = Field(discriminator="kind", description="the network")
-    data: GlyphsData | StdlibData = Field(discriminator="kind", description="where the tasks come from")
+    model: Conv4Model | MLPModel | GPTModel = Field(discriminator="kind", description="the network")
+    data: ClassesData | GroupsData | DocumentsData | EpisodesData | MixtureData = Field(
+        discriminator="kind", description="where the tasks come from"
+    )
+    loading: Loading = Field(default=Loading(), description="how data are read")
     pretrain: Pretrain | None = Field(
         default=None,
         description="ordinary training of the backbone before meta-training (gpt only); null for none",

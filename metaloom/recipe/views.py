@@ -77,6 +77,7 @@ class Difference:
 HARMLESS: tuple[str, ...] = (
     "name",
     "data.url",
+    "loading",
     "memory",
     "outer.micro_batch",
     "sharding",

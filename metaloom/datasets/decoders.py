@@ -1,0 +1,290 @@
+"""From a sample's bytes to arrays. No decoder executes anything, and none allocates more than it was allowed.
+
+Shape letters: N examples, C channels, H and W pixels, L tokens, P numbers of a target.
+"""
+
+from __future__ import annotations
+
+import abc
+import io
+import math
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from metaloom.datasets.members import Members
+
+PAD = -1  # in place of a token behind the end of a text
+MAX_PIXELS = 1 << 26  # of an image, before it is resized: 64 million
+IMAGES = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}
+
+# What decoders raise on bytes that are not what they should be.
+DECODING_ERRORS = (
+    ValueError,
+    OSError,
+    SyntaxError,
+    EOFError,
+    IndexError,
+    KeyError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+
+
+class Inputs(abc.ABC):
+    """What a model is shown of one sample, and how samples lie side by side."""
+
+    @property
+    @abc.abstractmethod
+    def extensions(self) -> tuple[str, ...]:
+        """The members that it may come from."""
+
+    @abc.abstractmethod
+    def decode(self, members: Members) -> NDArray[Any]:
+        """The sample's array, in few bytes.
+
+        Raises:
+            one of DECODING_ERRORS: the member is missing or is not what its extension says.
+        """
+
+    @abc.abstractmethod
+    def batch(self, samples: Sequence[NDArray[Any]]) -> NDArray[Any]:
+        """`[N, ...]`, as the model takes it."""
+
+    def _member(self, members: Members) -> tuple[str, bytes | memoryview]:
+        for extension in self.extensions:
+            if extension in members:
+                return extension, members[extension]
+        raise ValueError(f"it has {', '.join(members)}, and none of {', '.join(self.extensions)}")
+
+
+@dataclass(frozen=True)
+class ImageInputs(Inputs):
+    """Images, resized to a square: float32 `[N, C, H, W]`, 0 to 1.
+
+    Args:
+        size: H and W, in pixels. An image of that size is taken as it is; others are resampled bilinearly,
+            both sides to `size`.
+        channels: 1 for grey, 3 for colour.
+    """
+
+    size: int = 28
+    channels: int = 1
+
+    @property
+    def extensions(self) -> tuple[str, ...]:
+        return tuple(IMAGES)
+
+    def decode(self, members: Members) -> NDArray[np.uint8]:
+        extension, payload = self._member(members)
+        with Image.open(io.BytesIO(payload), formats=[IMAGES[extension]]) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(
+                    f"the image has {image.width} x {image.height} pixels, more than {MAX_PIXELS} in all"
+                )
+            mode = "L" if self.channels == 1 else "RGB"
+            # A JPEG is decoded at a fraction of its size where that is still large enough.
+            image.draft(mode, (self.size, self.size))
+            picture = image.convert(mode)
+        if picture.size != (self.size, self.size):
+            picture = picture.resize((self.size, self.size), Image.Resampling.BILINEAR, reducing_gap=3.0)
+        pixels = np.asarray(picture, np.uint8)
+        return pixels[None] if self.channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+    def batch(self, samples: Sequence[NDArray[Any]]) -> NDArray[np.float32]:
+        return np.stack(samples).astype(np.float32) / np.float32(255)
+
+
+@dataclass(frozen=True)
+class ArrayInputs(Inputs):
+    """Arrays of numbers: float32 `[N, *shape]`."""
+
+    shape: tuple[int, ...]
+
+    @property
+    def extensions(self) -> tuple[str, ...]:
+        return ("npy",)
+
+    def decode(self, members: Members) -> NDArray[np.float32]:
+        _, payload = self._member(members)
+        values = read_npy(payload)
+        if values.shape != self.shape:
+            raise ValueError(f"its shape is {list(values.shape)}, and {list(self.shape)} is expected")
+        return finite(values)
+
+    def batch(self, samples: Sequence[NDArray[Any]]) -> NDArray[np.float32]:
+        stacked: NDArray[np.float32] = np.stack(samples)
+        return stacked
+
+
+@dataclass(frozen=True)
+class TextInputs(Inputs):
+    """Texts as tokens: int64 `[N, L]`, cut to L tokens, filled up with PAD.
+
+    Args:
+        length: L.
+        vocabulary: tokens are below it; texts that are no token sequences are their bytes in UTF-8.
+    """
+
+    length: int
+    vocabulary: int = 256
+
+    @property
+    def extensions(self) -> tuple[str, ...]:
+        return ("tokens.npy", "txt")
+
+    def decode(self, members: Members) -> NDArray[np.int32]:
+        tokens = read_tokens(*self._member(members), vocabulary=self.vocabulary)[: self.length]
+        if not len(tokens):
+            raise ValueError("it is empty")
+        return tokens
+
+    def batch(self, samples: Sequence[NDArray[Any]]) -> NDArray[np.int64]:
+        rows = np.full((len(samples), self.length), PAD, np.int64)
+        for row, tokens in zip(rows, samples, strict=True):
+            row[: len(tokens)] = tokens
+        return rows
+
+
+def read_tokens(extension: str, payload: bytes | memoryview, *, vocabulary: int) -> NDArray[np.int32]:
+    """The tokens of a text: its bytes, or the numbers that it was made into; int32 `[L]`.
+
+    Raises:
+        ValueError: they are none, or are outside of the vocabulary.
+    """
+    if extension == "txt":
+        tokens: NDArray[Any] = np.frombuffer(payload, np.uint8)
+    else:
+        tokens = read_npy(payload)
+        if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+            raise ValueError(f"tokens are integers in one row, not {tokens.dtype} {list(tokens.shape)}")
+    if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
+        raise ValueError(
+            f"tokens go from {tokens.min()} to {tokens.max()}, and the vocabulary has {vocabulary}, from 0"
+        )
+    return tokens.astype(np.int32)
+
+
+def read_npy(payload: bytes | memoryview) -> NDArray[Any]:
+    """The numbers of a .npy file, a view of its bytes: never a pickle, never more than the bytes that are
+    there.
+
+    Raises:
+        ValueError: it is none, is cut short, or holds anything but booleans, integers and floats.
+    """
+    stream = io.BytesIO(payload)
+    version = np.lib.format.read_magic(stream)
+    if version == (1, 0):
+        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    elif version == (2, 0):
+        shape, is_fortran, dtype = np.lib.format.read_array_header_2_0(stream)
+    else:
+        raise ValueError(f"its format version is {version}, and 1.0 or 2.0 is expected")
+    if dtype.kind not in "biuf" or dtype.hasobject:
+        raise ValueError(f"it holds {dtype}, and numbers are expected")
+    start, count = stream.tell(), math.prod(shape)
+    if start + count * dtype.itemsize != len(payload):
+        raise ValueError(
+            f"its header says {list(shape)} of {dtype}, {count * dtype.itemsize} bytes, and "
+            f"{len(payload) - start} follow"
+        )
+    flat = np.frombuffer(payload, dtype, count, start)
+    return flat.reshape(shape, order="F" if is_fortran else "C")
+
+
+def finite(values: NDArray[Any]) -> NDArray[np.float32]:
+    """The values as float32.
+
+    Raises:
+        ValueError: some are not finite, or are too large for float32.
+    """
+    with np.errstate(over="ignore"):
+        narrow = np.ascontiguousarray(values, np.float32)
+    if not np.isfinite(narrow).all():
+        raise ValueError("it holds numbers that are not finite in float32")
+    return narrow
+
+
+def read_class(payload: bytes | memoryview) -> int:
+    """The class number of a `cls` member.
+
+    Raises:
+        ValueError: it is none.
+    """
+    text = bytes(payload[:32]).decode("ascii", "replace").strip()
+    if not text.isdecimal():
+        raise ValueError(f"{text!r} is no class number")
+    return int(text)
+
+
+class Targets(abc.ABC):
+    """What a model shall say of one sample, where the data state it."""
+
+    @abc.abstractmethod
+    def decode(self, members: Members) -> NDArray[Any]:
+        """The sample's target.
+
+        Raises:
+            one of DECODING_ERRORS: the member is missing or is not what its extension says.
+        """
+
+    @abc.abstractmethod
+    def check(self, values: NDArray[Any]) -> NDArray[Any]:
+        """The targets of several samples, `[N]` or `[N, P]`, as a model is judged by them.
+
+        Raises:
+            ValueError: they are none.
+        """
+
+
+@dataclass(frozen=True)
+class ClassTargets(Targets):
+    """Class numbers, the same in all tasks: int64 `[N]`, below `num_classes`. From `cls`."""
+
+    num_classes: int
+
+    def decode(self, members: Members) -> NDArray[np.int64]:
+        if "cls" not in members:
+            raise ValueError(f"it has {', '.join(members)}, and no cls")
+        return self.check(np.array(read_class(members["cls"])))
+
+    def check(self, values: NDArray[Any]) -> NDArray[np.int64]:
+        if values.dtype.kind not in "iu":
+            raise ValueError(f"class numbers are integers, not {values.dtype}")
+        if values.size and not 0 <= int(values.min()) <= int(values.max()) < self.num_classes:
+            raise ValueError(
+                f"class numbers go from {values.min()} to {values.max()}, and there are {self.num_classes} "
+                "classes"
+            )
+        return values.astype(np.int64)
+
+
+@dataclass(frozen=True)
+class NumberTargets(Targets):
+    """Numbers to come close to: float32 `[N, P]`. From `target.npy`."""
+
+    num_targets: int
+
+    def decode(self, members: Members) -> NDArray[np.float32]:
+        if "target.npy" not in members:
+            raise ValueError(f"it has {', '.join(members)}, and no target.npy")
+        (target,) = self.check(read_npy(members["target.npy"]).reshape(1, -1))
+        return np.asarray(target)
+
+    def check(self, values: NDArray[Any]) -> NDArray[np.float32]:
+        if values.ndim == 1 and self.num_targets == 1:
+            values = values[:, None]
+        if values.ndim != 2 or values.shape[1] != self.num_targets:
+            raise ValueError(
+                f"targets have the shape {list(values.shape)}, and [N, {self.num_targets}] is expected"
+            )
+        return finite(values)

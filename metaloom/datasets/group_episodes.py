@@ -1,0 +1,176 @@
+"""A task is a group of samples: a user, a domain, a corruption. Targets mean the same in all tasks.
+
+Shape letters: S support examples, Q query examples, N examples, P numbers of a target.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from metaloom.datasets.broken import BrokenSample, SampleError
+from metaloom.datasets.decoders import ClassTargets, Inputs, Targets
+from metaloom.datasets.draws import generator
+from metaloom.datasets.episodes import (
+    Arrays,
+    Batch,
+    Episode,
+    EpisodeSource,
+    Samples,
+    require_counts,
+    require_layout,
+)
+from metaloom.datasets.grouped import Grouped
+from metaloom.datasets.index import Index
+from metaloom.datasets.members import Members
+from metaloom.datasets.order import EpochOrder
+from metaloom.datasets.picking import Want, pick
+from metaloom.datasets.reader import Decoded, SampleReader
+from metaloom.errors import StreamError
+
+
+class GroupEpisodes(EpisodeSource):
+    """An episode is a group: S and Q of its samples, drawn anew each time, none in both.
+
+    `inputs` is `[S, ...]` as `inputs` gives it, `targets` int64 `[S]` or float32 `[S, P]`. Within an epoch of
+    `num_tasks` episodes each group comes once. Groups with fewer than S + Q samples are no tasks. A broken
+    sample gives its place to another of its group, and a group that has too few whole ones to another.
+
+    Raises:
+        StreamError: no group is large enough, or the samples have no groups.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        split: str,
+        *,
+        inputs: Inputs,
+        targets: Targets,
+        num_support: int,
+        num_query: int,
+        seed: int,
+    ) -> None:
+        require_counts({"num_support": num_support, "num_query": num_query})
+        self._groups = _groups(index, split)
+        self._inputs = inputs
+        self._reader = SampleReader(index, split, InputsAndTarget(inputs, targets))
+        self._num_support, self._num_query = num_support, num_query
+        self._split, self._seed = split, seed
+        needed = num_support + num_query
+        sizes = self._groups.sizes
+        self._tasks = np.flatnonzero(sizes >= needed)
+        if not len(self._tasks):
+            raise StreamError(
+                f"data.num_support + data.num_query is {num_support} + {num_query} = {needed}, but the "
+                "largest group of "
+                f"split {split!r} of {index.dataset} at {index.url} has {int(sizes.max(initial=0))} samples; "
+                "lower "
+                "one of the two."
+            )
+        self._order = EpochOrder(
+            self._groups.num_bytes[self._tasks], purpose="group epoch", seed=seed, split=split
+        )
+
+    @property
+    def num_tasks(self) -> int:
+        """Groups that are large enough: the episodes of an epoch."""
+        return len(self._tasks)
+
+    def episode(self, number: int) -> Episode:
+        rng = generator("group episode", self._seed, self._split, number)
+        broken: list[BrokenSample] = []
+        group = int(self._tasks[self._order.item(number)])
+        others = deque(rng.permutation(self._tasks).tolist()) if self.num_tasks < 1 << 12 else None
+        needed = self._num_support + self._num_query
+        while True:
+            order = self._groups.shuffled(rng, group, needed)
+            picked = pick(self._reader, [Want(order[:needed], deque(order[needed:]))])
+            broken += picked.broken
+            (samples,) = picked.samples
+            if samples is not None:
+                break
+            if others is not None and not others:
+                raise SampleError(broken[-1], "No group has enough whole samples: mend the data.")
+            group = others.popleft() if others is not None else int(rng.choice(self._tasks))
+        name = self._groups.names[group]
+        return Episode(
+            number=number,
+            task=name,
+            support=self._batch(samples[: self._num_support]),
+            query=self._batch(samples[self._num_support :]),
+            group=name,
+            broken=tuple(dict.fromkeys(broken)),
+        )
+
+    def _batch(self, samples: list[Decoded]) -> Arrays:
+        return {
+            "inputs": self._inputs.batch([sample["inputs"] for sample in samples]),
+            "targets": np.stack([sample["target"] for sample in samples]),
+        }
+
+
+class GroupSamples(Samples):
+    """Samples of all groups, each equally likely, with replacement: `inputs` `[N, ...]`, `targets` as of
+    episodes.
+
+    Raises:
+        StreamError: the samples have no groups.
+    """
+
+    def __init__(self, index: Index, split: str, *, inputs: Inputs, targets: Targets, seed: int) -> None:
+        _groups(index, split)
+        self._inputs = inputs
+        self._reader = SampleReader(index, split, InputsAndTarget(inputs, targets))
+        self._split, self._seed = split, seed
+        self._num_classes = targets.num_classes if isinstance(targets, ClassTargets) else None
+
+    @property
+    def num_classes(self) -> int | None:
+        return self._num_classes
+
+    def batch(self, number: int, size: int) -> Batch:
+        return self.draw(generator("group samples", self._seed, self._split, number), size)
+
+    def draw(self, rng: np.random.Generator, size: int) -> Batch:
+        num_samples = self._reader.table.num_samples
+        numbers = rng.integers(num_samples, size=size).tolist()
+        spare = deque(rng.integers(num_samples, size=max(size, 256)).tolist())
+        picked = pick(self._reader, [Want(numbers, spare)])
+        (samples,) = picked.samples
+        if samples is None:
+            raise SampleError(
+                picked.broken[-1], f"So were {len(picked.broken) - 1} others of one batch: mend the data."
+            )
+        arrays = {
+            "inputs": self._inputs.batch([sample["inputs"] for sample in samples]),
+            "targets": np.stack([sample["target"] for sample in samples]),
+        }
+        return Batch(arrays, picked.broken)
+
+
+@dataclass(frozen=True)
+class InputsAndTarget:
+    """What is read of a sample that states its own target."""
+
+    inputs: Inputs
+    targets: Targets
+
+    def __call__(self, members: Members) -> dict[str, NDArray[Any]]:
+        return {"inputs": self.inputs.decode(members), "target": self.targets.decode(members)}
+
+
+def _groups(index: Index, split: str) -> Grouped:
+    require_layout(index, "groups", "classes")
+    table = index.split(split)
+    if "group" not in table.attributes:
+        raise StreamError(
+            f"samples of split {split!r} of {index.dataset} at {index.url} have no groups; pack the data "
+            "with a column "
+            "that says which group (user, domain) a sample belongs to: metaloom data pack --group COLUMN."
+        )
+    return Grouped(table, table.attributes["group"], table.groups)

@@ -1,0 +1,180 @@
+"""Samples by number: read by byte range, checked, decoded, and kept in memory as long as there is room."""
+
+from __future__ import annotations
+
+import threading
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from numpy.typing import NDArray
+
+from metaloom.datasets.broken import BrokenSample
+from metaloom.datasets.decoders import DECODING_ERRORS, read_class
+from metaloom.datasets.index import Index
+from metaloom.datasets.members import Members, cut_members
+from metaloom.datasets.storage import Extent, MissingFile, TruncatedFile
+
+Decoded = Mapping[str, NDArray[Any]]
+
+MEMORY_BYTES = 256 << 20
+SAMPLE_LIMIT_BYTES = 256 << 20
+
+
+class SampleReader:
+    """The samples of one split, decoded one way.
+
+    What was decoded is kept, least recently used out first. A reader may be used by several threads; pickled,
+    it starts empty.
+
+    Args:
+        decode: from members to arrays by name; may raise DECODING_ERRORS.
+        memory_bytes: the most that decoded samples may take; 0 keeps none.
+        sample_limit_bytes: a larger sample is broken: it is not even fetched.
+
+    Raises:
+        StreamError: there is no such split.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        split: str,
+        decode: Callable[[Members], Decoded],
+        *,
+        memory_bytes: int = MEMORY_BYTES,
+        sample_limit_bytes: int = SAMPLE_LIMIT_BYTES,
+    ) -> None:
+        self.index, self.table = index, index.split(split)
+        self._decode = decode
+        self._memory_bytes, self._sample_limit_bytes = memory_bytes, sample_limit_bytes
+        self._classes = self.table.attributes.get("class")
+        self._kept: OrderedDict[int, Decoded] = OrderedDict()
+        self._kept_bytes = 0
+        self._broken: dict[int, BrokenSample] = {}
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Callable[..., SampleReader], tuple[Any, ...]]:
+        return _reader, (
+            self.index,
+            self.table.name,
+            self._decode,
+            self._memory_bytes,
+            self._sample_limit_bytes,
+        )
+
+    @property
+    def kept_bytes(self) -> int:
+        """What the decoded samples take now."""
+        return self._kept_bytes
+
+    def read(self, numbers: Sequence[int]) -> list[Decoded | BrokenSample]:
+        """Each sample's arrays, read-only; or what is wrong with it, for good.
+
+        Raises:
+            StreamError: storage failed, although it was asked again and again.
+        """
+        found: dict[int, Decoded | BrokenSample] = {}
+        with self._lock:
+            for number in numbers:
+                if number in self._kept:
+                    self._kept.move_to_end(number)
+                    found[number] = self._kept[number]
+                elif number in self._broken:
+                    found[number] = self._broken[number]
+        missing = [number for number in dict.fromkeys(numbers) if number not in found]
+        for number, payload in zip(missing, self._fetch(missing), strict=True):
+            arrays = self._decoded(number, payload) if isinstance(payload, bytes) else payload
+            found[number] = arrays
+            self._keep(number, arrays)
+        return [found[number] for number in numbers]
+
+    def is_broken(self, number: int, reason: str) -> BrokenSample:
+        """A sample with what is wrong with it."""
+        shard = self.index.shards[int(self.table.shard[number])].name
+        return BrokenSample(self.index.url, shard, self.table.key(number), reason)
+
+    def _fetch(self, numbers: Sequence[int]) -> list[bytes | BrokenSample]:
+        """The tar entries of each sample, as they were written."""
+        results: dict[int, bytes | BrokenSample] = {}
+        for number in numbers:
+            length = int(self.table.length[number])
+            if length > self._sample_limit_bytes:
+                results[number] = self.is_broken(
+                    number, f"has {length} bytes, over the limit of {self._sample_limit_bytes}"
+                )
+        wanted = [number for number in numbers if number not in results]
+        try:
+            payloads: Sequence[bytes | None] = self.index.storage.read_extents(
+                [self._extent(number) for number in wanted]
+            )
+        except (MissingFile, TruncatedFile):
+            payloads = [None] * len(wanted)  # one by one, to see which it is
+        for number, payload in zip(wanted, payloads, strict=True):
+            results[number] = self._checked(number, payload)
+        return [results[number] for number in numbers]
+
+    def _checked(self, number: int, payload: bytes | None) -> bytes | BrokenSample:
+        extent, expected = self._extent(number), int(self.table.crc32[number])
+        if payload is None or zlib.crc32(payload) != expected:
+            # A block of the cache may be torn, and a network may have changed a bit: once more, from storage.
+            self.index.storage.forget(extent)
+            try:
+                (payload,) = self.index.storage.read_extents([extent])
+            except MissingFile:
+                return self.is_broken(number, "is lost: the shard is missing")
+            except TruncatedFile as error:
+                return self.is_broken(number, f"is cut off: {error}")
+            if zlib.crc32(payload) != expected:
+                self.index.storage.forget(extent)
+                return self.is_broken(
+                    number,
+                    f"is damaged: bytes {extent.start} to {extent.start + extent.length} have crc32 "
+                    f"{zlib.crc32(payload):08x} instead of {expected:08x}",
+                )
+        return payload
+
+    def _decoded(self, number: int, payload: bytes) -> Decoded | BrokenSample:
+        try:
+            members = cut_members(payload)
+            if self._classes is not None and "cls" in members:
+                stated, listed = read_class(members["cls"]), int(self._classes[number])
+                if stated != listed:
+                    raise ValueError(f"its cls says class {stated}, the index {listed}")
+            arrays = self._decode(members)
+        except DECODING_ERRORS as error:
+            return self.is_broken(number, f"cannot be decoded: {error}")
+        for array in arrays.values():
+            array.flags.writeable = False
+        return arrays
+
+    def _keep(self, number: int, arrays: Decoded | BrokenSample) -> None:
+        with self._lock:
+            if isinstance(arrays, BrokenSample):
+                self._broken[number] = arrays
+                return
+            size = _num_bytes(arrays)
+            if number in self._kept or size > self._memory_bytes:
+                return
+            self._kept[number] = arrays
+            self._kept_bytes += size
+            while self._kept_bytes > self._memory_bytes:
+                self._kept_bytes -= _num_bytes(self._kept.popitem(last=False)[1])
+
+    def _extent(self, number: int) -> Extent:
+        shard = self.index.shards[int(self.table.shard[number])]
+        return Extent(
+            shard.name, int(self.table.offset[number]), int(self.table.length[number]), shard.num_bytes
+        )
+
+
+def _reader(*arguments: Any) -> SampleReader:
+    index, split, decode, memory_bytes, sample_limit_bytes = arguments
+    return SampleReader(
+        index, split, decode, memory_bytes=memory_bytes, sample_limit_bytes=sample_limit_bytes
+    )
+
+
+def _num_bytes(arrays: Decoded) -> int:
+    return sum(array.nbytes for array in arrays.values())

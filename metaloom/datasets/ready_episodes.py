@@ -1,0 +1,270 @@
+"""Episodes that were made before: support, query and metadata lie together in one sample.
+
+Shape letters: S support examples, N examples, L tokens, P numbers of a target.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from metaloom.datasets.broken import BrokenSample, SampleError
+from metaloom.datasets.decoders import (
+    PAD,
+    ArrayInputs,
+    ImageInputs,
+    Inputs,
+    Targets,
+    TextInputs,
+    finite,
+    read_npy,
+)
+from metaloom.datasets.draws import generator
+from metaloom.datasets.episodes import (
+    Arrays,
+    Batch,
+    Episode,
+    EpisodeSource,
+    Samples,
+    require_counts,
+    require_layout,
+)
+from metaloom.datasets.index import Index
+from metaloom.datasets.members import Members
+from metaloom.datasets.order import EpochOrder
+from metaloom.datasets.reader import SampleReader
+from metaloom.errors import StreamError
+
+IGNORE = -100  # in place of a target that does not count
+PARTS = ("support", "query")
+_MAX_ATTEMPTS = 100  # whole episodes that are looked for in place of broken ones
+_NUMBERED = re.compile(r"(support|query)\.([0-9]+)\.(.+)")
+
+
+class ReadyEpisodes(EpisodeSource):
+    """Each sample of a split is an episode; within an epoch each comes once, in an order of the epoch's own.
+
+    A part (`support`, `query`) is either one array `<part>.inputs.npy`, or members `<part>.<i>.<extension>`,
+    one for each example (`support.0.jpg`). Targets are `<part>.targets.npy`; a language model's, where there
+    are none, are the next tokens. `json` may state `task`, `group` and `num_ways` (the classes of this task,
+    where tasks differ).
+
+    A broken episode gives its place to one drawn at random.
+
+    Args:
+        inputs: what an example is read as.
+        targets: what the targets are; None for language modelling.
+        num_support: support examples of an episode; the most, where `is_ragged`.
+        num_query: query examples likewise.
+        is_ragged: whether episodes may have fewer; else such a one is broken.
+
+    Raises:
+        StreamError: the split is empty, or the index is of another layout.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        split: str,
+        *,
+        inputs: Inputs,
+        targets: Targets | None,
+        num_support: int,
+        num_query: int,
+        seed: int,
+        is_ragged: bool = False,
+    ) -> None:
+        require_layout(index, "episodes")
+        require_counts({"num_support": num_support, "num_query": num_query})
+        decode = ReadyParts(inputs, targets, num_support, num_query, is_ragged)
+        self._reader = SampleReader(index, split, decode, memory_bytes=0)
+        table = self._reader.table
+        if not table.num_samples:
+            raise StreamError(f"split {split!r} of {index.dataset} at {index.url} has no episodes.")
+        self._split, self._seed = split, seed
+        self._order = EpochOrder(np.asarray(table.length), purpose="ready epoch", seed=seed, split=split)
+
+    @property
+    def num_tasks(self) -> int:
+        """Episodes of an epoch."""
+        return self._reader.table.num_samples
+
+    def episode(self, number: int) -> Episode:
+        broken: list[BrokenSample] = []
+        sample = self._order.item(number)
+        (found,) = self._reader.read([sample])
+        rng = generator("ready replacement", self._seed, self._split, number)
+        while isinstance(found, BrokenSample):
+            broken.append(found)
+            if len(broken) == _MAX_ATTEMPTS:
+                raise SampleError(
+                    found, f"So were {_MAX_ATTEMPTS - 1} that were tried before it: mend the data."
+                )
+            sample = int(rng.integers(self.num_tasks))
+            (found,) = self._reader.read([sample])
+        facts = json.loads(found["facts"].tobytes())
+        return Episode(
+            number=number,
+            task=str(facts.get("task", self._reader.table.key(sample))),
+            support=_part(found, "support"),
+            query=_part(found, "query"),
+            num_ways=facts.get("num_ways"),
+            group=self._group(sample, facts),
+            broken=tuple(dict.fromkeys(broken)),
+        )
+
+    def _group(self, sample: int, facts: dict[str, Any]) -> str | None:
+        groups = self._reader.table.attributes.get("group")
+        if groups is not None:
+            return self._reader.table.groups[int(groups[sample])]
+        return None if facts.get("group") is None else str(facts["group"])
+
+
+class ReadySamples(Samples):
+    """Examples of episodes that are drawn evenly, all examples of each: `inputs` and `targets` `[N, ...]`.
+
+    Args:
+        source: of the episodes.
+        num_classes: of the targets; None where they are no classes.
+    """
+
+    def __init__(
+        self, source: ReadyEpisodes, *, split: str, seed: int, num_classes: int | None = None
+    ) -> None:
+        self._source, self._split, self._seed = source, split, seed
+        self._num_classes = num_classes
+
+    @property
+    def num_classes(self) -> int | None:
+        return self._num_classes
+
+    def batch(self, number: int, size: int) -> Batch:
+        return self.draw(generator("ready samples", self._seed, self._split, number), size)
+
+    def draw(self, rng: np.random.Generator, size: int) -> Batch:
+        parts: list[Arrays] = []
+        broken: dict[BrokenSample, None] = {}
+        while sum(len(part["targets"]) for part in parts) < size:
+            episode = self._source.episode(int(rng.integers(self._source.num_tasks)))
+            parts += [episode.support, episode.query]
+            broken |= dict.fromkeys(episode.broken)
+        arrays = {
+            name: np.concatenate([part[name] for part in parts])[:size] for name in ("inputs", "targets")
+        }
+        return Batch(arrays, tuple(broken))
+
+
+@dataclass(frozen=True)
+class ReadyParts:
+    """What is read of a ready episode: `<part>/inputs`, `<part>/targets`, and `facts`, JSON as bytes."""
+
+    inputs: Inputs
+    targets: Targets | None
+    num_support: int
+    num_query: int
+    is_ragged: bool = False
+
+    def __call__(self, members: Members) -> dict[str, NDArray[Any]]:
+        arrays: dict[str, NDArray[Any]] = {}
+        for part in PARTS:
+            expected = self.num_support if part == "support" else self.num_query
+            try:
+                inputs = self._inputs(members, part)
+                if len(inputs) > expected or (len(inputs) < expected and not self.is_ragged):
+                    most = "at most " if self.is_ragged else ""
+                    raise ValueError(f"it has {len(inputs)} examples, and {most}{expected} are expected")
+                arrays |= {
+                    f"{part}/{name}": value for name, value in self._both(members, part, inputs).items()
+                }
+            except ValueError as error:
+                raise ValueError(f"{part}: {error}") from error
+        facts = bytes(members.get("json", b"{}"))
+        if not isinstance(json.loads(facts), dict):
+            raise ValueError("its json is no object")
+        ways = json.loads(facts).get("num_ways")
+        if ways is not None and (not isinstance(ways, int) or ways < 2):
+            raise ValueError(f"its json says num_ways {ways!r}, and a whole number of at least 2 is expected")
+        return arrays | {"facts": np.frombuffer(facts, np.uint8).copy()}
+
+    def _both(self, members: Members, part: str, inputs: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        name = f"{part}.targets.npy"
+        if name in members:
+            values = read_npy(members[name])
+            targets = values.astype(np.int64) if self.targets is None else self.targets.check(values)
+        elif self.targets is None:
+            return _next_tokens(inputs)
+        else:
+            raise ValueError(f"it has no {name}")
+        if len(targets) != len(inputs) or (self.targets is None and targets.shape != inputs.shape):
+            raise ValueError(f"targets are {list(targets.shape)}, inputs {list(inputs.shape)}")
+        return {"inputs": inputs, "targets": targets}
+
+    def _inputs(self, members: Members, part: str) -> NDArray[Any]:
+        if f"{part}.inputs.npy" in members:
+            return _as_batch(self.inputs, read_npy(members[f"{part}.inputs.npy"]))
+        numbered = sorted(
+            (int(match[2]), match[3], name)
+            for name in members
+            if (match := _NUMBERED.fullmatch(name)) and match[1] == part
+        )
+        if not numbered or [number for number, _, _ in numbered] != list(range(len(numbered))):
+            raise ValueError(
+                f"it has neither {part}.inputs.npy nor examples {part}.0 to "
+                f"{part}.{max(0, len(numbered) - 1)}"
+            )
+        return self.inputs.batch(
+            [self.inputs.decode({extension: members[name]}) for _, extension, name in numbered]
+        )
+
+
+def _as_batch(inputs: Inputs, values: NDArray[Any]) -> NDArray[Any]:
+    """The examples of one array, as the model takes them.
+
+    Raises:
+        ValueError: their shape or kind is another.
+    """
+    if not values.ndim or not len(values):
+        raise ValueError("it has no examples")
+    match inputs:
+        case TextInputs(length=length, vocabulary=vocabulary):
+            if values.ndim != 2 or values.dtype.kind not in "iu" or values.shape[1] > length:
+                raise ValueError(
+                    f"inputs are {values.dtype} {list(values.shape)}, and tokens [N, at most {length}] are "
+                    "expected"
+                )
+            if not PAD <= int(values.min()) <= int(values.max()) < vocabulary:
+                raise ValueError(
+                    f"tokens go from {values.min()} to {values.max()}, and the vocabulary has {vocabulary}"
+                )
+            rows = np.full((len(values), length), PAD, np.int64)
+            rows[:, : values.shape[1]] = values
+            return rows
+        case ImageInputs(size=size, channels=channels):
+            expected = (size, size) if channels == 1 else (size, size, channels)
+            if values.dtype != np.uint8 or values.shape[1:] != expected:
+                raise ValueError(
+                    f"inputs are {values.dtype} {list(values.shape)}, and uint8 {['N', *expected]} is "
+                    "expected"
+                )
+            return inputs.batch(list(values[:, None] if channels == 1 else values.transpose(0, 3, 1, 2)))
+        case ArrayInputs(shape=shape):
+            if values.shape[1:] != shape:
+                raise ValueError(f"inputs are {list(values.shape)}, and {['N', *shape]} is expected")
+            return finite(values)
+    raise TypeError(f"{type(inputs).__name__} has no form for ready episodes")
+
+
+def _next_tokens(tokens: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    """Inputs, and as targets the token after each; behind the end of a text nothing counts."""
+    targets = np.full_like(tokens, IGNORE)
+    targets[:, :-1] = np.where(tokens[:, 1:] == PAD, IGNORE, tokens[:, 1:])
+    return {"inputs": tokens, "targets": targets}
+
+
+def _part(found: Any, part: str) -> Arrays:
+    return {name: found[f"{part}/{name}"] for name in ("inputs", "targets")}

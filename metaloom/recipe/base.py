@@ -1,0 +1,28 @@
+"""What the sections of a recipe are made of."""
+
+import json
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+type_checked = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+FloatOrZero = Annotated[float, Field(ge=0)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Keys(dict[str, JsonValue]):
+    """Keys and values of another program's configuration, hashable as the rest of a recipe."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(json.dumps(self, sort_keys=True))
+
+
+class Section(BaseModel):
+    """A part of a recipe: immutable, without unknown keys, without silent conversions."""
+
+    model_config = type_checked

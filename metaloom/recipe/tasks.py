@@ -1,0 +1,223 @@
+"""What a recipe's tasks are, whatever kind of data they come from.
+
+Shape letters: S support examples, Q query examples, L tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from metaloom.recipe.data import (
+    ArrayInputs,
+    ClassesData,
+    ClassesRehearsal,
+    ClassTargets,
+    DocumentsData,
+    DocumentsRehearsal,
+    EpisodesData,
+    GroupsData,
+    ImageInputs,
+    MixtureData,
+    NumberTargets,
+    TextInputs,
+    TokenTargets,
+)
+from metaloom.recipe.schema import Recipe
+
+ObjectiveName = Literal["classification", "regression", "language_modelling"]
+DataSet = ClassesData | GroupsData | DocumentsData | EpisodesData
+InputSection = ImageInputs | ArrayInputs | TextInputs
+
+
+class UnknownTaskError(Exception):
+    """A recipe that does not say what its tasks are: one of its rules is broken, and tells."""
+
+
+@dataclass(frozen=True)
+class TaskFacts:
+    """What a task is.
+
+    Attributes:
+        objective: what a model shall do.
+        inputs: what it is shown.
+        num_outputs: classes of a task, at most, or numbers to predict; None for the vocabulary.
+        num_support: S, at most.
+        num_query: Q, at most.
+        is_ragged: whether tasks differ in S or Q, and are padded side by side.
+        has_own_ways: whether tasks differ in their number of classes.
+    """
+
+    objective: ObjectiveName
+    inputs: InputSection
+    num_outputs: int | None
+    num_support: int
+    num_query: int
+    is_ragged: bool = False
+    has_own_ways: bool = False
+
+
+def data_sets(recipe: Recipe) -> dict[str, DataSet]:
+    """The data sets that tasks are drawn from, by their paths in the recipe."""
+    data = recipe.data
+    if isinstance(data, MixtureData):
+        return {f"data.parts.{row}.data": part.data for row, part in enumerate(data.parts)}
+    return {"data": data}
+
+
+def data_weights(recipe: Recipe) -> tuple[float, ...]:
+    """The weight of each of `data_sets`."""
+    data = recipe.data
+    return tuple(part.weight for part in data.parts) if isinstance(data, MixtureData) else (1.0,)
+
+
+def data_urls(recipe: Recipe) -> dict[str, str]:
+    """Every URL that data are read from, by its path in the recipe."""
+    urls = {f"{path}.url": data.url for path, data in data_sets(recipe).items()}
+    rehearsal = recipe.adaptation.rehearsal
+    if rehearsal is not None and rehearsal.data is not None:
+        urls["adaptation.rehearsal.data.url"] = rehearsal.data.url
+    return urls
+
+
+def task_facts(recipe: Recipe) -> TaskFacts:
+    """The tasks of a recipe; of several data sets, what holds for all."""
+    facts = [facts_of(data) for data in data_sets(recipe).values()]
+    first = facts[0]
+    is_same = len({(each.num_support, each.num_query) for each in facts}) == 1
+    ways = {each.num_outputs for each in facts}
+    return TaskFacts(
+        objective=first.objective,
+        inputs=first.inputs,
+        num_outputs=None if None in ways else max(way for way in ways if way is not None),
+        num_support=max(each.num_support for each in facts),
+        num_query=max(each.num_query for each in facts),
+        is_ragged=not is_same or any(each.is_ragged for each in facts),
+        has_own_ways=len(ways) > 1 or any(each.has_own_ways for each in facts),
+    )
+
+
+def facts_of(data: DataSet) -> TaskFacts:
+    """The tasks of one data set."""
+    match data:
+        case ClassesData(variable=None, n_way=n_way, n_shot=n_shot, n_query=n_query):
+            if n_way is None or n_shot is None or n_query is None:
+                raise UnknownTaskError
+            return TaskFacts("classification", data.inputs, n_way, n_way * n_shot, n_way * n_query)
+        case ClassesData(variable=variable):
+            assert variable is not None
+            return TaskFacts(
+                "classification",
+                data.inputs,
+                variable.max_way,
+                variable.max_support,
+                variable.max_way * variable.max_query,
+                is_ragged=True,
+                has_own_ways=True,
+            )
+        case DocumentsData(sequence_length=length):
+            inputs = TextInputs(length=length)
+            return TaskFacts("language_modelling", inputs, None, data.num_support, data.num_query)
+    objective, num_outputs = _stated(data.targets)
+    return TaskFacts(
+        objective,
+        data.inputs,
+        num_outputs,
+        data.num_support,
+        data.num_query,
+        is_ragged=isinstance(data, EpisodesData) and data.ragged,
+        has_own_ways=isinstance(data, EpisodesData) and objective == "classification",
+    )
+
+
+def _stated(targets: ClassTargets | NumberTargets | TokenTargets) -> tuple[ObjectiveName, int | None]:
+    match targets:
+        case ClassTargets(num_classes=num_classes):
+            return "classification", num_classes
+        case NumberTargets(num_targets=num_targets):
+            return "regression", num_targets
+        case TokenTargets():
+            return "language_modelling", None
+
+
+@dataclass(frozen=True)
+class RehearsalFacts:
+    """What is rehearsed.
+
+    Attributes:
+        objective: what a model shall do.
+        inputs: what it is shown.
+        num_outputs: of a head of its own; None for the vocabulary.
+        shares_head: whether it is the tasks' own objective and head.
+    """
+
+    objective: ObjectiveName
+    inputs: InputSection
+    num_outputs: int | None
+    shares_head: bool
+
+
+def rehearsal_facts(recipe: Recipe) -> RehearsalFacts | None:
+    """What a recipe rehearses; None for nothing."""
+    rehearsal = recipe.adaptation.rehearsal
+    if rehearsal is None:
+        return None
+    is_modelling = task_facts(recipe).objective == "language_modelling"
+    match rehearsal.data:
+        case ClassesRehearsal(inputs=inputs, num_classes=num_classes):
+            return RehearsalFacts("classification", inputs, num_classes, shares_head=False)
+        case DocumentsRehearsal(sequence_length=length):
+            return RehearsalFacts(
+                "language_modelling", TextInputs(length=length), None, shares_head=is_modelling
+            )
+    if not isinstance(recipe.data, DocumentsData):
+        raise UnknownTaskError
+    return RehearsalFacts("language_modelling", task_facts(recipe).inputs, None, shares_head=True)
+
+
+def tokens_per_task(recipe: Recipe) -> int | None:
+    """Tokens that one task's inner steps and query pass read; None where a model is shown no text."""
+    facts, rehearsed = task_facts(recipe), rehearsal_facts(recipe)
+    num_inner = recipe.adaptation.num_steps
+    tokens = 0
+    if isinstance(facts.inputs, TextInputs):
+        tokens += (num_inner * facts.num_support + facts.num_query) * facts.inputs.length
+    if rehearsed is not None and isinstance(rehearsed.inputs, TextInputs):
+        tokens += (num_rehearsed(recipe, num_inner) + num_rehearsed_outside(recipe)) * rehearsed.inputs.length
+    return tokens or None
+
+
+def num_rehearsed(recipe: Recipe, num_steps: int) -> int:
+    """Samples that one task rehearses in `num_steps` inner steps."""
+    rehearsal = recipe.adaptation.rehearsal
+    return 0 if rehearsal is None or rehearsal.ratio == 0.0 else rehearsal.num_samples * num_steps
+
+
+def num_rehearsed_outside(recipe: Recipe) -> int:
+    """Samples of rehearsal data in one task's meta-loss."""
+    rehearsal = recipe.adaptation.rehearsal
+    return 0 if rehearsal is None or rehearsal.outer_ratio == 0.0 else rehearsal.outer_samples
+
+
+def num_inputs(inputs: InputSection) -> int:
+    """Numbers of one sample."""
+    match inputs:
+        case ImageInputs(size=size, channels=channels):
+            return channels * size * size
+        case ArrayInputs(shape=shape):
+            return math.prod(shape)
+        case TextInputs(length=length):
+            return length
+
+
+def shape_of(inputs: InputSection) -> Sequence[int]:
+    """The shape of one sample as a model takes it."""
+    match inputs:
+        case ImageInputs(size=size, channels=channels):
+            return (channels, size, size)
+        case ArrayInputs(shape=shape):
+            return shape
+        case TextInputs(length=length):
+            return (length,)
