@@ -2,11 +2,13 @@
 
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from metaloom.datasets import make_dataset
+from tests.object_store import ObjectStore, running_object_store
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -39,3 +41,19 @@ def stdlib(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "stdlib"
     make_dataset("stdlib", folder, max_per_split=4)
     return folder
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+    """An S3 server for all tests; its credentials are not in the environment."""
+    with running_object_store(tmp_path_factory.mktemp("s3") / "server.log") as store:
+        yield store
+
+
+@pytest.fixture
+def s3(s3_server: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
+    """The S3 server, with all that finds it in the environment, for child processes too."""
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("AWS_PROFILE", raising=False)
+    return s3_server
