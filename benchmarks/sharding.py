@@ -139,7 +139,7 @@ def _run(case: Case, *, num_steps: int) -> Measured:
     algorithm = Maml(unroll, EXACT_AND_FLAT[case.estimator]())
     outer = OuterOptimizer(adapter.meta_parameters(init=True, backbone=True), _settings(case), sharding)
     model.hold_once(outer.meta)
-    combiner = Mean(outer.meta, sharding, metric_names=algorithm.hypergradient.metric_names)
+    combiner = Mean(outer.meta, sharding, metric_names=algorithm.metric_names)
     tokens = torch.randint(
         256, (1, 1, case.num_tokens + 1), generator=torch.Generator().manual_seed(sharding.rank)
     )

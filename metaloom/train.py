@@ -174,7 +174,7 @@ def _outer_loop(job: Job, algorithm: Maml, state: State, store: CheckpointStore)
     outer, progress = state.outer, state.progress
     num_inner = recipe.adaptation.num_steps
     validation = episode_source(recipe, job.index, "validation", seed=recipe.seed, num_steps=num_inner)
-    combiner = Mean(outer.meta, sharding, metric_names=algorithm.hypergradient.metric_names)
+    combiner = Mean(outer.meta, sharding, metric_names=algorithm.metric_names)
     clock = _Clock(job)
     stream = EpisodeStream(
         _train_source(job),
@@ -224,19 +224,20 @@ def _own_tasks(job: Job, episodes: Sequence[Episode], *, num_dummies: int) -> Ta
 def validate(
     job: Job, algorithm: Maml, meta: Mapping[str, Tensor], source: EpisodeSource
 ) -> dict[str, float]:
-    """Mean query loss and accuracy over the recipe's validation episodes, always the same ones.
+    """Mean query loss and scores over the recipe's validation episodes, always the same ones.
 
     Every rank must call; each adapts its share.
     """
     recipe, sharding = job.recipe, job.sharding
     num_episodes = recipe.validation.num_episodes
-    names = ("loss_before", "accuracy_before", "loss", "accuracy")
+    measures = ("loss", *algorithm.unroll.learner.scores)
+    names = (*(f"{name}_before" for name in measures), *measures)
     sums = {name: torch.zeros((), dtype=torch.float64) for name in names}
     num_steps = recipe.adaptation.num_steps
     for _, curve in measured_episodes(
         job, algorithm.unroll, meta, source, num_episodes=num_episodes, num_steps=num_steps
     ):
-        for name in ("loss", "accuracy"):
+        for name in measures:
             sums[f"{name}_before"] += curve[name][:, 0].sum().cpu()
             sums[name] += curve[name][:, -1].sum().cpu()
     on_device = {name: value.to(job.place.device) for name, value in sums.items()}
@@ -270,7 +271,7 @@ def _is_due(step: int, every: int | None, last: int) -> bool:
 
 def _shown(metrics: Mapping[str, float]) -> dict[str, float]:
     """What the progress bar shows of a step's metrics."""
-    shown = {"loss": metrics["loss_after"], "accuracy": metrics["accuracy_after"]}
+    shown = {name: metrics[f"{name}_after"] for name in ("loss", "accuracy") if f"{name}_after" in metrics}
     if "validation_loss" in metrics:
         shown["validation"] = metrics["validation_loss"]
     return shown

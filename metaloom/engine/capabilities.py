@@ -45,10 +45,12 @@ class Estimator:
         of: its capability by kind.
         end_only: it looks at the fully adapted weights alone, so that a meta-loss with terms at earlier
             inner steps (`step_weights` other than `last`) is refused.
+        ignores_meta_loss: it does not look at the meta-loss at all, so that rehearsal in it is refused.
     """
 
     of: Mapping[Kind, Capability]
     end_only: bool = False
+    ignores_meta_loss: bool = False
 
 
 def _same(capability: Capability) -> dict[Kind, Capability]:
@@ -109,6 +111,7 @@ ESTIMATORS: Mapping[str, Estimator] = {
             "loss": _REPTILE_REFUSAL,
         },
         end_only=True,
+        ignores_meta_loss=True,
     ),
 }
 
@@ -166,13 +169,32 @@ def step_weights_refusal(estimator: str) -> str | None:
     )
 
 
-def require(estimator: str, names: Iterable[str], *, has_proximal: bool, end_only: bool) -> None:
+def outer_rehearsal_refusal(estimator: str) -> str | None:
+    """Why an estimator takes no rehearsal in the meta-loss; None where it does."""
+    if not ESTIMATORS[estimator].ignores_meta_loss:
+        return None
+    others = ", ".join(name for name, row in ESTIMATORS.items() if not row.ignores_meta_loss)
+    return (
+        f"{estimator} does not look at the meta-loss, so rehearsal in it has no effect; set outer_ratio to "
+        f"0, or take one of {others}"
+    )
+
+
+def require(
+    estimator: str,
+    names: Iterable[str],
+    *,
+    has_proximal: bool,
+    end_only: bool,
+    rehearses_outside: bool = False,
+) -> None:
     """Passes where an estimator gives the gradient of every meta-parameter named.
 
     Args:
         names: of the meta-parameters.
         has_proximal: whether the inner rule has a proximal term.
         end_only: whether the meta-loss is that after the last inner step alone.
+        rehearses_outside: whether the meta-loss has rehearsal in it.
 
     Raises:
         CapabilityError: it does not; names estimator, kinds, reasons, and estimators that do. Or the
@@ -186,6 +208,9 @@ def require(estimator: str, names: Iterable[str], *, has_proximal: bool, end_onl
     kinds = {kind_of(name): None for name in names}
     problems = refusals(estimator, kinds, has_proximal=has_proximal)
     refusal = None if end_only else step_weights_refusal(estimator)
+    if refusal is not None:
+        problems.append(refusal)
+    refusal = outer_rehearsal_refusal(estimator) if rehearses_outside else None
     if refusal is not None:
         problems.append(refusal)
     if problems:

@@ -1,8 +1,8 @@
 """Randomness inside a forward pass, as a function of what it is for.
 
-A draw depends on (seed, task number, inner step, site) and on nothing else. An episode's number is unique in
-a run and stands for the outer step and the task in it; the site says which draw of the pass it is. So a
-step that is computed again, alone or among other tasks, on any rank, sees the very same draws.
+A draw depends on (seed, task number, inner step, site, example) and on nothing else. An episode's number is
+unique in a run and stands for the outer step and the task in it; the site says which draw of the pass it is.
+So a step that is computed again, alone or among other tasks, on any rank, sees the very same draws.
 """
 
 from __future__ import annotations
@@ -22,18 +22,23 @@ class Draws:
         seed: of the run.
         numbers: the episode number of each task, length T.
         step: the inner step.
+        part: of the step, where it has several forward passes.
     """
 
     seed: int
     numbers: tuple[int, ...]
     step: int
+    part: str = ""
 
     def of_task(self, task: int) -> Draws:
         """The draws of one of the tasks alone: the same as among the others."""
-        return Draws(self.seed, (self.numbers[task],), self.step)
+        return dataclasses.replace(self, numbers=(self.numbers[task],))
 
     def dropout(self, inputs: Tensor, probability: float, site: str) -> Tensor:
-        """Inputs `[T * N, ...]` with entries zeroed by `probability` and the rest scaled by `1 / (1 - p)`."""
+        """Inputs `[T * N, ...]` with entries zeroed by `probability` and the rest scaled by `1 / (1 - p)`.
+
+        An example's draws depend on its row among its task's, not on how many follow: padding changes none.
+        """
         if probability == 0.0:
             return inputs
         shape = (inputs.shape[0] // len(self.numbers), *inputs.shape[1:])
@@ -42,8 +47,12 @@ class Draws:
         return inputs * ((kept >= probability).to(inputs.dtype) * scale)
 
     def _uniform(self, shape: tuple[int, ...], number: int, site: str, device: torch.device) -> Tensor:
-        key = f"{self.seed}/{number}/{self.step}/{site}".encode()
+        key = f"{self.seed}/{number}/{self.step}/{self.part}{site}".encode()
         generator = torch.Generator(device)
         # 63 bits: a generator's seed is a signed number.
         generator.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1)
-        return torch.rand(shape, generator=generator, device=device)
+        uniform = torch.empty(shape, device=device)
+        for row in uniform:
+            # Row by row: on a GPU a number depends on how many are drawn at once.
+            row.uniform_(generator=generator)
+        return uniform

@@ -14,19 +14,20 @@ from metaloom.engine.unroll import Unroll, adapt, constants
 def adaptation_curve(
     unroll: Unroll, meta: Mapping[str, Tensor], batch: TaskBatch, *, num_steps: int
 ) -> dict[str, Tensor]:
-    """The query loss and accuracy of each task after 0 .. K adaptation steps.
+    """The query loss and scores of each task after 0 .. K adaptation steps.
 
     Returns:
-        `loss` (nats) and `accuracy`, each `[T, K + 1]`, float64; with retention data also
-        `retention_loss` `[T, 2]`, before and after: the rise is what was forgotten.
+        `loss` and the learner's scores (`accuracy`, where tasks classify), each `[T, K + 1]`, float64; with
+        retention data also `retention_loss` `[T, 2]`, before and after: the rise is what was forgotten.
     """
     fixed = constants(meta)
-    points: dict[str, list[Tensor]] = {"loss": [], "accuracy": []}
+    points: dict[str, list[Tensor]] = {"loss": []}
     for step, at in enumerate(adapt(unroll, meta, batch, num_steps=num_steps)):
         with torch.no_grad():
-            losses, aux = unroll.learner.losses("query", fixed, at.fast, batch, step)
+            losses, scores = unroll.learner.losses("query", fixed, at.fast, batch, step)
             points["loss"].append(losses.double())
-            points["accuracy"].append(aux["accuracy"])
+            for name, values in scores.items():
+                points.setdefault(name, []).append(values)
             if batch.retention is not None and step in (0, num_steps):
                 retained, _ = unroll.learner.losses("retention", fixed, at.fast, batch, step)
                 points.setdefault("retention_loss", []).append(retained.double())

@@ -41,6 +41,9 @@ class ForwardPass:
             differentiated.
         holds_back_head: leave the head to the caller, who applies it in chunks of tokens.
         device: where.
+        head: which output of a model that has several, its second argument; None for a model with one.
+        weights: `[T, N]`, 0 for examples that are there as padding: batch statistics are without them. None
+            where there are none.
     """
 
     precision: Precision
@@ -49,10 +52,20 @@ class ForwardPass:
     draws: Draws | None = None
     recompute_blocks: bool = False
     holds_back_head: bool = False
+    head: str | None = None
+    weights: Tensor | None = None
 
     def of_task(self, task: int) -> ForwardPass:
         """The same pass for one of its tasks."""
-        return dataclasses.replace(self, draws=None if self.draws is None else self.draws.of_task(task))
+        return dataclasses.replace(
+            self,
+            draws=None if self.draws is None else self.draws.of_task(task),
+            weights=None if self.weights is None else self.weights[task : task + 1],
+        )
+
+    def arguments(self, inputs: Tensor) -> tuple[Tensor] | tuple[Tensor, str]:
+        """What the model is called with."""
+        return (inputs,) if self.head is None else (inputs, self.head)
 
 
 class Interception(TorchFunctionMode):
@@ -61,6 +74,9 @@ class Interception(TorchFunctionMode):
     Args:
         forward_pass: how.
         is_vectorized: whether the pass runs inside `torch.func.vmap`, where kernels are written out.
+
+    Attributes:
+        weights: of the examples that the model is called with, `[N]`; None where all count.
     """
 
     def __init__(self, forward_pass: ForwardPass, *, is_vectorized: bool = False) -> None:
@@ -74,6 +90,7 @@ class Interception(TorchFunctionMode):
         self._is_vectorized = is_vectorized
         self._is_entered = False
         self._site, self._num_draws = "", 0
+        self.weights = None if forward_pass.weights is None else forward_pass.weights.flatten()
 
     @property
     def position(self) -> tuple[str, int]:
@@ -131,6 +148,8 @@ class Interception(TorchFunctionMode):
                 return _ATTENTION_OF_SEVERAL_HEADS(*args, **kwargs)
         if func in (F.batch_norm, F.instance_norm):
             _refuse_running_statistics(func, *args, **kwargs)
+            if func is F.batch_norm and self.weights is not None:
+                return _batch_norm_without_padding(self.weights, *args, **kwargs)
         if func is F.scaled_dot_product_attention:
             refuse_dropout(args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0))
         replacement = self._replacements.get(func)
@@ -205,6 +224,29 @@ def _refuse_running_statistics(
             "task would move: set track_running_stats=False, so that it takes those of a task's examples, or "
             "put the layer into eval(), so that they stay."
         )
+
+
+def _batch_norm_without_padding(
+    example_weights: Tensor,
+    inputs: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Batch norm whose statistics are those of the examples that count."""
+    if not training:
+        return F.batch_norm(inputs, running_mean, running_var, weight, bias, training, momentum, eps)
+    if len(inputs) != len(example_weights):
+        raise CapabilityError(
+            f"the model normalises a batch of {len(inputs)} where it was called with {len(example_weights)} "
+            "examples, so those that are padding cannot be told from the others: keep examples in the first "
+            "dim, or take a norm that looks at one example (group or layer norm)."
+        )
+    return kernels.weighted_batch_norm(inputs, example_weights, weight, bias, eps)
 
 
 def _generator_state(device: torch.device) -> Tensor:

@@ -1,38 +1,43 @@
 """A model seen as the losses of T tasks: the one primitive that the engine stands on.
 
 Shape letters: T tasks, S support examples, Q query examples, N examples of either kind,
-L tokens, C classes (or vocabulary).
+L tokens, C classes (or vocabulary), P numbers of a regression's target, R rehearsed examples of a step.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from metaloom.engine.adapters.base import Adapter
-from metaloom.engine.adapters.model import Readout
 from metaloom.engine.draws import Draws
+from metaloom.engine.examples import Examples, Reading, read
 from metaloom.engine.forward_pass import Derivative, ForwardPass
-from metaloom.engine.losses import PLAIN, LossTensors, SupportLoss, example_means, is_right, token_losses
+from metaloom.engine.losses import Criterion, CrossEntropy, SupportLoss
 from metaloom.engine.precision import Precision
-from metaloom.engine.recomputation import recomputed
 from metaloom.errors import CapabilityError
 
 Tensors = Mapping[str, Tensor]
-Objective = Literal["support", "query", "retention"]
+Objective = Literal["support", "query", "outer", "retention"]
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskBatch:
     """T tasks side by side.
 
+    Tasks of fewer examples than others are padded with further ones behind their own, which have weight 0 and
+    change nothing: neither losses, nor derivatives, nor batch statistics, nor draws. Positions of padded
+    tokens are for the model to tell: `metaloom.models.gpt.PAD`. A class index of `losses.IGNORE` counts for
+    nothing.
+
     Attributes:
         numbers: the global episode number of each task, length T.
-        support: `inputs` `[T, S, ...]` and `targets` `[T, S]` or `[T, S, L]`.
+        support: `inputs` `[T, S, ...]` and `targets`, class indices `[T, S]` or `[T, S, L]`, or numbers
+            `[T, S, P]`; where tasks are padded `weights` `[T, S]`, 1 for an example and 0 for padding.
         query: the same with Q in place of S.
         rehearsal: the same with the stretches that the inner steps rehearse, or None.
         retention: the same with stretches of that kind that are not rehearsed: what forgetting
@@ -40,6 +45,9 @@ class TaskBatch:
         weights: what each task's meta-loss is multiplied by, `[T]`: 1, and 0 for a dummy, which is there so
             that every rank computes as many tasks; None where there are none. A dummy repeats the data of a
             task, so that it is finite where that is: 0 times infinity would not vanish.
+        num_ways: `[T]`, int64, how many of the classes each task has, whose indices come first: the
+            others have probability 0. None where all tasks have all.
+        outer_rehearsal: the same as `rehearsal` with what the meta-loss rehearses, or None.
     """
 
     numbers: tuple[int, ...]
@@ -48,6 +56,8 @@ class TaskBatch:
     rehearsal: Tensors | None = None
     retention: Tensors | None = None
     weights: Tensor | None = None
+    num_ways: Tensor | None = None
+    outer_rehearsal: Tensors | None = None
 
     @property
     def num_tasks(self) -> int:
@@ -58,29 +68,49 @@ class TaskBatch:
         return [self._slice(start, start + size) for start in range(0, self.num_tasks, size)]
 
     def _slice(self, start: int, stop: int) -> TaskBatch:
-        def cut(tensors: Tensors) -> dict[str, Tensor]:
-            return {name: tensor[start:stop] for name, tensor in tensors.items()}
+        cut = self.mapped(lambda tensor: tensor[start:stop])
+        return dataclasses.replace(cut, numbers=self.numbers[start:stop])
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> TaskBatch:
+        """The batch with a function of each of its tensors in their place."""
+
+        def of_part(part: Tensors | None) -> dict[str, Tensor] | None:
+            return None if part is None else {name: function(tensor) for name, tensor in part.items()}
 
         return TaskBatch(
-            self.numbers[start:stop],
-            cut(self.support),
-            cut(self.query),
-            rehearsal=None if self.rehearsal is None else cut(self.rehearsal),
-            retention=None if self.retention is None else cut(self.retention),
-            weights=None if self.weights is None else self.weights[start:stop],
+            self.numbers,
+            {name: function(tensor) for name, tensor in self.support.items()},
+            {name: function(tensor) for name, tensor in self.query.items()},
+            rehearsal=of_part(self.rehearsal),
+            retention=of_part(self.retention),
+            weights=None if self.weights is None else function(self.weights),
+            num_ways=None if self.num_ways is None else function(self.num_ways),
+            outer_rehearsal=of_part(self.outer_rehearsal),
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class Rehearsal:
-    """Pre-training data mixed into every inner step, so that adaptation forgets less.
+    """Pre-training data mixed into adaptation, so that it forgets less.
 
-    The inner loss is `(1 - ratio) * support loss + ratio * rehearsal loss`; each inner step
-    reads the next `num_sequences` stretches of the task's rehearsal data, cyclically.
+    The inner loss is `(1 - ratio) * support loss + ratio * rehearsal loss`; each inner step reads the next
+    `num_sequences` stretches of the task's rehearsal data, cyclically. The meta-loss is
+    `(1 - outer_ratio) * query loss + outer_ratio * rehearsal loss`, at the adapted weights, on data of its
+    own.
+
+    Attributes:
+        ratio: in the inner loss, from 0 to 1; 0 for none.
+        num_sequences: stretches that an inner step reads.
+        outer_ratio: in the meta-loss, from 0 to 1; 0 for none.
+        criterion: the loss of its targets; None for that of the tasks.
+        head: which output of a model that has several it is read from; None for that of the tasks.
     """
 
     ratio: float
     num_sequences: int
+    outer_ratio: float = 0.0
+    criterion: Criterion | None = None
+    head: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,20 +121,25 @@ class Learner:
     `losses.sum()` with respect to `fast` is the stack of the tasks' own gradients.
 
     Dropout acts in the support objective, at training and at evaluation alike: it is a part of adaptation,
-    and what it draws follows from `seed`, the task and the step. The query and retention objectives have
-    none.
+    and what it draws follows from `seed`, the task and the step. The other objectives have none.
 
     Attributes:
         adapter: the model together with what is fast in it.
         precision: the dtype of the forward pass; losses are always at least float32.
-        rehearsal: how the inner loss mixes in rehearsal data; None for not at all.
-        support_loss: the cross-entropy that tasks adapt by.
+        rehearsal: how rehearsal data is mixed in; None for not at all.
+        support_loss: what the cross-entropy that tasks adapt by is changed by. Rehearsal of the tasks' own
+            criterion and head is changed likewise in the inner loss, any other not.
         seed: what dropout's draws follow from.
         recompute_blocks: keep the inputs of the model's blocks alone, and compute each again when it is
             differentiated: less memory, one more forward pass.
-        head_chunk: tokens for which the head and its cross-entropy are computed at a time, and computed again
+        head_chunk: tokens for which the head and its loss are computed at a time, and computed again
             when differentiated; None for all at once. With a large vocabulary the logits are what
             memory is needed for.
+        criterion: the loss of a target.
+        head: which output the tasks' are, of a model that has several; None for a model with one.
+
+    Raises:
+        CapabilityError: the criterion has no temperature and label smoothing, and they are given.
     """
 
     adapter: Adapter
@@ -114,6 +149,32 @@ class Learner:
     seed: int = 0
     recompute_blocks: bool = False
     head_chunk: int | None = None
+    criterion: Criterion = dataclasses.field(default_factory=CrossEntropy)
+    head: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.criterion.takes_support_loss and self.support_loss != SupportLoss():
+            loss = self.support_loss
+            raise CapabilityError(
+                f"adaptation.loss has a temperature of {loss.temperature} and a label smoothing of "
+                f"{loss.label_smoothing}, learned: {', '.join(loss.learned) or 'none'}; these belong to the "
+                "cross-entropy, and the tasks' loss is another: leave them out, or classify."
+            )
+
+    @property
+    def rehearses_outside(self) -> bool:
+        """Whether the meta-loss has rehearsal in it."""
+        return self.rehearsal is not None and self.rehearsal.outer_ratio > 0.0
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """Names of what is measured of tasks beside the loss, of which higher is better."""
+        return self.criterion.scores
+
+    @property
+    def outer_measures(self) -> tuple[str, ...]:
+        """Names of what the objective `outer` measures."""
+        return ("loss", *self.scores, *(("rehearsal_loss",) if self.rehearses_outside else ()))
 
     def init(self, meta: Tensors, num_tasks: int) -> dict[str, Tensor]:
         """phi_0, differentiable in `meta`: name -> `[T, ...]`."""
@@ -129,11 +190,12 @@ class Learner:
         *,
         derivative: Derivative = "once",
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean loss of each task at its own fast weights.
+        """The loss of each task at its own fast weights: the mean over its examples, by their weights.
 
         Args:
-            objective: `support` (the inner loss, rehearsal mixed in), `query` (the meta-loss)
-                or `retention` (pre-training data that was not rehearsed).
+            objective: `support` (the inner loss, rehearsal mixed in), `query` (the query loss alone), `outer`
+                (the meta-loss: the query loss, rehearsal mixed in where it is to be) or `retention`
+                (pre-training data that was not rehearsed).
             meta: meta-parameters by name, shared by the tasks.
             fast: fast weights by name, each `[T, ...]`.
             batch: the tasks' data.
@@ -142,86 +204,123 @@ class Learner:
                 or `forward` mode. Differentiating twice what was made for once may fail, or be wrong.
 
         Returns:
-            Losses `[T]` in nats, and `accuracy` `[T]` (share of right answers, detached).
+            Losses `[T]`, in nats where they are cross-entropies; and the scores, `[T]` each, detached, such
+            as `accuracy` (share of right answers). `outer` adds its parts, as `outer_measures` names them.
         """
-        is_support = objective == "support"
-        if objective == "query":
-            inputs, targets = batch.query["inputs"], batch.query["targets"]
-        elif objective == "retention":
+        tasks = Reading(self.criterion, self.head, num_ways=batch.num_ways)
+        if objective == "support":
+            draws = Draws(self.seed, batch.numbers, step)
+            tasks = dataclasses.replace(tasks, how=self.support_loss.at(meta), draws=draws)
+            return self._inner_losses(meta, fast, batch, step, tasks, derivative)
+        if objective == "retention":
             assert batch.retention is not None, "the retention objective needs data of its own"
-            inputs, targets = batch.retention["inputs"], batch.retention["targets"]
+            old = self._examples(meta, fast, batch.retention, self._of_rehearsal(tasks), derivative)
+            return old.loss(), old.mean_scores()
+        own = self._examples(meta, fast, batch.query, tasks, derivative)
+        loss, measures = own.loss(), own.mean_scores()
+        if objective == "query":
+            return loss, measures
+        measures = {"loss": loss.detach().double()} | measures
+        if self.rehearsal is None or not self.rehearses_outside:
+            return loss, measures
+        assert batch.outer_rehearsal is not None, "rehearsal in the meta-loss needs data of its own"
+        old = self._examples(meta, fast, batch.outer_rehearsal, self._of_rehearsal(tasks), derivative)
+        rehearsed, ratio = old.loss(), self.rehearsal.outer_ratio
+        measures["rehearsal_loss"] = rehearsed.detach().double()
+        return (1.0 - ratio) * loss + ratio * rehearsed, measures
+
+    def _inner_losses(
+        self,
+        meta: Tensors,
+        fast: Tensors,
+        batch: TaskBatch,
+        step: int,
+        tasks: Reading,
+        derivative: Derivative,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        rehearsal = self.rehearsal
+        if rehearsal is None or rehearsal.ratio == 0.0:
+            own = self._examples(meta, fast, batch.support, tasks, derivative)
+            return own.loss(), own.mean_scores()
+        assert batch.rehearsal is not None, "the recipe asks for rehearsal, the batch has none"
+        stretches = _next_stretches(batch.rehearsal, step, rehearsal.num_sequences)
+        if self._rehearses_alike and _are_shaped_alike(stretches, batch.support):
+            # In one pass. The support examples come last: their padding then changes no draws.
+            both = self._examples(meta, fast, _joined(stretches, batch.support), tasks, derivative)
+            old, own = both.rows(0, rehearsal.num_sequences), both.rows(rehearsal.num_sequences, None)
         else:
-            inputs, targets = self._support(batch, step)
+            own = self._examples(meta, fast, batch.support, tasks, derivative)
+            old = self._examples(meta, fast, stretches, self._of_rehearsal(tasks), derivative)
+        ratio = rehearsal.ratio
+        return (1.0 - ratio) * own.loss() + ratio * old.loss(), own.mean_scores()
+
+    @property
+    def _rehearses_alike(self) -> bool:
+        """Whether rehearsal has the tasks' own criterion and head."""
+        rehearsal = self.rehearsal
+        return rehearsal is None or (
+            rehearsal.criterion in (None, self.criterion) and rehearsal.head in (None, self.head)
+        )
+
+    def _of_rehearsal(self, tasks: Reading) -> Reading:
+        """How rehearsal data is read in a pass of its own, where tasks are read so."""
+        draws = None if tasks.draws is None else dataclasses.replace(tasks.draws, part="rehearsal/")
+        rehearsal = self.rehearsal
+        if rehearsal is None or self._rehearses_alike:
+            return dataclasses.replace(tasks, draws=draws)
+        return Reading(rehearsal.criterion or self.criterion, rehearsal.head or self.head, draws=draws)
+
+    def _examples(
+        self, meta: Tensors, fast: Tensors, data: Tensors, reading: Reading, derivative: Derivative
+    ) -> Examples:
+        """What examples cost, by a forward pass of their own."""
+        inputs, weights = data["inputs"], data.get("weights")
         forward_pass = ForwardPass(
             precision=self.precision,
             device=inputs.device,
             derivative=derivative,
-            draws=Draws(self.seed, batch.numbers, step) if is_support else None,
+            draws=reading.draws,
             recompute_blocks=self.recompute_blocks,
             holds_back_head=self.head_chunk is not None,
+            head=reading.head,
+            weights=weights,
         )
         readout = self.adapter.forward(meta, fast, inputs, forward_pass)
-        how = self.support_loss.at(meta) if is_support else PLAIN
-        each, right = self._read(readout, targets, how, derivative)
-        example_losses = example_means(each)
-        accuracy = right.flatten(1).double().mean(1)
-        if is_support and self.rehearsal is not None:
-            num_support = batch.support["targets"].shape[1]
-            own, old = example_losses[:, :num_support], example_losses[:, num_support:]
-            ratio = self.rehearsal.ratio
-            return (1.0 - ratio) * own.mean(1) + ratio * old.mean(1), {"accuracy": accuracy}
-        return example_losses.mean(1), {"accuracy": accuracy}
-
-    def _read(
-        self, readout: Readout, targets: Tensor, how: LossTensors, derivative: Derivative
-    ) -> tuple[Tensor, Tensor]:
-        """The loss of each target, and whether the likeliest class is it; both shaped like the targets."""
-        if self.head_chunk is None:
-            return token_losses(readout.features, targets, how), is_right(readout.features, targets)
-        if readout.head is None:
-            raise CapabilityError(
-                f"memory.head_chunk is {self.head_chunk}, and this model has no head that can be told from "
-                "the rest: set it to null."
-            )
-        head = readout.head
-        features = readout.features.flatten(1, -2)  # [T, N * L, D]
-        wanted = targets.flatten(1)
-        learned = [value for value in (how.temperature, how.label_smoothing) if isinstance(value, Tensor)]
-
-        def compute(chunk: Tensor, wanted: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-            rest = iter(tensors[: len(learned)])
-            temperature, smoothing = (
-                next(rest) if isinstance(value, Tensor) else value
-                for value in (how.temperature, how.label_smoothing)
-            )
-            logits = head(chunk, *tensors[len(learned) :])
-            return token_losses(logits, wanted, LossTensors(temperature, smoothing)), is_right(logits, wanted)
-
-        pieces = [
-            recomputed(
-                compute,
-                (
-                    features[:, start : start + self.head_chunk],
-                    wanted[:, start : start + self.head_chunk],
-                    *learned,
-                    *readout.tensors,
-                ),
-                derivative=derivative,
-            )
-            for start in range(0, features.shape[1], self.head_chunk)
-        ]
-        each, right = (torch.cat(parts, dim=1).view(targets.shape) for parts in zip(*pieces, strict=True))
-        return each, right
-
-    def _support(self, batch: TaskBatch, step: int) -> tuple[Tensor, Tensor]:
-        inputs, targets = batch.support["inputs"], batch.support["targets"]
-        if self.rehearsal is None:
-            return inputs, targets
-        assert batch.rehearsal is not None, "the recipe asks for rehearsal, the batch has none"
-        available = batch.rehearsal["inputs"].shape[1]
-        first = step * self.rehearsal.num_sequences
-        rows = [(first + row) % available for row in range(self.rehearsal.num_sequences)]
-        return (
-            torch.cat([inputs, batch.rehearsal["inputs"][:, rows]], dim=1),
-            torch.cat([targets, batch.rehearsal["targets"][:, rows]], dim=1),
+        return read(
+            readout, data["targets"], weights, reading, head_chunk=self.head_chunk, derivative=derivative
         )
+
+
+def _next_stretches(rehearsal: Tensors, step: int, num_sequences: int) -> dict[str, Tensor]:
+    """What an inner step reads of the rehearsal data, cyclically; padding is passed over."""
+    available = rehearsal["inputs"].shape[1]
+    first = step * num_sequences
+    if "weights" not in rehearsal:
+        rows = [(first + row) % available for row in range(num_sequences)]
+        return {name: value[:, rows] for name, value in rehearsal.items()}
+    weights = rehearsal["weights"]
+    counts = (weights != 0).sum(1, keepdim=True).clamp(min=1)  # [T, 1]
+    positions = (first + torch.arange(num_sequences, device=weights.device)) % counts  # [T, R]
+    tasks = torch.arange(len(weights), device=weights.device)[:, None]
+    return {name: value[tasks, positions] for name, value in rehearsal.items()}
+
+
+def _are_shaped_alike(one: Tensors, other: Tensors) -> bool:
+    """Whether the examples of two parts are of the same shapes and kinds."""
+    return all(
+        (one[name].shape[2:], one[name].dtype) == (other[name].shape[2:], other[name].dtype)
+        for name in ("inputs", "targets")
+    )
+
+
+def _joined(first: Tensors, second: Tensors) -> dict[str, Tensor]:
+    """The examples of both, side by side."""
+    joined = {name: torch.cat([first[name], second[name]], dim=1) for name in ("inputs", "targets")}
+    if "weights" in first or "weights" in second:
+        like = next(part["weights"] for part in (second, first) if "weights" in part)
+        weights = [
+            part["weights"] if "weights" in part else like.new_ones(part["inputs"].shape[:2])
+            for part in (first, second)
+        ]
+        joined["weights"] = torch.cat(weights, dim=1)
+    return joined

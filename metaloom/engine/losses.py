@@ -1,20 +1,25 @@
 """The loss of an example, and what may be learned of it.
 
-Shape letters: T tasks, N examples, L tokens, C classes (or vocabulary).
+Shape letters: T tasks, N examples, L tokens, C classes (or vocabulary), P numbers of a regression's target.
 """
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from metaloom.errors import CapabilityError
+
 LOSS = "loss."
+# A class index that counts for nothing: torch's own.
+IGNORE = -100
 LossParameter = Literal["temperature", "label_smoothing"]
 
 
@@ -66,24 +71,141 @@ class LossTensors:
 PLAIN = LossTensors()
 
 
-def token_losses(logits: Tensor, targets: Tensor, how: LossTensors = PLAIN) -> Tensor:
-    """The cross-entropy of each target, shaped like the targets, in nats.
+class Criterion(abc.ABC):
+    """The loss of a target, given what the model says.
+
+    Attributes:
+        scores: names of what is measured beside the loss, of which higher is better.
+        takes_support_loss: whether there is a temperature and a label smoothing.
+        num_target_dims: dims of one target: those behind its position among the examples (and tokens).
+    """
+
+    scores: ClassVar[tuple[str, ...]]
+    takes_support_loss: ClassVar[bool]
+    num_target_dims: ClassVar[int]
+
+    @abc.abstractmethod
+    def of_targets(
+        self, outputs: Tensor, targets: Tensor, how: LossTensors = PLAIN, num_ways: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """The loss of each target, then its scores, each shaped like the targets.
+
+        Args:
+            outputs: what the model says; half precision is raised to float32 first.
+            targets: what it should.
+            how: temperature and label smoothing, where `takes_support_loss`.
+            num_ways: `[T]`, how many classes each task has; None for as many as there are outputs.
+
+        Raises:
+            CapabilityError: outputs and targets are not of shapes that belong together.
+        """
+
+    @abc.abstractmethod
+    def is_counted(self, targets: Tensor) -> Tensor:
+        """Which targets count, shaped like them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossEntropy(Criterion):
+    """The cross-entropy of class indices, in nats: of examples, outputs `[T, N, C]` and targets `[T, N]`, and of
+    tokens, `[T, N, L, C]` and `[T, N, L]`. A target of `IGNORE` counts for nothing."""
+
+    scores = ("accuracy",)
+    takes_support_loss = True
+    num_target_dims = 0
+
+    def of_targets(
+        self, outputs: Tensor, targets: Tensor, how: LossTensors = PLAIN, num_ways: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        if outputs.shape[:-1] != targets.shape:
+            raise CapabilityError(
+                f"the model's outputs have shape {list(outputs.shape)}, the targets {list(targets.shape)}: "
+                "a cross-entropy needs the logits of all classes for each target, one more dim at the end. "
+                "Take the head of the model that gives them, or another objective."
+            )
+        return token_losses(outputs, targets, how, num_ways), is_right(outputs, targets, num_ways)
+
+    def is_counted(self, targets: Tensor) -> Tensor:
+        return targets != IGNORE
+
+
+@dataclasses.dataclass(frozen=True)
+class MeanSquaredError(Criterion):
+    """The squared error of each of a target's numbers, outputs and targets `[T, N, P]`; an example's loss is
+    the mean over them. There is no score."""
+
+    scores = ()
+    takes_support_loss = False
+    num_target_dims = 1
+
+    def of_targets(
+        self, outputs: Tensor, targets: Tensor, how: LossTensors = PLAIN, num_ways: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        if outputs.shape != targets.shape:
+            raise CapabilityError(
+                f"the model's outputs have shape {list(outputs.shape)}, the targets {list(targets.shape)}: "
+                "a regression needs one output for each number of a target. Give the model as many outputs."
+            )
+        if num_ways is not None:
+            raise CapabilityError(
+                "the batch has num_ways, and a regression has no classes: leave it out, or classify."
+            )
+        return ((_in_full(outputs) - _in_full(targets)).square(),)
+
+    def is_counted(self, targets: Tensor) -> Tensor:
+        return torch.ones_like(targets, dtype=torch.bool)
+
+
+def token_losses(
+    logits: Tensor, targets: Tensor, how: LossTensors = PLAIN, num_ways: Tensor | None = None
+) -> Tensor:
+    """The cross-entropy of each target, shaped like the targets, in nats; 0 where that is `IGNORE`.
 
     Args:
-        logits: `[..., C]`; half precision is raised to float32 first.
+        logits: `[..., C]`, `[T, ..., C]` with `num_ways`; half precision is raised to float32 first.
         targets: `[...]`, class indices.
         how: temperature and label smoothing.
+        num_ways: `[T]`, how many of the C classes each task has; None for all. The others have probability 0
+            and no part in the label smoothing.
     """
-    if logits.dtype in (torch.bfloat16, torch.float16):
-        logits = logits.float()
+    logits = _in_full(logits)
     if how.temperature is not None:
         logits = logits / how.temperature
+    if num_ways is not None:
+        logits = _without_other_classes(logits, num_ways)
     flat, wanted = logits.flatten(0, -2), targets.flatten()
     if how.label_smoothing is None:
-        return F.cross_entropy(flat, wanted, reduction="none").view(targets.shape)
+        return F.cross_entropy(flat, wanted, reduction="none", ignore_index=IGNORE).view(targets.shape)
     log_p = flat.log_softmax(-1)
-    right = F.nll_loss(log_p, wanted, reduction="none")
-    return ((1.0 - how.label_smoothing) * right - how.label_smoothing * log_p.mean(-1)).view(targets.shape)
+    right = F.nll_loss(log_p, wanted, reduction="none", ignore_index=IGNORE).view(targets.shape)
+    log_p = log_p.view(logits.shape)
+    if num_ways is None:
+        mean = log_p.mean(-1)
+    else:
+        own = log_p.masked_fill(_is_other_class(logits, num_ways), 0.0)
+        mean = own.sum(-1) / _beside(num_ways, targets.ndim)
+    mean = mean.masked_fill(targets == IGNORE, 0.0)
+    return (1.0 - how.label_smoothing) * right - how.label_smoothing * mean
+
+
+def _in_full(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+def _without_other_classes(logits: Tensor, num_ways: Tensor) -> Tensor:
+    """The logits with those of classes that a task does not have so low that their probability is 0: finite,
+    since infinite ones have NaN for a tangent."""
+    return logits.masked_fill(_is_other_class(logits, num_ways), torch.finfo(logits.dtype).min / 2)
+
+
+def _is_other_class(logits: Tensor, num_ways: Tensor) -> Tensor:
+    """Which logits `[T, ..., C]` are of classes from a task's `num_ways` on; `[T, 1 ..., C]`."""
+    return torch.arange(logits.shape[-1], device=logits.device) >= _beside(num_ways, logits.ndim)
+
+
+def _beside(per_task: Tensor, num_dims: int) -> Tensor:
+    """One number per task, `[T]`, beside a tensor of so many dims: `[T, 1, ...]`."""
+    return per_task.view(-1, *(1,) * (num_dims - 1))
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -93,17 +215,37 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
         logits: `[T, N, C]` or `[T, N, L, C]`; half precision is raised to float32 first.
         targets: `[T, N]` or `[T, N, L]`, class indices.
     """
-    return example_means(token_losses(logits, targets))
+    return example_means(token_losses(logits, targets), targets != IGNORE)
 
 
-def example_means(values: Tensor) -> Tensor:
-    """The mean over the tokens of each example: `[T, N]` of `[T, N]` or `[T, N, L]`."""
-    return values.flatten(2).mean(-1) if values.ndim > 2 else values
+def example_means(values: Tensor, is_counted: Tensor) -> Tensor:
+    """The mean over what counts of each example, `[T, N]` of `[T, N]` or `[T, N, L]`; 0 where nothing does."""
+    if values.ndim == 2:
+        return values * is_counted
+    counts = is_counted.flatten(2)
+    return (values.flatten(2) * counts).sum(-1) / counts.sum(-1).clamp(min=1)
 
 
-def is_right(logits: Tensor, targets: Tensor) -> Tensor:
-    """Whether the likeliest class is the target, shaped like the targets."""
-    return logits.detach().argmax(-1) == targets
+def task_means(values: Tensor, weights: Tensor | None) -> Tensor:
+    """The weighted mean over the examples of each task, `[T]`; 0 where all weights are.
+
+    Args:
+        values: `[T, N]`.
+        weights: `[T, N]`, 0 for padding; None for equal ones.
+    """
+    if weights is None:
+        return values.mean(1)
+    weights = weights.to(values.dtype)
+    total = weights.sum(1)
+    return (values * weights).sum(1) / torch.where(total == 0.0, 1.0, total)
+
+
+def is_right(logits: Tensor, targets: Tensor, num_ways: Tensor | None = None) -> Tensor:
+    """Whether the likeliest class is the target, shaped like the targets; `num_ways` as in `token_losses`."""
+    logits = logits.detach()
+    if num_ways is not None:
+        logits = _without_other_classes(logits, num_ways)
+    return logits.argmax(-1) == targets
 
 
 def bits_per_byte(nats: float) -> float:

@@ -69,8 +69,12 @@ class Unroll:
     ) -> dict[str, Tensor]:
         """`S * g_k`, S the loss scale; as `support_gradient`."""
         losses, _ = self.learner.losses("support", meta, fast, batch, step, derivative=derivative)
+        # Zero where the inner loss has no part of a fast weight, as of the head of another objective.
         grads = torch.autograd.grad(
-            self.scales.loss * losses.sum(), list(fast.values()), create_graph=derivative == "reverse"
+            self.scales.loss * losses.sum(),
+            list(fast.values()),
+            create_graph=derivative == "reverse",
+            materialize_grads=True,
         )
         return dict(zip(fast, grads, strict=True))
 

@@ -19,23 +19,45 @@ class Conv4(nn.Module):
     Args:
         num_classes: C.
         width: channels of each block.
-        num_blocks: each halves the image (28 -> 14 -> 7 -> 4 -> 2).
+        num_blocks: each halves the image, rounding up (28 -> 14 -> 7 -> 4 -> 2).
         norm: `batch` or `none`.
+        num_channels: of the images, which may have any size.
+        num_rehearsal_classes: those of a second head, `rehearsal`; None for none.
+
+    Attributes:
+        heads: the module that gives each output, by the output's name.
     """
 
-    def __init__(self, *, num_classes: int, width: int, num_blocks: int, norm: str) -> None:
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        width: int,
+        num_blocks: int,
+        norm: str,
+        num_channels: int = 1,
+        num_rehearsal_classes: int | None = None,
+    ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
-            _Block(1 if index == 0 else width, width, norm=norm) for index in range(num_blocks)
+            _Block(num_channels if index == 0 else width, width, norm=norm) for index in range(num_blocks)
         )
         self.head = nn.Linear(width, num_classes)
+        self.heads = {"tasks": "head"}
+        if num_rehearsal_classes is not None:
+            self.rehearsal_head = nn.Linear(width, num_rehearsal_classes)
+            self.heads["rehearsal"] = "rehearsal_head"
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits `[N, C]` of images `[N, 1, 28, 28]`."""
+    def forward(self, images: Tensor, head: str = "tasks") -> Tensor:
+        """Logits `[N, C]` of images `[N, channels, height, width]`.
+
+        Args:
+            head: `tasks` or `rehearsal`.
+        """
         features = images
         for block in self.blocks:
             features = block(features)
-        logits: Tensor = self.head(features.mean(dim=(2, 3)))
+        logits: Tensor = self.get_submodule(self.heads[head])(features.mean(dim=(2, 3)))
         return logits
 
 

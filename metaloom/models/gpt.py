@@ -1,6 +1,6 @@
-"""A small decoder-only transformer over bytes.
+"""A small decoder-only transformer over bytes or other tokens.
 
-Shape letters: N sequences, L tokens, D width, H heads, V vocabulary.
+Shape letters: N sequences, L tokens, D width, H heads, V vocabulary, C classes.
 """
 
 from __future__ import annotations
@@ -12,10 +12,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 VOCABULARY = 256
+# In place of a token where a sequence has ended.
+PAD = -1
 
 
 class Gpt(nn.Module):
     """Pre-norm blocks, learned positions, GELU (Radford et al. 2019, section 2.3).
+
+    Sequences may be padded on the right with `PAD`: what is before does not see it. With `num_classes` it
+    classifies whole sequences too, by a linear layer on the last token's hidden state (Radford et al. 2018,
+    section 3.2).
 
     Args:
         num_layers: blocks.
@@ -25,6 +31,10 @@ class Gpt(nn.Module):
         tied_embeddings: the head's weight is the embedding's.
         dropout: probability, after the embeddings and before each addition to the residual stream.
         vocabulary: V.
+        num_classes: C; None for next tokens alone. The other weights start the same with and without.
+
+    Attributes:
+        heads: the module that gives each output, by the output's name.
     """
 
     def __init__(
@@ -37,6 +47,7 @@ class Gpt(nn.Module):
         tied_embeddings: bool,
         dropout: float = 0.0,
         vocabulary: int = VOCABULARY,
+        num_classes: int | None = None,
     ) -> None:
         super().__init__()
         self.token_embedding = nn.Embedding(vocabulary, width)
@@ -52,14 +63,26 @@ class Gpt(nn.Module):
                 nn.init.normal_(weight, std=0.02 / math.sqrt(2 * num_layers))
         if tied_embeddings:
             self.head.weight = self.token_embedding.weight
+        self.heads = {"language_modelling": "head"}
+        if num_classes is not None:
+            self.classifier = nn.Linear(width, num_classes)
+            _init_weights(self.classifier)
+            self.heads["classification"] = "classifier"
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits `[N, L, V]` of the next token, for tokens `[N, L]`."""
+    def forward(self, tokens: Tensor, head: str = "language_modelling") -> Tensor:
+        """Logits `[N, L, V]` of the next token, or `[N, C]` of the sequence's class, for tokens `[N, L]`.
+
+        Args:
+            head: `language_modelling` or `classification`.
+        """
         positions = torch.arange(tokens.shape[1], device=tokens.device)
-        hidden = self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))
+        hidden = self.token_embedding(tokens.clamp(min=0)) + self.position_embedding(positions)
+        hidden = self.dropout(hidden)
         for block in self.blocks:
             hidden = block(hidden)
-        logits: Tensor = self.head(self.norm(hidden))
+        if head == "classification":
+            hidden = _at_last_token(hidden, tokens)
+        logits: Tensor = self.get_submodule(self.heads[head])(self.norm(hidden))
         return logits
 
 
@@ -105,6 +128,13 @@ class _Mlp(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         projected: Tensor = self.fc_out(F.gelu(self.fc_in(hidden)))
         return projected
+
+
+def _at_last_token(hidden: Tensor, tokens: Tensor) -> Tensor:
+    """The hidden states `[N, D]` of the last token of each sequence; of the first position where there is
+    none."""
+    last = ((tokens != PAD).sum(1) - 1).clamp(min=0)
+    return hidden[torch.arange(len(tokens), device=tokens.device), last]
 
 
 def _init_weights(module: nn.Module) -> None:

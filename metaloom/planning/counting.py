@@ -127,7 +127,10 @@ def _counted(recipe: Recipe, *, with_shards: bool) -> Facts:
         own=held.own,
         update=held.update,
         state_bytes=held.state_bytes,
-        data_bytes=_bytes_of(one.support) + _bytes_of(one.query) + _bytes_of(one.rehearsal or {}),
+        data_bytes=_bytes_of(one.support)
+        + _bytes_of(one.query)
+        + _bytes_of(one.rehearsal or {})
+        + _bytes_of(one.outer_rehearsal or {}),
         ways=ways,
         trials=tuple(_trials(recipe, axes)),
         advance=again,
@@ -429,7 +432,7 @@ def _assembled(recipe: Recipe, choices: Choices, num_shards: int = 1) -> Iterato
         sharding = Replicated()
         outer = OuterOptimizer(initial_meta(recipe, algorithm.unroll), outer_settings(recipe), sharding)
         model.hold_once(outer.meta)
-        combiner = Mean(outer.meta, sharding, metric_names=algorithm.hypergradient.metric_names)
+        combiner = Mean(outer.meta, sharding, metric_names=algorithm.metric_names)
         scaler = LossScaler(Precision(recipe.precision.compute))
         yield trace, _Parts(model, algorithm, outer, combiner, scaler, group)
 

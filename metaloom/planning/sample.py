@@ -7,7 +7,6 @@ import statistics
 import time
 
 import torch
-from torch import Tensor
 
 from metaloom.build import Choices, build_adapter, build_algorithm, build_model, initial_meta
 from metaloom.engine.choice import EXACT_AND_FLAT, EstimatorChoice
@@ -65,11 +64,7 @@ def seconds_of_a_task(recipe: Recipe, way: Way, device: torch.device) -> float:
 
 
 def _on(batch: TaskBatch, device: torch.device) -> TaskBatch:
-    def moved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.to(device) for name, tensor in tensors.items()}
-
-    rehearsal = None if batch.rehearsal is None else moved(dict(batch.rehearsal))
-    return TaskBatch(batch.numbers, moved(dict(batch.support)), moved(dict(batch.query)), rehearsal)
+    return batch.mapped(lambda tensor: tensor.to(device))
 
 
 def _wait(device: torch.device) -> None:

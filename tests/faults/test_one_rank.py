@@ -112,7 +112,7 @@ def fails_in_the_midst_of_a_backward_pass() -> None:
     sharding = Replicated(bucket_bytes=2048)
     algorithm = Maml(problem.unroll, Rematerialized())
     outer = OuterOptimizer(problem.meta, SETTINGS, sharding)
-    combiner = Failing(outer.meta, sharding, metric_names=algorithm.hypergradient.metric_names)
+    combiner = Failing(outer.meta, sharding, metric_names=algorithm.metric_names)
     outer_step(StepTasks(problem.batch, 4, 1), algorithm, combiner, outer, LossScaler(Precision("float64")))
 
 

@@ -76,7 +76,7 @@ def train(
     made = problem()
     algorithm = Maml(made.unroll, HYPERGRADIENTS[estimator]())
     outer = OuterOptimizer(made.meta, dataclasses.replace(SETTINGS, lr=0.05, lr_rates=0.05), sharding)
-    combiner = Mean(outer.meta, sharding, metric_names=algorithm.hypergradient.metric_names)
+    combiner = Mean(outer.meta, sharding, metric_names=algorithm.metric_names)
     scaler = LossScaler(Precision("float64"))
     curve = []
     for step in range(STEPS):
@@ -143,7 +143,7 @@ def events_of_a_step(num_tasks: int, micro_batch: int, bucket_bytes: int) -> lis
     sharding = Replicated(bucket_bytes=bucket_bytes)
     algorithm = Maml(made.unroll, HYPERGRADIENTS["rematerialized"]())
     outer = OuterOptimizer(made.meta, SETTINGS, sharding)
-    combiner = Mean(outer.meta, sharding, metric_names=algorithm.hypergradient.metric_names)
+    combiner = Mean(outer.meta, sharding, metric_names=algorithm.metric_names)
     tasks = StepTasks(own_tasks(made.batch, 0, num_tasks, sharding), num_tasks, micro_batch)
     torch.autograd.grad, dist.all_reduce = grad, all_reduce
     try:

@@ -85,7 +85,9 @@ def test_micro_batches_of_any_size_give_the_same_mean(model: str, size: int) -> 
 
     def mean(micro_batch: int) -> tuple[dict[str, Tensor], dict[str, float]]:
         hypergradient = HYPERGRADIENTS["mixed_mode"]()
-        combiner = Mean(problem.meta, Replicated(), metric_names=hypergradient.metric_names)
+        combiner = Mean(
+            problem.meta, Replicated(), metric_names=hypergradient.metric_names(problem.unroll.learner)
+        )
         for part in problem.batch.split(micro_batch):
             combiner.add(hypergradient.meta_gradient(problem.unroll, problem.meta, part))
         combined = combiner.combine(NUM_TASKS)

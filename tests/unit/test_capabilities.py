@@ -174,7 +174,9 @@ def test_a_batch_of_tasks_gives_the_sum_of_the_tasks_alone(estimator: str) -> No
     for name, value in together.gradient.items():
         # Matrix products of other sizes add in another order; solvers carry that on.
         assert relative_error(value, torch.stack([p.gradient[name] for p in alone]).sum(0)) < 1e-9, name
-    assert together.metrics.keys() == {"meta_loss", *chosen.metric_names} - {"meta_loss"}
+    assert together.metrics.keys() == {"meta_loss", *chosen.metric_names(problem.unroll.learner)} - {
+        "meta_loss"
+    }
     for values in (together.losses, *together.metrics.values()):
         assert values.shape == (2,)
         assert values.dtype == torch.float64
@@ -219,13 +221,13 @@ def test_gradients_are_in_the_storage_dtype_and_near_those_of_float64(
 def test_an_outer_step_logs_the_estimators_own_metrics(estimator: str) -> None:
     problem = problem_of("init")
     chosen = HYPERGRADIENTS[estimator]()
-    combiner = Mean(problem.meta, Replicated(), metric_names=chosen.metric_names)
+    combiner = Mean(problem.meta, Replicated(), metric_names=chosen.metric_names(problem.unroll.learner))
     outer = OuterOptimizer(problem.meta, SETTINGS, Replicated())
     tasks, scaler = StepTasks(problem.batch, 2, 1), LossScaler(Precision("float64"))
     metrics = outer_step(tasks, Maml(problem.unroll, chosen), combiner, outer, scaler)
-    assert metrics.keys() >= {"meta_loss", *chosen.metric_names}
+    assert metrics.keys() >= {"meta_loss", *chosen.metric_names(problem.unroll.learner)}
     whole = chosen.meta_gradient(problem.unroll, problem.meta, problem.batch)
-    for name in chosen.metric_names:
+    for name in chosen.metric_names(problem.unroll.learner):
         assert metrics[name] == pytest.approx(float(whole.metrics[name].mean()), rel=1e-6, abs=1e-15)
 
 

@@ -84,14 +84,14 @@ def test_an_outer_step_moves_theta_by_the_mean_hypergradient(micro_batch: int) -
     metrics = outer_step(
         StepTasks(batch(), T, micro_batch),
         algorithm,
-        Mean(outer.meta, Replicated(), metric_names=algorithm.hypergradient.metric_names),
+        Mean(outer.meta, Replicated(), metric_names=algorithm.metric_names),
         outer,
         LossScaler(Precision("float64")),
     )
     assert_close(outer.meta, {name: value - 0.5 * whole.gradient[name] / T for name, value in before.items()})
     assert metrics.keys() == {
         "meta_loss",
-        *algorithm.hypergradient.metric_names,
+        *algorithm.metric_names,
         "gradient_norm",
         "outer_lr",
         "skipped",
@@ -105,7 +105,7 @@ def test_an_outer_step_moves_theta_by_the_mean_hypergradient(micro_batch: int) -
 def test_repeated_outer_steps_lower_the_meta_loss() -> None:
     algorithm = Maml(unroll(), HYPERGRADIENTS["mixed_mode"]())
     outer = OuterOptimizer(initial_meta(algorithm.unroll), SETTINGS, Replicated())
-    combiner = Mean(outer.meta, Replicated(), metric_names=algorithm.hypergradient.metric_names)
+    combiner = Mean(outer.meta, Replicated(), metric_names=algorithm.metric_names)
     tasks, scaler = StepTasks(batch(), T, 2), LossScaler(Precision("float64"))
     losses = [outer_step(tasks, algorithm, combiner, outer, scaler)["meta_loss"] for _ in range(20)]
     # Plain gradient descent on one batch with a small enough rate: each step goes down.

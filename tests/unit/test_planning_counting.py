@@ -310,7 +310,7 @@ def real_hypergradient(of: Recipe, group: ShardGroup | None = None) -> Any:
     built = build_algorithm(of, build_adapter(of, held, Choices()), Choices(), CPU)
     sharding = Replicated()
     outer = OuterOptimizer(initial_meta(of, built.unroll), outer_settings(of), sharding)
-    combiner = Mean(outer.meta, sharding, metric_names=built.hypergradient.metric_names)
+    combiner = Mean(outer.meta, sharding, metric_names=built.metric_names)
     scales = LossScaler(Precision(of.precision.compute)).scales
 
     def differentiate() -> None:

@@ -79,14 +79,16 @@ class FullAdapter(Adapter):
                 "memory.recompute_blocks to false and memory.head_chunk to null."
             )
 
+        self._structure.head_of(forward_pass.head)  # refuses one that there is not
         buffers = dict(self._model.named_buffers())
+        interception = Interception(forward_pass, is_vectorized=True)
 
-        def one_task(weights: dict[str, Tensor], examples: Tensor) -> Tensor:
-            logits: Tensor = functional_call(self._model, weights | buffers, (examples,), strict=True)
+        def one_task(weights: dict[str, Tensor], examples: Tensor, example_weights: Tensor | None) -> Tensor:
+            interception.weights = example_weights
+            arguments = forward_pass.arguments(examples)
+            logits: Tensor = functional_call(self._model, weights | buffers, arguments, strict=True)
             return logits
 
-        with (
-            Interception(forward_pass, is_vectorized=True),
-            forward_pass.precision.autocast(forward_pass.device),
-        ):
-            return vmap(one_task)(dict(fast), inputs)
+        in_dims = (0, 0, None if forward_pass.weights is None else 0)
+        with interception, forward_pass.precision.autocast(forward_pass.device):
+            return vmap(one_task, in_dims)(dict(fast), inputs, forward_pass.weights)

@@ -44,11 +44,33 @@ class Structure:
 
     Attributes:
         blocks: names of the modules whose activations may be recomputed, one at a time; none inside another.
-        head: name of the last module, a linear layer over the vocabulary; None where there is no such.
+        head: name of the last module, a linear layer over the vocabulary; None where there is no such. Of a
+            model with several outputs, that of each by the output's name.
     """
 
     blocks: tuple[str, ...] = ()
-    head: str | None = None
+    head: str | Mapping[str, str] | None = None
+
+    def head_of(self, output: str | None) -> str | None:
+        """The name of the last module on the way to one of the model's outputs; None where there is no such.
+
+        Args:
+            output: which; None for the one that there is.
+
+        Raises:
+            CapabilityError: the model has no output of that name, or several and none is named.
+        """
+        if self.head is None or (isinstance(self.head, str) and output is None):
+            return self.head
+        if isinstance(self.head, str):
+            raise CapabilityError(
+                f"the head {output!r} is asked for, and this model has one output: name none (null), or take "
+                "a model with several."
+            )
+        if output is None or output not in self.head:
+            named = "no head is named" if output is None else f"the head {output!r} is none of this model's"
+            raise CapabilityError(f"{named}: it has {', '.join(self.head)}; name one of them.")
+        return self.head[output]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,19 +119,20 @@ def run_model(
     Args:
         weights: the model's parameters by name; those that it lacks stay as they are. With `shards` all of
             them, and the model's own are on the meta device, where nothing can be computed with them.
-        inputs: the model's one argument.
+        inputs: the model's argument; with `forward_pass.head` its first.
         attachments: tensors that hooks add to layers, by `<module>.<tensor>`.
         attach: puts hooks for such tensors on the model while its context lasts.
         shards: makes them whole, where `weights` are this rank's shards.
 
     Raises:
-        CapabilityError: the head cannot be held back; or, with `shards`, a weight is used outside of the
-            module that has it.
+        CapabilityError: the head cannot be held back; the model has no output of the name that is asked for;
+            or, with `shards`, a weight is used outside of the module that has it.
     """
     interception = Interception(forward_pass)
     modules = dict(model.named_modules())
     held_back = _HeldBack()
-    head_name = structure.head if forward_pass.holds_back_head else None
+    own_head = structure.head_of(forward_pass.head)
+    head_name = own_head if forward_pass.holds_back_head else None
     parts = [*structure.blocks, *([] if head_name is None else [head_name])]
     outside = {name: value for name, value in attachments.items() if not any(_is_in(name, p) for p in parts)}
     divided = None if shards is None else _Divided(model, weights, shards)
@@ -132,7 +155,8 @@ def run_model(
         stack.enter_context(interception)
         stack.enter_context(forward_pass.precision.autocast(forward_pass.device))
         stack.enter_context(attach(outside))
-        output: Tensor = functional_call(model, dict(weights), (inputs,), tie_weights=True)
+        arguments = forward_pass.arguments(inputs)
+        output: Tensor = functional_call(model, dict(weights), arguments, tie_weights=True)
     if head_name is None:
         return output, None, ()
     if held_back.features is None or output is not held_back.features:

@@ -25,6 +25,11 @@ class Maml:
     unroll: Unroll
     hypergradient: Hypergradient
 
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """The names of the metrics that `meta_gradient` returns."""
+        return self.hypergradient.metric_names(self.unroll.learner)
+
     def meta_gradient(
         self,
         meta: Mapping[str, Tensor],

@@ -43,8 +43,8 @@ class Coupling:
 def coupled_tasks(unroll: Unroll, meta: Tensors, batch: TaskBatch, *, seed: int) -> tuple[Coupling, ...]:
     """What moves in other tasks when one task's data and fast weights change; empty where nothing does.
 
-    A task gets the support, query and rehearsal data of the next one, and other fast weights; then the
-    losses, gradients and first inner step of the others are compared.
+    A task gets all the data of the next one, weights of examples and number of classes included, and other
+    fast weights; then the losses, gradients and first inner step of the others are compared.
     """
     fast = away_from_symmetry(first_snapshot(unroll, meta, batch.num_tasks).fast, seed=seed)
     others = away_from_symmetry(fast, seed=seed + 1)
@@ -70,15 +70,15 @@ def _task_quantities(
     at = leaves(fast)
     with torch.enable_grad():
         losses, _ = unroll.learner.losses("support", meta, at, batch, 0)
-        grads = torch.autograd.grad(losses.sum(), list(at.values()))
+        grads = torch.autograd.grad(losses.sum(), list(at.values()), materialize_grads=True)
     with torch.no_grad():
         rates = unroll.rates.at(meta, fast, 0)
         named = dict(zip(fast, grads, strict=True))
         stepped, _ = unroll.rule.update(fast, unroll.rule.init_state(fast), named, rates)
     after = leaves(stepped)
     with torch.enable_grad():
-        query, _ = unroll.learner.losses("query", meta, after, batch, 0)
-        query_grads = torch.autograd.grad(query.sum(), list(after.values()))
+        query, _ = unroll.learner.losses("outer", meta, after, batch, 0)
+        query_grads = torch.autograd.grad(query.sum(), list(after.values()), materialize_grads=True)
     return {
         "inner loss": [losses.detach()],
         "inner gradient": list(grads),
@@ -100,16 +100,8 @@ def _movements(before: Sequence[Tensor], after: Sequence[Tensor]) -> list[float]
 def _with_next_data(batch: TaskBatch, task: int) -> TaskBatch:
     """The batch with one task's data replaced by that of the next; its number, and so its draws, stay."""
     following = (task + 1) % batch.num_tasks
-
-    def replaced(part: Tensors) -> dict[str, Tensor]:
-        return {name: _with_row(value, value, task, following) for name, value in part.items()}
-
-    return dataclasses.replace(
-        batch,
-        support=replaced(batch.support),
-        query=replaced(batch.query),
-        rehearsal=None if batch.rehearsal is None else replaced(batch.rehearsal),
-    )
+    changed = batch.mapped(lambda tensor: _with_row(tensor, tensor, task, following))
+    return dataclasses.replace(changed, weights=batch.weights)
 
 
 def _with_row(tensor: Tensor, source: Tensor, row: int, source_row: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from metaloom.engine.capabilities import require
 from metaloom.engine.hypergradients.missing import refusal_of
 from metaloom.engine.inner_loops.rates import RATES
-from metaloom.engine.learner import TaskBatch
+from metaloom.engine.learner import Learner, TaskBatch
 from metaloom.engine.unroll import Unroll
 from metaloom.errors import CapabilityError
 
@@ -30,9 +30,10 @@ class MetaGradient:
     Attributes:
         gradient: d (sum over tasks of the meta-loss) / d theta, shaped like theta.
         losses: the meta-loss of each task, `[T]`; 0 for a dummy.
-        metrics: per task, `[T]` each, float64: `loss_after` and `accuracy_after` adaptation; `not_finite`, 1
-            where the task's loss or its share of the gradient is not finite; and the
-            estimator's own. All 0 for a dummy.
+        metrics: per task, `[T]` each, float64: what the learner measures with the meta-loss, after adaptation
+            (`loss_after`, the query loss; `accuracy_after`, where there is one; `rehearsal_loss_after`, where
+            the meta-loss has one); `not_finite`, 1 where the task's loss or its share of the gradient is not
+            finite; and the estimator's own. All 0 for a dummy.
     """
 
     gradient: dict[str, Tensor]
@@ -70,6 +71,7 @@ class Hypergradient(abc.ABC):
             meta,
             has_proximal=unroll.rule.penalties.proximal > 0.0,
             end_only=not any(unroll.step_weights[:-1]),
+            rehearses_outside=unroll.learner.rehearses_outside,
         )
         try:
             return _without_dummies(self.estimate(unroll, meta, batch, on_final), batch)
@@ -79,10 +81,10 @@ class Hypergradient(abc.ABC):
                 raise
             raise CapabilityError(refusal) from error
 
-    @property
-    def metric_names(self) -> tuple[str, ...]:
+    def metric_names(self, learner: Learner) -> tuple[str, ...]:
         """The names of the metrics that `meta_gradient` returns: ranks without tasks need them too."""
-        return ("loss_after", "accuracy_after", "not_finite", *self.own_metrics)
+        after = (f"{name}_after" for name in learner.outer_measures)
+        return (*after, "not_finite", *self.own_metrics)
 
     @abc.abstractmethod
     def estimate(
@@ -243,15 +245,15 @@ def meta_losses(
 def query_losses(
     unroll: Unroll, meta: Tensors, fast: Tensors, batch: TaskBatch, step: int
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """Lq at phi_`step` times the tasks' weights, `[T]`, None where c_k is 0; and the metrics of the last
-    step."""
+    """Lq at phi_`step`, with what rehearsal the meta-loss has, times the tasks' weights, `[T]`, None where c_k
+    is 0; and the metrics of the last step."""
     is_last = step == unroll.num_steps
     is_counted = unroll.step_weights[step] != 0.0
     if not is_counted and not is_last:
         return None, {}
     with torch.set_grad_enabled(is_counted and torch.is_grad_enabled()):
-        losses, aux = unroll.learner.losses("query", meta, fast, batch, step)
-    metrics = {"loss_after": losses.detach().double(), "accuracy_after": aux["accuracy"]}
+        losses, measures = unroll.learner.losses("outer", meta, fast, batch, step)
+    metrics = {f"{name}_after": value for name, value in measures.items()}
     if batch.weights is not None:
         losses = losses * batch.weights
     return (losses if is_counted else None), (metrics if is_last else {})

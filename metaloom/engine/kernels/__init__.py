@@ -4,7 +4,7 @@ from metaloom.engine.kernels.activations import gelu, silu, written_out_mish, wr
 from metaloom.engine.kernels.attention import attention, written_out_attention
 from metaloom.engine.kernels.linear import linear
 from metaloom.engine.kernels.low_rank import low_rank_update
-from metaloom.engine.kernels.norms import written_out_group_norm
+from metaloom.engine.kernels.norms import weighted_batch_norm, written_out_group_norm
 
 __all__ = [
     "attention",
@@ -12,6 +12,7 @@ __all__ = [
     "linear",
     "low_rank_update",
     "silu",
+    "weighted_batch_norm",
     "written_out_attention",
     "written_out_group_norm",
     "written_out_mish",

@@ -1,4 +1,4 @@
-"""Norms in forms that can be differentiated in forward mode over reverse.
+"""Norms in forms that can be differentiated in forward mode over reverse, or leave examples out.
 
 Shape letters: N examples, C channels, G groups of them.
 """
@@ -26,6 +26,34 @@ def written_out_group_norm(
     centered = groups - groups.mean(dim=-1, keepdim=True)
     scale = (centered.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
     normed = (centered * scale).reshape(inputs.shape).to(inputs.dtype)
+    of_channels = (1, -1, *(1,) * (inputs.ndim - 2))
+    if weight is not None:
+        normed = normed * weight.view(of_channels)
+    return normed if bias is None else normed + bias.view(of_channels)
+
+
+def weighted_batch_norm(
+    inputs: Tensor,
+    example_weights: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`torch.nn.functional.batch_norm` of `[N, C, ...]` by the statistics of its examples, weighted, from
+    elementary functions: one of weight 0 has no part in them. They are taken in at least float32.
+
+    Args:
+        example_weights: `[N]`.
+    """
+    wide = torch.promote_types(inputs.dtype, torch.float32)
+    values, shares = inputs.to(wide), example_weights.to(wide)
+    total = shares.sum()
+    shares = shares / torch.where(total == 0.0, 1.0, total)
+    shares = shares.view(-1, *(1,) * (inputs.ndim - 1)) / inputs[0, 0].numel()
+    dims = [dim for dim in range(inputs.ndim) if dim != 1]
+    centered = values - (values * shares).sum(dims, keepdim=True)
+    scale = ((centered.square() * shares).sum(dims, keepdim=True) + eps).rsqrt()
+    normed = (centered * scale).to(inputs.dtype)
     of_channels = (1, -1, *(1,) * (inputs.ndim - 2))
     if weight is not None:
         normed = normed * weight.view(of_channels)
