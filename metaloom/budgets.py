@@ -19,15 +19,16 @@ from metaloom.build import (
     initial_meta,
     model_structure,
     task_batch,
+    task_output,
 )
-from metaloom.datasets import ClassSamples
 from metaloom.engine.kernels.linear import product_flops
 from metaloom.engine.ordinary import ordinary_gradient
 from metaloom.engine.precision import Precision
 from metaloom.job import Job
-from metaloom.recipe import GlyphsData, Recipe
 from metaloom.recipe import Precision as PrecisionSection
-from metaloom.sources import episode_source, num_rehearsed, ordinary_samples
+from metaloom.recipe import Recipe
+from metaloom.recipe.tasks import num_rehearsed, num_rehearsed_outside, task_facts
+from metaloom.sources import episode_source, ordinary_samples
 
 
 def ordinary_budget(job: Job, name: str, choices: Choices, *, num_outer_steps: int) -> tuple[int, int]:
@@ -47,18 +48,17 @@ def ordinary_budget(job: Job, name: str, choices: Choices, *, num_outer_steps: i
 
 
 def _samples_per_task(recipe: Recipe) -> int:
-    """Images or sequences that a task shows to meta-training, each counted once."""
-    data = recipe.data
-    if isinstance(data, GlyphsData):
-        return data.n_way * (data.n_shot + data.n_query)
-    return data.num_support + data.num_query + num_rehearsed(recipe, recipe.adaptation.num_steps)
+    """Samples that a task shows to meta-training, each counted once; where tasks differ, at most."""
+    facts = task_facts(recipe)
+    rehearsed = num_rehearsed(recipe, recipe.adaptation.num_steps) + num_rehearsed_outside(recipe)
+    return facts.num_support + facts.num_query + rehearsed
 
 
 def _flops_per_task(job: Job, choices: Choices) -> int:
     """Floating-point operations of one task's hypergradient (matrix products and convolutions)."""
     recipe, device = job.recipe, job.place.device
     num_inner = recipe.adaptation.num_steps
-    source = episode_source(recipe, job.index, "train", seed=recipe.seed, num_steps=num_inner)
+    source = episode_source(recipe, job.data, "train", seed=recipe.seed, num_steps=num_inner)
     adapter = build_adapter(recipe, build_model(recipe, device, job.sharding), choices)
     algorithm = build_algorithm(recipe, adapter, choices, device)
     meta = initial_meta(recipe, algorithm.unroll)
@@ -69,10 +69,10 @@ def _flops_per_task(job: Job, choices: Choices) -> int:
 def _flops_per_sample(job: Job) -> int:
     """Floating-point operations of one sample in ordinary training, forward and backward."""
     recipe, device = job.recipe, job.place.device
-    samples = ordinary_samples(recipe, job.index, ("train",), purpose="budget")
-    num_classes = samples.num_classes if isinstance(samples, ClassSamples) else None
-    model = build_model(recipe, device, job.sharding, num_classes=num_classes)
-    batch = {name: torch.from_numpy(array) for name, array in samples.batch(0, 2).items()}
+    samples = ordinary_samples(recipe, job.data, ("train",), purpose="budget")
+    model = build_model(recipe, device, job.sharding, num_classes=samples.num_classes)
+    batch = {name: torch.from_numpy(array) for name, array in samples.batch(0, 2).arrays.items()}
+    output = task_output(recipe)
 
     def step() -> None:
         ordinary_gradient(
@@ -85,6 +85,8 @@ def _flops_per_sample(job: Job) -> int:
             scale=1.0,
             recompute_blocks=recipe.memory.recompute_blocks,
             shards=model.shards,
+            criterion=output.criterion,
+            head=output.head,
         )
 
     return _count_flops(step) // 2

@@ -35,7 +35,7 @@ from metaloom.engine.inner_loops.rates import Grain, Rates
 from metaloom.engine.inner_loops.rmsprop import RmsProp
 from metaloom.engine.inner_loops.sgd import Sgd
 from metaloom.engine.learner import Learner, Rehearsal, TaskBatch
-from metaloom.engine.losses import SupportLoss
+from metaloom.engine.losses import Criterion, CrossEntropy, MeanSquaredError, SupportLoss
 from metaloom.engine.outer import OuterSettings
 from metaloom.engine.precision import Precision
 from metaloom.engine.sharding.base import Sharding
@@ -47,6 +47,7 @@ from metaloom.engine.unroll import Unroll
 from metaloom.errors import CapabilityError
 from metaloom.models.conv4 import Conv4
 from metaloom.models.gpt import Gpt
+from metaloom.models.mlp import Mlp
 from metaloom.recipe import (
     AdamOptimizer,
     AdamWRule,
@@ -59,10 +60,12 @@ from metaloom.recipe import (
     FiniteDifferenceHypergradient,
     FirstOrderHypergradient,
     FullFast,
-    GlyphsData,
+    GPTModel,
     HostSnapshots,
+    ImageInputs,
     ImplicitHypergradient,
     MixedModeHypergradient,
+    MLPModel,
     NeumannSolver,
     OrdinaryTraining,
     Pretrain,
@@ -77,7 +80,8 @@ from metaloom.recipe import (
     UnrolledHypergradient,
 )
 from metaloom.recipe import InnerRule as InnerRuleSection
-from metaloom.sources import num_rehearsed
+from metaloom.recipe import Rehearsal as RehearsalSection
+from metaloom.recipe.tasks import num_inputs, num_rehearsed, rehearsal_facts, task_facts
 from metaloom.weights import HeldModel, hold
 
 Tasks = Literal["loop", "vmap"]
@@ -123,7 +127,7 @@ def build_model(
     """The recipe's model with its initial weights: those of `model.weights`, or such as follow from the seed.
 
     Args:
-        num_classes: outputs of a classifier; the recipe's n_way where None.
+        num_classes: outputs of a classifier; as many as a task has classes where None.
 
     Raises:
         CheckpointError: `model.weights` cannot be read, or belongs to another model.
@@ -144,29 +148,74 @@ def build_model(
 
 
 def _make_model(recipe: Recipe, num_classes: int | None) -> nn.Module:
-    if isinstance(recipe.model, Conv4Model):
-        assert isinstance(recipe.data, GlyphsData)
-        return Conv4(
-            num_classes=num_classes or recipe.data.n_way,
-            width=recipe.model.width,
-            num_blocks=recipe.model.num_blocks,
-            norm=recipe.model.norm,
-        )
-    return Gpt(
-        num_layers=recipe.model.num_layers,
-        width=recipe.model.width,
-        num_heads=recipe.model.num_heads,
-        context_length=recipe.model.context_length,
-        tied_embeddings=recipe.model.tied_embeddings,
-        dropout=recipe.model.dropout,
-    )
+    facts, rehearsed = task_facts(recipe), rehearsal_facts(recipe)
+    num_outputs = num_classes or facts.num_outputs
+    own_head = None if rehearsed is None or rehearsed.shares_head else rehearsed.num_outputs
+    match recipe.model:
+        case Conv4Model(width=width, num_blocks=num_blocks, norm=norm):
+            assert isinstance(facts.inputs, ImageInputs)
+            assert num_outputs is not None
+            return Conv4(
+                num_classes=num_outputs,
+                width=width,
+                num_blocks=num_blocks,
+                norm=norm,
+                num_channels=facts.inputs.channels,
+                num_rehearsal_classes=own_head,
+            )
+        case MLPModel(width=width, num_layers=num_layers, activation=activation):
+            assert num_outputs is not None
+            return Mlp(
+                num_inputs=num_inputs(facts.inputs),
+                width=width,
+                num_layers=num_layers,
+                num_outputs=num_outputs,
+                activation=activation,
+                num_rehearsal_outputs=own_head,
+            )
+        case GPTModel():
+            return Gpt(
+                num_layers=recipe.model.num_layers,
+                width=recipe.model.width,
+                num_heads=recipe.model.num_heads,
+                context_length=recipe.model.context_length,
+                tied_embeddings=recipe.model.tied_embeddings,
+                dropout=recipe.model.dropout,
+                vocabulary=recipe.model.vocabulary,
+                num_classes=num_outputs,
+            )
 
 
 def model_structure(model: nn.Module) -> Structure:
-    """Where a model can be taken apart: the built-in ones alike have `blocks` and a `head`."""
+    """Where a model can be taken apart: the built-in ones alike have `blocks` and `heads`."""
     names = [name for name, _ in model.named_modules()]
     blocks = tuple(name for name in names if name.startswith("blocks.") and name.count(".") == 1)
-    return Structure(blocks, "head")
+    assert isinstance(model, Conv4 | Mlp | Gpt)
+    return Structure(blocks, model.heads)
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """Which output of a model is read, and what it is judged by."""
+
+    head: str
+    criterion: Criterion
+
+
+def task_output(recipe: Recipe) -> Output:
+    """What tasks read of the model."""
+    objective = task_facts(recipe).objective
+    criterion = MeanSquaredError() if objective == "regression" else CrossEntropy()
+    return Output(objective if isinstance(recipe.model, GPTModel) else "tasks", criterion)
+
+
+def _rehearsal_output(recipe: Recipe) -> Output:
+    """What rehearsal reads of the model."""
+    rehearsed = rehearsal_facts(recipe)
+    if rehearsed is None or rehearsed.shares_head:
+        return task_output(recipe)
+    # Of a language model, its own: that it was trained by before.
+    return Output("language_modelling" if isinstance(recipe.model, GPTModel) else "rehearsal", CrossEntropy())
 
 
 def build_adapter(recipe: Recipe, model: HeldModel, choices: Choices) -> Adapter:
@@ -220,22 +269,35 @@ def build_unroll(
             they stay where they start otherwise.
     """
     adaptation = recipe.adaptation
-    rehearsal, loss = adaptation.rehearsal, adaptation.loss
+    rehearsal, loss, output = adaptation.rehearsal, adaptation.loss, task_output(recipe)
     return Unroll(
         learner=Learner(
             adapter,
             Precision(recipe.precision.compute),
-            None if rehearsal is None else Rehearsal(rehearsal.ratio, rehearsal.num_sequences),
+            None if rehearsal is None else _rehearsal(recipe, rehearsal),
             support_loss=SupportLoss(
                 loss.temperature, loss.label_smoothing, loss.learned if learns_loss else ()
             ),
             seed=recipe.seed,
             recompute_blocks=recipe.memory.recompute_blocks,
             head_chunk=recipe.memory.head_chunk,
+            criterion=output.criterion,
+            head=output.head,
         ),
         rule=build_rule(adaptation.rule),
         rates=Rates(rate, grain, adaptation.num_steps),
         step_weights=step_weights(recipe.algorithm.step_weights, adaptation.num_steps),
+    )
+
+
+def _rehearsal(recipe: Recipe, section: RehearsalSection) -> Rehearsal:
+    output = _rehearsal_output(recipe)
+    return Rehearsal(
+        section.ratio,
+        section.num_samples,
+        outer_ratio=section.outer_ratio,
+        criterion=output.criterion,
+        head=output.head,
     )
 
 
@@ -373,38 +435,70 @@ def task_batch(
     num_steps: int,
     num_dummies: int = 0,
 ) -> TaskBatch:
-    """Episodes side by side, in the recipe's precision.
+    """Episodes side by side, in the recipe's precision; those with fewer examples are padded.
 
     Args:
         num_steps: inner steps: the rehearsal data beyond what they read is for measuring retention.
         num_dummies: how many of the last episodes do not count.
     """
     dtype = Precision(recipe.precision.compute).storage_dtype
+    ways = task_facts(recipe).num_outputs
 
-    def stack(parts: Sequence[Mapping[str, np.ndarray]], rows: slice = slice(None)) -> dict[str, Tensor]:
-        stacked = {
-            name: torch.from_numpy(np.stack([part[name][rows] for part in parts])) for name in parts[0]
-        }
+    def beside(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Tensor]:
+        tensors = {name: torch.from_numpy(array) for name, array in _padded(parts).items()}
         return {
-            name: value.to(device, dtype if value.is_floating_point() else None)
-            for name, value in stacked.items()
+            name: tensor.to(device, dtype if tensor.is_floating_point() else None)
+            for name, tensor in tensors.items()
         }
 
-    rehearsal = retention = None
+    rehearsal = retention = outer = None
     if episodes[0].rehearsal is not None:
         old = [episode.rehearsal for episode in episodes if episode.rehearsal is not None]
         count = num_rehearsed(recipe, num_steps)
-        rehearsal = stack(old, slice(0, count)) if count > 0 else None
-        retention = stack(old, slice(count, None))
+        rehearsal = beside([_rows(part, slice(0, count)) for part in old]) if count > 0 else None
+        retention = beside([_rows(part, slice(count, None)) for part in old])
         retention = retention if retention["inputs"].shape[1] > 0 else None
+    if episodes[0].outer_rehearsal is not None:
+        outer = beside([e.outer_rehearsal for e in episodes if e.outer_rehearsal is not None])
+    num_ways = None
+    if task_facts(recipe).has_own_ways:
+        num_ways = torch.tensor([episode.num_ways or ways for episode in episodes], device=device)
     return TaskBatch(
         numbers=tuple(episode.number for episode in episodes),
-        support=stack([episode.support for episode in episodes]),
-        query=stack([episode.query for episode in episodes]),
+        support=beside([episode.support for episode in episodes]),
+        query=beside([episode.query for episode in episodes]),
         rehearsal=rehearsal,
         retention=retention,
         weights=_task_weights(len(episodes), num_dummies, dtype, device) if num_dummies > 0 else None,
+        num_ways=num_ways,
+        outer_rehearsal=outer,
     )
+
+
+def _rows(part: Mapping[str, np.ndarray], rows: slice) -> dict[str, np.ndarray]:
+    return {name: array[rows] for name, array in part.items()}
+
+
+def _padded(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Examples of several tasks side by side, `[T, N, ...]`. Where some have fewer, their first one is
+    repeated behind their own, with weight 0."""
+    counts = [len(part["targets"]) for part in parts]
+    most = max(counts)
+    stacked = {
+        name: np.stack(
+            [
+                np.concatenate([part[name], part[name][:1].repeat(most - count, axis=0)])
+                if count < most
+                else part[name]
+                for part, count in zip(parts, counts, strict=True)
+            ]
+        )
+        for name in ("inputs", "targets")
+    }
+    if min(counts) == most:
+        return stacked
+    weights = np.stack([(np.arange(most) < count).astype(np.float32) for count in counts])
+    return stacked | {"weights": weights}
 
 
 def _task_weights(num_tasks: int, num_dummies: int, dtype: torch.dtype, device: torch.device) -> Tensor:

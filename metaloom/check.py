@@ -13,7 +13,6 @@ from metaloom.build import (
     initial_meta,
     task_batch,
 )
-from metaloom.datasets import Index
 from metaloom.engine.capabilities import ESTIMATORS, kind_of
 from metaloom.engine.checking.comparison import check_hypergradient, grouped
 from metaloom.engine.checking.coupling import COUPLING_TOLERANCE
@@ -25,7 +24,7 @@ from metaloom.engine.sharding.replicated import Replicated
 from metaloom.errors import CapabilityError
 from metaloom.job import Place
 from metaloom.recipe import AutoHypergradient, FullFast, Precision, Recipe
-from metaloom.sources import episode_source
+from metaloom.sources import episode_source, open_data
 from metaloom.tracking.console import Console, make_console
 
 NUM_TASKS = 2
@@ -44,10 +43,10 @@ def check(recipe: Recipe, place: Place) -> None:
     console = make_console(error_stream=sys.stdout)
     num_steps = recipe.adaptation.num_steps
     in_float64 = recipe.model_copy(update={"precision": Precision(compute="float64")})
-    source = episode_source(
-        recipe, Index.load(recipe.data.url), "train", seed=recipe.seed, num_steps=num_steps
-    )
+    data = open_data(recipe)
+    source = episode_source(recipe, data, "train", seed=recipe.seed, num_steps=num_steps)
     episodes = [source.episode(number) for number in range(NUM_TASKS)]
+    data.close()
     batch = task_batch(in_float64, episodes, place.device, num_steps=num_steps)
     model = build_model(in_float64, place.device, Replicated())
     _say_what(console, recipe)

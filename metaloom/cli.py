@@ -423,22 +423,27 @@ def _check_data(recipe: object, *, of_run: RunFolder | None = None) -> str:
     Raises:
         StreamError: something is missing, truncated or too small, or is not what the run was trained on.
     """
-    from metaloom.datasets import Index
     from metaloom.recipe import Recipe
-    from metaloom.sources import require_episodes
+    from metaloom.recipe.tasks import data_urls
+    from metaloom.sources import open_data, require_episodes
 
     assert isinstance(recipe, Recipe)
-    index = Index.load(recipe.data.url)
-    index.verify_sizes()
-    require_episodes(recipe, index)
-    trained_on = index.digest if of_run is None else of_run.facts().get("data_digest", index.digest)
-    if trained_on != index.digest:
+    data = open_data(recipe)
+    try:
+        require_episodes(recipe, data)
+    finally:
+        data.close()
+    trained_on = data.digest if of_run is None else of_run.facts().get("data_digest", data.digest)
+    if trained_on != data.digest:
         assert of_run is not None
+        urls = data_urls(recipe)
         raise StreamError(
-            f"{recipe.data.url} holds other data (digest {index.digest[:12]}) than {of_run.path} was trained "
-            f"on (digest {trained_on[:12]}). Point data.url at the same data, or start a new run."
+            f"{', '.join(dict.fromkeys(urls.values()))} holds other data (digest {data.digest[:12]}) than "
+            f"{of_run.path} was trained on (digest {trained_on[:12]}). Point {', '.join(urls)} at the same "
+            "data, or "
+            "start a new run."
         )
-    return index.digest
+    return data.digest
 
 
 def _write_recipe(recipe: object, path: Path) -> None:

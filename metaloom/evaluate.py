@@ -19,17 +19,20 @@ from metaloom.build import (
     build_sharding,
     build_unroll,
     initial_meta,
+    model_structure,
     ordinary_settings,
+    task_output,
 )
 from metaloom.checkpoints import Checkpoint, CheckpointStore
 from metaloom.confidence import confidence_95
-from metaloom.datasets import ClassSamples, EpisodeSource, slice_for_rank
-from metaloom.engine.losses import bits_per_byte
+from metaloom.datasets import EpisodeSource, slice_for_rank
+from metaloom.engine.losses import bits
 from metaloom.engine.unroll import Unroll
 from metaloom.errors import CheckpointError
 from metaloom.job import Job, Place, open_job, stored_room
 from metaloom.ordinary import finished_weights, train_ordinary
-from metaloom.recipe import GlyphsData, Recipe, StdlibData
+from metaloom.recipe import Conv4Model, GPTModel, Recipe
+from metaloom.recipe.tasks import data_sets, rehearsal_facts, task_facts
 from metaloom.sources import episode_source, ordinary_samples
 from metaloom.tracking import read_metrics
 from metaloom.tracking.report import write_report
@@ -102,7 +105,7 @@ def evaluate(recipe: Recipe, place: Place) -> None:
             for contender, own in zip(contenders, curves, strict=True)
         ]
         summary = EvaluationSummary(
-            dataset=recipe.data.kind, split="test", methods=tuple(results), notes=_notes(job)
+            dataset=_data_name(job), split="test", methods=tuple(results), notes=_notes(job)
         )
         if job.sharding.rank == 0:
             _publish(job, summary)
@@ -205,9 +208,8 @@ def _pretrained(job: Job) -> MetaTensors:
 def _ordinarily_trained(job: Job, name: str, num_steps: int) -> MetaTensors:
     """Weights after ordinary training on the training split; a classifier's head starts at zero again."""
     recipe = job.recipe
-    samples = ordinary_samples(recipe, job.index, ("train",), purpose=name)
-    num_classes = samples.num_classes if isinstance(samples, ClassSamples) else None
-    model = build_model(recipe, job.place.device, job.sharding, num_classes=num_classes)
+    samples = ordinary_samples(recipe, job.data, ("train",), purpose=name)
+    model = build_model(recipe, job.place.device, job.sharding, num_classes=samples.num_classes)
     if recipe.pretrain is not None:
         model.load(_pretrained(job))
     ordinary = recipe.evaluation.ordinary
@@ -221,10 +223,11 @@ def _ordinarily_trained(job: Job, name: str, num_steps: int) -> MetaTensors:
         phase_name=name,
         shown_name=_SHOWN_NAMES[name],
     )
-    if num_classes is not None:
+    if task_facts(recipe).draws_labels:
         # The new task's classes are others: no output is preferred before adaptation.
+        head = f"{model_structure(model.module).head_of(task_output(recipe).head)}."
         fresh = build_model(recipe, job.place.device, job.sharding).values()
-        weights |= {key: torch.zeros_like(value) for key, value in fresh.items() if key.startswith("head.")}
+        weights |= {key: torch.zeros_like(value) for key, value in fresh.items() if key.startswith(head)}
     return weights
 
 
@@ -262,7 +265,17 @@ def _tuned_rate(job: Job, name: str, unroll_at: Callable[[float], Unroll]) -> fl
 
 
 def _metric(recipe: Recipe) -> str:
-    return "accuracy" if isinstance(recipe.data, GlyphsData) else "bits per byte"
+    objective = task_facts(recipe).objective
+    if objective != "language_modelling":
+        return "accuracy" if objective == "classification" else "mean squared error"
+    is_bytes = isinstance(recipe.model, GPTModel) and recipe.model.vocabulary == 256
+    return "bits per byte" if is_bytes else "bits per token"
+
+
+def _data_name(job: Job) -> str:
+    """The data sets of the tasks, in words."""
+    names = (job.data.indices[f"{path}.url"].dataset for path in data_sets(job.recipe))
+    return ", ".join(dict.fromkeys(names))
 
 
 def _test_curves(job: Job, contender: Contender) -> list[EpisodeCurve]:
@@ -318,7 +331,7 @@ def _source(job: Job, split: str) -> EpisodeSource:
     # Another seed than training's and validation's: the tuning must not see the test's draws.
     recipe = job.recipe
     return episode_source(
-        recipe, job.index, split, seed=recipe.seed + 1, num_steps=recipe.evaluation_num_steps
+        recipe, job.data, split, seed=recipe.seed + 1, num_steps=recipe.evaluation_num_steps
     )
 
 
@@ -341,7 +354,7 @@ def _curves(
         values = measured["accuracy" if metric == "accuracy" else "loss"].tolist()
         retention = measured["retention_loss"].tolist() if "retention_loss" in measured else None
         for row, episode in enumerate(episodes):
-            unit = bits_per_byte if metric == "bits per byte" else float
+            unit = bits if metric.startswith("bits") else float
             pair = None if retention is None else (unit(retention[row][0]), unit(retention[row][1]))
             curves.append(EpisodeCurve(episode.task, tuple(unit(value) for value in values[row]), pair))
         on_done(len(episodes))
@@ -362,9 +375,10 @@ def _notes(job: Job) -> tuple[str, ...]:
         notes.append(
             "Equal compute counts the floating-point operations of matrix products and convolutions."
         )
-    if isinstance(job.recipe.data, StdlibData):
-        notes.append("Forgetting is measured on pre-training text that was not rehearsed.")
-    else:
+    if rehearsal_facts(job.recipe) is not None:
+        notes.append("Forgetting is measured on data of the pre-training kind that were not rehearsed.")
+    model = job.recipe.model
+    if isinstance(model, Conv4Model) and model.norm == "batch":
         notes.append("Batch norm sees the query images of an episode together: predictions are transductive.")
     return tuple(notes)
 
@@ -381,7 +395,7 @@ def _publish(job: Job, summary: EvaluationSummary) -> None:
     facts = {
         "run": str(folder.path),
         "recipe": job.recipe.name,
-        "data": f"{job.recipe.data.kind}, digest {job.index.digest[:12]}",
+        "data": f"{_data_name(job)}, digest {job.data.digest[:12]}",
         "tracking": job.tracker.describe(),
     }
     pictures = write_report(

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from metaloom.datasets import Index
+from metaloom.broken_record import BrokenRecord
 from metaloom.engine.outer import parameter_of
 from metaloom.engine.sharding.base import Sharding
 from metaloom.recipe import MLflowTracking, Recipe, flatten_recipe, recipe_digest
 from metaloom.run_folder import RunFolder
+from metaloom.sources import Data, open_data
 from metaloom.tracking import FinishStatus, RunTracker, environment_facts, make_tracker
 from metaloom.tracking.console import Console, make_console
 from metaloom.whereabouts import Whereabouts
@@ -59,10 +60,11 @@ class Job:
 
     recipe: Recipe
     place: Place
-    index: Index
+    data: Data
     sharding: Sharding
     console: Console
     tracker: RunTracker
+    broken: BrokenRecord
 
 
 def stored_room(sharding: Sharding) -> Callable[[str, torch.Size, torch.dtype], Tensor]:
@@ -92,7 +94,10 @@ def open_job(
     """
     # Standard error goes to the run's logs: what a person should see is on standard output.
     console = make_console(rank=sharding.rank, error_stream=sys.stdout)
-    index = Index.load(recipe.data.url)
+    data = open_data(recipe)
+    broken = BrokenRecord(
+        place.folder.broken, max_broken=recipe.loading.max_broken, sharding=sharding, console=console
+    )
     tracking = recipe.tracking
     named = tracking if isinstance(tracking, MLflowTracking) else None
     tracker = make_tracker(
@@ -110,7 +115,7 @@ def open_job(
         tags={
             **environment_facts(),
             "recipe_digest": recipe_digest(recipe),
-            "data_digest": index.digest,
+            "data_digest": data.digest,
             "world_size": str(sharding.world_size),
         },
         resume_id=place.folder.facts().get("tracking_run_id"),
@@ -120,7 +125,7 @@ def open_job(
     if sharding.rank == 0:
         place.folder.record(tracking_run_id=run_id, status=status)
     try:
-        yield Job(recipe, place, index, sharding, console, tracker)
+        yield Job(recipe, place, data, sharding, console, tracker, broken)
         if is_training:
             status = "finished"
     except BaseException:
@@ -133,3 +138,4 @@ def open_job(
         if sharding.rank == 0:
             place.folder.record(status=status)
         tracker.finish(status)
+        data.close()

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-from metaloom.build import model_structure
+from metaloom.build import model_structure, task_output
 from metaloom.checkpoints import Checkpoint, CheckpointStore
 from metaloom.datasets import Samples, share_of_rank
 from metaloom.engine.adapters.base import BACKBONE
@@ -79,8 +79,9 @@ def train_ordinary(
     with job.console.phase(shown_name, total=settings.num_steps, num_done=outer.step) as phase:
         while outer.step < settings.num_steps:
             job.place.whereabouts.enter(f"step {outer.step + 1} of {shown_name}")
-            arrays = samples.batch(outer.step, batch_size)
-            batch = {name: torch.from_numpy(array[rows]) for name, array in arrays.items()}
+            drawn = samples.batch(outer.step, batch_size)
+            job.broken.take(drawn.broken)
+            batch = {name: torch.from_numpy(array[rows]) for name, array in drawn.arrays.items()}
             draws = Draws(job.recipe.seed, share.positions, outer.step)
             own, totals = _gradient(job, model, outer, batch, draws, scaler.scales.loss, share.num_dummies)
             gradient = job.sharding.sum_gradients(own)
@@ -137,7 +138,9 @@ def _gradient(
     if not len(batch["targets"]):  # more ranks than samples
         nothing = torch.zeros((), dtype=torch.float64, device=job.place.device)
         zeros = {name: torch.zeros_like(value) for name, value in outer.meta.items()}
-        return zeros, {"loss": nothing, "accuracy": nothing.clone()}
+        names = ("loss", *task_output(job.recipe).criterion.scores)
+        return zeros, {name: nothing.clone() for name in names}
+    output = task_output(job.recipe)
     gradient, totals = ordinary_gradient(
         model.module,
         model_structure(model.module),
@@ -149,5 +152,7 @@ def _gradient(
         num_dummies=num_dummies,
         recompute_blocks=job.recipe.memory.recompute_blocks,
         shards=model.shards,
+        criterion=output.criterion,
+        head=output.head,
     )
     return prefixed(BACKBONE, gradient), totals

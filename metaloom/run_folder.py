@@ -5,6 +5,7 @@ run.json             what outlives one process: the tracking run's id, the train
                      of its data
 deepspeed.json       the configuration that DeepSpeed was given, under sharding.kind = deepspeed_zero
 metrics.jsonl        metrics by outer step
+broken.jsonl         damaged samples that were passed over
 checkpoints/         pretrain/, meta/, ordinary_*/: one folder of checkpoints each
 logs/                the ranks' standard error
 mlflow.db, mlflow/   the tracking store, unless the recipe or the environment names a server
@@ -46,6 +47,11 @@ class RunFolder:
     def deepspeed(self) -> Path:
         """DeepSpeed's configuration as it was given for the meta-training."""
         return self.path / "deepspeed.json"
+
+    @property
+    def broken(self) -> Path:
+        """Damaged samples that were passed over."""
+        return self.path / "broken.jsonl"
 
     @property
     def evaluation(self) -> Path:

@@ -39,8 +39,9 @@ from metaloom.engine.step import StepTasks, outer_step
 from metaloom.files import replace_file
 from metaloom.job import Job, Place, open_job, stored_room
 from metaloom.ordinary import finished_weights, train_ordinary
-from metaloom.recipe import Pretrain, Recipe, StdlibData
-from metaloom.sources import episode_source, num_rehearsed, ordinary_samples
+from metaloom.recipe import Pretrain, Recipe
+from metaloom.recipe.tasks import tokens_per_task
+from metaloom.sources import episode_source, ordinary_samples
 from metaloom.weights import HeldModel
 
 
@@ -143,7 +144,7 @@ class State:
 def _train_source(job: Job) -> EpisodeSource:
     recipe = job.recipe
     num_inner = recipe.adaptation.num_steps
-    return episode_source(recipe, job.index, "train", seed=recipe.seed, num_steps=num_inner)
+    return episode_source(recipe, job.data, "train", seed=recipe.seed, num_steps=num_inner)
 
 
 def _pretrained(job: Job, pretrain: Pretrain, model: HeldModel, *, must_be_done: bool) -> dict[str, Tensor]:
@@ -153,7 +154,7 @@ def _pretrained(job: Job, pretrain: Pretrain, model: HeldModel, *, must_be_done:
     return train_ordinary(
         job,
         model,
-        ordinary_samples(job.recipe, job.index, pretrain.splits, purpose="pretrain"),
+        ordinary_samples(job.recipe, job.data, pretrain.splits, purpose="pretrain"),
         ordinary_settings(pretrain, num_steps=pretrain.num_steps, warmup_steps=pretrain.warmup_steps),
         batch_size=pretrain.batch_size,
         phase_name="pretrain",
@@ -173,7 +174,7 @@ def _outer_loop(job: Job, algorithm: Maml, state: State, store: CheckpointStore)
     recipe, sharding = job.recipe, job.sharding
     outer, progress = state.outer, state.progress
     num_inner = recipe.adaptation.num_steps
-    validation = episode_source(recipe, job.index, "validation", seed=recipe.seed, num_steps=num_inner)
+    validation = episode_source(recipe, job.data, "validation", seed=recipe.seed, num_steps=num_inner)
     combiner = Mean(outer.meta, sharding, metric_names=algorithm.metric_names)
     clock = _Clock(job)
     stream = EpisodeStream(
@@ -183,6 +184,8 @@ def _outer_loop(job: Job, algorithm: Maml, state: State, store: CheckpointStore)
         world_size=sharding.world_size,
         start_step=outer.step,
         stop_step=recipe.outer.num_steps,
+        read_ahead=recipe.loading.read_ahead,
+        num_workers=recipe.loading.num_workers,
         is_lockstep=sharding.is_lockstep,
     )
     phases = job.console.phase("meta-train", total=recipe.outer.num_steps, num_done=outer.step)
@@ -192,6 +195,7 @@ def _outer_loop(job: Job, algorithm: Maml, state: State, store: CheckpointStore)
             clock.start_step()
             _, episodes = next(stream)
             clock.data_ready()
+            job.broken.take(broken for episode in episodes for broken in episode.broken)
             tasks = StepTasks(
                 _own_tasks(job, episodes, num_dummies=stream.share.num_dummies),
                 recipe.outer.tasks_per_step,
@@ -199,6 +203,8 @@ def _outer_loop(job: Job, algorithm: Maml, state: State, store: CheckpointStore)
             )
             metrics = outer_step(tasks, algorithm, combiner, outer, state.scaler)
             metrics |= clock.end_step()
+            if job.broken.count:
+                metrics["broken_samples"] = job.broken.count
             is_best = False
             if _is_due(outer.step, recipe.validation.every_steps, recipe.outer.num_steps):
                 metrics |= validate(job, algorithm, outer.evaluation_parameters(), validation)
@@ -299,8 +305,9 @@ class _Clock:
             "data_wait_share": self._wait_s / seconds,
             "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         }
-        if isinstance(recipe.data, StdlibData):
-            metrics["tokens_per_s"] = metrics["tasks_per_s"] * _tokens_per_task(recipe, recipe.data)
+        num_tokens = tokens_per_task(recipe)
+        if num_tokens is not None:
+            metrics["tokens_per_s"] = metrics["tasks_per_s"] * num_tokens
         if self._job.place.device.type == "cuda":
             metrics["peak_gpu_memory_mib"] = torch.cuda.max_memory_allocated(self._job.place.device) / 2**20
         return metrics
@@ -320,13 +327,6 @@ class _Clock:
 
     def checkpoint_done(self) -> None:
         self._last_checkpoint_s = time.monotonic()
-
-
-def _tokens_per_task(recipe: Recipe, data: StdlibData) -> int:
-    """Tokens that one task's inner steps and query pass read."""
-    num_inner = recipe.adaptation.num_steps
-    sequences = num_inner * data.num_support + num_rehearsed(recipe, num_inner) + data.num_query
-    return sequences * data.sequence_length
 
 
 def _say_closing(job: Job, state: State, where: str) -> None:

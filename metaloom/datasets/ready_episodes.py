@@ -184,11 +184,7 @@ class ReadyParts:
             except ValueError as error:
                 raise ValueError(f"{part}: {error}") from error
         facts = bytes(members.get("json", b"{}"))
-        if not isinstance(json.loads(facts), dict):
-            raise ValueError("its json is no object")
-        ways = json.loads(facts).get("num_ways")
-        if ways is not None and (not isinstance(ways, int) or ways < 2):
-            raise ValueError(f"its json says num_ways {ways!r}, and a whole number of at least 2 is expected")
+        _check_facts(json.loads(facts))
         return arrays | {"facts": np.frombuffer(facts, np.uint8).copy()}
 
     def _both(self, members: Members, part: str, inputs: NDArray[Any]) -> dict[str, NDArray[Any]]:
@@ -268,3 +264,12 @@ def _next_tokens(tokens: NDArray[Any]) -> dict[str, NDArray[Any]]:
 
 def _part(found: Any, part: str) -> Arrays:
     return {name: found[f"{part}/{name}"] for name in ("inputs", "targets")}
+
+
+def _check_facts(facts: Any) -> None:
+    """Raises ValueError unless the metadata of an episode are an object whose `num_ways` is a number of classes."""
+    ways = facts.get("num_ways") if isinstance(facts, dict) else None
+    if not isinstance(facts, dict) or not (ways is None or (isinstance(ways, int) and ways >= 2)):
+        raise ValueError(
+            f"its json is {json.dumps(facts)[:100]}, and an object is expected, whose num_ways, if any, is at least 2"
+        )

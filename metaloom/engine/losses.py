@@ -248,8 +248,8 @@ def is_right(logits: Tensor, targets: Tensor, num_ways: Tensor | None = None) ->
     return logits.argmax(-1) == targets
 
 
-def bits_per_byte(nats: float) -> float:
-    """A byte-level loss in bits."""
+def bits(nats: float) -> float:
+    """A cross-entropy in bits."""
     return nats / math.log(2.0)
 
 

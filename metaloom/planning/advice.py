@@ -13,9 +13,9 @@ from metaloom.recipe import (
     AutoHypergradient,
     GPTModel,
     Recipe,
-    StdlibData,
     UnrolledHypergradient,
 )
+from metaloom.recipe.tasks import num_inputs, task_facts
 
 # The recipe's facts under further key=value; None where that is no recipe, or cannot be computed.
 Count = Callable[[tuple[str, ...]], Facts | None]
@@ -90,8 +90,7 @@ def settings_to_try(recipe: Recipe, hardware: Hardware) -> list[tuple[str, ...]]
     """Settings that take less memory and the recipe has not, the cheapest in time first."""
     found: list[tuple[str, ...]] = []
     estimator, memory = recipe.algorithm.hypergradient, recipe.memory
-    data = recipe.data
-    num_tokens = data.num_support * data.sequence_length if isinstance(data, StdlibData) else 0
+    num_tokens = _tokens_of_a_support_set(recipe)
     if num_tokens > HEAD_CHUNK and memory.head_chunk is None:
         found.append((f"memory.head_chunk={HEAD_CHUNK}",))
     if isinstance(estimator, UnrolledHypergradient | AutoHypergradient):
@@ -104,6 +103,13 @@ def settings_to_try(recipe: Recipe, hardware: Hardware) -> list[tuple[str, ...]]
     if isinstance(recipe.model, GPTModel) and not memory.recompute_blocks:
         found.append(("memory.recompute_blocks=true",))
     return found
+
+
+def _tokens_of_a_support_set(recipe: Recipe) -> int:
+    """Tokens whose logits exist at a time; 0 where a model says one thing of a sample."""
+    facts = task_facts(recipe)
+    is_modelled = facts.objective == "language_modelling"
+    return facts.num_support * num_inputs(facts.inputs) if is_modelled else 0
 
 
 def _fitting(

@@ -26,6 +26,7 @@ from metaloom.build import (
     model_structure,
     ordinary_settings,
     outer_settings,
+    task_output,
 )
 from metaloom.choosing import FREE_SHARE, TIMED_STEPS
 from metaloom.engine.adapters.base import BACKBONE
@@ -49,22 +50,31 @@ from metaloom.recipe import (
     AllSnapshots,
     AutoHypergradient,
     BinomialSnapshots,
+    Conv4Model,
     FullFast,
-    GlyphsData,
     GPTModel,
     LoRAFast,
+    MLPModel,
     Pretrain,
     Recipe,
     RematerializedHypergradient,
+    TextInputs,
     TruncatedHypergradient,
 )
 from metaloom.recipe.rules import GPT_BLOCK_LAYERS
-from metaloom.sources import num_rehearsed
+from metaloom.recipe.tasks import (
+    InputSection,
+    ObjectiveName,
+    num_rehearsed,
+    num_rehearsed_outside,
+    rehearsal_facts,
+    shape_of,
+    task_facts,
+)
 from metaloom.weights import HeldModel, materialize
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 GRAPH = "unrolled"
-IMAGE_SHAPE = (1, 28, 28)
 # Beyond these, amounts go on linearly from smaller problems.
 MOST_STEPS, MOST_BLOCKS, MOST_FULL_TASKS = 4, 4, 4
 SHARD_SIZES = (2, 64)
@@ -191,7 +201,11 @@ def _are_adapted_alike(recipe: Recipe) -> bool:
 
 
 def _num_blocks(recipe: Recipe) -> int:
-    return recipe.model.num_layers if isinstance(recipe.model, GPTModel) else recipe.model.num_blocks
+    match recipe.model:
+        case Conv4Model(num_blocks=num_blocks):
+            return num_blocks
+        case GPTModel(num_layers=num_layers) | MLPModel(num_layers=num_layers):
+            return num_layers
 
 
 def _with_blocks(recipe: Recipe, num_blocks: int) -> Recipe:
@@ -374,19 +388,22 @@ def _pretrain_amounts(recipe: Recipe, settings: OuterSettings, point: Point) -> 
     with traced() as trace:
         model = _held_model(on_meta, None)
         outer = OuterOptimizer(prefixed(BACKBONE, model.values()), settings, Replicated())
-        samples = _examples(recipe, (point.tasks,))
+        tokens = torch.zeros(point.tasks, *shape_of(task_facts(recipe).inputs), dtype=torch.int64)
+        output = task_output(recipe)
         for _ in range(2):  # the first makes the optimizer's states
             trace.restart()
             gradient, _ = ordinary_gradient(
                 model.module,
                 model_structure(model.module),
                 unprefixed(BACKBONE, outer.meta),
-                samples,
+                {"inputs": tokens, "targets": tokens},
                 Precision(recipe.precision.compute),
                 draws=None,
                 scale=1.0,
                 recompute_blocks=recipe.memory.recompute_blocks,
                 shards=None,
+                criterion=output.criterion,
+                head=output.head,
             )
             outer.update(prefixed(BACKBONE, gradient))
             del gradient
@@ -492,30 +509,37 @@ class _CountedGroup(ShardGroup):
 
 def batch_like(recipe: Recipe, num_tasks: int, num_steps: int) -> TaskBatch:
     """Tasks of the recipe's shapes."""
-    data, rehearsed = recipe.data, num_rehearsed(recipe, num_steps)
-    if isinstance(data, GlyphsData):
-        num_support, num_query = data.n_way * data.n_shot, data.n_way * data.n_query
-    else:
-        num_support, num_query = data.num_support, data.num_query
+    facts, old = task_facts(recipe), rehearsal_facts(recipe)
+    dtype = Precision(recipe.precision.compute).storage_dtype
+
+    def examples(
+        inputs: InputSection, objective: ObjectiveName, num_outputs: int | None, count: int
+    ) -> dict[str, Tensor]:
+        shape = (num_tasks, count)
+        is_text = isinstance(inputs, TextInputs)
+        given = torch.zeros(*shape, *shape_of(inputs), dtype=torch.int64 if is_text else dtype)
+        if objective == "language_modelling":
+            return {"inputs": given, "targets": torch.zeros_like(given)}
+        if objective == "regression":
+            assert num_outputs is not None
+            return {"inputs": given, "targets": torch.zeros(*shape, num_outputs, dtype=dtype)}
+        return {"inputs": given, "targets": torch.zeros(shape, dtype=torch.int64)}
+
+    def of_tasks(count: int) -> dict[str, Tensor]:
+        return examples(facts.inputs, facts.objective, facts.num_outputs, count)
+
+    def rehearsed(count: int) -> dict[str, Tensor] | None:
+        return (
+            None if old is None or not count else examples(old.inputs, old.objective, old.num_outputs, count)
+        )
+
     return TaskBatch(
         numbers=tuple(range(num_tasks)),
-        support=_examples(recipe, (num_tasks, num_support)),
-        query=_examples(recipe, (num_tasks, num_query)),
-        rehearsal=_examples(recipe, (num_tasks, rehearsed)) if rehearsed else None,
+        support=of_tasks(facts.num_support),
+        query=of_tasks(facts.num_query),
+        rehearsal=rehearsed(num_rehearsed(recipe, num_steps)),
+        outer_rehearsal=rehearsed(num_rehearsed_outside(recipe)),
     )
-
-
-def _examples(recipe: Recipe, shape: tuple[int, ...]) -> dict[str, Tensor]:
-    """Inputs and targets of so many examples."""
-    data = recipe.data
-    if isinstance(data, GlyphsData):
-        dtype = Precision(recipe.precision.compute).storage_dtype
-        return {
-            "inputs": torch.zeros(*shape, *IMAGE_SHAPE, dtype=dtype),
-            "targets": torch.zeros(shape, dtype=torch.int64),
-        }
-    tokens = (*shape, data.sequence_length)
-    return {name: torch.zeros(tokens, dtype=torch.int64) for name in ("inputs", "targets")}
 
 
 def _amounts(trace: Trace, held_bytes: int, group: _CountedGroup | None) -> Amounts:

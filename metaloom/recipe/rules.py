@@ -21,7 +21,6 @@ from metaloom.recipe.data import (
 )
 from metaloom.recipe.schema import (
     AdamWRule,
-    Conv4Model,
     DeepSpeedZeroSharding,
     FiniteDifferenceHypergradient,
     FullFast,

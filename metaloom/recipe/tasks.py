@@ -48,6 +48,7 @@ class TaskFacts:
         num_query: Q, at most.
         is_ragged: whether tasks differ in S or Q, and are padded side by side.
         has_own_ways: whether tasks differ in their number of classes.
+        draws_labels: whether a class number means another class in each task.
     """
 
     objective: ObjectiveName
@@ -57,6 +58,7 @@ class TaskFacts:
     num_query: int
     is_ragged: bool = False
     has_own_ways: bool = False
+    draws_labels: bool = False
 
 
 def data_sets(recipe: Recipe) -> dict[str, DataSet]:
@@ -96,6 +98,7 @@ def task_facts(recipe: Recipe) -> TaskFacts:
         num_query=max(each.num_query for each in facts),
         is_ragged=not is_same or any(each.is_ragged for each in facts),
         has_own_ways=len(ways) > 1 or any(each.has_own_ways for each in facts),
+        draws_labels=any(each.draws_labels for each in facts),
     )
 
 
@@ -105,7 +108,9 @@ def facts_of(data: DataSet) -> TaskFacts:
         case ClassesData(variable=None, n_way=n_way, n_shot=n_shot, n_query=n_query):
             if n_way is None or n_shot is None or n_query is None:
                 raise UnknownTaskError
-            return TaskFacts("classification", data.inputs, n_way, n_way * n_shot, n_way * n_query)
+            return TaskFacts(
+                "classification", data.inputs, n_way, n_way * n_shot, n_way * n_query, draws_labels=True
+            )
         case ClassesData(variable=variable):
             assert variable is not None
             return TaskFacts(
@@ -116,6 +121,7 @@ def facts_of(data: DataSet) -> TaskFacts:
                 variable.max_way * variable.max_query,
                 is_ragged=True,
                 has_own_ways=True,
+                draws_labels=True,
             )
         case DocumentsData(sequence_length=length):
             inputs = TextInputs(length=length)
