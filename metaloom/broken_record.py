@@ -10,6 +10,7 @@ from pathlib import Path
 from metaloom.datasets import BrokenSample
 from metaloom.engine.sharding.base import Sharding
 from metaloom.errors import StreamError
+from metaloom.files import replace_file
 from metaloom.tracking.console import Console
 
 NUM_TOLD = 10  # what is more stands in the file
@@ -48,8 +49,8 @@ class BrokenRecord:
         added = [b for b in dict.fromkeys(self._sharding.gather(new)) if b not in self._known]
         self._known |= dict.fromkeys(added)
         if self._sharding.rank == 0:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(dataclasses.asdict(broken)) + "\n" for broken in added)
+            lines = (json.dumps(dataclasses.asdict(broken)) for broken in self._known)
+            replace_file(self._path, "".join(f"{line}\n" for line in lines))
         for broken in added:
             self._num_told += 1
             if self._num_told <= NUM_TOLD:
@@ -68,8 +69,7 @@ class BrokenRecord:
 
 
 def _read(path: Path) -> dict[BrokenSample, None]:
-    """What the file holds; a last line that is cut short, by a kill, is left out."""
     if not path.exists():
         return {}
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return {BrokenSample(**json.loads(line)): None for line in lines if line.endswith("\n")}
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return {BrokenSample(**json.loads(line)): None for line in lines}

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
@@ -104,6 +104,8 @@ def _section(section: type[AnySection], values: dict[str, Any], path: KeyPath, s
             elif info.is_required():
                 typed[name] = UNREADABLE
                 source.add_problem(where, f"missing; give {wanted(info)}")
+        elif (item := _section_of_items(info)) is not None and isinstance(values[name], list):
+            typed[name] = _list_of_sections(item, values[name], where, source)
         elif not sections_of(info):
             typed[name] = _tuples(values[name])
         elif values[name] is None and type(None) in get_args(info.annotation):
@@ -125,6 +127,27 @@ def _section(section: type[AnySection], values: dict[str, Any], path: KeyPath, s
         if len(readable) == len(typed):
             return whole
     return section.model_construct(**typed)
+
+
+def _section_of_items(info: FieldInfo) -> type[Section] | None:
+    """The section that each item of a list is; None where the field is no list of sections."""
+    if get_origin(info.annotation) is not tuple:
+        return None
+    item = get_args(info.annotation)[0]
+    return item if isinstance(item, type) and issubclass(item, Section) else None
+
+
+def _list_of_sections(section: type[Section], items: list[Any], path: KeyPath, source: Source) -> Any:
+    typed: list[Any] = []
+    for index, item in enumerate(items):
+        where = (*path, str(index))
+        if isinstance(item, dict):
+            typed.append(_section(section, item, where, source))
+        else:
+            fields = ", ".join(section.model_fields)
+            source.add_problem(where, f"{shown(item)} is not a section; give a section of: {fields}")
+            typed.append(UNREADABLE)
+    return UNREADABLE if any(item is UNREADABLE for item in typed) else tuple(typed)
 
 
 def _subsection(info: FieldInfo, value: Any, path: KeyPath, source: Source) -> Any:

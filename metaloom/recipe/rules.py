@@ -60,9 +60,9 @@ class UnreadableValue:
         raise Unreadable
 
     __getattr__ = __eq__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
-    __index__ = __add__ = __radd__ = __mod__ = __rmod__ = __bool__ = __contains__ = __iter__ = __hash__ = (
-        _refuse
-    )
+    __index__ = __add__ = __radd__ = __mul__ = __rmul__ = __mod__ = __rmod__ = __bool__ = __contains__ = (
+        __iter__
+    ) = __hash__ = _refuse
 
 
 def heads_divide_the_width(recipe: Recipe) -> Broken:
@@ -363,19 +363,6 @@ def rehearsal_has_an_effect(recipe: Recipe) -> Broken:
             "0.0; nothing is rehearsed, since adaptation.rehearsal.outer_ratio is 0 too; raise one of them, "
             "or set "
             "adaptation.rehearsal to null",
-        )
-
-
-def rehearsal_differs_by_its_head(recipe: Recipe) -> Broken:
-    rehearsed = rehearsal_facts(recipe)
-    if (
-        rehearsed is not None
-        and rehearsed.objective == "language_modelling"
-        and not isinstance(recipe.model, GPTModel)
-    ):
-        yield (
-            "adaptation.rehearsal.data.kind",
-            f"documents; are texts, which model.kind = {recipe.model.kind} does not model; take kind classes",
         )
 
 
@@ -717,7 +704,6 @@ RULES: tuple[Callable[[Recipe], Broken], ...] = (
     tuning_rates_differ,
     rehearsal_has_data,
     rehearsal_has_an_effect,
-    rehearsal_differs_by_its_head,
     full_adaptation_has_no_backbone,
     something_is_learned,
     the_estimator_gives_what_is_learned,

@@ -124,7 +124,7 @@ def facts_of(data: DataSet) -> TaskFacts:
                 draws_labels=True,
             )
         case DocumentsData(sequence_length=length):
-            inputs = TextInputs(length=length)
+            inputs = TextInputs.model_construct(length=length)
             return TaskFacts("language_modelling", inputs, None, data.num_support, data.num_query)
     objective, num_outputs = _stated(data.targets)
     return TaskFacts(
@@ -176,7 +176,10 @@ def rehearsal_facts(recipe: Recipe) -> RehearsalFacts | None:
             return RehearsalFacts("classification", inputs, num_classes, shares_head=False)
         case DocumentsRehearsal(sequence_length=length):
             return RehearsalFacts(
-                "language_modelling", TextInputs(length=length), None, shares_head=is_modelling
+                "language_modelling",
+                TextInputs.model_construct(length=length),
+                None,
+                shares_head=is_modelling,
             )
     if not isinstance(recipe.data, DocumentsData):
         raise UnknownTaskError

@@ -110,7 +110,10 @@ def _wanted(annotation: Any, metadata: Iterable[Any] = ()) -> str:
     if get_origin(bare) is tuple:
         items = get_args(bare)
         if items[-1] is Ellipsis:
-            some = "a non-empty list" if _limit(metadata, "min_length") else "a list"
+            least = _limit(metadata, "min_length")
+            some = (
+                "a list" if not least else "a non-empty list" if least == 1 else f"a list of at least {least}"
+            )
             return f"{some}, each item {_wanted(items[0])}"
         return f"a list of {len(items)}, each {_wanted(items[0])}"
     if get_origin(bare) is dict:

@@ -33,7 +33,7 @@ from tests.unit.test_planning_estimate import some_facts
 LARGE = """
 name: large
 model: {kind: gpt, num_layers: 2, width: 4096, num_heads: 32, context_length: 1024}
-data: {kind: stdlib, url: nowhere, num_support: 8, num_query: 8, sequence_length: 1024}
+data: {kind: documents, url: nowhere, num_support: 8, num_query: 8, sequence_length: 1024}
 adaptation:
   fast: {kind: lora, rank: 2, alpha: 2, targets: [qkv]}
   rule: {kind: sgd, lr: 0.1}

@@ -27,7 +27,7 @@ def recipe() -> Recipe:
         {
             "name": "advised",
             "model": {"kind": "gpt", "context_length": 1024},
-            "data": {"kind": "stdlib", "url": "none", "num_support": 2, "sequence_length": 1024},
+            "data": {"kind": "documents", "url": "none", "num_support": 2, "sequence_length": 1024},
             "adaptation": {"fast": "lora", "rule": {"kind": "sgd", "lr": 0.1}, "num_steps": 12},
             "algorithm": {"hypergradient": "unrolled"},
             "outer": {"num_steps": 10, "tasks_per_step": 4},

@@ -44,7 +44,7 @@ def recipe(*, full: bool = False, num_steps: int = NUM_STEPS, **changes: Any) ->
     values: dict[str, Any] = {
         "name": "counted",
         "model": {"kind": "gpt", "num_layers": NUM_BLOCKS, "width": 32, "num_heads": 2, "context_length": 32},
-        "data": {"kind": "stdlib", "url": "none", "num_support": 4, "num_query": 2, "sequence_length": 32},
+        "data": {"kind": "documents", "url": "none", "num_support": 4, "num_query": 2, "sequence_length": 32},
         "adaptation": {
             "fast": {"kind": "lora", "rank": 2, "alpha": 2.0},
             "rule": {"kind": "sgd", "lr": 0.1},
@@ -55,7 +55,7 @@ def recipe(*, full: bool = False, num_steps: int = NUM_STEPS, **changes: Any) ->
     }
     if full:
         values["model"] = {"kind": "conv4", "width": 8, "num_blocks": 3}
-        values["data"] = {"kind": "glyphs", "url": "none", "n_way": 3, "n_shot": 1, "n_query": 2}
+        values["data"] = {"kind": "classes", "url": "none", "n_way": 3, "n_shot": 1, "n_query": 2}
         values["adaptation"]["fast"] = {"kind": "full", "tasks": "loop"}
     return recipe_from_dict(values | changes, source="test")
 

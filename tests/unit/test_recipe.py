@@ -42,7 +42,7 @@ RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 GLYPHS = """\
 name: tiny
 model: {kind: conv4}
-data: {kind: glyphs, url: data/glyphs}
+data: {kind: classes, url: data/glyphs, n_way: 5, n_shot: 1, n_query: 5}
 adaptation:
   fast: full
   rule: {kind: sgd, lr: 0.4}
@@ -51,10 +51,12 @@ outer: {num_steps: 100, tasks_per_step: 4}
 """
 
 RECOMPUTED = "memory.recompute_blocks=true"
+CLASSES = "{kind: classes, url: x, n_way: 5, n_shot: 1, n_query: 5}"
+ARRAY = "{kind: array, shape: [3]}"
 STDLIB = """\
 name: tiny
 model: {kind: gpt}
-data: {kind: stdlib, url: data/stdlib}
+data: {kind: documents, url: data/stdlib}
 adaptation:
   fast: lora
   rule: {kind: sgd, lr: 0.4}
@@ -293,7 +295,7 @@ def test_a_section_without_a_kind_has_that_of_its_default(load: Load) -> None:
     assert load(GLYPHS, "outer.optimizer.lr=0.01").outer.optimizer.kind == "adam"
     assert load(GLYPHS, "launcher.num_processes=2").launcher.kind == "local"
     (line,) = report(load, GLYPHS.replace("{kind: conv4}", "{width: 8}"))
-    assert line == "line 2  model.kind: missing; one of: conv4, gpt"
+    assert line == "line 2  model.kind: missing; one of: conv4, mlp, gpt"
 
 
 # ---------------------------------------------------------------- keys and kinds
@@ -341,7 +343,11 @@ def test_a_section_without_a_kind_has_that_of_its_default(load: Load) -> None:
         ),
         ("algorithm.hypergradient=unroled", "reptile; did you mean 'unrolled'?"),
         ("algorithm.hypergradient.kind=mixed", "reptile; did you mean 'mixed_mode'?"),
-        ("data.kind=glyps", "data.kind: 'glyps' is not one of glyphs, stdlib; did you mean 'glyphs'?"),
+        (
+            "data.kind=clases",
+            "data.kind: 'clases' is not one of classes, groups, documents, episodes, mixture; did you mean "
+            "'classes'?",
+        ),
         ("tracking=mlfow", "tracking: 'mlfow' is not one of mlflow, none; did you mean 'mlflow'?"),
         (
             "sharding=zero",
@@ -379,8 +385,8 @@ def test_missing_keys_are_all_named() -> None:
         "a dictionary has 6 problems:",
         "  name: missing; give text made of at most 100 letters, digits, '-', '_' and '.', "
         "the first a letter or digit",
-        "  model: missing; give a section with kind: conv4 or gpt",
-        "  data: missing; give a section with kind: glyphs or stdlib",
+        "  model: missing; give a section with kind: conv4 or mlp or gpt",
+        "  data: missing; give a section with kind: classes or groups or documents or episodes or mixture",
         "  adaptation: missing; give a section with fast, rule, num_steps",
         "  outer.num_steps: missing; give a whole number of at least 1",
         "  outer.tasks_per_step: missing; give a whole number of at least 1",
@@ -394,7 +400,7 @@ model:
   kind: conv4
   widht: 32
 data:
-  kind: glyphs
+  kind: classes
   url: data/glyphs
   n_shot: 9
   n_query: 5
@@ -419,8 +425,7 @@ outer:
         "the first a letter or digit",
         "line 4          model.widht: unknown key; did you mean 'width'? "
         "(model of kind conv4 has: kind, width, num_blocks, norm, weights)",
-        "line 9          data.n_query: 5; data.n_shot + data.n_query = 14 must be at most 12, the type faces "
-        "of each glyph; lower one of them",
+        "line 5          data.n_way: missing; give it, or variable for tasks that differ",
         "line 14         adaptation.rule.lr: 'fast' is not a number; give a number greater than 0",
         "line 22         outer.optimizer.betas.1: 9; must be at least 0 and less than 1",
         "line 24         outer.schedule.warmup_steps: 10; must be less than outer.num_steps = 10",
@@ -475,18 +480,20 @@ outer:
         (
             GLYPHS,
             ["adaptation.rehearsal={}"],
-            "adaptation.rehearsal: only data.kind = stdlib has a rehearsal split, and data.kind is glyphs; "
-            "set adaptation.rehearsal to null",
+            "adaptation.rehearsal.data: null; only data.kind = documents has a split rehearsal of its own, "
+            "and "
+            "data.kind is classes; say where the rehearsal data come from",
         ),
         (
             GLYPHS,
             ["model=gpt"],
-            "model.kind: gpt reads text, and data.kind = glyphs gives images; set model.kind to conv4, or",
+            "model.kind: gpt reads texts, and data (kind classes) gives images; set model.kind to conv4, or",
         ),
         (
             GLYPHS,
-            ["data={kind: stdlib, url: data/stdlib}"],
-            "model.kind: conv4 reads images, and data.kind = stdlib gives text; set model.kind to gpt, or",
+            ["data={kind: documents, url: data/stdlib}"],
+            "model.kind: conv4 reads images, and data (kind documents) gives texts; set model.kind to gpt, "
+            "or",
         ),
         (
             GLYPHS,
@@ -580,8 +587,94 @@ outer:
         ),
         (
             GLYPHS,
-            ["data.n_shot=8"],
-            "data.n_query: 5; data.n_shot + data.n_query = 13 must be at most 12, the type faces",
+            ["data={kind: classes, url: x, variable: {}, n_shot: 1}"],
+            "data.n_shot: 1; has no effect, since data.variable draws ways and shots; leave one of the two "
+            "out",
+        ),
+        (
+            GLYPHS,
+            ["data={kind: classes, url: x, variable: {min_way: 9, max_way: 8}}"],
+            "data.variable.min_way: 9; must be at most data.variable.max_way = 8",
+        ),
+        (
+            GLYPHS,
+            ["data={kind: classes, url: x, variable: {max_support: 49}}"],
+            "data.variable.max_support: 49; must be at least data.variable.max_way = 50, since every class "
+            "has a",
+        ),
+        (
+            GLYPHS,
+            ["data.labels=kept", "data.window={num_classes: 9}"],
+            "data.labels: kept; every task has a class for each label, and data.window draws from few or "
+            "varying",
+        ),
+        (
+            GLYPHS,
+            ["data.window={num_classes: 4}"],
+            "data.window.num_classes: 4; must be at least the 5 classes of a task, and several times that",
+        ),
+        (
+            GLYPHS,
+            ["model=mlp", "data.inputs={kind: array, shape: [3]}", "data.affine={shift_px: 1}"],
+            "data.affine: changes images, and data.inputs.kind is array; set it to null",
+        ),
+        (
+            GLYPHS,
+            [f"data={{kind: mixture, parts: [{{data: {CLASSES}}}, {{data: {{kind: documents, url: x}}}}]}}"],
+            "data.parts.1.data: its tasks are language_modelling, and those of data.parts.0.data "
+            "classification",
+        ),
+        (
+            GLYPHS,
+            [
+                f"data={{kind: mixture, parts: [{{data: {CLASSES}}}, "
+                "{data: {kind: classes, url: x, n_way: 5, n_shot: 1, n_query: 5, inputs: {kind: image, channels: 3}}}]}",
+            ],
+            "data.parts.1.data: its inputs are 28 x 28 images of 3 channels, and those of data.parts.0.data "
+            "28 x",
+        ),
+        (
+            GLYPHS,
+            ["data={kind: groups, url: x, inputs: image, targets: number, num_support: 4, num_query: 4}"],
+            "model.kind: conv4 tells classes apart or models text, and the targets are numbers; set "
+            "model.kind to",
+        ),
+        (
+            GLYPHS,
+            [
+                "model=mlp",
+                f"data={{kind: groups, url: x, inputs: {ARRAY}, targets: number, num_support: 4, "
+                "num_query: 4}",
+                "adaptation.loss.temperature=2.0",
+            ],
+            "adaptation.loss.temperature: 2.0; belongs to the cross-entropy of classes, and the targets are",
+        ),
+        (
+            GLYPHS,
+            ["adaptation.rehearsal={ratio: 0.0, data: {kind: classes, url: x, num_classes: 9}}"],
+            "adaptation.rehearsal.ratio: 0.0; nothing is rehearsed, since adaptation.rehearsal.outer_ratio is 0",
+        ),
+        (
+            GLYPHS,
+            [
+                "adaptation.rehearsal.data={kind: classes, url: x, num_classes: 9, inputs: {kind: image, size: 32}}"
+            ],
+            "adaptation.rehearsal.data.inputs: 32 x 32 images of 1 channel; the model is shown 28 x 28 images of 1",
+        ),
+        (
+            GLYPHS,
+            ["adaptation.rehearsal.data={kind: documents, url: x}"],
+            "model.kind: conv4 reads images, and adaptation.rehearsal.data (kind documents) gives texts; set",
+        ),
+        (
+            STDLIB,
+            ["adaptation.rehearsal.data={kind: documents, url: x, sequence_length: 999}"],
+            "adaptation.rehearsal.data.sequence_length: 999; must be at most model.context_length = ",
+        ),
+        (
+            STDLIB,
+            ["adaptation.rehearsal.data={kind: documents, url: 's3://key:word@bucket/x'}"],
+            "adaptation.rehearsal.data.url: holds a user name, password or token (not shown), and a recipe is",
         ),
         (
             GLYPHS,
@@ -1006,7 +1099,7 @@ def test_a_secret_is_refused_and_not_echoed(load: Load, url: str, secret: str) -
         {"tracking": {"kind": whole}},
         {"tracking": {"uri": [whole]}},
         {"tracking": {"uri": {"address": whole}}},
-        {"data": {"kind": "glyphs", "url": whole}},
+        {"data": {"kind": "classes", "url": whole}},
         {"seed": whole},
         {"adaptation": whole},
         {"evaluation": {"baselines": [whole]}},
@@ -1129,7 +1222,10 @@ def test_differences_tell_harmless_from_harmful(load: Load) -> None:
         "data.num_query",
         "adaptation.rehearsal",
         "adaptation.rehearsal.ratio",
-        "adaptation.rehearsal.num_sequences",
+        "adaptation.rehearsal.num_samples",
+        "adaptation.rehearsal.outer_ratio",
+        "adaptation.rehearsal.outer_samples",
+        "adaptation.rehearsal.data",
         "outer.tasks_per_step",
     }
     assert {difference.path for difference in found if not difference.harmful} == {
