@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import tempfile
+import time
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -59,8 +60,8 @@ def test_the_least_recently_used_goes_first(tmp_path: Path) -> None:
         assert read(cache, name, 100)
     put(cache, "new", 100)
     assert [name for name in range(10) if not (tmp_path / _place(name)).exists()] == [2]
-    for name in "xyz":
-        put(cache, name, 100)
+    for letter in "xyz":
+        put(cache, letter, 100)
     assert [name for name in range(10) if not (tmp_path / _place(name)).exists()] == [2, 4, 5, 6]
 
 
@@ -182,7 +183,7 @@ def test_a_full_disk_is_told_once_and_leaves_no_rest(tmp_path: Path, monkeypatch
     cache = BlockCache(tmp_path, 1000)
     put(cache, "a", 100)
     now = [1000.0]
-    monkeypatch.setattr(cache_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     (tmp_path / "metaloom-cache.partial").symlink_to("/dev/full")
     put(cache, "b", 100)
     put(cache, "c", 100)
