@@ -223,7 +223,7 @@ class Connection:
 
     def _missing(self, name: str, what: str, reason: str) -> MissingFile:
         return MissingFile(
-            f"{self._shown_url}/{name} is missing ({what} was asked for; {reason}). Copy the file there, or "
+            f"{self._shown_url}/{name} is missing (asked for {what}; {reason}). Copy the file there, or "
             "correct the URL."
         )
 

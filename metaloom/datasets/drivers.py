@@ -130,8 +130,8 @@ def close_filesystem(filesystem: Any) -> None:
 
 
 def scheme_of(url: str) -> str:
-    """The scheme of a URL, of the first one where several are chained; `file` for a path."""
-    return str(fsspec.utils.get_protocol(url.split("::")[0] if "::" in url else url))
+    """The scheme of a URL, of the storage itself where several are chained; `file` for a path."""
+    return str(fsspec.utils.get_protocol(url.split("::")[-1]))
 
 
 def shown(url: str) -> str:

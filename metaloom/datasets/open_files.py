@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -21,6 +22,16 @@ class OpenFiles:
         self._num_files = num_files
         self._open: OrderedDict[str, _Descriptor] = OrderedDict()
         self._lock = threading.Lock()
+
+    def announce(self, name: str, start: int, length: int) -> None:
+        """Says that these bytes will be read: the disk fetches all that was announced at once, and not one
+        after the other. Nothing, where the system knows no such call.
+
+        Raises:
+            OSError: the file cannot be opened.
+        """
+        if sys.platform == "linux":
+            os.posix_fadvise(self._descriptor(name).number, start, length, os.POSIX_FADV_WILLNEED)
 
     def read(self, name: str, start: int, length: int) -> bytes:
         """Bytes `start` to `start + length`; fewer, where the file ends before.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import as_completed
@@ -176,6 +177,8 @@ class Storage:
         """
         connection = self._renewed()
         if connection.is_local:
+            if len(extents) > 1:
+                self._announce(extents)
             return [self._local(connection, extent) for extent in extents]
         if self._cache is None:
             pieces = self._fetched(connection, coalesced(extents, _REQUEST_BYTES))
@@ -222,6 +225,11 @@ class Storage:
     def _kept(self, cache: BlockCache, part: Extent) -> bytes | None:
         block = block_of(part, self.settings.block_bytes)
         return cache.read(self._key(block), block.length, part.start - block.start, part.stop - block.start)
+
+    def _announce(self, extents: Sequence[Extent]) -> None:
+        with contextlib.suppress(OSError):  # the read that follows looks into it
+            for extent in extents:
+                self._files.announce(extent.name, extent.start, extent.length)
 
     def _local(self, connection: Connection, extent: Extent) -> bytes:
         try:
