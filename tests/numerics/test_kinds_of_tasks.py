@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from metaloom.engine.adapters.full import FullAdapter
 from metaloom.engine.adapters.model import Structure
 from metaloom.engine.algorithms.maml import Maml
 from metaloom.engine.checking.comparison import check_hypergradient
+from metaloom.engine.checking.report import CheckReport
 from metaloom.engine.combiners.mean import Mean
 from metaloom.engine.hypergradients.base import Hypergradient
 from metaloom.engine.hypergradients.finite_difference import FiniteDifference
@@ -31,6 +33,7 @@ from metaloom.engine.hypergradients.solvers import Neumann
 from metaloom.engine.hypergradients.truncated import Truncated
 from metaloom.engine.hypergradients.unrolled import Unrolled
 from metaloom.engine.inner_loops.gradient_terms import GradientTerms
+from metaloom.engine.inner_loops.rates import Rates
 from metaloom.engine.inner_loops.sgd import Sgd
 from metaloom.engine.learner import Rehearsal, TaskBatch
 from metaloom.engine.losses import IGNORE
@@ -170,7 +173,7 @@ def test_exact_estimators_equal_an_oracle_written_example_by_example(name: str) 
 
 
 def test_metaloom_check_finds_ragged_tasks_that_rehearse_another_kind_exact_and_uncoupled() -> None:
-    setting = Setting("sequences", "lora", MODELLING, has_ways=True, support_loss=LEARNED_LOSS)
+    setting = Setting("images", "loop", CLASSIFYING, has_ways=True, support_loss=LEARNED_LOSS)
     problem = problem_of(setting, (3, 8), is_padded=True)
     report = check_hypergradient(
         problem.unroll,
@@ -182,7 +185,43 @@ def test_metaloom_check_finds_ragged_tasks_that_rehearse_another_kind_exact_and_
         num_directions=1,
     )
     assert {group.verdict for group in report.groups} == {"exact"}
-    assert report.couplings == ()
+    assert (report.couplings, report.leak, report.findings()) == ((), None, [])
+
+
+class Centered(nn.Module):
+    """Each example less the mean of all, padding included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(NUM_INPUTS, 2)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs: Tensor = self.head(inputs - inputs.mean(0, keepdim=True))
+        return outputs
+
+
+def test_metaloom_check_finds_a_model_that_padding_reaches() -> None:
+    problem = problem_of(Setting("regression", "loop"), (3, 8), is_padded=True)
+    adapter = FullAdapter(Centered().double())
+    learner = dataclasses.replace(problem.unroll.learner, adapter=adapter, head=None)
+    unroll = dataclasses.replace(problem.unroll, learner=learner, rates=Rates(0.1, "none", 2))
+    meta = adapter.meta_parameters(init=True, backbone=False)
+
+    def leak_of(batch: TaskBatch) -> CheckReport:
+        return check_hypergradient(
+            unroll, Unrolled(), meta, batch, estimator="unrolled", is_exact=True, num_directions=1
+        )
+
+    (finding,) = leak_of(problem.batch).findings()
+    assert re.search(
+        r"padding is not without effect.* move the inner loss of task [01] by .*batch_norm", finding
+    )
+    whole = dataclasses.replace(
+        problem.batch,
+        support={name: problem.batch.support[name] for name in ("inputs", "targets")},
+        query={name: problem.batch.query[name] for name in ("inputs", "targets")},
+    )
+    assert leak_of(whole).leak is None
 
 
 APPROXIMATE: dict[str, Hypergradient] = {
