@@ -290,6 +290,20 @@ def test_rehearsal_alike_in_one_pass_costs_what_two_passes_do(monkeypatch: pytes
         torch.testing.assert_close(together, apart, rtol=1e-12, atol=0)
 
 
+def test_rehearsal_in_a_pass_of_its_own_draws_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metaloom.engine.learner, "_are_shaped_alike", lambda one, other: False)
+    for dropout in (0.0, 0.5):
+        all_of_it = Rehearsal(1.0, 5)
+        problem = problem_of(Setting("tokens", "lora", all_of_it, dropout=dropout), (3,), is_padded=False)
+        batch = dataclasses.replace(problem.batch, rehearsal=problem.batch.support)
+        fast = problem.unroll.learner.init(problem.meta, 1)
+        plain = dataclasses.replace(problem.unroll.learner, rehearsal=None)
+        own, _ = plain.losses("support", problem.meta, fast, batch, 0)
+        rehearsed, _ = problem.unroll.learner.losses("support", problem.meta, fast, batch, 0)
+        # The same sequences, and other masks where there are any.
+        assert torch.allclose(own, rehearsed, rtol=1e-12) == (dropout == 0.0)
+
+
 @pytest.mark.parametrize("tasks", ["loop", "vmap"])
 @pytest.mark.parametrize("estimator", EXACT)
 def test_classes_that_a_task_does_not_have_are_as_if_the_head_ended_before_them(

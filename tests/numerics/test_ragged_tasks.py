@@ -139,7 +139,7 @@ def test_sequences_without_a_counted_token_cost_nothing_and_leave_every_derivati
     fast = problem.unroll.learner.init(problem.meta, 2)
     plain = dataclasses.replace(problem.unroll.learner, rehearsal=None)
     losses, measures = plain.losses("support", problem.meta, fast, batch, 0)
-    counted, _ = plain.losses(
+    counted, measures_of_counted = plain.losses(
         "support",
         problem.meta,
         fast,
@@ -151,6 +151,9 @@ def test_sequences_without_a_counted_token_cost_nothing_and_leave_every_derivati
     # Five examples, two of which cost nothing.
     torch.testing.assert_close(losses, counted * 3 / 5, rtol=1e-12, atol=0)
     assert losses[1] == 0.0
+    # What asks for nothing is answered neither rightly nor wrongly.
+    assert measures_of_counted["accuracy"][0] > 0.0
+    torch.testing.assert_close(measures["accuracy"][0], measures_of_counted["accuracy"][0])
     assert measures["accuracy"][1] == 0.0
 
 
