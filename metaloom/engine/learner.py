@@ -30,9 +30,9 @@ class TaskBatch:
     """T tasks side by side.
 
     Tasks of fewer examples than others are padded with further ones behind their own, which have weight 0 and
-    change nothing: neither losses, nor derivatives, nor batch statistics, nor draws. Positions of padded
-    tokens are for the model to tell: `metaloom.models.gpt.PAD`. A class index of `losses.IGNORE` counts for
-    nothing.
+    change nothing: neither losses, nor derivatives, nor batch statistics, nor draws. They have to be finite.
+    Positions of padded tokens are for the model to tell: `metaloom.models.gpt.PAD`. A class index of
+    `losses.IGNORE` counts for nothing. A single example has the same shape in all tasks of all ranks.
 
     Attributes:
         numbers: the global episode number of each task, length T.

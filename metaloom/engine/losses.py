@@ -107,8 +107,8 @@ class Criterion(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class CrossEntropy(Criterion):
-    """The cross-entropy of class indices, in nats: of examples, outputs `[T, N, C]` and targets `[T, N]`, and of
-    tokens, `[T, N, L, C]` and `[T, N, L]`. A target of `IGNORE` counts for nothing."""
+    """The cross-entropy of class indices, in nats: outputs `[T, N, C]` and targets `[T, N]`, one for an
+    example, or `[T, N, L, C]` and `[T, N, L]`, one for a token. A target of `IGNORE` counts for nothing."""
 
     scores = ("accuracy",)
     takes_support_loss = True
@@ -219,7 +219,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def example_means(values: Tensor, is_counted: Tensor) -> Tensor:
-    """The mean over what counts of each example, `[T, N]` of `[T, N]` or `[T, N, L]`; 0 where nothing does."""
+    """The mean over what counts of each example, `[T, N]` of `[T, N, ...]`; 0 where nothing does."""
     if values.ndim == 2:
         return values * is_counted
     counts = is_counted.flatten(2)

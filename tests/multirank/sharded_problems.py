@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -43,18 +44,29 @@ class Case:
         return dataclasses.replace(problem, meta=learned)
 
 
-def in_shards(problem: Problem, sharding: Sharded) -> Problem:
-    """The same problem, the backbone in shards."""
+def in_shards(
+    problem: Problem,
+    sharding: Sharded,
+    *,
+    targets: Sequence[str] | Literal["all-linear"] = ("qkv", "proj", "fc_in", "fc_out"),
+    structure: Structure | None = None,
+) -> Problem:
+    """The same problem, the backbone in shards.
+
+    Args:
+        targets: what LoRA adapts.
+        structure: of the model; of a transformer with one output where None.
+    """
     problem.model.requires_grad_(False)
     shards = sharding.divide(problem.model, rows_in(problem.model))
     drop_parameters(problem.model)
     adapter = LoraAdapter(
         problem.model,
-        targets=["qkv", "proj", "fc_in", "fc_out"],
+        targets=targets,
         rank=RANK,
         alpha=6.0,
         generator=torch.Generator().manual_seed(3),
-        structure=Structure(tuple(f"blocks.{block}" for block in range(NUM_LAYERS)), "head"),
+        structure=structure or Structure(tuple(f"blocks.{block}" for block in range(NUM_LAYERS)), "head"),
         shards=shards,
     )
     meta = {}

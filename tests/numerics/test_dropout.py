@@ -163,6 +163,24 @@ def test_a_tasks_draws_are_the_same_alone_in_another_place_and_among_others() ->
     assert torch.equal(masks(Draws(7, (3, 8, 21), 1).of_task(1))[0], drawn[1])
 
 
+@pytest.mark.parametrize("row", [(3,), (64,), (257, 129)])
+def test_examples_that_are_appended_leave_the_draws_of_those_before_them(row: tuple[int, ...]) -> None:
+    def drawn(num_examples: int) -> Tensor:
+        masks = Draws(7, (3, 8), 1).dropout(torch.ones(2 * num_examples, *row), 0.5, "a")
+        return masks.view(2, num_examples, *row)
+
+    few, many = drawn(4), drawn(9)
+    assert torch.equal(many[:, :4], few)
+    assert not any(torch.equal(many[0, one], many[0, one + 1]) for one in range(8) if row != (3,))
+
+
+def test_the_passes_of_a_step_draw_each_for_itself() -> None:
+    draws = Draws(7, (3, 8), 1)
+    other = dataclasses.replace(draws, part="rehearsal/")
+    assert 0.4 < float((masks(other) == masks(draws)).double().mean()) < 0.75
+    assert torch.equal(masks(other.of_task(1))[0], masks(other)[1])
+
+
 @pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
 def test_what_is_kept_is_scaled_so_that_the_mean_stays(probability: float) -> None:
     ones = torch.ones(2 * 100, 500, dtype=torch.float64)

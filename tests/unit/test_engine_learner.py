@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 
@@ -149,6 +150,16 @@ def test_a_split_batch_holds_the_same_tasks_in_order(size: int, numbers: list[tu
     for name in ("support", "query", "rehearsal", "retention"):
         for key, value in getattr(whole, name).items():
             assert torch.equal(torch.cat([getattr(piece, name)[key] for piece in pieces]), value)
+
+
+def test_a_split_batch_keeps_each_tasks_number_of_classes_and_what_its_meta_loss_rehearses() -> None:
+    whole = dataclasses.replace(batch(), num_ways=torch.tensor([3, 5]), outer_rehearsal=part(3, 8))
+    pieces = whole.split(1)
+    assert [piece.num_ways.tolist() for piece in pieces if piece.num_ways is not None] == [[3], [5]]
+    for name, value in part(3, 8).items():
+        cut = [piece.outer_rehearsal[name] for piece in pieces if piece.outer_rehearsal is not None]
+        assert torch.equal(torch.cat(cut), value)
+    assert [piece.num_ways for piece in batch().split(1)] == [None, None]
 
 
 def test_a_split_batch_without_rehearsal_has_none() -> None:

@@ -9,7 +9,8 @@ import torch
 from torch.nn import functional as F
 
 from metaloom.models.conv4 import Conv4
-from metaloom.models.gpt import VOCABULARY, Gpt
+from metaloom.models.gpt import PAD, VOCABULARY, Gpt
+from metaloom.models.mlp import Mlp
 from metaloom.recipe.rules import GPT_BLOCK_LAYERS
 
 
@@ -105,6 +106,73 @@ def test_conv4_without_norms_treats_each_example_alone() -> None:
     images = torch.randn(4, 1, 28, 28).double()
     # Other batch sizes take other kernels: rounding.
     torch.testing.assert_close(model(images)[:1], model(images[:1]), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("num_channels", [1, 3])
+@pytest.mark.parametrize("size", [(28, 28), (33, 20), (1, 1)])
+def test_conv4_takes_images_of_any_size_and_channels(num_channels: int, size: tuple[int, int]) -> None:
+    model = Conv4(num_classes=5, width=6, num_blocks=4, norm="none", num_channels=num_channels)
+    assert model(torch.randn(2, num_channels, *size)).shape == (2, 5)
+
+
+def test_a_second_head_leaves_all_that_there_is_without_it_as_it_is() -> None:
+    models: list[tuple[type[torch.nn.Module], dict[str, object], str]] = [
+        (Conv4, {"num_classes": 2, "width": 3, "num_blocks": 2, "norm": "batch"}, "num_rehearsal_classes"),
+        (Mlp, {"num_inputs": 2, "width": 3, "num_layers": 2, "num_outputs": 1}, "num_rehearsal_outputs"),
+        (
+            Gpt,
+            {"num_layers": 2, "width": 4, "num_heads": 2, "context_length": 5, "tied_embeddings": True},
+            "num_classes",
+        ),
+    ]
+    for model, sizes, second in models:
+        torch.manual_seed(3)
+        one = model(**sizes).state_dict()
+        torch.manual_seed(3)
+        both = model(**sizes, **{second: 7}).state_dict()
+        assert len(both) == len(one) + 2
+        assert all(torch.equal(both[name], value) for name, value in one.items())
+
+
+def test_each_head_reads_the_same_features() -> None:
+    model = Mlp(num_inputs=3, width=4, num_layers=1, num_outputs=2, num_rehearsal_outputs=5).double()
+    assert model.heads == {"tasks": "head", "rehearsal": "rehearsal_head"}
+    inputs = torch.randn(6, 3).double()
+    layer = model.blocks[0].get_submodule("linear")
+    features = layer(inputs).clamp(min=0.0)
+    torch.testing.assert_close(model(inputs), model.head(features))
+    torch.testing.assert_close(model(inputs, "rehearsal"), model.rehearsal_head(features))
+
+
+def test_mlp_is_its_layers_one_after_the_other() -> None:
+    model = Mlp(num_inputs=4, width=5, num_layers=2, num_outputs=3, activation="tanh").double()
+    state, hidden = model.state_dict(), torch.randn(7, 2, 2).double()
+    inputs = hidden
+    hidden = hidden.reshape(7, 4)
+    for block in range(2):
+        weight, bias = (state[f"blocks.{block}.linear.{name}"] for name in ("weight", "bias"))
+        hidden = (hidden @ weight.T + bias).tanh()
+    torch.testing.assert_close(model(inputs), hidden @ state["head.weight"].T + state["head.bias"])
+
+
+def test_padding_on_the_right_changes_no_logits_and_no_class() -> None:
+    model = Gpt(
+        num_layers=2, width=12, num_heads=3, context_length=8, tied_embeddings=True, num_classes=4
+    ).double()
+    tokens = torch.randint(VOCABULARY, (5, 8))
+    lengths = [8, 5, 1, 3, 0]
+    padded = torch.stack(
+        [torch.cat([row[:n], torch.full((8 - n,), PAD)]) for row, n in zip(tokens, lengths, strict=True)]
+    )
+    logits, classes = model(padded), model(padded, "classification")
+    assert (logits.shape, classes.shape) == ((5, 8, VOCABULARY), (5, 4))
+    for row, length in enumerate(lengths[:-1]):
+        alone = tokens[row : row + 1, :length]
+        # Attention over other lengths is added in another order.
+        torch.testing.assert_close(logits[row, :length], model(alone)[0], rtol=1e-11, atol=1e-13)
+        expected = model(alone, "classification")[0]
+        torch.testing.assert_close(classes[row], expected, rtol=1e-11, atol=1e-13)
+    assert bool(classes.isfinite().all())
 
 
 def test_the_recipes_rules_know_the_linear_layers_of_gpt() -> None:

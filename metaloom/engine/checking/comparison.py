@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from metaloom.engine.checking.coupling import coupled_tasks
+from metaloom.engine.checking.coupling import coupled_tasks, padding_leak
 from metaloom.engine.checking.differences import (
     DIFFERENCE_TOLERANCE,
     MetaLoss,
@@ -54,7 +54,8 @@ def check_hypergradient(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> CheckReport:
-    """Compares a hypergradient with the oracle and with differences, and looks for coupled tasks.
+    """Compares a hypergradient with the oracle and with differences, and looks for coupled tasks and for
+    padding that has an effect.
 
     The oracle and the differences keep everything and compute nothing again, whatever the learner says: so
     recomputation and a chunked head are checked with the estimator. An approximate estimator is not judged
@@ -125,6 +126,7 @@ def check_hypergradient(
         num_directions=num_directions,
         oracle_failure=oracle_failure,
         own_functions=own_functions,
+        leak=padding_leak(plain, meta, batch, seed=seed),
     )
 
 

@@ -1,7 +1,7 @@
-"""Whether one task reaches the loss of another.
+"""Whether one task reaches the loss of another, or padding that of its task.
 
 The engine takes the gradient of the summed losses for the stack of the tasks' own, which is wrong where one
-task's data or fast weights do. Shape letters: T tasks.
+task's data or fast weights do. Shape letters: T tasks, N examples.
 """
 
 from __future__ import annotations
@@ -38,6 +38,34 @@ class Coupling:
     moved: int
     quantity: str
     movement: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Leak:
+    """A task has moved when examples of weight 0 were changed.
+
+    Attributes:
+        moved: position of the task that moved most.
+        quantity: the first that moved, as in `Coupling`.
+        movement: relative to the quantity's norm.
+    """
+
+    moved: int
+    quantity: str
+    movement: float
+
+
+def padding_leak(unroll: Unroll, meta: Tensors, batch: TaskBatch, *, seed: int) -> Leak | None:
+    """What moves when padded examples get the inputs of real ones; None where nothing does."""
+    fast = away_from_symmetry(first_snapshot(unroll, meta, batch.num_tasks).fast, seed=seed)
+    before = _task_quantities(unroll, meta, fast, batch)
+    after = _task_quantities(unroll, meta, fast, _with_filled_padding(batch))
+    for quantity, values in before.items():
+        movements = _movements(values, after[quantity])
+        moved = max(range(len(movements)), key=lambda position: movements[position])
+        if movements[moved] > COUPLING_TOLERANCE:
+            return Leak(moved, quantity, movements[moved])
+    return None
 
 
 def coupled_tasks(unroll: Unroll, meta: Tensors, batch: TaskBatch, *, seed: int) -> tuple[Coupling, ...]:
@@ -102,6 +130,25 @@ def _with_next_data(batch: TaskBatch, task: int) -> TaskBatch:
     following = (task + 1) % batch.num_tasks
     changed = batch.mapped(lambda tensor: _with_row(tensor, tensor, task, following))
     return dataclasses.replace(changed, weights=batch.weights)
+
+
+def _with_filled_padding(batch: TaskBatch) -> TaskBatch:
+    """The batch with the inputs of a task's first example in place of those of examples of weight 0."""
+
+    def filled(part: Tensors) -> dict[str, Tensor]:
+        if "weights" not in part:
+            return dict(part)
+        inputs, weights = part["inputs"], part["weights"]
+        is_padding = (weights == 0).view(*weights.shape, *(1,) * (inputs.ndim - 2))
+        return {**part, "inputs": torch.where(is_padding, inputs[:, :1], inputs)}
+
+    return dataclasses.replace(
+        batch,
+        support=filled(batch.support),
+        query=filled(batch.query),
+        rehearsal=None if batch.rehearsal is None else filled(batch.rehearsal),
+        outer_rehearsal=None if batch.outer_rehearsal is None else filled(batch.outer_rehearsal),
+    )
 
 
 def _with_row(tensor: Tensor, source: Tensor, row: int, source_row: int) -> Tensor:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-from metaloom.engine.checking.coupling import COUPLING_TOLERANCE, Coupling
+from metaloom.engine.checking.coupling import COUPLING_TOLERANCE, Coupling, Leak
 from metaloom.engine.checking.differences import DIFFERENCE_TOLERANCE
 
 Verdict = Literal["exact", "approximate", "wrong", "not shown"]
@@ -57,6 +57,7 @@ class CheckReport:
         num_directions: random directions per group.
         oracle_failure: why `unrolled` cannot be computed, or None.
         own_functions: names of the autograd functions that the model brings along.
+        leak: what padding reaches; None where that is nothing, or there is none.
     """
 
     estimator: str
@@ -67,6 +68,7 @@ class CheckReport:
     num_directions: int
     oracle_failure: str | None
     own_functions: tuple[str, ...]
+    leak: Leak | None = None
 
     @property
     def passed(self) -> bool:
@@ -83,6 +85,7 @@ class CheckReport:
                 self._wrong_estimator(),
                 self._not_shown(),
                 self._coupled(),
+                self._leaking(),
             )
             if text
         ]
@@ -154,6 +157,17 @@ class CheckReport:
             "task must not see another's data: replace what mixes examples of different tasks (batch norm "
             "over all of them, in-batch losses) by layer or group norm and losses per example, or set "
             "adaptation.fast to full, which runs one task at a time."
+        )
+
+    def _leaking(self) -> str:
+        if self.leak is None:
+            return ""
+        return (
+            f"padding is not without effect: other inputs of examples of weight 0 move the "
+            f"{self.leak.quantity} of task {self.leak.moved} by {self.leak.movement:.1e} (at most "
+            f"{COUPLING_TOLERANCE:g} is rounding). Something in the model mixes a task's examples: replace "
+            "it by torch.nn.functional.batch_norm with tracked statistics off, which leaves padding out, or "
+            "by layer or group norm."
         )
 
     def _finite(self, verdict: Verdict) -> list[GroupCheck]:

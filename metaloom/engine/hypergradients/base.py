@@ -245,8 +245,8 @@ def meta_losses(
 def query_losses(
     unroll: Unroll, meta: Tensors, fast: Tensors, batch: TaskBatch, step: int
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """Lq at phi_`step`, with what rehearsal the meta-loss has, times the tasks' weights, `[T]`, None where c_k
-    is 0; and the metrics of the last step."""
+    """Lq at phi_`step`, with the meta-loss's rehearsal, times the tasks' weights, `[T]`, None where c_k is 0;
+    and the metrics of the last step."""
     is_last = step == unroll.num_steps
     is_counted = unroll.step_weights[step] != 0.0
     if not is_counted and not is_last:

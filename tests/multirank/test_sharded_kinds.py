@@ -1,0 +1,59 @@
+"""Tasks of other kinds through sharded weights: exact, by the same collectives on all ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from metaloom.engine.hypergradients.base import Hypergradient
+from metaloom.engine.hypergradients.mixed_mode import MixedMode
+from metaloom.engine.hypergradients.rematerialized import Rematerialized
+from metaloom.engine.sharding.sharded import Event, Sharded
+from tests.multirank.processes import run_ranks
+from tests.multirank.sharded_problems import full, in_shards
+from tests.numerics.kinds_of_tasks import ALIKE, LEARNED_LOSS, MODELLING, Setting, model_of, problem_of
+from tests.numerics.problems import relative_error
+
+NUMBERS = (3, 8)
+SEQUENCES = Setting("sequences", "lora", MODELLING, has_ways=True, dropout=0.2, support_loss=LEARNED_LOSS)
+CASES: tuple[tuple[Hypergradient, Setting], ...] = (
+    (Rematerialized(), SEQUENCES),
+    (MixedMode(), dataclasses.replace(SEQUENCES, head_chunk=3)),
+    (MixedMode(), Setting("tokens", "lora", ALIKE, dropout=0.2)),
+)
+
+
+def differentiated() -> list[tuple[dict[str, Tensor], list[Event]]]:
+    """For each case the whole hypergradient of all ranks' tasks, and this rank's
+    collectives."""
+    results = []
+    for estimator, setting in CASES:
+        events: list[Event] = []
+        sharding = Sharded(torch.device("cpu"), on_event=events.append)
+        # Each rank's task has another number of examples, and no padding.
+        whole = problem_of(setting, (NUMBERS[sharding.rank],), is_padded=False)
+        structure = model_of(setting)[1]
+        problem = in_shards(whole, sharding, targets="all-linear", structure=structure)
+        found = estimator.meta_gradient(problem.unroll, problem.meta, problem.batch)
+        collectives = [event for event in events if event.kind != "release"]
+        gradient = sharding.sum_gradients(found.gradient)
+        results.append(({name: full(sharding, name, value) for name, value in gradient.items()}, collectives))
+    return results
+
+
+def test_ragged_tasks_of_two_heads_through_shards_equal_those_of_one_process() -> None:
+    on_ranks = run_ranks(2, differentiated)
+    for position, (estimator, setting) in enumerate(CASES):
+        problem = problem_of(setting, NUMBERS, is_padded=True)
+        expected = estimator.meta_gradient(problem.unroll, problem.meta, problem.batch).gradient
+        whole = torch.cat([value.flatten() for value in expected.values()])
+        events = on_ranks[0][position][1]
+        assert len(events) > 0
+        for rank in on_ranks:
+            gradient, own_events = rank[position]
+            actual = torch.cat([gradient[key].flatten() for key in expected])
+            # Sums over tasks in another order.
+            assert relative_error(actual, whole) < 1e-10
+            assert own_events == events
