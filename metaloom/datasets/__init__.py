@@ -12,11 +12,14 @@ from metaloom.datasets.episodes import (
 )
 from metaloom.datasets.index import ClassEntry, Index, ShardEntry, SplitTable
 from metaloom.datasets.make import DATASETS, MadeDataset, make_dataset
+from metaloom.datasets.read_ahead import ReadAhead, drawn_ahead
 from metaloom.datasets.shards import Sample, ShardReader, SplitSamples, write_shards
 from metaloom.datasets.stream import EpisodeStream, Share, share_of_rank, slice_for_rank
+from metaloom.datasets.streams import NUM_STREAMS, virtual_stream
 
 __all__ = [
     "DATASETS",
+    "NUM_STREAMS",
     "Affine",
     "ClassEntry",
     "ClassEpisodes",
@@ -28,6 +31,7 @@ __all__ = [
     "EpisodeStream",
     "Index",
     "MadeDataset",
+    "ReadAhead",
     "Sample",
     "Samples",
     "ShardEntry",
@@ -35,8 +39,10 @@ __all__ = [
     "Share",
     "SplitSamples",
     "SplitTable",
+    "drawn_ahead",
     "make_dataset",
     "share_of_rank",
     "slice_for_rank",
+    "virtual_stream",
     "write_shards",
 ]
