@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor
 
 from metaloom.build import task_batch
-from metaloom.datasets import Episode, EpisodeSource, share_of_rank
+from metaloom.datasets import BrokenSample, Episode, EpisodeSource, drawn_ahead, share_of_rank
 from metaloom.engine.evaluation import adaptation_curve
 from metaloom.engine.unroll import Unroll
 from metaloom.job import Job
@@ -34,10 +34,16 @@ def measured_episodes(
     share = share_of_rank(num_episodes, sharding.rank, sharding.world_size, is_lockstep=sharding.is_lockstep)
     num_real = len(share.positions) - share.num_dummies
     size = recipe.outer.micro_batch or math.ceil(recipe.outer.tasks_per_step / sharding.world_size)
-    for start in range(0, len(share.positions), size):
-        episodes = [source.episode(number) for number in share.positions[start : start + size]]
-        batch = task_batch(recipe, episodes, job.place.device, num_steps=num_steps)
-        curve = adaptation_curve(unroll, meta, batch, num_steps=num_steps)
-        count = min(len(episodes), num_real - start)
-        if count > 0:
-            yield episodes[:count], {name: value[:count] for name, value in curve.items()}
+    # What is adapted to next is drawn in the meantime.
+    broken: list[BrokenSample] = []
+    num_workers = recipe.loading.num_workers
+    with drawn_ahead(source.episode, share.positions, read_ahead=2 * size, num_workers=num_workers) as drawn:
+        for start in range(0, len(share.positions), size):
+            episodes = drawn.take(size)
+            broken += (each for episode in episodes for each in episode.broken)
+            batch = task_batch(recipe, episodes, job.place.device, num_steps=num_steps)
+            curve = adaptation_curve(unroll, meta, batch, num_steps=num_steps)
+            count = min(len(episodes), num_real - start)
+            if count > 0:
+                yield episodes[:count], {name: value[:count] for name, value in curve.items()}
+    job.broken.take(broken)

@@ -30,6 +30,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from metaloom.errors import MetaloomError
 from metaloom.faults import FAULT, Fault, Verdict, cause, judge
 from metaloom.meeting import BROKEN, FAREWELL_S, POLL_S, JobOver, Meeting, Round, Terms
+from metaloom.processes import watch_parent
 from metaloom.ranks import Ranks
 
 NEWS_S = 1.0  # how often an agent asks what the others say
@@ -326,18 +327,6 @@ class Watchman:
 def say(text: str) -> None:
     """Tells people of a fault."""
     print(text, file=sys.stderr, flush=True)
-
-
-def watch_parent(number: signal.Signals) -> None:
-    """Sends this process a signal when the one that started it is gone, killed for instance."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os.kill(os.getpid(), number)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _take_signals() -> None:

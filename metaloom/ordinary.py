@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 from torch import Tensor, nn
 
 from metaloom.build import model_structure, task_output
 from metaloom.checkpoints import Checkpoint, CheckpointStore
-from metaloom.datasets import Samples, share_of_rank
+from metaloom.datasets import Samples, drawn_ahead, share_of_rank
 from metaloom.engine.adapters.base import BACKBONE
 from metaloom.engine.draws import Draws
 from metaloom.engine.hypergradients.base import prefixed, unprefixed
@@ -76,10 +77,17 @@ def train_ordinary(
     )
     rows = list(share.positions)
     checkpoint_every = max(1, settings.num_steps // NUM_CHECKPOINTS)
-    with job.console.phase(shown_name, total=settings.num_steps, num_done=outer.step) as phase:
+    ahead = drawn_ahead(
+        functools.partial(samples.batch, size=batch_size),
+        range(outer.step, settings.num_steps),
+        read_ahead=job.recipe.loading.read_ahead,
+        num_workers=job.recipe.loading.num_workers,
+        noun="batch",
+    )
+    with ahead, job.console.phase(shown_name, total=settings.num_steps, num_done=outer.step) as phase:
         while outer.step < settings.num_steps:
             job.place.whereabouts.enter(f"step {outer.step + 1} of {shown_name}")
-            drawn = samples.batch(outer.step, batch_size)
+            drawn = next(ahead)
             job.broken.take(drawn.broken)
             batch = {name: torch.from_numpy(array[rows]) for name, array in drawn.arrays.items()}
             draws = Draws(job.recipe.seed, share.positions, outer.step)

@@ -23,11 +23,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-from metaloom.agent import watch_parent
 from metaloom.check import check
 from metaloom.errors import MetaloomError
 from metaloom.evaluate import evaluate
 from metaloom.job import Place, Shutdown
+from metaloom.processes import watch_parent
 from metaloom.recipe import Recipe, load_recipe
 from metaloom.run_folder import RunFolder
 from metaloom.train import train

@@ -19,15 +19,18 @@ from metaloom.datasets.index import Index, ShardEntry, SplitTable
 from metaloom.datasets.make import DATASETS, MadeDataset, make_dataset
 from metaloom.datasets.mixture import MixedSamples, Mixture
 from metaloom.datasets.order import Window
+from metaloom.datasets.read_ahead import ReadAhead, drawn_ahead
 from metaloom.datasets.reader import SampleReader
 from metaloom.datasets.ready_episodes import ReadyEpisodes, ReadySamples
 from metaloom.datasets.shards import Sample, SplitSamples, write_shards
 from metaloom.datasets.storage import Storage, StorageSettings
 from metaloom.datasets.stream import EpisodeStream, Share, share_of_rank, slice_for_rank
+from metaloom.datasets.streams import NUM_STREAMS, virtual_stream
 from metaloom.datasets.verify import verify_sizes
 
 __all__ = [
     "DATASETS",
+    "NUM_STREAMS",
     "Affine",
     "ArrayInputs",
     "Batch",
@@ -49,6 +52,7 @@ __all__ = [
     "MixedSamples",
     "Mixture",
     "NumberTargets",
+    "ReadAhead",
     "ReadyEpisodes",
     "ReadySamples",
     "Rehearsed",
@@ -67,9 +71,11 @@ __all__ = [
     "VariableWays",
     "Ways",
     "Window",
+    "drawn_ahead",
     "make_dataset",
     "share_of_rank",
     "slice_for_rank",
     "verify_sizes",
+    "virtual_stream",
     "write_shards",
 ]

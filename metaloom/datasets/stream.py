@@ -1,15 +1,16 @@
-"""Read-ahead: the episodes of each outer step, drawn in a thread while the step before is computed."""
+"""The episodes of each outer step, drawn in the background while the step before is computed."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-import threading
-from collections import deque
 from collections.abc import Iterator
 from types import TracebackType
 
 from metaloom.datasets.episodes import Episode, EpisodeSource
+from metaloom.datasets.read_ahead import ReadAhead, drawn_ahead
+from metaloom.datasets.streams import dealt_to_workers
 
 
 def slice_for_rank(num: int, rank: int, world_size: int) -> range:
@@ -51,18 +52,24 @@ class EpisodeStream(Iterator[tuple[int, list[Episode]]]):
     """(step, this rank's episodes) for step = start_step, start_step + 1 ...
 
     The episodes of a step are those of numbers step * tasks_per_step + i, dealt to the ranks by
-    `share_of_rank`; so neither the world size nor a resumption changes what a step sees. An error of the
-    source is raised in the consumer, after the steps that were ready before it. Close the stream, or use it
-    in a `with` block, to end its thread.
+    `share_of_rank`, and those of a rank to its workers by their virtual streams (`dealt_to_workers`). So
+    neither the world size, nor the number of workers, nor a resumption changes what a step sees. An error of
+    the source is raised in the consumer, after the steps that come before it. Close the stream, or use it in
+    a `with` block, to end its threads and workers.
 
     Attributes:
         share: of this rank, in every step.
 
     Args:
+        source: picklable, if there are workers: each is sent it once.
         tasks_per_step: tasks of all ranks together.
-        read_ahead: the number of steps that are kept ready.
+        read_ahead: the number of steps that are drawn, or being drawn, and not given.
         stop_step: the first step that is no longer given; None for no end.
         is_lockstep: whether every rank needs as many episodes as the others.
+        num_workers: processes of this rank that draw; with 0 a thread does.
+
+    Raises:
+        StreamError: the source cannot be sent to workers.
     """
 
     def __init__(
@@ -76,42 +83,41 @@ class EpisodeStream(Iterator[tuple[int, list[Episode]]]):
         read_ahead: int = 2,
         stop_step: int | None = None,
         is_lockstep: bool = False,
+        num_workers: int = 0,
     ) -> None:
         if read_ahead < 1:
             raise ValueError(f"read_ahead is {read_ahead}; it must be at least 1")
-        self._source = source
-        self._tasks_per_step = tasks_per_step
         self.share = share_of_rank(tasks_per_step, rank, world_size, is_lockstep=is_lockstep)
-        self._next_step = start_step
-        self._stop_step = stop_step
-        self._read_ahead = read_ahead
-        self._ready: deque[tuple[int, list[Episode]]] = deque()
-        self._error: BaseException | None = None
-        self._finished = False  # nothing will be added to _ready any more
-        self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._draw_steps, name="metaloom-episodes", daemon=True)
-        self._thread.start()
+        self._steps = itertools.count(start_step) if stop_step is None else iter(range(start_step, stop_step))
+        self._drawn_positions = list(dict.fromkeys(self.share.positions))  # a dummy once, however often
+        self._is_ended = False
+        # A rank without tasks has steps, and nothing to draw.
+        self._ahead: ReadAhead[int, Episode] | None = None
+        if self._drawn_positions:
+            steps = itertools.count(start_step) if stop_step is None else range(start_step, stop_step)
+            worker_of = dealt_to_workers(tasks_per_step, self._drawn_positions, max(1, num_workers))
+            self._ahead = drawn_ahead(
+                source.episode,
+                (step * tasks_per_step + i for step in steps for i in self._drawn_positions),
+                read_ahead=read_ahead * len(self._drawn_positions),
+                num_workers=num_workers,
+                drawer_of=lambda place, number: worker_of(number),
+            )
 
     def __next__(self) -> tuple[int, list[Episode]]:
-        with self._changed:
-            self._changed.wait_for(lambda: self._ready or self._finished)
-            if self._ready:
-                item = self._ready.popleft()
-                self._changed.notify_all()
-                return item
-            error, self._error = self._error, None
-        if error is not None:
-            raise error
-        raise StopIteration
+        if self._is_ended:
+            raise StopIteration
+        episodes = [] if self._ahead is None else self._ahead.take(len(self._drawn_positions))
+        if len(episodes) < len(self._drawn_positions):
+            raise StopIteration
+        drawn = dict(zip(self._drawn_positions, episodes, strict=True))
+        return next(self._steps), [drawn[i] for i in self.share.positions]
 
     def close(self) -> None:
-        """Ends the thread, and with it the stream; may be called more than once."""
-        with self._changed:
-            self._finished = True
-            self._ready.clear()
-            self._error = None
-            self._changed.notify_all()
-        self._thread.join()
+        """Ends threads and workers, and with them the stream; may be called more than once."""
+        self._is_ended = True
+        if self._ahead is not None:
+            self._ahead.close()
 
     def __enter__(self) -> EpisodeStream:
         return self
@@ -120,33 +126,3 @@ class EpisodeStream(Iterator[tuple[int, list[Episode]]]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _draw_steps(self) -> None:
-        try:
-            step = self._next_step
-            while (self._stop_step is None or step < self._stop_step) and self._wait_for_room():
-                first = step * self._tasks_per_step
-                # A dummy is drawn once, however often it is repeated.
-                drawn = {i: self._source.episode(first + i) for i in dict.fromkeys(self.share.positions)}
-                self._add(step, [drawn[i] for i in self.share.positions])
-                step += 1
-        except BaseException as error:  # whatever it is, the consumer must hear of it
-            with self._changed:
-                if not self._finished:
-                    self._error = error
-        finally:
-            with self._changed:
-                self._finished = True
-                self._changed.notify_all()
-
-    def _wait_for_room(self) -> bool:
-        """True when another step may be drawn, False when the stream is closed."""
-        with self._changed:
-            self._changed.wait_for(lambda: len(self._ready) < self._read_ahead or self._finished)
-            return not self._finished
-
-    def _add(self, step: int, episodes: list[Episode]) -> None:
-        with self._changed:
-            if not self._finished:
-                self._ready.append((step, episodes))
-                self._changed.notify_all()

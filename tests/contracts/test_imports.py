@@ -17,14 +17,16 @@ PACKAGE = Path(metaloom.__file__).parent
 ERRORS = "metaloom.errors"
 RECIPE = "metaloom.recipe"
 FILES = "metaloom.files"
+PROCESSES = "metaloom.processes"
 
 # What the modules under a name may import of metaloom, besides themselves.
 EDGES = {
     ERRORS: set[str](),
     FILES: set[str](),
+    PROCESSES: set[str](),
     "metaloom.engine": {ERRORS},
     "metaloom.models": set[str](),
-    "metaloom.datasets": {ERRORS, FILES, RECIPE},
+    "metaloom.datasets": {ERRORS, FILES, PROCESSES, RECIPE},
     "metaloom.checkpoints": {ERRORS, FILES, RECIPE},
     # The version is recorded with a run.
     "metaloom.tracking": {"metaloom", ERRORS, FILES, RECIPE},
@@ -38,6 +40,7 @@ EDGES = {
 OUTSIDE = {
     ERRORS: set[str](),
     FILES: set[str](),
+    PROCESSES: set[str](),
     # DeepSpeed where it is asked for alone: see ONLY_IN.
     "metaloom.engine": {"torch", "deepspeed"},
     "metaloom.models": {"torch"},
@@ -66,6 +69,7 @@ TORCH_FREE = (
     "metaloom.planning.hardware",
     "metaloom.planning.report",
     "metaloom.planning.request",
+    PROCESSES,
     "metaloom.recipe",
     "metaloom.run_folder",
     "metaloom.sources",

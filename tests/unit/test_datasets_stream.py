@@ -1,15 +1,33 @@
-"""The read-ahead: order, errors, and its thread."""
+"""The read-ahead: order, errors, threads and workers (how these end: tests/faults/test_data_workers.py)."""
 
 import threading
 import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from metaloom.datasets import Episode, EpisodeSource, EpisodeStream, share_of_rank, slice_for_rank
+from metaloom.datasets import (
+    Affine,
+    ClassEpisodes,
+    DocumentEpisodes,
+    Episode,
+    EpisodeSource,
+    EpisodeStream,
+    Index,
+    drawn_ahead,
+    read_ahead,
+    share_of_rank,
+    slice_for_rank,
+)
+from metaloom.datasets.workers import WorkerProcess, packed_draw
 from metaloom.errors import StreamError
+from tests.sources import Numbers as FakeEpisodes
+from tests.sources import Surroundings, same_episode
 
 
 class Numbers(EpisodeSource):
@@ -28,7 +46,7 @@ class Numbers(EpisodeSource):
 
 
 def own_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "metaloom-episodes"]
+    return [thread for thread in threading.enumerate() if thread.name == "metaloom-read-ahead"]
 
 
 @given(num=st.integers(0, 50), world_size=st.integers(1, 12))
@@ -155,3 +173,180 @@ def test_close_wakes_a_consumer_that_waits() -> None:
 def test_a_read_ahead_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="read_ahead is 0; it must be at least 1"):
         EpisodeStream(Numbers(), tasks_per_step=1, rank=0, world_size=1, start_step=0, read_ahead=0)
+
+
+def test_a_number_of_workers_below_zero_is_refused() -> None:
+    with pytest.raises(ValueError, match="num_workers is -1; it must be at least 0"):
+        drawn_ahead(len, ["a"], read_ahead=1, num_workers=-1)
+
+
+def test_more_than_is_kept_ready_cannot_be_taken_together() -> None:
+    with (
+        drawn_ahead(len, ["a", "bb"], read_ahead=1) as ahead,
+        pytest.raises(ValueError, match="2 were asked for at a time, of which at most 1 are kept ready"),
+    ):
+        ahead.take(2)
+
+
+@given(
+    num=st.integers(0, 9),
+    read_ahead=st.integers(1, 4),
+    counts=st.lists(st.integers(1, 4), max_size=9),
+)
+def test_what_is_taken_together_is_in_order_and_ends_with_the_arguments(
+    num: int, read_ahead: int, counts: list[int]
+) -> None:
+    with drawn_ahead(str, range(num), read_ahead=read_ahead) as ahead:
+        taken = [text for count in counts for text in ahead.take(min(count, read_ahead))]
+        assert taken + list(ahead) == [str(n) for n in range(num)]
+
+
+# ---------------------------------------------------------------- worker processes
+
+
+class Lent:
+    """A worker that is lent to one stream after the other, since starting one takes a while."""
+
+    max_asked = WorkerProcess.max_asked
+
+    def __init__(self, worker: WorkerProcess[int, Episode]) -> None:
+        self._worker = worker
+        self._asked: deque[int] = deque()
+        self.drawn: list[int] = []
+
+    def ask(self, number: int) -> None:
+        self._worker.ask(number)
+        self._asked.append(number)
+
+    def answer(self) -> Episode:
+        self.drawn.append(self._asked.popleft())
+        return self._worker.answer()
+
+    def stop(self) -> None:
+        """What it draws now takes no time."""
+
+    def end(self) -> None:
+        while self._asked:
+            self.answer()
+
+
+@pytest.fixture(scope="module")
+def workers() -> Iterator[Sequence[WorkerProcess[int, Episode]]]:
+    draw = packed_draw(FakeEpisodes(is_uneven=True).episode, noun="episode")
+    started = [WorkerProcess[int, Episode](draw, name="lent", noun="episode") for _ in range(3)]
+    for worker in started:
+        worker.ask(0)  # the thread that starts a worker has to stay
+    for worker in started:
+        worker.answer()
+    yield started
+    for worker in started:
+        worker.end()
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), tasks_per_step=st.integers(1, 17))
+def test_each_episode_comes_once_and_the_same_over_ranks_workers_stops_and_restarts(
+    workers: Sequence[WorkerProcess[int, Episode]], data: st.DataObject, tasks_per_step: int
+) -> None:
+    direct = FakeEpisodes()
+    start = data.draw(st.integers(0, 70), label="first step")
+    for _ in range(data.draw(st.integers(1, 3), label="starts")):
+        world_size = data.draw(st.integers(1, 5), label="world size")
+        num_workers = data.draw(st.integers(0, 3), label="workers")
+        ahead = data.draw(st.integers(1, 3), label="read_ahead")
+        is_lockstep = data.draw(st.booleans(), label="lockstep")
+        num_steps = data.draw(st.integers(0, 4), label="steps")
+        stop = data.draw(st.sampled_from([None, start + num_steps, start + num_steps + 1]), label="stop_step")
+        seen: dict[int, list[Episode]] = {step: [] for step in range(start, start + num_steps)}
+        for rank in range(world_size):
+            with pytest.MonkeyPatch.context() as patch:
+                lent = [Lent(worker) for worker in workers]
+                waiting = iter(lent)
+                patch.setattr(read_ahead, "WorkerProcess", lambda message, name, noun, w=waiting: next(w))
+                with EpisodeStream(
+                    FakeEpisodes(),
+                    tasks_per_step=tasks_per_step,
+                    rank=rank,
+                    world_size=world_size,
+                    start_step=start,
+                    read_ahead=ahead,
+                    stop_step=stop,
+                    is_lockstep=is_lockstep,
+                    num_workers=num_workers,
+                ) as stream:
+                    for _ in range(num_steps):
+                        step, episodes = next(stream)
+                        num_real = len(episodes) - stream.share.num_dummies
+                        seen[step] += episodes[:num_real]
+                        assert all(episode.number == step * tasks_per_step for episode in episodes[num_real:])
+                    if stop == start + num_steps:
+                        assert list(stream) == []
+                # Whichever are not used draw nothing, and none draws what another does.
+                assert [worker.drawn for worker in lent[num_workers:]] == [[]] * (3 - num_workers)
+                drawn = [number for worker in lent for number in worker.drawn]
+                assert len(drawn) == len(set(drawn))
+        for step, episodes in seen.items():
+            numbers = [step * tasks_per_step + i for i in range(tasks_per_step)]
+            assert [episode.number for episode in episodes] == numbers
+            assert all(same_episode(episode, direct.episode(episode.number)) for episode in episodes)
+        start += num_steps
+
+
+def test_workers_draw_no_more_than_read_ahead_steps_before_they_are_asked_for(tmp_path: Path) -> None:
+    noted = tmp_path / "numbers"
+
+    def drawn() -> list[int]:
+        return sorted(map(int, noted.read_text().split())) if noted.exists() else []
+
+    with EpisodeStream(
+        FakeEpisodes(noted_in=noted),
+        tasks_per_step=3,
+        rank=0,
+        world_size=1,
+        start_step=0,
+        read_ahead=2,
+        num_workers=2,
+    ) as stream:
+        for num_given in range(3):
+            deadline = time.monotonic() + 30
+            while len(drawn()) < 3 * (num_given + 2) and time.monotonic() < deadline:
+                time.sleep(0.005)
+            time.sleep(0.05)
+            assert drawn() == list(range(3 * (num_given + 2)))
+            assert next(stream)[0] == num_given
+
+
+def test_workers_draw_real_shards_as_their_parent_does(glyphs: Path, stdlib: Path) -> None:
+    for source in (
+        ClassEpisodes(
+            Index.load(glyphs), "train", n_way=5, n_shot=1, n_query=2, seed=0, affine=Affine(rotate_deg=9)
+        ),
+        DocumentEpisodes(
+            Index.load(stdlib),
+            "train",
+            num_support=2,
+            num_query=2,
+            sequence_length=32,
+            seed=0,
+            num_rehearsal=2,
+        ),
+    ):
+        with EpisodeStream(
+            source, tasks_per_step=3, rank=0, world_size=1, start_step=5, stop_step=9, num_workers=2
+        ) as stream:
+            episodes = [episode for _, drawn in stream for episode in drawn]
+        assert [episode.number for episode in episodes] == list(range(15, 27))
+        assert all(same_episode(episode, source.episode(episode.number)) for episode in episodes)
+
+
+def test_a_worker_imports_no_torch_computes_on_one_thread_and_prints_nothing_of_its_own(
+    glyphs: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = Surroundings(ClassEpisodes(Index.load(glyphs), "train", n_way=5, n_shot=1, n_query=2, seed=0))
+    with drawn_ahead(source.episode, [0], read_ahead=1, num_workers=1) as ahead:
+        num_threads, *modules = next(ahead).task.split()
+    assert num_threads == "1"
+    assert {"metaloom.datasets.shards", "numpy"} <= set(modules)
+    assert not {"torch", "webdataset", "pydantic", "matplotlib", "mlflow"} & set(modules)
+    output = capfd.readouterr()
+    assert (output.out, output.err) == ("", "printed by a worker\n")
