@@ -132,7 +132,8 @@ class TextInputs(Inputs):
 
     Args:
         length: L.
-        vocabulary: tokens are below it; texts that are no token sequences are their bytes in UTF-8.
+        vocabulary: tokens are below it; texts, and JSON records, that are no token sequences are their bytes
+            in UTF-8.
     """
 
     length: int
@@ -140,7 +141,7 @@ class TextInputs(Inputs):
 
     @property
     def extensions(self) -> tuple[str, ...]:
-        return ("tokens.npy", "txt")
+        return ("tokens.npy", "txt", "json")
 
     def decode(self, members: Members) -> NDArray[np.int32]:
         tokens = read_tokens(*self._member(members), vocabulary=self.vocabulary)[: self.length]
@@ -161,7 +162,7 @@ def read_tokens(extension: str, payload: bytes | memoryview, *, vocabulary: int)
     Raises:
         ValueError: they are none, or are outside of the vocabulary.
     """
-    if extension == "txt":
+    if extension != "tokens.npy":
         tokens: NDArray[Any] = np.frombuffer(payload, np.uint8)
     else:
         tokens = read_npy(payload)
