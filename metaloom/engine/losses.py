@@ -88,7 +88,7 @@ class Criterion(abc.ABC):
     def of_targets(
         self, outputs: Tensor, targets: Tensor, how: LossTensors = PLAIN, num_ways: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        """The loss of each target, then its scores, each shaped like the targets.
+        """The loss of each target, then its scores, each shaped like the targets; 0 where one does not count.
 
         Args:
             outputs: what the model says; half precision is raised to float32 first.
@@ -219,11 +219,15 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def example_means(values: Tensor, is_counted: Tensor) -> Tensor:
-    """The mean over what counts of each example, `[T, N]` of `[T, N, ...]`; 0 where nothing does."""
+    """The mean over what counts of each example, `[T, N]` of `[T, N, ...]`; 0 where nothing does.
+
+    Args:
+        values: 0 where they do not count.
+        is_counted: shaped like them.
+    """
     if values.ndim == 2:
-        return values * is_counted
-    counts = is_counted.flatten(2)
-    return (values.flatten(2) * counts).sum(-1) / counts.sum(-1).clamp(min=1)
+        return values
+    return values.flatten(2).sum(-1) / is_counted.flatten(2).sum(-1).clamp(min=1)
 
 
 def task_means(values: Tensor, weights: Tensor | None) -> Tensor:

@@ -72,6 +72,9 @@ SETTINGS = {
     "regression, rehearsing classes": Setting("regression", "loop", CLASSIFYING, rule=PLAIN),
     "regression under vmap, rehearsing alike": Setting("regression", "vmap", ALIKE, rule=PLAIN),
     "sequences, rehearsing language": Setting("sequences", "loop", MODELLING, has_ways=True, rule=PLAIN),
+    "classes by a learned loss, rehearsing others": Setting(
+        "numbers", "loop", CLASSIFYING, has_ways=True, rule=PLAIN, support_loss=LEARNED_LOSS
+    ),
     "numbers with ways, rehearsing in the meta-loss alone": Setting(
         "numbers", "loop", dataclasses.replace(CLASSIFYING, ratio=0.0), has_ways=True, rule=PLAIN
     ),
@@ -82,9 +85,19 @@ SETTINGS = {
 
 
 def example_loss(
-    model: nn.Module, weights: Mapping[str, Tensor], inputs: Tensor, target: Tensor, head: str, ways: int
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    inputs: Tensor,
+    target: Tensor,
+    head: str,
+    ways: int,
+    learned: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """What one example costs, run alone; of a sequence its tokens alone."""
+    """What one example costs, run alone; of a sequence its tokens alone.
+
+    Args:
+        learned: temperature and label smoothing of a classification.
+    """
     if not inputs.is_floating_point():
         length = int((inputs != PAD).sum())
         inputs, target = inputs[:length], target[:length] if target.ndim else target
@@ -94,7 +107,11 @@ def example_loss(
     if target.ndim:
         assert bool((target != IGNORE).all())
         return F.cross_entropy(output, target)
-    return F.cross_entropy(output[None, :ways], target[None])
+    if learned is None:
+        return F.cross_entropy(output[None, :ways], target[None])
+    temperature, smoothing = learned
+    log_p = (output[:ways] / temperature).log_softmax(0)
+    return -(1.0 - smoothing) * log_p[target] - smoothing * log_p.mean()
 
 
 def oracle(setting: Setting, problem: Problem) -> tuple[dict[str, Tensor], Tensor]:
@@ -111,10 +128,18 @@ def oracle(setting: Setting, problem: Problem) -> tuple[dict[str, Tensor], Tenso
         return [(data["inputs"][task, row], data["targets"][task, row]) for row in range(count)]
 
     def mean(
-        examples: list[tuple[Tensor, Tensor]], weights: Mapping[str, Tensor], head: str, ways: int
+        examples: list[tuple[Tensor, Tensor]],
+        weights: Mapping[str, Tensor],
+        head: str,
+        ways: int,
+        learned: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        each = [example_loss(model, weights, inputs, target, head, ways) for inputs, target in examples]
+        each = [example_loss(model, weights, *example, head, ways, learned) for example in examples]
         return torch.stack(each).mean()
+
+    learned = None
+    if setting.support_loss.learned:
+        learned = theta["loss.temperature"].exp(), theta["loss.label_smoothing"].sigmoid()
 
     losses = []
     with sdpa_kernel(SDPBackend.MATH):
@@ -133,7 +158,8 @@ def oracle(setting: Setting, problem: Problem) -> tuple[dict[str, Tensor], Tenso
                         total = total + weight * ratio * mean(old, phi, old_head, 1000)
                 if step == len(STEP_WEIGHTS) - 1:
                     break
-                inner = (1.0 - rehearsal.ratio) * mean(rows(batch.support, task), phi, learner.head, ways)
+                own = rows(batch.support, task)
+                inner = (1.0 - rehearsal.ratio) * mean(own, phi, learner.head, ways, learned)
                 if rehearsal.ratio:
                     old = rows(batch.rehearsal, task)
                     read = [
