@@ -4,6 +4,7 @@ import pickle
 import socket
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -101,6 +102,29 @@ def test_an_end_that_is_gone_with_unread_messages_is_an_end_of_file() -> None:
             messages.receive(other)
 
 
+class Narrow(socket.socket):
+    """Takes a few bytes at a time, as a socket may when a signal comes."""
+
+    def sendmsg(self, buffers: Any, *rest: Any) -> int:
+        return super().sendmsg([b"".join(map(bytes, buffers))[:7]])
+
+
+def test_what_a_call_does_not_send_is_sent_by_the_next() -> None:
+    one, other = socket.socketpair()
+    value = [np.arange(20), np.arange(3.0), np.zeros(0)]
+    with one, other, Narrow(fileno=one.detach()) as narrow:
+        messages.send(narrow, messages.packed(value))
+        received = messages.receive(other)
+    assert all(np.array_equal(a, b) for a, b in zip(received, value, strict=True))
+
+
+class WrappingError(ValueError):
+    """Made again from its arguments, it has another text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(f"a wrapped {text}")
+
+
 class TwoWordsError(ValueError):
     def __init__(self, first: str, *, second: str) -> None:
         super().__init__(f"{first} {second}")
@@ -124,6 +148,7 @@ class OtherTextError(ValueError):
         KeyError("a"),
         OSError(28, "No space left on device", "/a/file"),
         UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"),
+        WrappingError("text"),
         TwoWordsError("here", second="there"),
         SystemExit(3),
         MemoryError(),

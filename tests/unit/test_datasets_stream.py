@@ -19,12 +19,13 @@ from metaloom.datasets import (
     EpisodeSource,
     EpisodeStream,
     Index,
+    ReadAhead,
     drawn_ahead,
     read_ahead,
     share_of_rank,
     slice_for_rank,
 )
-from metaloom.datasets.workers import WorkerProcess, packed_draw
+from metaloom.datasets.workers import OwnThread, WorkerProcess, packed_draw
 from metaloom.errors import StreamError
 from tests.sources import Numbers as FakeEpisodes
 from tests.sources import Surroundings, same_episode
@@ -199,6 +200,25 @@ def test_what_is_taken_together_is_in_order_and_ends_with_the_arguments(
     with drawn_ahead(str, range(num), read_ahead=read_ahead) as ahead:
         taken = [text for count in counts for text in ahead.take(min(count, read_ahead))]
         assert taken + list(ahead) == [str(n) for n in range(num)]
+
+
+def test_all_that_comes_before_an_error_is_given_although_it_is_drawn_after_it() -> None:
+    is_raised = threading.Event()
+
+    def draw(number: int) -> int:
+        if number == 9:
+            is_raised.set()
+            raise StreamError("9 is broken")
+        if number % 2 == 0:
+            is_raised.wait(10)
+            time.sleep(0.02)
+        return number
+
+    drawers = [OwnThread(draw), OwnThread(draw)]
+    with ReadAhead(drawers, range(20), limit=20, drawer_of=lambda place, number: number % 2) as ahead:
+        assert ahead.take(9) == list(range(9))
+        with pytest.raises(StreamError, match="9 is broken"):
+            ahead.take(1)
 
 
 # ---------------------------------------------------------------- worker processes

@@ -40,6 +40,14 @@ def test_a_workers_streams_are_whole_and_its_share_of_a_step_fair(
         assert all(len(workers) == 1 for workers in owners.values())
 
 
+def test_steps_that_begin_at_any_stream_are_shared_fairly() -> None:
+    positions = slice_for_rank(21, 0, 2)
+    worker_of = dealt_to_workers(21, positions, 3)
+    for step in range(NUM_STREAMS):
+        load = Counter(worker_of(21 * step + position) for position in positions)
+        assert max(load.values()) <= 5  # of 11
+
+
 def test_workers_take_turns_where_a_rank_has_fewer_streams_than_workers() -> None:
     worker_of = dealt_to_workers(128, [6, 7], 3)  # two streams alone
     assert [worker_of(128 * step + i) for step in range(3) for i in (6, 7)] == [0, 1, 2, 0, 1, 2]
