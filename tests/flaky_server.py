@@ -81,11 +81,11 @@ class _Handler(BaseHTTPRequestHandler):
         if content is None:
             return self._answer("404", b"")
         asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        if asked is None:
-            return self._answer("200", content)
-        start, stop = int(asked[1]), min(int(asked[2]) + 1, len(content))
+        start, stop = (int(asked[1]), min(int(asked[2]) + 1, len(content))) if asked else (0, len(content))
         if fault is not None:
             return self._fail(fault, content, start, stop)
+        if asked is None:
+            return self._answer("200", content)
         if start >= len(content):
             return self._answer("416", b"")
         return self._answer("206", content[start:stop])

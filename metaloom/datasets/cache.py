@@ -1,11 +1,11 @@
 """Blocks of remote files on local disk, up to a limit, for all processes of a host together.
 
 A block is one file, `<folder>/<2 letters>/<62 letters>` of the sha256 of what it is. Files are only ever
-written, replaced or deleted under one file lock. The lock's file is the ledger: the sum of all blocks,
-which is raised before a block is written and lowered after one is deleted, and a flag that is set in
-between. So the sum on disk is never above the limit, nor above the ledger; and whoever gets the lock after
-a process was killed in between finds the flag, deletes what is half written and counts anew. A killed
-process leaves no lock: the kernel gives it back.
+written, replaced or deleted under one file lock, and room is made before a block is written. So the sum
+on disk, half-written blocks included, is never above the limit. The lock's file is the ledger: the sum of all
+blocks, and a flag that is set while they are changed. Whoever gets the lock after a process was killed
+finds the flag, deletes what is half written and counts anew. A killed process leaves no lock: the kernel
+gives it back.
 
 Each hit sets the modification time, to the nanosecond; what was not used for the longest goes first. To
 find it all blocks are looked at (about 3 us each), so a cache that is full is emptied to 90 % of its limit
@@ -103,7 +103,7 @@ class BlockCache:
             with self._locked() as ledger:
                 path = self._path(key)
                 if (held := _size(path)) is not None:
-                    ledger.begin(ledger.total)
+                    ledger.begin()
                     path.unlink()
                     ledger.commit(ledger.total - held)
         except OSError as error:
@@ -118,15 +118,13 @@ class BlockCache:
         held = _size(path)
         if held == len(content):
             return
-        ledger.begin(ledger.total)
+        ledger.begin()
         total = ledger.total
         if held is not None:
             path.unlink()
             total -= held
         if total + len(content) > self.limit_bytes:
             total = self._evict(len(content))
-        total += len(content)
-        ledger.begin(total)
         partial = self.folder / _PARTIAL_NAME
         try:
             with partial.open("wb", buffering=0) as file:
@@ -137,7 +135,7 @@ class BlockCache:
         except BaseException:
             partial.unlink(missing_ok=True)  # the flag stays set, and the next to come counts anew
             raise
-        ledger.commit(total)
+        ledger.commit(total + len(content))
 
     def _evict(self, num_bytes: int) -> int:
         """The sum of the blocks that stay when the oldest are deleted, so that `num_bytes` fit."""
@@ -223,7 +221,7 @@ class _Ledger:
     """What the lock's file says, for the one who holds the lock.
 
     Attributes:
-        total: the sum of all blocks in bytes; never less than what is on disk.
+        total: the sum of all blocks in bytes, if it is right.
         is_right: False if nobody wrote it yet, or the last one did not finish.
     """
 
@@ -233,17 +231,14 @@ class _Ledger:
         magic, is_open, self.total = _LEDGER.unpack(raw) if len(raw) == _LEDGER.size else (b"", 1, 0)
         self.is_right = magic == _MAGIC and not is_open
 
-    def begin(self, total: int) -> None:
-        """Says that blocks are being changed, and will be `total` bytes at most."""
-        self._write(1, total)
+    def begin(self) -> None:
+        """Says that blocks are being changed, so that `total` will not be right until `commit`."""
+        os.pwrite(self._descriptor, _LEDGER.pack(_MAGIC, 1, self.total), 0)
 
     def commit(self, total: int) -> None:
         """Says that the blocks are `total` bytes."""
-        self._write(0, total)
-
-    def _write(self, is_open: int, total: int) -> None:
         self.total = total
-        os.pwrite(self._descriptor, _LEDGER.pack(_MAGIC, is_open, total), 0)
+        os.pwrite(self._descriptor, _LEDGER.pack(_MAGIC, 0, total), 0)
 
 
 def _size(path: Path) -> int | None:

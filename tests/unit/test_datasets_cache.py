@@ -131,6 +131,8 @@ def test_a_block_of_another_length_is_not_used_and_is_replaced(tmp_path: Path) -
     put(cache, "a", 100)
     (tmp_path / _place("a")).write_bytes(b"torn")
     assert read(cache, "a", 100) is None
+    (tmp_path / _place("a")).write_bytes(bytes(150))
+    assert read(cache, "a", 100) is None
     put(cache, "a", 100)
     assert read(cache, "a", 100) == content_of("a", 100)
     for name in range(9):
@@ -152,12 +154,12 @@ def test_files_of_others_in_the_folder_stay(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["killed", "empty", "torn", "deleted"])
 def test_a_count_that_was_left_wrong_is_mended(damage: str, tmp_path: Path) -> None:
     cache = BlockCache(tmp_path, 1000)
-    for name in range(9):
+    for name in range(10):
         put(cache, name, 100)
     ledger = tmp_path / "metaloom-cache.lock"
     if damage == "killed":  # between the count and the block
         with ledger.open("r+b") as file:
-            file.write(cache_module._LEDGER.pack(b"mlc1", 1, 999))
+            file.write(cache_module._LEDGER.pack(b"mlc1", 1, 100))
         (tmp_path / "metaloom-cache.partial").write_bytes(bytes(99))
     elif damage == "deleted":
         ledger.unlink()
@@ -165,7 +167,15 @@ def test_a_count_that_was_left_wrong_is_mended(damage: str, tmp_path: Path) -> N
         ledger.write_bytes(b"" if damage == "empty" else b"mlc1\0\0")
     put(cache, "new", 100)
     assert bytes_on_disk(tmp_path) == 1000
-    assert all(read(cache, name, 100) for name in range(9))  # room for one was there
+    assert [name for name in range(10) if not read(cache, name, 100)] == [0]
+    assert cache_module._LEDGER.unpack(ledger.read_bytes()) == (b"mlc1", 0, 1000)
+
+
+def test_a_full_cache_is_emptied_to_nine_tenths_at_once(tmp_path: Path) -> None:
+    cache = BlockCache(tmp_path, 1000)
+    for name in range(101):
+        put(cache, name, 10)
+    assert [name for name in range(101) if read(cache, name, 10)] == list(range(10, 101))
 
 
 def test_a_folder_that_is_emptied_meanwhile_is_made_again(tmp_path: Path) -> None:
@@ -191,7 +201,7 @@ def test_a_full_disk_is_told_once_and_leaves_no_rest(tmp_path: Path, monkeypatch
     assert "No space left on device" in note
     assert "Reading goes on; what is not in the cache comes from storage every time. Make room there" in note
     assert cache.take_notes() == []
-    assert bytes_on_disk(tmp_path) == 100
+    assert not os.path.lexists(tmp_path / "metaloom-cache.partial")
     assert read(cache, "a", 100) == content_of("a", 100)
     put(cache, "d", 100)
     assert read(cache, "d", 100) is None  # five minutes have not passed

@@ -25,6 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metaloom.datasets.extents import Extent, Pieces, block_of, coalesced, parts_by_block
+from metaloom.datasets.open_files import OpenFiles
 from metaloom.datasets.storage import MissingFile, Storage, StorageSettings, TruncatedFile, open_filesystem
 from metaloom.errors import StreamError
 
@@ -203,6 +204,28 @@ def test_few_of_many_local_files_are_open_and_none_after_close(tmp_path: Path) -
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+def test_no_file_is_closed_while_a_thread_reads_it(tmp_path: Path) -> None:
+    """Its number would be that of the next file to be opened, and the bytes those of another file."""
+    contents = {f"{number}": bytes([number]) * 200 for number in range(8)}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    files = OpenFiles(lambda name: str(tmp_path / name), 2)
+
+    def work(seed: int) -> None:
+        draws = random.Random(seed)
+        for _ in range(3000):
+            name = str(draws.randrange(8))
+            assert files.read(name, 0, 200) == contents[name]
+
+    interval_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(work, range(8)))
+    finally:
+        sys.setswitchinterval(interval_s)
+
+
 @pytest.mark.parametrize("is_local", [False, True])
 def test_threads_share_a_storage(is_local: bool, tmp_path: Path, memory: str) -> None:
     """Local: with more files than stay open, so that one thread closes what another might read."""
@@ -293,6 +316,9 @@ def test_a_local_file_that_was_replaced_by_a_longer_one_is_found(tmp_path: Path)
     (tmp_path / "new").write_bytes(CONTENT)
     (tmp_path / "new").replace(tmp_path / "a.tar")
     assert storage.read_extents([extent(500, 10)]) == [CONTENT[500:510]]
+    assert storage.read_extents([extent(500, 10)]) == [CONTENT[500:510]]
+    (tmp_path / "a.tar").unlink()
+    assert storage.read_extents([extent(500, 10)]) == [CONTENT[500:510]]  # the new one is open
 
 
 @pytest.mark.parametrize("name", ["../a.tar", "x/../../a.tar", "/etc/passwd"])
