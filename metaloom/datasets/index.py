@@ -17,7 +17,7 @@ from metaloom.errors import StreamError
 
 FORMAT = "metaloom-shards"
 VERSION = 1
-LAYOUTS = ("classes", "documents")
+LAYOUTS = ("classes", "documents", "episodes")
 INDEX_NAME = "index.json"
 
 
@@ -36,7 +36,7 @@ class ClassEntry:
     """One class of a split: a name unique in the data set, and the script or family that it belongs to."""
 
     name: str
-    script: str
+    script: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -281,8 +281,8 @@ def _check(index: Index, where: str) -> None:
                 problems.append(f"split {split.name!r}: samples beyond the end of their shards")
         if index.layout == "classes":
             number = split.attributes.get("class")
-            if number is None or "variant" not in split.attributes:
-                problems.append(f"split {split.name!r}: no columns 'class' and 'variant'")
+            if number is None:
+                problems.append(f"split {split.name!r}: no column 'class'")
             elif not 0 <= number.min() <= number.max() < len(split.classes):
                 problems.append(f"split {split.name!r}: samples of classes that are not listed")
     if problems:

@@ -52,7 +52,8 @@ class SplitSamples:
     """One split to write; every sample has the same members and the same attributes."""
 
     samples: Iterable[Sample]
-    classes: Sequence[ClassEntry] = ()
+    classes: Sequence[ClassEntry | str] = ()
+    groups: Sequence[str] = ()
 
 
 def write_shards(
@@ -115,11 +116,10 @@ def _write(
             if tar is None:
                 tar = _TarShard(directory / f"{name}-{num_tars:05d}.tar")
                 num_tars += 1
-            for extension, (offset, length, crc32) in tar.add(sample).items():
+            for extension, place in tar.add(sample).items():
                 column = members.setdefault(extension, {"offset": [], "length": [], "crc32": []})
-                column["offset"].append(offset)
-                column["length"].append(length)
-                column["crc32"].append(crc32)
+                for part, value in zip(column.values(), place, strict=True):
+                    part += [0] * (len(keys) - len(part)) + [value]
             for attribute, value in sample.attributes.items():
                 attributes.setdefault(attribute, []).append(value)
             keys.append(sample.key)
@@ -129,8 +129,12 @@ def _write(
                 progress(num_written)
         if tar is not None:
             shards.append(tar.commit())
+        for column in members.values():
+            for part in column.values():
+                part += [0] * (len(keys) - len(part))
+        entries = [ClassEntry(c) if isinstance(c, str) else c for c in split.classes]
         tables[name] = {
-            "classes": [{"name": c.name, "script": c.script} for c in split.classes],
+            "classes": [{"name": c.name, "script": c.script} for c in entries],
             "keys": keys,
             "shard": shard_of,
             "members": members,
