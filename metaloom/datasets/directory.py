@@ -59,19 +59,35 @@ def require_same(present: Index, name: str, origin: Mapping[str, Any]) -> None:
         raise StreamError(f"{present.url} holds {name} made otherwise: {'; '.join(differences)}. {advice}")
 
 
+def create(path: Path) -> None:
+    """The directory is there.
+
+    Raises:
+        StreamError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _not_writable(path, error) from error
+
+
 def begin(path: Path) -> None:
     """The directory is there, and is no finished data set any more: an index is written last.
 
     Raises:
         StreamError: it cannot be written to.
     """
+    create(path)
     try:
-        path.mkdir(parents=True, exist_ok=True)
         (path / INDEX_NAME).unlink(missing_ok=True)
     except OSError as error:
-        raise StreamError(
-            f"{path}: the data set cannot be written: {error}. Choose a directory that can be written to."
-        ) from error
+        raise _not_writable(path, error) from error
+
+
+def _not_writable(path: Path, error: OSError) -> StreamError:
+    return StreamError(
+        f"{path}: the data set cannot be written: {error}. Choose a directory that can be written to."
+    )
 
 
 def delete_leftovers(path: Path, index: Index) -> None:
