@@ -121,14 +121,14 @@ def _add_pack(commands: Commands) -> None:
 
     images = add_command(sources, "images", "pack a folder tree of images", IMAGES_EXAMPLES)
     images.add_argument(
-        "source", type=Path, metavar="ROOT", help="the tree: ROOT/[split/]class/*.png|jpg|jpeg|webp"
+        "source", type=Path, metavar="ROOT", help="the tree: ROOT/[split/]class/*.png|jpg|webp"
     )
     _add_packing(images)
     images.add_argument(
         "--folders",
         metavar="WORDS",
-        help="what the folders from ROOT down mean: split, class, group, _ with / between (default: class, or "
-        "split/class where all folders of ROOT are called like splits: train, val, test ...)",
+        help="what the folders from ROOT down mean: split, class, group, _ with / between (default: class, "
+        "or split/class where all folders of ROOT are called like splits: train, val, test ...)",
     )
     images.add_argument(
         "--split", metavar="SHARES", help="deals whole classes to splits: train=0.7,validation=0.15,test=0.15"
@@ -180,7 +180,7 @@ def _add_columns(parser: argparse.ArgumentParser) -> None:
         "--task",
         default="classification",
         metavar="TASK",
-        help="classification (default; text makes it sequence classification), regression, language-modelling, "
+        help="classification (default), regression, language-modelling, "
         "or episodes: records with lists support and query",
     )
     columns.add_argument(
@@ -195,27 +195,23 @@ def _add_columns(parser: argparse.ArgumentParser) -> None:
         help="text, numbers, tokens, image or array (bytes, or the name of a file), record (kept as JSON); "
         "default: what the first record shows",
     )
-    columns.add_argument(
-        "--target", action="append", metavar="COLUMN", help="the label, or with regression numbers"
-    )
+    columns.add_argument("--target", action="append", metavar="COLUMN", help="the label, or numbers")
     columns.add_argument("--group", metavar="COLUMN", help="user, domain, corruption ...")
     columns.add_argument(
         "--split",
         metavar="COLUMN|SHARES",
-        help="column of the split's name, or shares: train=0.8,test=0.2 (default: names of files and folders)",
+        help="column of the split's name, or shares: train=0.8,test=0.2 (default: names of files, folders)",
     )
     columns.add_argument(
         "--split-by",
         metavar="UNIT",
-        help="what shares are dealt to: class, group or sample (default: class for classification, else group "
-        "where there is one, else sample)",
+        help="what shares are dealt to: class, group or sample (default: class for classification, else "
+        "group where there is one, else sample)",
     )
     columns.add_argument("--key", metavar="COLUMN", help="names of the samples (default: file and number)")
     columns.add_argument("--keep", action="append", metavar="COLUMN", help="kept beside the sample as JSON")
     columns.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json that makes tokens of texts")
-    columns.add_argument(
-        "--root", type=Path, metavar="DIR", help="of named files (default: that of the records)"
-    )
+    columns.add_argument("--root", type=Path, metavar="DIR", help="of named files (default: the records')")
     _add_image_size(columns)
 
 

@@ -68,7 +68,8 @@ def contact_sheet(classes: Sequence[ClassImages], *, title: str) -> Image.Image:
     columns = [max(1, min(_MAX_COLUMNS, max(len(c.support), len(c.query)))) for c in classes]
     num_support = max(_rows(len(c.support), k) for c, k in zip(classes, columns, strict=True))
     num_query = max(_rows(len(c.query), k) for c, k in zip(classes, columns, strict=True))
-    cell = _cell_px(sum(columns), len(classes))
+    sides = [max(image.shape[:2]) for c in classes for image in (*c.support, *c.query)]
+    cell = _cell_px(sum(columns), len(classes), max(sides, default=1))
     title_font, font = _font(_TITLE_PX), _font(_FONT_PX)
     side = max(int(font.getlength(word)) for word in ("support", "query")) + _MARGIN_PX
     widths = [count * (cell + _GAP_PX) - _GAP_PX for count in columns]
@@ -101,9 +102,11 @@ def _rows(count: int, columns: int) -> int:
     return math.ceil(count / columns)
 
 
-def _cell_px(num_columns: int, num_classes: int) -> int:
+def _cell_px(num_columns: int, num_classes: int, side: int) -> int:
+    """The side of a cell: no larger than the largest image's side, enlarged by a whole factor, needs."""
     room = _WIDTH_PX - 2 * _MARGIN_PX - _BLOCK_GAP_PX * num_classes - _GAP_PX * num_columns
-    return max(_CELL_PX[0], min(_CELL_PX[1], room // num_columns))
+    cell = max(_CELL_PX[0], min(_CELL_PX[1], room // num_columns))
+    return cell // side * side if side <= cell else cell
 
 
 def _channels_last(image: NDArray[Any]) -> NDArray[Any]:

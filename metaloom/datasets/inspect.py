@@ -164,7 +164,7 @@ def _class_episode(index: Index, table: SplitTable, ask: Ask, title: str) -> Sho
     fit = np.flatnonzero(sizes >= needed)
     if len(fit) < ask.n_way:
         raise StreamError(
-            f"{len(fit)} classes of split {table.name!r} have {needed} samples or more (--n-shot {ask.n_shot} "
+            f"{len(fit)} classes of split {table.name!r} have {needed} samples (--n-shot {ask.n_shot} "
             f"and --n-query {ask.n_query}), but --n-way is {ask.n_way}; lower one of the three."
         )
     rng = generator("inspect", 0, table.name, ask.number)
@@ -213,12 +213,13 @@ def _ready_episode(index: Index, table: SplitTable, ask: Ask, title: str) -> Sho
     members = read_members(ShardReader(index, cache_limit_bytes=0), table.name, number)
     about = json.loads(members["json"])
     names = about.get("classes")
+    is_bytes = index.source.get("input_kind") == "text" and index.source.get("tokenizer") is None
     parts = []
     for part in ("support", "query"):
         inputs, targets = _array(members[f"{part}.inputs.npy"]), _array(members[f"{part}.targets.npy"])
         parts.append(
             [
-                f"{_target(target, names)}: {_example(row, is_text=inputs.dtype.kind == 'i', ask=ask)}"
+                f"{_target(target, names)}: {_example(row, ask.tokenizer, is_bytes=is_bytes)}"
                 for row, target in zip(inputs, targets, strict=True)
             ]
         )
@@ -232,10 +233,13 @@ def _target(target: Any, names: Any) -> str:
     return np.array2string(np.asarray(target), precision=4)
 
 
-def _example(row: NDArray[Any], *, is_text: bool, ask: Ask) -> str:
-    if not is_text:
+def _example(row: NDArray[Any], tokenizer: str | None, *, is_bytes: bool) -> str:
+    if row.dtype.kind == "f":
         return np.array2string(row, precision=4, threshold=10)
-    return _decode_tokens(row[row >= 0], ask.tokenizer)
+    tokens = row[row >= 0]
+    if is_bytes:
+        return bytes(tokens.astype(np.uint8)).decode(errors="replace")
+    return _decode_tokens(tokens, tokenizer)
 
 
 def _words(members: Mapping[str, bytes], tokenizer: str | None) -> str:

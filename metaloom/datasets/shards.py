@@ -109,26 +109,31 @@ def _write(
         attributes: dict[str, list[int]] = {}
         tar: _TarShard | None = None
         num_tars = 0
-        for sample in split.samples:
-            if tar is not None and tar.size_with(sample) > shard_limit_bytes:
+        try:
+            for sample in split.samples:
+                if tar is not None and tar.size_with(sample) > shard_limit_bytes:
+                    shards.append(tar.commit())
+                    tar = None
+                if tar is None:
+                    tar = _TarShard(directory / f"{name}-{num_tars:05d}.tar")
+                    num_tars += 1
+                for extension, place in tar.add(sample).items():
+                    column = members.setdefault(extension, {"offset": [], "length": [], "crc32": []})
+                    for part, value in zip(column.values(), place, strict=True):
+                        part += [0] * (len(keys) - len(part)) + [value]
+                for attribute, value in sample.attributes.items():
+                    attributes.setdefault(attribute, []).append(value)
+                keys.append(sample.key)
+                shard_of.append(len(shards))
+                num_written += 1
+                if progress is not None:
+                    progress(num_written)
+            if tar is not None:
                 shards.append(tar.commit())
-                tar = None
-            if tar is None:
-                tar = _TarShard(directory / f"{name}-{num_tars:05d}.tar")
-                num_tars += 1
-            for extension, place in tar.add(sample).items():
-                column = members.setdefault(extension, {"offset": [], "length": [], "crc32": []})
-                for part, value in zip(column.values(), place, strict=True):
-                    part += [0] * (len(keys) - len(part)) + [value]
-            for attribute, value in sample.attributes.items():
-                attributes.setdefault(attribute, []).append(value)
-            keys.append(sample.key)
-            shard_of.append(len(shards))
-            num_written += 1
-            if progress is not None:
-                progress(num_written)
-        if tar is not None:
-            shards.append(tar.commit())
+        except BaseException:
+            if tar is not None:
+                tar.abandon()
+            raise
         for column in members.values():
             for part in column.values():
                 part += [0] * (len(keys) - len(part))
@@ -189,6 +194,10 @@ class _TarShard:
             places[extension] = (offset, len(payload), zlib.crc32(payload))
         self._num_samples += 1
         return places
+
+    def abandon(self) -> None:
+        """Closes the shard; nothing of it is on disk."""
+        self._writer.close()
 
     def commit(self) -> ShardEntry:
         """The shard's entry; its file is now complete on disk."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 from metaloom.datasets.directory import SPOOL_NAME, begin, create, delete_leftovers, holds_index
 from metaloom.datasets.index import Index
 from metaloom.datasets.pack.duplicates import ContentDigests
-from metaloom.datasets.pack.parallel import Workers
+from metaloom.datasets.pack.parallel import CHUNK, Workers
 from metaloom.datasets.pack.plan import Broken, Plan, PlannedSplit, Source, list_broken
 from metaloom.datasets.shards import Sample, SplitSamples, write_shards
 from metaloom.errors import StreamError
@@ -87,10 +88,12 @@ def pack_dataset(
     start = time.perf_counter()
     path = Path(directory)
     name = _checked_name(path, name)
+    if num_processes < 1:
+        raise StreamError(f"--processes is {num_processes}; it must be at least 1.")
     if max_broken < 0:
         raise StreamError(f"--max-broken is {max_broken}; it must be at least 0.")
     if shard_limit_bytes < 1:
-        raise StreamError(f"the limit of a shard is {shard_limit_bytes} bytes; it must be at least 1.")
+        raise StreamError(f"--shard-mib gives shards of {shard_limit_bytes} bytes; it must be at least 1.")
     if holds_index(path, name):
         if not replace:
             raise StreamError(
@@ -103,6 +106,8 @@ def pack_dataset(
         plan = source.plan(path)
         packing = _Packing(plan, max_broken, progress)
         begin(path)
+        # A process more than there are chunks would have nothing to do.
+        num_processes = min(num_processes, max(1, math.ceil(plan.num_samples / CHUNK)))
         with Workers(plan.maker, num_processes=num_processes) as workers:
             index = write_shards(
                 path,

@@ -48,8 +48,6 @@ class Workers:
     """
 
     def __init__(self, maker: SampleMaker, *, num_processes: int) -> None:
-        if num_processes < 1:
-            raise StreamError(f"--processes is {num_processes}; it must be at least 1.")
         self._maker = maker
         self._num_processes = num_processes
         self._pool: ProcessPoolExecutor | None = None

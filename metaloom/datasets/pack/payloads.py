@@ -269,7 +269,11 @@ def _square(image: Image.Image, size: int) -> Image.Image:
         upright = upright.convert("L")
     else:
         upright = upright.convert("RGB")
-    return ImageOps.fit(upright, (size, size), Image.Resampling.LANCZOS)
+    side = min(upright.size)
+    left, top = (upright.width - side) // 2, (upright.height - side) // 2
+    # Cut out first: a box given to resize would let in what lies around it.
+    square = upright.crop((left, top, left + side, top + side))
+    return square.resize((size, size), Image.Resampling.LANCZOS)
 
 
 def _png(image: Image.Image) -> bytes:
