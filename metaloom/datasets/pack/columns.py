@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import json
-from collections.abc import Iterable, Mapping, Sequence
+import io
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,13 @@ from numpy.typing import NDArray
 from metaloom.datasets.pack import payloads
 from metaloom.datasets.pack.payloads import Limits, npy_bytes
 from metaloom.datasets.pack.plan import BadSample, Content, Division, fit_for_key, require_split_name
+from metaloom.datasets.pack.ready_episodes import (
+    PARTS,
+    ExampleForm,
+    episode_members,
+    examples_of,
+    json_bytes,
+)
 from metaloom.errors import StreamError
 
 TASKS = {
@@ -82,8 +89,13 @@ class Columns:
     def needed(self) -> tuple[str, ...]:
         """All columns that records must have."""
         if self.task == "episodes":
-            return (*self.described_by, "support", "query")
+            return (*self.described_by, *PARTS)
         return tuple(dict.fromkeys([*self.inputs, *self.targets, *self.described_by, *self.keep]))
+
+    @property
+    def examples(self) -> ExampleForm:
+        """Of ready episodes."""
+        return ExampleForm(self.inputs[0], self.targets[0], self.kind, self.tokenizer)
 
     @property
     def says_split(self) -> bool:
@@ -138,7 +150,7 @@ def with_kind(columns: Columns, record: Mapping[str, Any], place: str) -> Column
         return columns
     if columns.task == "episodes":
         try:
-            value = _examples(record, "support", columns)[0][0]
+            value = examples_of(record, PARTS[0], columns.examples)[0][0]
         except BadSample as error:
             raise StreamError(f"{place}: {error}. This was the first record.") from error
     else:
@@ -173,13 +185,13 @@ def content(record: Mapping[str, Any], columns: Columns, root: Path) -> Content:
         if name not in record:
             raise BadSample(f"has no {name!r}; it has {', '.join(map(str, record))}")
     if columns.task == "episodes":
-        return Content(_episode(record, columns))
+        return Content(episode_members(record, columns.examples))
     members = _input_members(record, columns, root)
     kept: dict[str, Any] = {name: record[name] for name in columns.keep}
     if columns.kind == "record":
         kept |= {name: record[name] for name in columns.inputs}
     if kept:
-        members["json"] = _json(kept)
+        members["json"] = json_bytes(kept)
     if columns.task == "regression":
         values = [_scalar(record, name) for name in columns.targets]
         members["target.npy"] = npy_bytes(np.array(values, "<f4"))
@@ -347,82 +359,5 @@ def _document_size(members: Mapping[str, bytes]) -> int:
 
 
 def _array(payload: bytes) -> NDArray[Any]:
-    import io
-
     array: NDArray[Any] = np.load(io.BytesIO(payload), allow_pickle=False)
     return array
-
-
-def _json(value: Any) -> bytes:
-    try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False, sort_keys=True).encode()
-    except (TypeError, ValueError, RecursionError) as error:
-        raise BadSample(f"cannot be written as JSON: {error}") from error
-
-
-def _episode(record: Mapping[str, Any], columns: Columns) -> dict[str, bytes]:
-    """The members of a ready episode: `support.inputs.npy` and so on, the rest of the record as `json`."""
-    parts = {name: _examples(record, name, columns) for name in ("support", "query")}
-    rest = {name: value for name, value in record.items() if name not in parts}
-    labels = [target for examples in parts.values() for _, target in examples]
-    names: list[str] | None = None
-    if all(isinstance(label, str) for label in labels):
-        names = sorted({target for _, target in parts["support"]})
-        unknown = sorted({*labels}.difference(names))
-        if unknown:
-            raise BadSample(f"its query has labels that its support lacks: {', '.join(unknown)}")
-        rest["classes"] = names
-    is_integer = names is not None or all(type(label) is int for label in labels)
-    members: dict[str, bytes] = {}
-    for name, examples in parts.items():
-        members[f"{name}.inputs.npy"] = npy_bytes(_stacked([x for x, _ in examples], columns))
-        targets: Iterable[Any] = [y for _, y in examples]
-        if names is not None:
-            targets = map(names.index, targets)
-        members[f"{name}.targets.npy"] = npy_bytes(_targets(list(targets), is_integer=is_integer))
-    return members | {"json": _json(rest)}
-
-
-def _examples(record: Mapping[str, Any], name: str, columns: Columns) -> list[tuple[Any, Any]]:
-    found = record.get(name)
-    if not isinstance(found, list) or not found:
-        raise BadSample(f"its {name!r} is no list of examples")
-    for example in found:
-        if not isinstance(example, Mapping) or not {columns.inputs[0], columns.targets[0]} <= {*example}:
-            raise BadSample(
-                f"an example of its {name!r} has no {columns.inputs[0]!r} and {columns.targets[0]!r} "
-                f"(--input, --target)"
-            )
-    return [(example[columns.inputs[0]], example[columns.targets[0]]) for example in found]
-
-
-def _stacked(values: list[Any], columns: Columns) -> NDArray[Any]:
-    if columns.kind == "text":
-        return payloads.padded_rows(
-            [payloads.encode_text(payloads.text(value), columns.tokenizer) for value in values]
-        )
-    if columns.kind == "tokens":
-        return payloads.padded_rows([payloads.tokens(value) for value in values])
-    rows = [np.atleast_1d(payloads.numbers(value)) for value in values]
-    shapes = sorted({row.shape for row in rows})
-    if len(shapes) > 1:
-        raise BadSample(f"its inputs differ in shape: {', '.join(map(str, shapes))}")
-    return np.stack(rows)
-
-
-def _targets(values: list[Any], *, is_integer: bool) -> NDArray[Any]:
-    """int64 [N] of labels, or float32 [N, P] of numbers."""
-    if is_integer:
-        try:
-            return np.array(values, "<i8")
-        except OverflowError as error:
-            raise BadSample("a target does not fit 64 bits") from error
-    return _stacked_numbers(values)
-
-
-def _stacked_numbers(values: list[Any]) -> NDArray[np.float32]:
-    rows = [np.atleast_1d(payloads.numbers(value)) for value in values]
-    shapes = sorted({row.shape for row in rows})
-    if len(shapes) > 1:
-        raise BadSample(f"its targets differ in shape: {', '.join(map(str, shapes))}")
-    return np.stack(rows)

@@ -14,6 +14,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from types import TracebackType
 
 from metaloom.datasets.pack.plan import BadSample, Content, Item, SampleMaker
 from metaloom.errors import StreamError
@@ -51,9 +53,11 @@ class Workers:
         self._maker = maker
         self._num_processes = num_processes
         self._pool: ProcessPoolExecutor | None = None
+        self._others: frozenset[BaseProcess] = frozenset()
 
     def __enter__(self) -> Workers:
         if self._num_processes > 1:
+            self._others = frozenset(multiprocessing.active_children())
             self._pool = ProcessPoolExecutor(
                 self._num_processes,
                 mp_context=multiprocessing.get_context("spawn"),
@@ -62,9 +66,16 @@ class Workers:
             )
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._pool is None:
+            return
+        if kind is not None:
+            # What they are at is of no use any more, and may take long.
+            for process in frozenset(multiprocessing.active_children()) - self._others:
+                process.terminate()
+        self._pool.shutdown(wait=True, cancel_futures=True)
 
     def make(self, items: Iterable[Item]) -> Iterator[tuple[Item, Made]]:
         """Every description with what became of it, in order.
