@@ -142,6 +142,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
     except OSError as error:
         raise StreamError(f"--out {arguments.out} cannot be written: {error.strerror or error}.") from error
     console.note(f"{episode.title}: {arguments.out}")
+    if episode.task:
+        console.note(episode.task)
     return 0
 
 

@@ -19,8 +19,9 @@ _BLOCK_GAP_PX = 18  # between classes
 _FONT_PX = 13
 _TITLE_PX = 16
 _LINE_PX = 18
-_CELL_PX = (48, 112)  # the least and the most of an image's side
+_CELL_PX = (56, 112)  # the least and the most of an image's side
 _WIDTH_PX = 1400  # that a sheet has at most, where its cells can be made small enough
+_TITLE_WIDTH_PX = 640  # that a sheet has at least if its title needs it
 _MAX_COLUMNS = 5  # of images in a block
 _INK, _PALE, _PAPER, _RULE = "#1f2328", "#57606a", "#ffffff", "#d0d7de"
 
@@ -74,14 +75,16 @@ def contact_sheet(classes: Sequence[ClassImages], *, title: str) -> Image.Image:
     side = max(int(font.getlength(word)) for word in ("support", "query")) + _MARGIN_PX
     widths = [count * (cell + _GAP_PX) - _GAP_PX for count in columns]
     width = 2 * _MARGIN_PX + side + sum(widths) + _BLOCK_GAP_PX * (len(classes) - 1)
-    width = max(width, 2 * _MARGIN_PX + int(title_font.getlength(title)))
+    title_px = min(_TITLE_WIDTH_PX, math.ceil(title_font.getlength(title)))
+    width = max(width, 2 * _MARGIN_PX + title_px)
     top = _MARGIN_PX + _LINE_PX + 10
     support_y = top + _LINE_PX + 4
     query_y = support_y + num_support * (cell + _GAP_PX) + _BLOCK_GAP_PX
     height = query_y + num_query * (cell + _GAP_PX) + _MARGIN_PX
     sheet = Image.new("RGB", (width, height), _PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((_MARGIN_PX, _MARGIN_PX), title, _INK, title_font)
+    shown_title = _shortened(title, title_font, width - 2 * _MARGIN_PX)
+    draw.text((_MARGIN_PX, _MARGIN_PX), shown_title, _INK, title_font)
     draw.text((_MARGIN_PX, support_y + cell // 2), "support", _PALE, font, anchor="lm")
     draw.text((_MARGIN_PX, query_y + cell // 2), "query", _PALE, font, anchor="lm")
     rule_y = query_y - _BLOCK_GAP_PX // 2 - _GAP_PX // 2

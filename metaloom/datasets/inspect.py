@@ -67,11 +67,12 @@ class ClassTexts:
 
 @dataclass(frozen=True)
 class ShownEpisode:
-    """One episode: images or texts by class."""
+    """One episode: images or texts by class; `task` is what its source calls it."""
 
     title: str
     images: Sequence[ClassImages] = ()
     texts: Sequence[ClassTexts] = ()
+    task: str = ""
 
     @property
     def columns(self) -> Sequence[ClassImages]:
@@ -132,13 +133,14 @@ def draw_episode(index: Index, split: str, ask: Ask) -> ShownEpisode:
     if "variant" in table.attributes:
         source = ClassEpisodes(index, split, n_way=ask.n_way, n_shot=ask.n_shot, n_query=ask.n_query, seed=0)
         episode = source.episode(ask.number)
-        return ShownEpisode(f"{title}: {episode.task}", images=class_images(episode.support, episode.query))
+        images = class_images(episode.support, episode.query)
+        return ShownEpisode(title, images, task=episode.task)
     return _class_episode(index, table, ask, title)
 
 
 def shown_text(episode: ShownEpisode) -> str:
     """The episode in lines: support over query, class by class."""
-    lines = [episode.title]
+    lines = [episode.title, *([episode.task] if episode.task else [])]
     for of_class in episode.texts:
         lines.append(f"{of_class.label}")
         for name, examples in (("support", of_class.support), ("query", of_class.query)):
@@ -170,7 +172,8 @@ def _class_episode(index: Index, table: SplitTable, ask: Ask, title: str) -> Sho
     rng = generator("inspect", 0, table.name, ask.number)
     reader = ShardReader(index, cache_limit_bytes=0)
     names = _class_names(table)
-    images, texts = [], []
+    images: list[ClassImages] = []
+    texts: list[ClassTexts] = []
     for row in rng.permutation(fit)[: ask.n_way]:
         numbers = rng.permutation(np.flatnonzero(rows == row))[:needed]
         members = [read_members(reader, table.name, int(number)) for number in numbers]
