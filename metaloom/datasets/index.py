@@ -17,7 +17,7 @@ from metaloom.errors import StreamError
 
 FORMAT = "metaloom-shards"
 VERSION = 1
-LAYOUTS = ("classes", "documents", "episodes")
+LAYOUTS = ("classes", "groups", "documents", "episodes")
 INDEX_NAME = "index.json"
 
 

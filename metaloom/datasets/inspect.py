@@ -130,12 +130,12 @@ def draw_episode(index: Index, split: str, ask: Ask) -> ShownEpisode:
         return _ready_episode(index, table, ask, title)
     if index.layout == "documents":
         return _document_episode(index, table, ask, title)
-    if "variant" in table.attributes:
+    if index.layout == "classes" and "variant" in table.attributes:
         source = ClassEpisodes(index, split, n_way=ask.n_way, n_shot=ask.n_shot, n_query=ask.n_query, seed=0)
         episode = source.episode(ask.number)
         images = class_images(episode.support, episode.query)
         return ShownEpisode(title, images, task=episode.task)
-    return _class_episode(index, table, ask, title)
+    return _drawn_episode(index, table, ask, title)
 
 
 def shown_text(episode: ShownEpisode) -> str:
@@ -159,22 +159,25 @@ def read_members(reader: ShardReader, split: str, number: int) -> dict[str, byte
     return {name: reader.read(split, number, name) for name in there}
 
 
-def _class_episode(index: Index, table: SplitTable, ask: Ask, title: str) -> ShownEpisode:
-    rows = table.attributes["class"]
-    sizes = np.bincount(rows, minlength=len(table.classes))
+def _drawn_episode(index: Index, table: SplitTable, ask: Ask, title: str) -> ShownEpisode:
+    if index.layout == "groups":
+        # An episode is one group.
+        rows, names, n_way, what = table.attributes["group"], _group_names(table), 1, "groups"
+    else:
+        rows, names, n_way, what = table.attributes["class"], _class_names(table), ask.n_way, "classes"
+    sizes = np.bincount(rows, minlength=len(names))
     needed = ask.n_shot + ask.n_query
     fit = np.flatnonzero(sizes >= needed)
-    if len(fit) < ask.n_way:
+    if len(fit) < n_way:
         raise StreamError(
-            f"{len(fit)} classes of split {table.name!r} have {needed} samples (--n-shot {ask.n_shot} "
-            f"and --n-query {ask.n_query}), but --n-way is {ask.n_way}; lower one of the three."
+            f"{len(fit)} {what} of split {table.name!r} have {needed} samples (--n-shot {ask.n_shot} "
+            f"and --n-query {ask.n_query}), but an episode has {n_way}; lower --n-way, --n-shot or --n-query."
         )
     rng = generator("inspect", 0, table.name, ask.number)
     reader = ShardReader(index, cache_limit_bytes=0)
-    names = _class_names(table)
     images: list[ClassImages] = []
     texts: list[ClassTexts] = []
-    for row in rng.permutation(fit)[: ask.n_way]:
+    for row in rng.permutation(fit)[:n_way]:
         numbers = rng.permutation(np.flatnonzero(rows == row))[:needed]
         members = [read_members(reader, table.name, int(number)) for number in numbers]
         if all(_image_in(sample) for sample in members):
@@ -219,10 +222,13 @@ def _ready_episode(index: Index, table: SplitTable, ask: Ask, title: str) -> Sho
     is_bytes = index.source.get("input_kind") == "text" and index.source.get("tokenizer") is None
     parts = []
     for part in ("support", "query"):
-        inputs, targets = _array(members[f"{part}.inputs.npy"]), _array(members[f"{part}.targets.npy"])
+        inputs = _array(members[f"{part}.inputs.npy"])
+        targets: Any = [None] * len(inputs)
+        if f"{part}.targets.npy" in members:
+            targets = _array(members[f"{part}.targets.npy"])
         parts.append(
             [
-                f"{_target(target, names)}: {_example(row, ask.tokenizer, is_bytes=is_bytes)}"
+                f"{_target(target, names)}{_example(row, ask.tokenizer, is_bytes=is_bytes)}"
                 for row, target in zip(inputs, targets, strict=True)
             ]
         )
@@ -231,9 +237,11 @@ def _ready_episode(index: Index, table: SplitTable, ask: Ask, title: str) -> Sho
 
 
 def _target(target: Any, names: Any) -> str:
+    if target is None:
+        return ""
     if names is not None and np.ndim(target) == 0:
-        return str(names[int(target)])
-    return np.array2string(np.asarray(target), precision=4)
+        return f"{names[int(target)]}: "
+    return f"{np.array2string(np.asarray(target), precision=4)}: "
 
 
 def _example(row: NDArray[Any], tokenizer: str | None, *, is_bytes: bool) -> str:
@@ -293,6 +301,11 @@ def _array(payload: bytes) -> NDArray[Any]:
 
 def _class_names(table: SplitTable) -> list[str]:
     return [entry.name for entry in table.classes]
+
+
+def _group_names(table: SplitTable) -> list[str]:
+    num_groups = int(table.attributes["group"].max(initial=-1)) + 1
+    return [f"group {row}" for row in range(num_groups)]
 
 
 def _ranges(sizes: NDArray[np.int64]) -> list[tuple[str, int]]:

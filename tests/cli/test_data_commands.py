@@ -192,7 +192,7 @@ def test_inspect_shows_the_built_in_sets(
         ("--split tset", "has no split 'tset'; it has train."),
         ("--episode -1", "--episode is -1; it must be at least 0."),
         ("--episode 0 --n-shot 0", "--n-shot is 0; it must be at least 1."),
-        ("--episode 0 --n-way 4", "3 classes of split 'train' have 4 samples (--n-shot 1 and --n-query 3)"),
+        ("--episode 0 --n-way 4", "have 4 samples (--n-shot 1 and --n-query 3), but an episode has 4; lower"),
         ("--out sheet.jpg", "--out sheet.jpg: the sheet is a PNG; give a name that ends in .png."),
         ("--n-way 2 --out none/sheet.png", "--out none/sheet.png cannot be written: No such file"),
     ],

@@ -18,7 +18,7 @@ def box_of(sheet: NDArray[Any], color: tuple[int, int, int]) -> tuple[int, int, 
     y, x = np.nonzero((sheet == color).all(axis=-1))
     box = (y.min(), x.min(), y.max() - y.min() + 1, x.max() - x.min() + 1)
     assert len(y) == box[2] * box[3]
-    return tuple(map(int, box))
+    return int(box[0]), int(box[1]), int(box[2]), int(box[3])
 
 
 def test_images_lie_support_over_query_class_beside_class_and_keep_their_aspect() -> None:

@@ -77,7 +77,13 @@ def test_numbers_become_arrays_and_regression_targets(tmp_path: Path) -> None:
         assert array_of(members["target.npy"]).tolist() == [n**2, -1]
         assert {array_of(payload).dtype for payload in members.values()} == {np.dtype("<f4")}
     table = packed.index.split("train")
-    assert table.attributes["class"].tolist() == table.attributes["group"].tolist() == [0, 0, 1, 1]
+    assert packed.index.layout == "groups"
+    assert table.attributes["group"].tolist() == [0, 0, 1, 1]
+    alone = tmp_path / "alone"
+    packed = pack(
+        tmp_path / "plant.csv", alone, task="regression", inputs=("t",), targets=("y",), kind="numbers"
+    )
+    assert packed.index.split("train").attributes["group"].tolist() == [0, 0, 0, 0]
 
 
 def test_files_that_records_name_are_packed_from_below_the_root_only(tmp_path: Path) -> None:
@@ -180,7 +186,7 @@ def test_ready_episodes_hold_padded_support_and_query_and_the_rest_of_the_record
     assert array_of(first["query.inputs.npy"]).tolist() == [list("☃".encode())]
     assert array_of(first["support.targets.npy"]).tolist() == [1, 0]
     assert array_of(first["query.targets.npy"]).tolist() == [1]
-    assert json.loads(first["json"]) == {"task": "t1", "user": "u", "classes": ["no", "yes"]}
+    assert json.loads(first["json"]) == {"task": "t1", "user": "u", "classes": ["no", "yes"], "num_ways": 2}
     assert json.loads(second["json"])["task"] == "t2"
     assert packed.index.layout == "episodes"
     assert packed.index.split("train").attributes["group"].tolist() == [0, 1]
@@ -212,6 +218,15 @@ def test_splits_follow_file_names_a_column_or_shares(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "more.jsonl", [{"x": "1", "y": "c"}])
     with pytest.raises(StreamError, match=r"some files are called like a split and others are not \(more"):
         pack((*files, tmp_path / "more.jsonl"), tmp_path / "d", **options)
+
+
+def test_ready_episodes_of_texts_may_have_no_targets(tmp_path: Path) -> None:
+    episode = {"support": [{"input": "ab"}, {"input": "c"}], "query": [{"input": "d"}]}
+    options: dict[str, Any] = {"task": "episodes", "inputs": ("input",), "targets": ("target",)}
+    pack(write_jsonl(tmp_path / "e.jsonl", [episode]), tmp_path / "out", **options)
+    (members,) = samples_of(tmp_path / "out", "train").values()
+    assert members.keys() == {"support.inputs.npy", "query.inputs.npy", "json"}
+    assert array_of(members["support.inputs.npy"]).tolist() == [[97, 98], [99, -1]]
 
 
 BAD_LINES = [

@@ -57,7 +57,7 @@ def plan_rows(
     broken: list[Broken] = []
     splits = arrange(
         _items(files, known, maker, broken),
-        by_class=known.layout == "classes",
+        layout=known.layout,
         division=known.division,
         maker=maker,
         broken=broken,

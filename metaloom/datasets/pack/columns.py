@@ -26,13 +26,13 @@ from metaloom.errors import StreamError
 
 TASKS = {
     "classification": "classes",
-    "regression": "classes",
+    "regression": "groups",
     "language-modelling": "documents",
     "episodes": "episodes",
 }
 KINDS = ("text", "numbers", "tokens", "image", "array", "record")
 _DIVIDED_BY = ("class", "group", "sample")
-_ONE_CLASS = "all"
+_ONE_GROUP = "all"
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def with_kind(columns: Columns, record: Mapping[str, Any], place: str) -> Column
         return columns
     if columns.task == "episodes":
         try:
-            value = examples_of(record, PARTS[0], columns.examples)[0][0]
+            value = examples_of(record, PARTS[0], columns.examples, has_targets=False)[0][0]
         except BadSample as error:
             raise StreamError(f"{place}: {error}. This was the first record.") from error
     else:
@@ -217,11 +217,9 @@ def description(
     named = {name: _name(record, name) for name in columns.described_by}
     key = f"{file_key}/{number:08d}" if columns.key is None else fit_for_key(named[columns.key])
     group = "" if columns.group is None else named[columns.group]
-    label = ""
-    if columns.task == "classification":
-        label = named[columns.targets[0]]
-    elif columns.task == "regression":
-        label = group or _ONE_CLASS
+    label = named[columns.targets[0]] if columns.task == "classification" else ""
+    if columns.task == "regression":
+        group = group or _ONE_GROUP
     split = file_split
     if columns.split is not None:
         split = _split_name(named[columns.split])

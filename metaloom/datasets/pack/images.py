@@ -62,7 +62,7 @@ class ImageFolder(Source):
         others: Counter[str] = Counter()
         items = self._items(words, broken, others)
         division = None if self.shares is None else Division(self.shares, "class")
-        splits = arrange(items, by_class=True, division=division, maker=maker, broken=broken)
+        splits = arrange(items, layout="classes", division=division, maker=maker, broken=broken)
         if not splits and not broken:
             raise StreamError(
                 f"{self.root} holds no images ({', '.join(_SUFFIXES)}) in folders {'/'.join(words)}; name "

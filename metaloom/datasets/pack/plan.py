@@ -101,7 +101,7 @@ class Plan:
     """All that is to be packed.
 
     Attributes:
-        layout: `classes`, `documents` or `episodes`.
+        layout: `classes`, `groups`, `documents` or `episodes`.
         has_labels: whether samples have a member `cls`, the number of their class.
         origin: what decides the data besides the files: the options, as JSON values.
         broken: what has already been found unfit.
@@ -228,7 +228,7 @@ def fit_for_key(text: str) -> str:
 def arrange(
     items: Iterable[Item],
     *,
-    by_class: bool,
+    layout: str,
     division: Division | None,
     maker: SampleMaker,
     broken: list[Broken],
@@ -236,7 +236,8 @@ def arrange(
     """The splits of some samples: train, validation, test, rehearsal, then others by name.
 
     Args:
-        by_class: order samples by class; those of a class, and all others, keep the order they come in.
+        layout: samples of `classes` are ordered by class, those of `groups` by group; those of one, and all
+            others, keep the order they come in.
         division: deals the samples to splits; None leaves them where they are.
         broken: takes in samples whose key another one of their split has.
     """
@@ -254,15 +255,17 @@ def arrange(
     if division is not None:
         _require_all(division, found)
     names = sorted(found, key=lambda s: (_FIRST_SPLITS.index(s) if s in _FIRST_SPLITS else 4, s))
-    return {name: _planned(list(found.pop(name).values()), by_class=by_class) for name in names}
+    return {name: _planned(list(found.pop(name).values()), layout) for name in names}
 
 
-def _planned(items: list[Item], *, by_class: bool) -> PlannedSplit:
-    if by_class:
+def _planned(items: list[Item], layout: str) -> PlannedSplit:
+    if layout == "classes":
         items.sort(key=lambda item: item.label)
+    elif layout == "groups":
+        items.sort(key=lambda item: item.group)
     return PlannedSplit(
         items,
-        classes=sorted({item.label for item in items}) if by_class else (),
+        classes=sorted({item.label for item in items}) if layout == "classes" else (),
         groups=sorted({item.group for item in items} - {""}),
     )
 

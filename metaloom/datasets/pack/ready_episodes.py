@@ -38,13 +38,15 @@ def episode_members(record: Mapping[str, Any], form: ExampleForm) -> dict[str, b
     """The members of a ready episode: `support.inputs.npy` and so on, the rest of the record as `json`.
 
     Texts and tokens become int32 [S, longest], filled up with -1, numbers float32 [S, ...]. Targets that are
-    texts become int64 [S], their places in the sorted labels of support, which `classes` of the JSON lists;
-    integers become int64 [S], other numbers float32 [S, P].
+    texts become int64 [S], places in the sorted labels of support, which `classes` of the JSON lists and
+    `num_ways` counts; integers become int64 [S], other numbers float32 [S, P]. Where no example has a target,
+    the next token is meant, and there are no targets.
 
     Raises:
         BadSample: the record is no episode.
     """
-    parts = {name: examples_of(record, name, form) for name in PARTS}
+    has_targets = form.kind == "numbers" or _has_a_target(record, form)
+    parts = {name: examples_of(record, name, form, has_targets=has_targets) for name in PARTS}
     rest = {name: value for name, value in record.items() if name not in PARTS}
     targets = {name: [target for _, target in examples] for name, examples in parts.items()}
     labels = [*targets["support"], *targets["query"]]
@@ -54,18 +56,23 @@ def episode_members(record: Mapping[str, Any], form: ExampleForm) -> dict[str, b
         if unknown:
             raise BadSample(f"its query has labels that its support lacks: {', '.join(unknown)}")
         rest["classes"] = names
+        if len(names) > 1:
+            rest.setdefault("num_ways", len(names))
         targets = {name: [names.index(label) for label in found] for name, found in targets.items()}
         labels = [*targets["support"], *targets["query"]]
     is_integer = all(type(label) is int for label in labels)
     members = {"json": json_bytes(rest)}
     for name, examples in parts.items():
         members[f"{name}.inputs.npy"] = npy_bytes(_inputs([value for value, _ in examples], form))
-        members[f"{name}.targets.npy"] = npy_bytes(_targets(targets[name], is_integer=is_integer))
+        if has_targets:
+            members[f"{name}.targets.npy"] = npy_bytes(_targets(targets[name], is_integer=is_integer))
     return members
 
 
-def examples_of(record: Mapping[str, Any], part: str, form: ExampleForm) -> list[tuple[Any, Any]]:
-    """(input, target) of the examples of a part.
+def examples_of(
+    record: Mapping[str, Any], part: str, form: ExampleForm, *, has_targets: bool
+) -> list[tuple[Any, Any]]:
+    """(input, target) of the examples of a part; a target is None where there are none.
 
     Raises:
         BadSample: it is no list of examples.
@@ -73,12 +80,17 @@ def examples_of(record: Mapping[str, Any], part: str, form: ExampleForm) -> list
     found = record.get(part)
     if not isinstance(found, list) or not found:
         raise BadSample(f"its {part!r} is no list of examples")
+    names = {form.input, form.target} if has_targets else {form.input}
     for example in found:
-        if not isinstance(example, Mapping) or not {form.input, form.target} <= {*example}:
-            raise BadSample(
-                f"an example of its {part!r} has no {form.input!r} and {form.target!r} (--input, --target)"
-            )
-    return [(example[form.input], example[form.target]) for example in found]
+        if not isinstance(example, Mapping) or not names <= {*example}:
+            missing = f"{form.input!r} and {form.target!r}" if has_targets else repr(form.input)
+            raise BadSample(f"an example of its {part!r} has no {missing} (--input, --target)")
+    return [(example[form.input], example.get(form.target)) for example in found]
+
+
+def _has_a_target(record: Mapping[str, Any], form: ExampleForm) -> bool:
+    examples = [example for part in PARTS if isinstance(record.get(part), list) for example in record[part]]
+    return any(isinstance(example, Mapping) and form.target in example for example in examples)
 
 
 def json_bytes(value: Any) -> bytes:

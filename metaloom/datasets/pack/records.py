@@ -84,7 +84,7 @@ class Records(Source):
         broken: list[Broken] = []
         splits = arrange(
             self._items(files, heads, columns, maker, broken),
-            by_class=columns.layout == "classes",
+            layout=columns.layout,
             division=columns.division,
             maker=maker,
             broken=broken,
