@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from metaloom import __version__
+from metaloom.arguments import add_command
+from metaloom.data_command import add_data_commands
 from metaloom.errors import LaunchError, MetaloomError, RecipeError, StreamError
 from metaloom.files import replace_file
 from metaloom.planning.hardware import DEVICES, HERE, LINKS
@@ -76,13 +78,6 @@ An outer step of the recipe is run on tensors without data, and what it would ho
 counted; nothing is trained, and no data set is needed. What an estimate rests on: docs/scaling.md.
 """
 
-DATA_EXAMPLES = """\
-examples:
-  metaloom data make glyphs data/glyphs
-  metaloom data make stdlib data/stdlib
-  metaloom data make glyphs /tmp/small --max-per-split 30
-"""
-
 RECIPE_EXAMPLES = """\
 examples:
   metaloom recipe check recipes/glyphs-maml.yaml data.n_way=10
@@ -132,19 +127,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"metaloom {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    train = _command(commands, "train", "meta-train by a recipe, or resume a run", TRAIN_EXAMPLES)
+    train = add_command(commands, "train", "meta-train by a recipe, or resume a run", TRAIN_EXAMPLES)
     train.add_argument("recipe", nargs="?", metavar="RECIPE", help="a YAML file (not needed with --resume)")
     _add_overrides(train)
     train.add_argument("--run", type=Path, metavar="DIR", help="folder of the new run (default: runs/NAME)")
     train.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run where it stopped")
     train.set_defaults(run_command=_train)
 
-    evaluate = _command(commands, "evaluate", "evaluate a run on tasks never seen", EVALUATE_EXAMPLES)
+    evaluate = add_command(commands, "evaluate", "evaluate a run on tasks never seen", EVALUATE_EXAMPLES)
     evaluate.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
     _add_overrides(evaluate)
     evaluate.set_defaults(run_command=_evaluate)
 
-    check = _command(
+    check = add_command(
         commands, "check", "check a recipe's hypergradient on its own model and data", CHECK_EXAMPLES
     )
     check.add_argument("recipe", metavar="RECIPE", help="a YAML file")
@@ -156,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.set_defaults(run_command=_check)
 
-    plan = _command(
+    plan = add_command(
         commands,
         "plan",
         "say what a recipe takes on 1 to 1024 ranks: memory, communication, time",
@@ -191,44 +186,26 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="print JSON in place of tables")
     plan.set_defaults(run_command=_plan)
 
-    data = _command(commands, "data", "make data sets", DATA_EXAMPLES)
-    data_commands = data.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    make = _command(data_commands, "make", "write a built-in data set as webdataset shards", DATA_EXAMPLES)
-    make.add_argument("name", choices=("glyphs", "stdlib"), help="which data set")
-    make.add_argument("directory", metavar="DIR", help="folder for its shards")
-    make.add_argument(
-        "--max-per-split", type=int, metavar="N", help="at most N classes or modules per split (a small set)"
-    )
-    make.set_defaults(run_command=_data_make)
+    add_data_commands(commands)
 
-    recipe = _command(commands, "recipe", "check, show or describe recipes", RECIPE_EXAMPLES)
+    recipe = add_command(commands, "recipe", "check, show or describe recipes", RECIPE_EXAMPLES)
     recipe_commands = recipe.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    values = _command(
+    values = add_command(
         recipe_commands,
         "check",
         "check a recipe's values and data, and start nothing (the hypergradient: metaloom check)",
         RECIPE_EXAMPLES,
     )
-    show = _command(recipe_commands, "show", "print a recipe with every default spelled out", RECIPE_EXAMPLES)
+    show = add_command(
+        recipe_commands, "show", "print a recipe with every default spelled out", RECIPE_EXAMPLES
+    )
     for command, function in ((values, _recipe_check), (show, _recipe_show)):
         command.add_argument("recipe", metavar="RECIPE", help="a YAML file")
         _add_overrides(command)
         command.set_defaults(run_command=function)
-    schema = _command(recipe_commands, "schema", "print the JSON schema of recipes", RECIPE_EXAMPLES)
+    schema = add_command(recipe_commands, "schema", "print the JSON schema of recipes", RECIPE_EXAMPLES)
     schema.set_defaults(run_command=_recipe_schema)
     return parser
-
-
-def _command(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, purpose: str, examples: str
-) -> argparse.ArgumentParser:
-    return commands.add_parser(
-        name,
-        help=purpose,
-        description=purpose[0].upper() + purpose[1:] + ".",
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
 
 
 def _add_overrides(parser: argparse.ArgumentParser) -> None:
@@ -454,29 +431,6 @@ def _write_recipe(recipe: object, path: Path) -> None:
         replace_file(path, dump_recipe(recipe))
     except OSError as error:
         raise LaunchError(f"{path} cannot be written: {error.strerror or error}.") from error
-
-
-def _data_make(arguments: argparse.Namespace) -> int:
-    from metaloom.datasets import make_dataset
-    from metaloom.tracking.console import make_console
-
-    console = make_console()
-    with console.phase(f"make {arguments.name}", total=None, unit="sample") as phase:
-        made = make_dataset(
-            arguments.name,
-            arguments.directory,
-            max_per_split=arguments.max_per_split,
-            progress=lambda done, total: phase.advance(done - phase.num_done),
-        )
-    console.table(
-        f"{arguments.name} in {arguments.directory}" + ("" if made.created else " (was already there)"),
-        ("split", "classes", "samples"),
-        [
-            (split, str(made.num_classes.get(split, "")), str(count))
-            for split, count in made.num_samples.items()
-        ],
-    )
-    return 0
 
 
 def _recipe_check(arguments: argparse.Namespace) -> int:

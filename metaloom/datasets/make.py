@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,15 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from metaloom.datasets import glyphs, stdlib_code
-from metaloom.datasets.index import INDEX_NAME, Index
+from metaloom.datasets.directory import begin, delete_leftovers, holds_index, require_same
+from metaloom.datasets.index import Index
 from metaloom.datasets.shards import SplitSamples, write_shards
 from metaloom.datasets.verify import verify_sizes
 from metaloom.errors import StreamError
 
 DATASETS = ("glyphs", "stdlib")
-_OWN_FILES = re.compile(
-    r"((train|validation|test|rehearsal)(-\d{5}\.tar|\.columns)|index\.json)(\.\d+\.partial)?"
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,20 +68,14 @@ def make_dataset(
             f"{os.fspath(directory)}: data sets are made in a local directory; make it there and copy it."
         )
     path = Path(directory)
-    present = _present(path, name)
+    present = Index.load(path) if holds_index(path, name) else None
     origin, build = _plan(name, max_per_split)
     origin["shard_limit_bytes"] = shard_limit_bytes
     if present is not None:
-        _require_same(present, name, origin)
+        require_same(present, name, origin)
         if _is_complete(present):
             return _summary(present, created=False, start=start)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        (path / INDEX_NAME).unlink(missing_ok=True)
-    except OSError as error:
-        raise StreamError(
-            f"{path}: the data set cannot be written: {error}. Choose a directory that can be written to."
-        ) from error
+    begin(path)
     splits, total = build()
     index = write_shards(
         path,
@@ -95,7 +86,7 @@ def make_dataset(
         shard_limit_bytes=shard_limit_bytes,
         progress=None if progress is None else lambda done: progress(done, total),
     )
-    _delete_leftovers(path, index)
+    delete_leftovers(path, index)
     return _summary(index, created=True, start=start)
 
 
@@ -119,56 +110,12 @@ def _plan(
     return stdlib_code.source(modules, max_modules_per_split=max_per_split), build_stdlib
 
 
-def _present(path: Path, name: str) -> Index | None:
-    """The data set that the directory holds, None if it holds nothing or an unfinished one.
-
-    Raises:
-        StreamError: the directory is no directory, or holds other things.
-    """
-    try:
-        entries = sorted(entry.name for entry in path.iterdir())
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise StreamError(f"{path} cannot be used as the directory of a data set: {error}.") from error
-    foreign = [entry for entry in entries if not _OWN_FILES.fullmatch(entry)]
-    if foreign:
-        shown = ", ".join(foreign[:3]) + (" ..." if len(foreign) > 3 else "")
-        raise StreamError(
-            f"{path} holds other files ({shown}); {name} needs a directory of its own. Choose another one."
-        )
-    return Index.load(path) if INDEX_NAME in entries else None
-
-
-def _require_same(present: Index, name: str, origin: Mapping[str, Any]) -> None:
-    """Raises StreamError unless the data set that is there was made from the same things."""
-    advice = "Choose another directory, or delete this one to make it anew."
-    if present.dataset != name:
-        raise StreamError(f"{present.url} holds the data set {present.dataset!r}, not {name!r}. {advice}")
-    differences = [
-        f"{key} is {present.source.get(key)!r} there and {origin.get(key)!r} now"
-        for key in sorted({*present.source, *origin})
-        if present.source.get(key) != origin.get(key)
-    ]
-    if differences:
-        raise StreamError(f"{present.url} holds {name} made otherwise: {'; '.join(differences)}. {advice}")
-
-
 def _is_complete(index: Index) -> bool:
     try:
         verify_sizes(index)
     except StreamError:
         return False
     return True
-
-
-def _delete_leftovers(path: Path, index: Index) -> None:
-    """Removes shards of an earlier, interrupted making that this one did not overwrite."""
-    files = [*index.shards, *index.columns.values()]
-    wanted = {INDEX_NAME, *(file.name for file in files)}
-    for entry in path.iterdir():
-        if entry.name not in wanted and _OWN_FILES.fullmatch(entry.name):
-            entry.unlink()
 
 
 def _summary(index: Index, *, created: bool, start: float) -> MadeDataset:

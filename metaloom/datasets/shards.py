@@ -215,23 +215,28 @@ def _write(
         keys: set[bytes] = set()  # of 8 bytes each: millions of keys shall not fill the memory
         tar: _TarShard | None = None
         num_tars = 0
-        for sample in split.samples:
-            digest = hashlib.blake2b(sample.key.encode(), digest_size=8).digest()
-            if digest in keys:
-                raise StreamError(f"split {name!r}: the key {sample.key!r} comes twice; keys are names.")
-            keys.add(digest)
-            if tar is not None and tar.size_with(sample) > shard_limit_bytes:
+        try:
+            for sample in split.samples:
+                digest = hashlib.blake2b(sample.key.encode(), digest_size=8).digest()
+                if digest in keys:
+                    raise StreamError(f"split {name!r}: the key {sample.key!r} comes twice; keys are names.")
+                keys.add(digest)
+                if tar is not None and tar.size_with(sample) > shard_limit_bytes:
+                    shards.append(tar.commit(columns, row=len(shards)))
+                    tar = None
+                if tar is None:
+                    tar = _TarShard(directory / f"{name}-{num_tars:05d}.tar")
+                    num_tars += 1
+                tar.add(sample)
+                num_written += 1
+                if progress is not None:
+                    progress(num_written)
+            if tar is not None:
                 shards.append(tar.commit(columns, row=len(shards)))
-                tar = None
-            if tar is None:
-                tar = _TarShard(directory / f"{name}-{num_tars:05d}.tar")
-                num_tars += 1
-            tar.add(sample)
-            num_written += 1
-            if progress is not None:
-                progress(num_written)
-        if tar is not None:
-            shards.append(tar.commit(columns, row=len(shards)))
+        except BaseException:
+            if tar is not None:
+                tar.abandon()
+            raise
     write_index(directory, shards, tables, dataset=dataset, layout=layout, source=source)
     return Index.load(directory)
 
@@ -262,6 +267,10 @@ class _TarShard:
             self._writer.write({"__key__": sample.key, extension: sample.members[extension]})
         self._samples.append((sample.key, tuple(sample.members), sample.attributes))
         self._bounds.append(int(self._writer.tarstream.offset))
+
+    def abandon(self) -> None:
+        """Closes the shard; nothing of it is on disk."""
+        self._writer.close()
 
     def commit(self, columns: SplitColumns, *, row: int) -> ShardEntry:
         """The shard's entry; its file is now complete on disk, and its samples are in the columns.

@@ -57,12 +57,15 @@ ONLY_IN = {
     "deepspeed": ("metaloom.engine.sharding.deepspeed_zero",),
 }
 TORCH_FREE = (
+    "metaloom.arguments",
     "metaloom.cli",
+    "metaloom.data_command",
     "metaloom.datasets",
     "metaloom.errors",
     "metaloom.files",
     "metaloom.k8s",
     "metaloom.launchers",
+    "metaloom.pack_command",
     "metaloom.planning.advice",
     "metaloom.planning.estimate",
     "metaloom.planning.facts",
@@ -285,7 +288,7 @@ def run(program: str) -> str:
 
 
 def test_the_command_line_starts_without_heavy_packages() -> None:
-    heavy = ("torch", "mlflow", "matplotlib", "webdataset", "pandas", "scipy")
+    heavy = ("torch", "mlflow", "matplotlib", "webdataset", "pandas", "scipy", "pyarrow", "numpy")
     program = f"import sys, metaloom.cli; print([name for name in {heavy!r} if name in sys.modules])"
     assert run(program) == "[]"
 
