@@ -121,7 +121,8 @@ def require_episodes(recipe: Recipe, data: Data) -> None:
     for index in {index.url: index for index in data.indices.values()}.values():
         verify_sizes(index)
     for split in SPLITS:
-        episode_source(recipe, data, split, seed=recipe.seed, num_steps=recipe.adaptation.num_steps)
+        source = episode_source(recipe, data, split, seed=recipe.seed, num_steps=recipe.adaptation.num_steps)
+        source.episode(0)  # what is wrong with all samples shows here, and not when the job has started
 
 
 def episode_source(recipe: Recipe, data: Data, split: str, *, seed: int, num_steps: int) -> EpisodeSource:

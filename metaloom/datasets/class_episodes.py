@@ -26,6 +26,7 @@ from metaloom.datasets.episodes import (
     Samples,
     require_counts,
     require_layout,
+    require_member,
 )
 from metaloom.datasets.grouped import Grouped
 from metaloom.datasets.index import Index
@@ -157,6 +158,7 @@ class ClassEpisodes(EpisodeSource):
     ) -> None:
         self._classes = class_table(index, split)
         self._inputs = inputs or ImageInputs()
+        require_member(index, split, self._inputs.extensions, key="data.inputs.kind")
         self._reader = SampleReader(index, split, InputsOnly(self._inputs))
         self._ways, self._labels, self._seed, self._split = ways, labels, seed, split
         self._affine, self._query_affine = affine, query_affine
@@ -292,9 +294,8 @@ class ClassEpisodes(EpisodeSource):
                 return number
         raise SampleError(
             broken[-1],
-            "Too few whole samples of its class are left for a task, and no other class can take its place: "
-            "mend "
-            "the data, or lower the number of samples per task.",
+            "Too few samples of its class can be read, and no other class can take its place: mend the data, "
+            "or what data.inputs says of them, or lower the number of samples per task.",
         )
 
     def _require_enough(self, index: Index, window: Window | None) -> None:
@@ -373,6 +374,7 @@ class ClassSamples(Samples):
     ) -> None:
         self._classes = class_table(index, split)
         self._inputs = inputs or ImageInputs()
+        require_member(index, split, self._inputs.extensions, key="data.inputs.kind")
         self._reader = SampleReader(index, split, InputsOnly(self._inputs))
         self._grid = variant_grid(index, split)
         self._filled = np.flatnonzero(self._classes.sizes)

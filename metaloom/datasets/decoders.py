@@ -230,6 +230,11 @@ def read_class(payload: bytes | memoryview) -> int:
 class Targets(abc.ABC):
     """What a model shall say of one sample, where the data state it."""
 
+    @property
+    @abc.abstractmethod
+    def extension(self) -> str:
+        """The member that it comes from."""
+
     @abc.abstractmethod
     def decode(self, members: Members) -> NDArray[Any]:
         """The sample's target.
@@ -253,6 +258,10 @@ class ClassTargets(Targets):
 
     num_classes: int
 
+    @property
+    def extension(self) -> str:
+        return "cls"
+
     def decode(self, members: Members) -> NDArray[np.int64]:
         if "cls" not in members:
             raise ValueError(f"it has {', '.join(members)}, and no cls")
@@ -274,6 +283,10 @@ class NumberTargets(Targets):
     """Numbers to come close to: float32 `[N, P]`. From `target.npy`."""
 
     num_targets: int
+
+    @property
+    def extension(self) -> str:
+        return "target.npy"
 
     def decode(self, members: Members) -> NDArray[np.float32]:
         if "target.npy" not in members:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,3 +160,21 @@ def require_counts(counts: Mapping[str, int]) -> None:
     for name, count in counts.items():
         if count < 1:
             raise StreamError(f"data.{name} is {count}; it must be at least 1.")
+
+
+def require_member(index: Index, split: str, extensions: Sequence[str], *, key: str) -> None:
+    """Checks that samples of a split have one of some members.
+
+    Args:
+        key: what of the recipe asks for them.
+
+    Raises:
+        StreamError: they have none of them.
+    """
+    table = index.split(split)
+    if table.num_samples and not set(extensions) & set(table.members):
+        raise StreamError(
+            f"{key} reads {', '.join(extensions)}, and samples of split {split!r} of {index.dataset} at "
+            f"{index.url} have "
+            f"{', '.join(table.members)}: set {key} to what is there, or pack the data otherwise."
+        )

@@ -23,6 +23,7 @@ from metaloom.datasets.episodes import (
     Samples,
     require_counts,
     require_layout,
+    require_member,
 )
 from metaloom.datasets.grouped import Grouped
 from metaloom.datasets.index import Index
@@ -58,7 +59,7 @@ class GroupEpisodes(EpisodeSource):
         require_counts({"num_support": num_support, "num_query": num_query})
         self._groups = _groups(index, split)
         self._inputs = inputs
-        self._reader = SampleReader(index, split, InputsAndTarget(inputs, targets))
+        self._reader = _reader(index, split, inputs, targets)
         self._num_support, self._num_query = num_support, num_query
         self._split, self._seed = split, seed
         needed = num_support + num_query
@@ -95,7 +96,11 @@ class GroupEpisodes(EpisodeSource):
             if samples is not None:
                 break
             if others is not None and not others:
-                raise SampleError(broken[-1], "No group has enough whole samples: mend the data.")
+                raise SampleError(
+                    broken[-1],
+                    "No group has enough samples that can be read: mend the data, "
+                    "or what data.inputs and data.targets say of them.",
+                )
             group = others.popleft() if others is not None else int(rng.choice(self._tasks))
         name = self._groups.names[group]
         return Episode(
@@ -125,7 +130,7 @@ class GroupSamples(Samples):
     def __init__(self, index: Index, split: str, *, inputs: Inputs, targets: Targets, seed: int) -> None:
         _groups(index, split)
         self._inputs = inputs
-        self._reader = SampleReader(index, split, InputsAndTarget(inputs, targets))
+        self._reader = _reader(index, split, inputs, targets)
         self._split, self._seed = split, seed
         self._num_classes = targets.num_classes if isinstance(targets, ClassTargets) else None
 
@@ -162,6 +167,12 @@ class InputsAndTarget:
 
     def __call__(self, members: Members) -> dict[str, NDArray[Any]]:
         return {"inputs": self.inputs.decode(members), "target": self.targets.decode(members)}
+
+
+def _reader(index: Index, split: str, inputs: Inputs, targets: Targets) -> SampleReader:
+    require_member(index, split, inputs.extensions, key="data.inputs.kind")
+    require_member(index, split, (targets.extension,), key="data.targets.kind")
+    return SampleReader(index, split, InputsAndTarget(inputs, targets))
 
 
 def _groups(index: Index, split: str) -> Grouped:

@@ -15,7 +15,7 @@ from PIL import Image
 from metaloom.datasets.broken import BrokenSample, SampleError
 from metaloom.datasets.class_episodes import ClassEpisodes, Ways
 from metaloom.datasets.contact_sheet import ClassImages, class_images
-from metaloom.datasets.decoders import PAD, ImageInputs, read_npy
+from metaloom.datasets.decoders import MAX_PIXELS, PAD, ImageInputs, read_npy
 from metaloom.datasets.document_episodes import DocumentEpisodes
 from metaloom.datasets.draws import generator
 from metaloom.datasets.index import Index, SplitTable
@@ -28,7 +28,6 @@ _BAR = 40  # letters of the longest bar
 _MAX_BARS = 20
 _MAX_LETTERS = 100  # of one example
 _STRETCH = 64  # tokens of one example of a document
-_MAX_PIXELS = 50_000_000
 
 
 @dataclass(frozen=True)
@@ -328,7 +327,7 @@ def _decoded(members: Mapping[str, bytes]) -> NDArray[np.uint8]:
     payload = _image_in(members) or b""
     try:
         with Image.open(io.BytesIO(payload), formats=["PNG", "JPEG", "WEBP"]) as image:
-            if image.width * image.height > _MAX_PIXELS:
+            if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"it has {image.width} x {image.height} pixels")
             return np.array(image.convert("L" if image.mode in ("1", "L") else "RGB"))
     except (OSError, ValueError, SyntaxError) as error:

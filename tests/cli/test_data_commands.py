@@ -239,9 +239,9 @@ def test_verify_names_every_broken_shard_and_sample(birds: Path, capsys: pytest.
     code, _, errors = call("data verify out", capsys)
     assert code == 3
     assert "out is broken in " in errors
-    assert "  train-00000.tar, sample 'jay/3': its png has other bytes\n" in errors
+    assert "  train-00000.tar, sample 'jay/3': has other bytes\n" in errors
     assert errors.count("train-00000.tar") == 1
     assert "  test-00000.tar: is cut short: 3000 bytes, expected " in errors
-    assert "  test-00000.tar, sample 'x/2': its png is cut off" in errors
+    assert "  test-00000.tar, sample 'x/2': is cut off" in errors
     assert "'x/0'" not in errors
     assert "  validation-00000.tar: is missing" in errors

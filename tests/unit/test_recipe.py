@@ -628,7 +628,8 @@ outer:
             GLYPHS,
             [
                 f"data={{kind: mixture, parts: [{{data: {CLASSES}}}, "
-                "{data: {kind: classes, url: x, n_way: 5, n_shot: 1, n_query: 5, inputs: {kind: image, channels: 3}}}]}",
+                "{data: {kind: classes, url: x, n_way: 5, n_shot: 1, n_query: 5, "
+                "inputs: {kind: image, channels: 3}}}]}",
             ],
             "data.parts.1.data: its inputs are 28 x 28 images of 3 channels, and those of data.parts.0.data "
             "28 x",
@@ -652,7 +653,7 @@ outer:
         (
             GLYPHS,
             ["adaptation.rehearsal={ratio: 0.0, data: {kind: classes, url: x, num_classes: 9}}"],
-            "adaptation.rehearsal.ratio: 0.0; nothing is rehearsed, since adaptation.rehearsal.outer_ratio is 0",
+            "adaptation.rehearsal.ratio: 0.0; nothing is rehearsed, since adaptation.rehearsal.outer_ratio",
         ),
         (
             GLYPHS,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -158,7 +159,8 @@ def with_kind(columns: Columns, record: Mapping[str, Any], place: str) -> Column
     kind = "numbers"
     if len(columns.inputs) == 1:
         if isinstance(value, str):
-            kind = "text"
+            # A CSV file has text alone: what reads as a number is meant as one.
+            kind = "numbers" if columns.task != "language-modelling" and _is_number(value) else "text"
         elif isinstance(value, Mapping) and {*value} == {"bytes", "path"}:
             kind = "image"
         elif columns.task == "language-modelling" and isinstance(value, list):
@@ -169,6 +171,13 @@ def with_kind(columns: Columns, record: Mapping[str, Any], place: str) -> Column
                 f"what the input is; say it by --input-kind {'|'.join(KINDS)}."
             )
     return replace(columns, kind=kind)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def content(record: Mapping[str, Any], columns: Columns, root: Path) -> Content:
