@@ -1,15 +1,14 @@
 """Blocks of remote files on local disk, up to a limit, for all processes of a host together.
 
 A block is one file, `<folder>/<2 letters>/<62 letters>` of the sha256 of what it is. Files are only ever
-written, replaced or deleted under one file lock, and room is made before a block is written. So the sum
-on disk, half-written blocks included, is never above the limit. The lock's file is the ledger: the sum of all
-blocks, and a flag that is set while they are changed. Whoever gets the lock after a process was killed
-finds the flag, deletes what is half written and counts anew. A killed process leaves no lock: the kernel
-gives it back.
+written, replaced or deleted under one file lock, and room is made before a block is written. So the sum on
+disk, half-written blocks included, is never above the limit. The lock's file is the ledger: the sum of all
+blocks, and a flag that is set while they are changed. Whoever gets the lock after a process was killed finds
+the flag, deletes what is half written and counts anew. A killed process leaves no lock: the kernel gives it
+back.
 
-Each hit sets the modification time, to the nanosecond; what was not used for the longest goes first. To
-find it all blocks are looked at (about 3 us each), so a cache that is full is emptied to 90 % of its limit
-at once.
+Each hit sets the modification time, to the nanosecond; what was not used for the longest goes first. To find
+it all blocks are looked at, so a cache that is full is emptied to 90 % of its limit at once.
 
 Two processes that miss the same block at the same time both fetch it; the second finds it there, and keeps
 that.
