@@ -99,7 +99,9 @@ class DocumentEpisodes(EpisodeSource):
             broken.append(text)
             if len(broken) == _MAX_ATTEMPTS:
                 raise SampleError(
-                    broken[-1], f"So were {_MAX_ATTEMPTS - 1} that were tried before it: mend the data."
+                    broken[-1],
+                    f"So were {_MAX_ATTEMPTS - 1} that were tried before it: mend the data, or "
+                    "what the recipe says of them.",
                 )
             document = int(self._tasks[rng.integers(self.num_tasks)])
             text = self._texts.text(document)
@@ -166,7 +168,9 @@ class DocumentSamples(Samples):
                 place = int(rng.integers(self._ends[-1]))
             else:
                 raise SampleError(
-                    [*broken][-1], f"So were {_MAX_ATTEMPTS - 1} that were tried before it: mend the data."
+                    [*broken][-1],
+                    f"So were {_MAX_ATTEMPTS - 1} that were tried before it: mend the data, "
+                    "or what the recipe says of them.",
                 )
             start = int(place - self._ends[document]) + int(self._texts.lengths[document]) - self._length
             stretches[row] = text[start : start + self._length + 1]

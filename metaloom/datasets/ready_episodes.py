@@ -103,7 +103,9 @@ class ReadyEpisodes(EpisodeSource):
             broken.append(found)
             if len(broken) == _MAX_ATTEMPTS:
                 raise SampleError(
-                    found, f"So were {_MAX_ATTEMPTS - 1} that were tried before it: mend the data."
+                    found,
+                    f"So were {_MAX_ATTEMPTS - 1} that were tried before it: mend the data, or what "
+                    "the recipe says of them.",
                 )
             sample = int(rng.integers(self.num_tasks))
             (found,) = self._reader.read([sample])
