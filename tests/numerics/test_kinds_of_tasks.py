@@ -73,7 +73,14 @@ SETTINGS = {
     "regression under vmap, rehearsing alike": Setting("regression", "vmap", ALIKE, rule=PLAIN),
     "sequences, rehearsing language": Setting("sequences", "loop", MODELLING, has_ways=True, rule=PLAIN),
     "classes by a learned loss, rehearsing others": Setting(
-        "numbers", "loop", CLASSIFYING, has_ways=True, rule=PLAIN, support_loss=LEARNED_LOSS
+        "numbers",
+        "loop",
+        CLASSIFYING,
+        has_ways=True,
+        rule=PLAIN,
+        support_loss=LEARNED_LOSS,
+        recompute_blocks=True,
+        head_chunk=2,
     ),
     "numbers with ways, rehearsing in the meta-loss alone": Setting(
         "numbers", "loop", dataclasses.replace(CLASSIFYING, ratio=0.0), has_ways=True, rule=PLAIN
