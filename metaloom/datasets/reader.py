@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import zlib
 from collections import OrderedDict
@@ -15,6 +16,8 @@ from metaloom.datasets.decoders import DECODING_ERRORS, read_class
 from metaloom.datasets.index import Index
 from metaloom.datasets.members import Members, cut_members
 from metaloom.datasets.storage import Extent, MissingFile, TruncatedFile
+
+_LOG = logging.getLogger(__name__)
 
 Decoded = Mapping[str, NDArray[Any]]
 
@@ -111,6 +114,8 @@ class SampleReader:
             )
         except (MissingFile, TruncatedFile):
             payloads = [None] * len(wanted)  # one by one, to see which it is
+        for note in self.index.storage.take_notes():
+            _LOG.warning(note)
         for number, payload in zip(wanted, payloads, strict=True):
             results[number] = self._checked(number, payload)
         return [results[number] for number in numbers]

@@ -9,7 +9,7 @@ checked where the data is opened.
 import re
 from collections.abc import Callable, Iterator
 
-from metaloom.engine.capabilities import Kind, refusals, step_weights_refusal
+from metaloom.engine.capabilities import Kind, outer_rehearsal_refusal, refusals, step_weights_refusal
 from metaloom.engine.sharding.deepspeed_config import refused_keys
 from metaloom.recipe.credentials import has_credentials, without_credentials
 from metaloom.recipe.data import (
@@ -366,6 +366,15 @@ def rehearsal_has_an_effect(recipe: Recipe) -> Broken:
         )
 
 
+def the_estimator_takes_outer_rehearsal(recipe: Recipe) -> Broken:
+    rehearsal = recipe.adaptation.rehearsal
+    if rehearsal is None or rehearsal.outer_ratio == 0.0:
+        return
+    reason = outer_rehearsal_refusal(recipe.algorithm.hypergradient.kind)
+    if reason is not None:
+        yield "adaptation.rehearsal.outer_ratio", f"{rehearsal.outer_ratio}; {reason}"
+
+
 def full_adaptation_has_no_backbone(recipe: Recipe) -> Broken:
     if isinstance(recipe.adaptation.fast, FullFast) and recipe.algorithm.meta_parameters.backbone:
         yield (
@@ -704,6 +713,7 @@ RULES: tuple[Callable[[Recipe], Broken], ...] = (
     tuning_rates_differ,
     rehearsal_has_data,
     rehearsal_has_an_effect,
+    the_estimator_takes_outer_rehearsal,
     full_adaptation_has_no_backbone,
     something_is_learned,
     the_estimator_gives_what_is_learned,

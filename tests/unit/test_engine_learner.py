@@ -15,7 +15,7 @@ from metaloom.engine.adapters.base import Adapter, broadcast_init
 from metaloom.engine.adapters.model import Readout
 from metaloom.engine.forward_pass import ForwardPass
 from metaloom.engine.learner import Learner, Objective, Rehearsal, TaskBatch
-from metaloom.engine.losses import bits_per_byte, cross_entropy
+from metaloom.engine.losses import bits, cross_entropy
 from metaloom.engine.precision import Precision
 
 T, S, Q, D, C = 2, 3, 4, 5, 6
@@ -138,8 +138,8 @@ def test_cross_entropy_is_never_computed_in_half_precision(given: torch.dtype, c
 
 def test_uniform_guesses_over_bytes_cost_eight_bits() -> None:
     loss = cross_entropy(torch.zeros(1, 1, 4, 256), torch.zeros(1, 1, 4).long())
-    assert bits_per_byte(float(loss)) == pytest.approx(8.0)
-    assert bits_per_byte(math.log(2.0)) == 1.0
+    assert bits(float(loss)) == pytest.approx(8.0)
+    assert bits(math.log(2.0)) == 1.0
 
 
 @pytest.mark.parametrize(("size", "numbers"), [(1, [(40,), (41,)]), (2, [(40, 41)]), (9, [(40, 41)])])
