@@ -18,8 +18,8 @@ from metaloom.engine.precision import LossScaler, Precision
 from metaloom.engine.sharding.replicated import Replicated
 from metaloom.engine.step import StepTasks, outer_step
 from metaloom.errors import StreamError
-from metaloom.recipe import load_recipe
-from metaloom.sources import episode_source
+from metaloom.recipe import Recipe, load_recipe
+from metaloom.sources import Data, episode_source, open_data
 from tests.commands import RECIPES, curve, run
 from tests.multirank.processes import RanksFailedError, run_ranks
 from tests.numerics.problems import gpt_problem
@@ -46,35 +46,30 @@ def with_a_damaged_text(data: Path, copy: Path) -> str:
     shutil.copytree(data, copy)
     index, document = Index.load(copy), 0
     table = index.split("rehearsal")
-    place = table.members["txt"]
     with (copy / index.shards[int(table.shard[document])].name).open("r+b") as shard:
-        shard.seek(int(place.offset[document]))
+        shard.seek(int(table.offset[document]) + int(table.length[document]) // 2)
         shard.write(b"\0" * 16)
-    return table.keys[document]
+    return table.key(document)
 
 
-def first_step_without_data(index: Index, seed: int, rank: int) -> int | None:
-    """The first step whose task of that rank, of two, cannot be read."""
-    recipe = load_recipe(RECIPE, (f"data.url={index.url}", *OVERRIDES))
-    source = episode_source(recipe, index, "train", seed=seed, num_steps=1)
-    for step in range(NUM_STEPS):
-        try:
-            source.episode(2 * step + rank)
-        except StreamError:
-            return step
-    return None
+def first_step_with_damage(data: Data, recipe: Recipe, seed: int, rank: int) -> int | None:
+    """The first step whose task of that rank, of two, meets the damaged text."""
+    source = episode_source(recipe, data, "train", seed=seed, num_steps=1)
+    met = (step for step in range(NUM_STEPS) if source.episode(2 * step + rank).broken)
+    return next(met, None)
 
 
-def test_a_rehearsal_text_that_one_rank_alone_lacks_ends_both(tmp_path: Path, stdlib: Path) -> None:
+def test_a_rehearsal_text_too_many_that_one_rank_alone_meets_ends_both(tmp_path: Path, stdlib: Path) -> None:
     data = tmp_path / "stdlib"
     key = with_a_damaged_text(stdlib, data)
-    index = Index.load(data)
+    recipe = load_recipe(RECIPE, (f"data.url={data}", *OVERRIDES))
+    opened = open_data(recipe)
     step, seed = next(
         (step, seed)
         for seed in range(1000)
-        if (step := first_step_without_data(index, seed, 1)) is not None
+        if (step := first_step_with_damage(opened, recipe, seed, 1)) is not None
         and step > 0
-        and first_step_without_data(index, seed, 0) is None
+        and first_step_with_damage(opened, recipe, seed, 0) is None
     )
     # The collectives' time limit is ten minutes: a rank that waited for the other would be seen.
     finished = run(
@@ -83,6 +78,7 @@ def test_a_rehearsal_text_that_one_rank_alone_lacks_ends_both(tmp_path: Path, st
         f"data.url={data}",
         f"seed={seed}",
         *OVERRIDES,
+        "loading.max_broken=0",
         "launcher.timeout_s=600",
         "--run",
         tmp_path / "run",
@@ -91,8 +87,8 @@ def test_a_rehearsal_text_that_one_rank_alone_lacks_ends_both(tmp_path: Path, st
     )
     assert finished.code == StreamError.exit_code, finished
     assert finished.errors.count("error:") == 1
-    assert f"sample {key!r}" in finished.errors
-    assert "the shard is damaged" in finished.errors
+    assert f"sample {key!r} is damaged" in finished.errors
+    assert "1 sample is damaged, and loading.max_broken is 0" in finished.errors
     assert "Traceback" not in finished.errors + finished.output
     logged = [record["step"] for record in curve(tmp_path / "run") if record["step"] > 0]
     assert logged == list(range(1, step + 1))

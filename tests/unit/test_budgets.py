@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from metaloom.broken_record import BrokenRecord
 from metaloom.budgets import ordinary_budget
 from metaloom.build import Choices
-from metaloom.datasets import Index
 from metaloom.engine.sharding.replicated import Replicated
 from metaloom.job import Job, Place, Shutdown
 from metaloom.recipe import load_recipe
 from metaloom.run_folder import RunFolder
+from metaloom.sources import open_data
 from metaloom.tracking import NullTracker
 from metaloom.tracking.console import LineConsole
 from tests.commands import RECIPES
@@ -25,7 +26,9 @@ def job(recipe_name: str, *overrides: str) -> Job:
     recipe = load_recipe(RECIPES / recipe_name, overrides)
     place = Place(RunFolder(Path("unused")), torch.device("cpu"), None, Shutdown())
     console = LineConsole(io.StringIO(), io.StringIO())
-    return Job(recipe, place, Index.load(recipe.data.url), Replicated(), console, NullTracker())
+    sharding = Replicated()
+    broken = BrokenRecord(Path("unused"), max_broken=0, sharding=sharding, console=console)
+    return Job(recipe, place, open_data(recipe), sharding, console, NullTracker(), broken)
 
 
 def test_equal_data_counts_every_sample_of_every_task_once(glyphs: Path, stdlib: Path) -> None:

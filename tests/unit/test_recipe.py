@@ -36,6 +36,7 @@ from metaloom.recipe import (
     recipe_from_dict,
 )
 from metaloom.recipe.credentials import has_credentials, without_credentials
+from metaloom.recipe.tasks import data_urls
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
@@ -657,10 +658,8 @@ outer:
         ),
         (
             GLYPHS,
-            [
-                "adaptation.rehearsal.data={kind: classes, url: x, num_classes: 9, inputs: {kind: image, size: 32}}"
-            ],
-            "adaptation.rehearsal.data.inputs: 32 x 32 images of 1 channel; the model is shown 28 x 28 images of 1",
+            ["adaptation.rehearsal.data={kind: classes, url: x, num_classes: 9, inputs: {size: 32}}"],
+            "adaptation.rehearsal.data.inputs: 32 x 32 images of 1 channel; the model is shown 28 x 28 images",
         ),
         (
             GLYPHS,
@@ -675,7 +674,7 @@ outer:
         (
             STDLIB,
             ["adaptation.rehearsal.data={kind: documents, url: 's3://key:word@bucket/x'}"],
-            "adaptation.rehearsal.data.url: holds a user name, password or token (not shown), and a recipe is",
+            "adaptation.rehearsal.data.url: holds a user name, password or token (not shown), and a recipe",
         ),
         (
             GLYPHS,
@@ -1135,7 +1134,8 @@ def test_a_secret_is_refused_and_not_echoed(load: Load, url: str, secret: str) -
 )
 def test_a_url_without_a_secret_is_accepted(load: Load, url: str) -> None:
     assert not has_credentials(url)
-    assert load(GLYPHS, f"data.url='{url}'", f"tracking.uri='{url}'").data.url == url
+    recipe = load(GLYPHS, f"data.url='{url}'", f"tracking.uri='{url}'")
+    assert data_urls(recipe) == {"data.url": url}
 
 
 def test_text_without_credentials_is_not_blotted() -> None:
