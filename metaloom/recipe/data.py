@@ -235,7 +235,7 @@ class ClassesRehearsal(Section):
     inputs: Inputs = ImageInputs()
 
 
-RehearsalData = Annotated[DocumentsRehearsal | ClassesRehearsal, Field(discriminator="kind")]
+RehearsalData = DocumentsRehearsal | ClassesRehearsal
 
 
 # ---------------------------------------------------------------- reading

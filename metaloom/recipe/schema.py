@@ -244,6 +244,7 @@ class Rehearsal(Section):
     )
     data: RehearsalData | None = Field(
         default=None,
+        discriminator="kind",
         description="where the rehearsal data come from, and what they are; null for the split rehearsal of "
         "the tasks' own data (documents)",
     )

@@ -659,7 +659,7 @@ outer:
         (
             GLYPHS,
             ["adaptation.rehearsal.data={kind: classes, url: x, num_classes: 9, inputs: {size: 32}}"],
-            "adaptation.rehearsal.data.inputs: 32 x 32 images of 1 channel; the model is shown 28 x 28 images",
+            "adaptation.rehearsal.data.inputs: 32 x 32 images of 1 channel; the model is shown 28 x 28",
         ),
         (
             GLYPHS,
