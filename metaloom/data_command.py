@@ -1,4 +1,4 @@
-"""`metaloom data make | pack | inspect | verify`."""
+"""`metaloom data make | pack | index | inspect | verify`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ EXAMPLES = """\
 examples:
   metaloom data make glyphs data/glyphs                     a built-in data set
   metaloom data pack images ~/birds data/birds              one of your own
+  metaloom data index shards --class-from cls               webdataset shards that are there
   metaloom data inspect data/glyphs --out episode.png       what is in it
   metaloom data verify s3://bucket/glyphs                   whether it is whole
 """
@@ -26,6 +27,15 @@ examples:
   metaloom data make glyphs data/glyphs
   metaloom data make stdlib data/stdlib
   metaloom data make glyphs /tmp/small --max-per-split 30
+"""
+
+INDEX_EXAMPLES = """\
+examples:
+  metaloom data index shards --class-from cls                   train-*.tar, test-*.tar of webdataset, with images
+  metaloom data index shards --class-from json:label --group-from json:user
+  metaloom data index books --layout documents --split train --split test
+
+Each tar is read once, and index.json and the columns are written beside them; no tar is copied or changed.
 """
 
 INSPECT_EXAMPLES = """\
@@ -46,10 +56,11 @@ Every byte of every shard is read. Exit code 3 if anything is broken.
 
 def add_data_commands(commands: Commands) -> None:
     """Declares `metaloom data` and its commands."""
-    data = add_command(commands, "data", "make, pack, inspect and verify data sets", EXAMPLES)
+    data = add_command(commands, "data", "make, pack, index, inspect and verify data sets", EXAMPLES)
     data_commands = data.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_make(data_commands)
     add_pack_command(data_commands)
+    _add_index(data_commands)
     _add_inspect(data_commands)
     verify = add_command(data_commands, "verify", "check every shard against the index", VERIFY_EXAMPLES)
     verify.add_argument("url", metavar="URL", help="folder or fsspec URL of the data set")
@@ -64,6 +75,29 @@ def _add_make(commands: Commands) -> None:
         "--max-per-split", type=int, metavar="N", help="at most N classes or modules per split (a small set)"
     )
     make.set_defaults(run_command=_make)
+
+
+def _add_index(commands: Commands) -> None:
+    index = add_command(commands, "index", "index webdataset shards that are there", INDEX_EXAMPLES)
+    index.add_argument("directory", type=Path, metavar="DIR", help="folder of tars called SPLIT-*.tar")
+    index.add_argument("--name", metavar="NAME", help="of the data set (default: the folder's)")
+    index.add_argument(
+        "--layout",
+        choices=("classes", "groups", "documents", "episodes"),
+        default="classes",
+        help="what a sample is (default: classes)",
+    )
+    index.add_argument(
+        "--class-from", metavar="WHERE", help="where a sample's class stands: cls, folder or json:KEY"
+    )
+    index.add_argument("--group-from", metavar="WHERE", help="where its user or domain stands: json:KEY")
+    index.add_argument(
+        "--split", action="append", metavar="SPLIT", help="this split alone; may come again (default: all)"
+    )
+    index.add_argument(
+        "--max-broken", type=int, default=0, metavar="N", help="leave out up to N damaged samples (default: 0)"
+    )
+    index.set_defaults(run_command=_index)
 
 
 def _add_inspect(commands: Commands) -> None:
@@ -102,6 +136,34 @@ def _make(arguments: argparse.Namespace) -> int:
             for split, count in made.num_samples.items()
         ],
     )
+    return 0
+
+
+def _index(arguments: argparse.Namespace) -> int:
+    from metaloom.datasets.foreign import index_shards
+    from metaloom.datasets.inspect import counts
+    from metaloom.tracking.console import make_console
+
+    console = make_console()
+    with console.phase(f"index {arguments.directory}", total=None, unit="tar") as phase:
+        index, broken = index_shards(
+            arguments.directory,
+            dataset=arguments.name or arguments.directory.resolve().name,
+            layout=arguments.layout,
+            class_from=arguments.class_from,
+            group_from=arguments.group_from,
+            splits=arguments.split,
+            max_broken=arguments.max_broken,
+            progress=lambda done, total: phase.advance(done - phase.num_done),
+        )
+    for sample in broken:
+        console.warn(f"left out: {sample}")
+    console.table(
+        f"{index.dataset} in {arguments.directory}: layout {index.layout}, digest {index.digest[:12]}",
+        ("split", "samples", "classes", "groups", "members"),
+        [counts(table) for table in index.splits.values()],
+    )
+    console.note(f"next: metaloom data inspect {arguments.directory} --episode 0")
     return 0
 
 
