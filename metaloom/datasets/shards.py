@@ -27,10 +27,9 @@ from metaloom.datasets.index import (
     columns_name,
     data_digest,
 )
+from metaloom.datasets.members import BLOCK, BadEntries, padded, split_name
 from metaloom.errors import StreamError
 from metaloom.files import replace_file
-
-_BLOCK = 512  # tar pads every payload to this many bytes
 
 
 @dataclass(frozen=True)
@@ -252,12 +251,14 @@ class _TarShard:
 
     def size_with(self, sample: Sample) -> int:
         """The size of the payloads and headers so far and of this sample, in bytes."""
-        return self._bounds[-1] + sum(_BLOCK + _padded(len(m)) for m in sample.members.values())
+        return self._bounds[-1] + sum(BLOCK + padded(len(m)) for m in sample.members.values())
 
     def add(self, sample: Sample) -> None:
         """The sample is now in the shard."""
         if "." in sample.key or not sample.members:
             raise ValueError(f"a sample needs members and a key without dots; this is {sample.key!r}")
+        for extension in sample.members:
+            _require_readable(sample.key, extension)
         for extension in sorted(sample.members):
             self._writer.write({"__key__": sample.key, extension: sample.members[extension]})
         self._samples.append((sample.key, tuple(sample.members), sample.attributes))
@@ -288,5 +289,17 @@ class _TarShard:
         return ShardEntry(self._path.name, len(content), digest, len(self._samples))
 
 
-def _padded(num_bytes: int) -> int:
-    return -(-num_bytes // _BLOCK) * _BLOCK
+def _require_readable(key: str, extension: str) -> None:
+    """Raises ValueError for names that a reader would refuse or take for others."""
+    name = f"{key}.{extension}"
+    try:
+        found = split_name(name)
+    except BadEntries as error:
+        raise ValueError(
+            f"sample {key!r} {error}; keys are relative names, without '..' or backslashes"
+        ) from error
+    # webdataset's writer leaves out what begins with an underscore.
+    if found != (key, extension) or extension.startswith("_"):
+        raise ValueError(
+            f"sample {key!r} has a member {extension!r}; extensions are of small letters, no '_' first"
+        )
