@@ -9,6 +9,7 @@ import abc
 import io
 import math
 import struct
+import tokenize
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ DECODING_ERRORS = (
     IndexError,
     KeyError,
     OverflowError,
+    RecursionError,
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
@@ -183,12 +185,18 @@ def read_npy(payload: bytes | memoryview) -> NDArray[Any]:
     """
     stream = io.BytesIO(payload)
     version = np.lib.format.read_magic(stream)
-    if version == (1, 0):
-        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-    elif version == (2, 0):
-        shape, is_fortran, dtype = np.lib.format.read_array_header_2_0(stream)
-    else:
-        raise ValueError(f"its format version is {version}, and 1.0 or 2.0 is expected")
+    try:
+        if version == (1, 0):
+            shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+        elif version == (2, 0):
+            shape, is_fortran, dtype = np.lib.format.read_array_header_2_0(stream)
+        else:
+            raise ValueError(f"its format version is {version}, and 1.0 or 2.0 is expected")
+    except (TypeError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError) as error:
+        # The header is a Python literal, and what reads it raises whatever parsing raises.
+        raise ValueError(f"its header cannot be read: {error}") from error
+    if min(shape, default=0) < 0:
+        raise ValueError(f"its header says {list(shape)}")
     if dtype.kind not in "biuf" or dtype.hasobject:
         raise ValueError(f"it holds {dtype}, and numbers are expected")
     start, count = stream.tell(), math.prod(shape)

@@ -120,7 +120,7 @@ class Index:
                 ) from error
             try:
                 raw = json.loads(text)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise StreamError(
                     f"{url}/{INDEX_NAME} is not JSON ({error}); the file is damaged. {_again(url)}"
                 ) from error
@@ -217,7 +217,7 @@ def _parse(url: str, raw: Any, storage: Storage) -> Index:
             },
             storage=Storage(url, storage.settings, digest=str(raw["digest"])),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
         raise StreamError(f"{where} is damaged: {type(error).__name__}: {error}. {_again(url)}") from error
     problems = _problems(index)
     if problems:
@@ -316,7 +316,7 @@ def _split_problems(index: Index, split: SplitTable) -> list[str]:
     ends = np.array([shard.num_bytes for shard in index.shards])[split.shard]
     if split.offset.min() < 0 or split.length.min() <= 0:
         problems.append("negative offsets or lengths")
-    elif (split.offset + split.length > ends).any():
+    elif (split.length > ends - split.offset).any():
         problems.append("samples beyond the end of their shards")
     if split.key_end[-1] != len(split.keys) or split.key_end[0] < 0 or (np.diff(split.key_end) < 0).any():
         problems.append("keys that do not fit their bytes")
