@@ -23,6 +23,7 @@ from metaloom.datasets.members import Members
 
 PAD = -1  # in place of a token behind the end of a text
 MAX_PIXELS = 1 << 26  # of an image, before it is resized: 64 million
+MAX_NAME_BYTES = 1000  # of a class
 IMAGES = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}
 
 # What decoders raise on bytes that are not what they should be.
@@ -232,6 +233,18 @@ def read_class(payload: bytes | memoryview) -> int:
     if not text.isdecimal():
         raise ValueError(f"{text!r} is no class number")
     return int(text)
+
+
+def read_class_name(payload: bytes | memoryview) -> str:
+    """The class name of a `cls` member.
+
+    Raises:
+        ValueError: it is none.
+    """
+    name = bytes(payload[: MAX_NAME_BYTES + 1]).decode().strip()
+    if not name or not name.isprintable() or len(payload) > MAX_NAME_BYTES:
+        raise ValueError(f"{name[:50]!r} is no class name")
+    return name
 
 
 class Targets(abc.ABC):

@@ -20,6 +20,8 @@ from metaloom.files import replace_file
 FORMAT = "metaloom-shards"
 VERSION = 2
 LAYOUTS = ("classes", "groups", "documents", "episodes")
+# What the member `cls` of a sample holds: the row of its class, the name of its class, or something else.
+CLS_HOLDS = ("row", "name", "other")
 INDEX_NAME = "index.json"
 # How a columns file, which is in the safetensors format, names its numbers.
 _DTYPES = {"U8": "<u1", "U32": "<u4", "I32": "<i4", "I64": "<i8"}
@@ -62,6 +64,7 @@ class SplitTable:
         members: extensions that samples of this split have.
         classes: names.
         groups: names of users, domains or corruptions.
+        cls_holds: one of CLS_HOLDS; what is a row or a name has to agree with the column `class`.
     """
 
     name: str
@@ -75,6 +78,7 @@ class SplitTable:
     members: tuple[str, ...]
     classes: tuple[str, ...]
     groups: tuple[str, ...]
+    cls_holds: str = "row"
 
     @property
     def num_samples(self) -> int:
@@ -288,6 +292,7 @@ def _split(name: str, raw: Mapping[str, Any], content: NDArray[np.uint8]) -> Spl
         members=tuple(str(m) for m in raw["members"]),
         classes=tuple(str(c) for c in raw["classes"]),
         groups=tuple(str(g) for g in raw["groups"]),
+        cls_holds=str(raw["cls_holds"]),
     )
 
 
@@ -304,6 +309,8 @@ def _problems(index: Index) -> list[str]:
 
 
 def _split_problems(index: Index, split: SplitTable) -> list[str]:
+    if split.cls_holds not in CLS_HOLDS:
+        return [f"cls_holds is {split.cls_holds!r}, none of {', '.join(CLS_HOLDS)}"]
     columns: list[NDArray[Any]] = [split.shard, split.offset, split.length, split.crc32, split.key_end]
     columns += split.attributes.values()
     if any(len(column) != split.num_samples for column in columns):

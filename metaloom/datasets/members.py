@@ -23,7 +23,15 @@ _RECORD = re.compile(rb"([0-9]{1,8}) ([^=\n]+)=")
 
 
 class BadEntries(ValueError):
-    """Tar entries that are none, or that no honest tool has written."""
+    """Tar entries that are none, or that no honest tool has written.
+
+    Attributes:
+        entry: the name of the entry that is cut short; empty where it is something else.
+    """
+
+    def __init__(self, message: str, *, entry: str = "") -> None:
+        super().__init__(message)
+        self.entry = entry
 
 
 class Entry(NamedTuple):
@@ -116,7 +124,7 @@ def entries_in(tar: Buffer, *, has_sums_checked: bool = False) -> Iterator[Entry
             entry = _entry(header, position, position)
         name, kind, _, start, length = entry
         if start + length > size:
-            raise BadEntries(f"has an entry {name!r} that is cut short")
+            raise BadEntries(f"has an entry {name!r} that is cut short", entry=name)
         yield entry
         position = start + (length + BLOCK - 1) // BLOCK * BLOCK
 
