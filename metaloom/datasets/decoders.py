@@ -97,7 +97,7 @@ class ImageInputs(Inputs):
             mode = "L" if self.channels == 1 else "RGB"
             # A JPEG is decoded at a fraction of its size where that is still large enough.
             image.draft(mode, (self.size, self.size))
-            picture = image.convert(mode)
+            picture = _of_8_bits(image).convert(mode)
         if picture.size != (self.size, self.size):
             picture = picture.resize((self.size, self.size), Image.Resampling.BILINEAR, reducing_gap=3.0)
         pixels = np.asarray(picture, np.uint8)
@@ -105,6 +105,15 @@ class ImageInputs(Inputs):
 
     def batch(self, samples: Sequence[NDArray[Any]]) -> NDArray[np.float32]:
         return np.stack(samples).astype(np.float32) / np.float32(255)
+
+
+def _of_8_bits(image: Image.Image) -> Image.Image:
+    """An image that Pillow converts as one sees it."""
+    if image.mode.startswith("I"):  # 16 bits, of which Pillow would make white of all but the darkest
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode == "P" and "transparency" in image.info:
+        return image.convert("RGBA")
+    return image
 
 
 @dataclass(frozen=True)
@@ -217,7 +226,7 @@ def finite(values: NDArray[Any]) -> NDArray[np.float32]:
         ValueError: some are not finite, or are too large for float32.
     """
     with np.errstate(over="ignore"):
-        narrow = np.ascontiguousarray(values, np.float32)
+        narrow = np.asarray(values, np.float32, order="C")
     if not np.isfinite(narrow).all():
         raise ValueError("it holds numbers that are not finite in float32")
     return narrow

@@ -196,8 +196,8 @@ def _tars(folder: Path, splits: Sequence[str] | None) -> list[tuple[str, Path]]:
     tars = [name for name in names if name.endswith(".tar") and not name.startswith(".")]
     if not tars:
         raise StreamError(
-            f"{folder} has no files `<split>-*.tar`. Choose the directory that has them; decompress tars that "
-            "are compressed, since nothing in them can be read alone."
+            f"{folder} has no files `<split>-*.tar`. Choose the directory that has them; decompress tars "
+            "that are compressed, since nothing in them can be read alone."
         )
     if splits is None:
         alone = [name for name in tars if name.find("-") <= 0]
