@@ -1,4 +1,4 @@
-"""Decoders: what Pillow and numpy say of honest bytes; of others errors, nothing run, nothing large allocated."""
+"""Decoders agree with Pillow and numpy; what is hostile is refused, never run, and takes no memory."""
 
 import io
 import json
