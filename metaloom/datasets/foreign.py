@@ -33,10 +33,10 @@ def index_shards(
     """The index of the tars in a local directory, written beside them; and the samples that it leaves out.
 
     The tars are webdataset's: the entries of a sample lie next to each other and have one key. Each is read
-    once. Folders in them are passed over. An entry that is no plain file, or whose name is absolute, has `..`
-    or no extension, is named and left out with the sample that it belongs to; so are samples that are cut
-    off, come twice in a split (the first one stays, if it is in an earlier tar), have other entries between
-    theirs, are too large, or lack what the layout needs. They are not in the index, so no run meets them.
+    once. Folders in them are passed over. Named and left out are entries whose names are absolute, have `..`
+    or no extension; and samples that have links or devices, are cut off, come twice in a split (the first one
+    stays, if it is in an earlier tar), have other entries between theirs, are too large, or lack what the
+    layout needs. They are not in the index, so no run meets them.
 
     Classes and groups get numbers in the order of their names; names that are all whole numbers, in the order
     of these.

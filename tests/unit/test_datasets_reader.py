@@ -1,6 +1,7 @@
 """Reading samples: what is broken for good is named by shard and key, asked for twice, and raises nothing."""
 
 import pickle
+import shutil
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,23 +35,30 @@ def texts(members: Members) -> dict[str, Any]:
     return {"text": np.frombuffer(members["txt"], np.uint8)}
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two shards of four samples each: `a/0` to `a/7`, of classes 0 to 3."""
+    folder = tmp_path_factory.mktemp("original")
     samples = [
         Sample(f"a/{n}", {"cls": b"%d" % (n // 2), "txt": bytes([n]) * TEXT_BYTES}, {"class": n // 2})
         for n in range(NUM_SAMPLES)
     ]
     write_shards(
-        tmp_path,
+        folder,
         {"train": SplitSamples(samples, classes=("p", "q", "r", "s"))},
         dataset="mine",
         layout="classes",
         source={},
         shard_limit_bytes=4 * (2 * 512 + 512 + 1024),
     )
-    assert len(list(tmp_path.glob("*.tar"))) == 2
-    return tmp_path
+    assert len(list(folder.glob("*.tar"))) == 2
+    return folder
+
+
+@pytest.fixture
+def folder(original: Path, tmp_path: Path) -> Path:
+    """A copy that a test may break."""
+    return Path(shutil.copytree(original, tmp_path / "set"))
 
 
 @pytest.fixture
