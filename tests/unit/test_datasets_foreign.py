@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def test_samples_of_any_tools_tar_come_back_and_the_tar_stays_as_it_is(
 
 
 names = st.builds(
-    "f/{}.{}".format, st.sampled_from(["a", "b", "é", "a/b", "", "/.."]), st.text("ab.", max_size=3)
+    "f/{}.{}".format, st.sampled_from(["a", "b", "é", "a/b"]), st.text("ab.", min_size=1, max_size=2)
 )
 
 
@@ -118,7 +119,6 @@ def test_what_is_indexed_is_what_webdataset_groups(files: list[tuple[str, bytes]
         put(Path(folder), tar_of([plain(*file) for file in [("f/z.txt", b""), *files]]), END)
         index, broken = index_of(Path(folder), class_from="folder", max_broken=99)
         found = read_all(index)
-        named = {sample.key for sample in broken}
         index.close()
     try:
         groups = list(
@@ -127,14 +127,14 @@ def test_what_is_indexed_is_what_webdataset_groups(files: list[tuple[str, bytes]
     except ValueError:  # webdataset stops at two entries of a name; here the sample is named
         assert broken
         return
-    expected = {group["__key__"]: group for group in groups}
-    for key, group in expected.items():
-        if key.endswith("/"):  # of a hidden file, which has no key here
-            continue
-        # Names that end in a dot have no extension here.
-        members = {name: data for name, data in group.items() if name and not name.startswith("__")}
-        assert key in named or found.get(key, {}) == members
-    assert found.keys() <= {"f/z", *expected}
+    times = Counter(group["__key__"] for group in groups)
+    assert {sample.key for sample in broken} == {key for key, count in times.items() if count > 1}
+    del found["f/z"]
+    assert found == {
+        group["__key__"]: {name: data for name, data in group.items() if not name.startswith("__")}
+        for group in groups
+        if times[group["__key__"]] == 1
+    }
 
 
 def test_numbers_and_names_in_cls_are_numbered_in_their_order(tmp_path: Path) -> None:
@@ -285,16 +285,12 @@ BAD_SUM = b"z" + good("c")[1:]
         ),
         (
             [good("a", "b")[:-600]],
-            [
-                ("b", "is cut off: at byte 3072 the tar is cut short within a header" + LOST)
-            ],
+            [("b", "is cut off: at byte 3072 the tar is cut short within a header" + LOST)],
             ["a"],
         ),
         (
             [good("a"), tar_of([plain("b.txt", bytes(2000))])[:1500]],
-            [
-                ("b", "is cut off: at byte 2048 the tar has an entry 'b.txt' that is cut short" + LOST)
-            ],
+            [("b", "is cut off: at byte 2048 the tar has an entry 'b.txt' that is cut short" + LOST)],
             ["a"],
         ),
         (
@@ -304,9 +300,7 @@ BAD_SUM = b"z" + good("c")[1:]
         ),
         (
             [good("a", "b"), BAD_SUM, good("d"), END],
-            [
-                ("b", "is cut off: at byte 4096 the tar is no tar entry where it should be one" + LOST)
-            ],
+            [("b", "is cut off: at byte 4096 the tar is no tar entry where it should be one" + LOST)],
             ["a"],
         ),
         (
@@ -328,11 +322,8 @@ BAD_SUM = b"z" + good("c")[1:]
             ["a"],
         ),
     ],
-    ids=[
-        "dotdot", "absolute", "no extension", "link", "device", "duplicate", "adjacent duplicate", "apart",
-        "folder between", "cut in header", "cut in payload", "no end", "bad header", "behind end", "bad cls", "large",
-    ],
-)  # fmt: skip
+    ids=["dotdot", "absolute", "no extension", "link", "device", "duplicate", "adjacent duplicate", "apart", "folder between", "cut in header", "cut in payload", "no end", "bad header", "behind end", "bad cls", "large"],
+)
 def test_what_cannot_be_used_is_named_and_left_out(
     parts: list[bytes], expected: list[tuple[str, str]], kept: list[str], tmp_path: Path
 ) -> None:
