@@ -322,7 +322,24 @@ BAD_SUM = b"z" + good("c")[1:]
             ["a"],
         ),
     ],
-    ids=["dotdot", "absolute", "no extension", "link", "device", "duplicate", "adjacent duplicate", "apart", "folder between", "cut in header", "cut in payload", "no end", "bad header", "behind end", "bad cls", "large"],
+    ids=[
+        "dotdot",
+        "absolute",
+        "no extension",
+        "link",
+        "device",
+        "duplicate",
+        "adjacent duplicate",
+        "apart",
+        "folder between",
+        "cut in header",
+        "cut in payload",
+        "no end",
+        "bad header",
+        "behind end",
+        "bad cls",
+        "large",
+    ],
 )
 def test_what_cannot_be_used_is_named_and_left_out(
     parts: list[bytes], expected: list[tuple[str, str]], kept: list[str], tmp_path: Path
