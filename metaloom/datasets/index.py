@@ -87,7 +87,8 @@ class SplitTable:
     def key(self, number: int) -> str:
         """The key of a sample."""
         start = int(self.key_end[number - 1]) if number else 0
-        return self.keys[start : int(self.key_end[number])].tobytes().decode()
+        # A key is what messages name a sample by: one that is no UTF-8 must not stop them.
+        return self.keys[start : int(self.key_end[number])].tobytes().decode(errors="backslashreplace")
 
 
 @dataclass(frozen=True, eq=False)

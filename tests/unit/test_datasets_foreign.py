@@ -186,6 +186,15 @@ def test_classes_come_from_folders_or_records_and_cls_is_then_not_compared(tmp_p
     assert table.cls_holds == "other"
 
 
+def test_groups_come_from_records(tmp_path: Path) -> None:
+    users = {"a": 12, "b": 3, "c": 12}
+    put(tmp_path, *(tar_of(sample(k, {"json": b'{"user": %d}' % user})) for k, user in users.items()), END)
+    index, _ = index_of(tmp_path, layout="groups", class_from=None, group_from="json:user")
+    table = index.split("train")
+    assert (table.groups, table.attributes["group"].tolist()) == (("3", "12"), [1, 0, 1])
+    assert "class" not in table.attributes
+
+
 def test_episodes_are_drawn_from_indexed_tars(tmp_path: Path) -> None:
     for shard in range(2):
         entries = [

@@ -327,6 +327,11 @@ def test_a_columns_file_that_is_another_is_refused(content: bytes, folder: Path)
         Index.load(folder)
 
 
+def test_a_key_that_is_no_text_can_be_named(folder: Path) -> None:
+    edit_columns(folder, put("keys", first(0xFF)))
+    assert Index.load(folder).split("train").key(0) == "\\xffrain/ö0"
+
+
 def test_a_missing_columns_file_is_named(folder: Path) -> None:
     (folder / "train.columns").unlink()
     with pytest.raises(StreamError, match=r"train\.columns cannot be read: .*No such file"):
