@@ -9,6 +9,7 @@ import abc
 import io
 import math
 import struct
+import tokenize
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from metaloom.datasets.members import Members
 
 PAD = -1  # in place of a token behind the end of a text
 MAX_PIXELS = 1 << 26  # of an image, before it is resized: 64 million
+MAX_NAME_BYTES = 1000  # of a class
 IMAGES = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}
 
 # What decoders raise on bytes that are not what they should be.
@@ -33,6 +35,7 @@ DECODING_ERRORS = (
     IndexError,
     KeyError,
     OverflowError,
+    RecursionError,
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
@@ -94,7 +97,7 @@ class ImageInputs(Inputs):
             mode = "L" if self.channels == 1 else "RGB"
             # A JPEG is decoded at a fraction of its size where that is still large enough.
             image.draft(mode, (self.size, self.size))
-            picture = image.convert(mode)
+            picture = _of_8_bits(image).convert(mode)
         if picture.size != (self.size, self.size):
             picture = picture.resize((self.size, self.size), Image.Resampling.BILINEAR, reducing_gap=3.0)
         pixels = np.asarray(picture, np.uint8)
@@ -102,6 +105,15 @@ class ImageInputs(Inputs):
 
     def batch(self, samples: Sequence[NDArray[Any]]) -> NDArray[np.float32]:
         return np.stack(samples).astype(np.float32) / np.float32(255)
+
+
+def _of_8_bits(image: Image.Image) -> Image.Image:
+    """An image that Pillow converts as one sees it."""
+    if image.mode.startswith("I"):  # 16 bits, of which Pillow would make white of all but the darkest
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode == "P" and "transparency" in image.info:
+        return image.convert("RGBA")
+    return image
 
 
 @dataclass(frozen=True)
@@ -184,12 +196,18 @@ def read_npy(payload: bytes | memoryview) -> NDArray[Any]:
     """
     stream = io.BytesIO(payload)
     version = np.lib.format.read_magic(stream)
-    if version == (1, 0):
-        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-    elif version == (2, 0):
-        shape, is_fortran, dtype = np.lib.format.read_array_header_2_0(stream)
-    else:
-        raise ValueError(f"its format version is {version}, and 1.0 or 2.0 is expected")
+    try:
+        if version == (1, 0):
+            shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+        elif version == (2, 0):
+            shape, is_fortran, dtype = np.lib.format.read_array_header_2_0(stream)
+        else:
+            raise ValueError(f"its format version is {version}, and 1.0 or 2.0 is expected")
+    except (TypeError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError) as error:
+        # The header is a Python literal, and what reads it raises whatever parsing raises.
+        raise ValueError(f"its header cannot be read: {error}") from error
+    if min(shape, default=0) < 0:
+        raise ValueError(f"its header says {list(shape)}")
     if dtype.kind not in "biuf" or dtype.hasobject:
         raise ValueError(f"it holds {dtype}, and numbers are expected")
     start, count = stream.tell(), math.prod(shape)
@@ -209,7 +227,7 @@ def finite(values: NDArray[Any]) -> NDArray[np.float32]:
         ValueError: some are not finite, or are too large for float32.
     """
     with np.errstate(over="ignore"):
-        narrow = np.ascontiguousarray(values, np.float32)
+        narrow = np.asarray(values, np.float32, order="C")
     if not np.isfinite(narrow).all():
         raise ValueError("it holds numbers that are not finite in float32")
     return narrow
@@ -225,6 +243,18 @@ def read_class(payload: bytes | memoryview) -> int:
     if not text.isdecimal():
         raise ValueError(f"{text!r} is no class number")
     return int(text)
+
+
+def read_class_name(payload: bytes | memoryview) -> str:
+    """The class name of a `cls` member.
+
+    Raises:
+        ValueError: it is none.
+    """
+    name = bytes(payload[: MAX_NAME_BYTES + 1]).decode().strip()
+    if not name or not name.isprintable() or len(payload) > MAX_NAME_BYTES:
+        raise ValueError(f"{name[:50]!r} is no class name")
+    return name
 
 
 class Targets(abc.ABC):

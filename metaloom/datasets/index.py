@@ -20,6 +20,8 @@ from metaloom.files import replace_file
 FORMAT = "metaloom-shards"
 VERSION = 2
 LAYOUTS = ("classes", "groups", "documents", "episodes")
+# What the member `cls` of a sample holds: the row of its class, the name of its class, or something else.
+CLS_HOLDS = ("row", "name", "other")
 INDEX_NAME = "index.json"
 # How a columns file, which is in the safetensors format, names its numbers.
 _DTYPES = {"U8": "<u1", "U32": "<u4", "I32": "<i4", "I64": "<i8"}
@@ -62,6 +64,7 @@ class SplitTable:
         members: extensions that samples of this split have.
         classes: names.
         groups: names of users, domains or corruptions.
+        cls_holds: one of CLS_HOLDS; what is a row or a name has to agree with the column `class`.
     """
 
     name: str
@@ -75,6 +78,7 @@ class SplitTable:
     members: tuple[str, ...]
     classes: tuple[str, ...]
     groups: tuple[str, ...]
+    cls_holds: str = "row"
 
     @property
     def num_samples(self) -> int:
@@ -83,7 +87,8 @@ class SplitTable:
     def key(self, number: int) -> str:
         """The key of a sample."""
         start = int(self.key_end[number - 1]) if number else 0
-        return self.keys[start : int(self.key_end[number])].tobytes().decode()
+        # A key is what messages name a sample by: one that is no UTF-8 must not stop them.
+        return self.keys[start : int(self.key_end[number])].tobytes().decode(errors="backslashreplace")
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +125,7 @@ class Index:
                 ) from error
             try:
                 raw = json.loads(text)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise StreamError(
                     f"{url}/{INDEX_NAME} is not JSON ({error}); the file is damaged. {_again(url)}"
                 ) from error
@@ -217,7 +222,7 @@ def _parse(url: str, raw: Any, storage: Storage) -> Index:
             },
             storage=Storage(url, storage.settings, digest=str(raw["digest"])),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
         raise StreamError(f"{where} is damaged: {type(error).__name__}: {error}. {_again(url)}") from error
     problems = _problems(index)
     if problems:
@@ -288,6 +293,7 @@ def _split(name: str, raw: Mapping[str, Any], content: NDArray[np.uint8]) -> Spl
         members=tuple(str(m) for m in raw["members"]),
         classes=tuple(str(c) for c in raw["classes"]),
         groups=tuple(str(g) for g in raw["groups"]),
+        cls_holds=str(raw["cls_holds"]),
     )
 
 
@@ -304,6 +310,8 @@ def _problems(index: Index) -> list[str]:
 
 
 def _split_problems(index: Index, split: SplitTable) -> list[str]:
+    if split.cls_holds not in CLS_HOLDS:
+        return [f"cls_holds is {split.cls_holds!r}, none of {', '.join(CLS_HOLDS)}"]
     columns: list[NDArray[Any]] = [split.shard, split.offset, split.length, split.crc32, split.key_end]
     columns += split.attributes.values()
     if any(len(column) != split.num_samples for column in columns):
@@ -316,7 +324,7 @@ def _split_problems(index: Index, split: SplitTable) -> list[str]:
     ends = np.array([shard.num_bytes for shard in index.shards])[split.shard]
     if split.offset.min() < 0 or split.length.min() <= 0:
         problems.append("negative offsets or lengths")
-    elif (split.offset + split.length > ends).any():
+    elif (split.length > ends - split.offset).any():
         problems.append("samples beyond the end of their shards")
     if split.key_end[-1] != len(split.keys) or split.key_end[0] < 0 or (np.diff(split.key_end) < 0).any():
         problems.append("keys that do not fit their bytes")

@@ -12,7 +12,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from metaloom.datasets.broken import BrokenSample
-from metaloom.datasets.decoders import DECODING_ERRORS, read_class
+from metaloom.datasets.decoders import DECODING_ERRORS, read_class, read_class_name
 from metaloom.datasets.index import Index
 from metaloom.datasets.members import Members, cut_members
 from metaloom.datasets.storage import Extent, MissingFile, TruncatedFile
@@ -144,15 +144,24 @@ class SampleReader:
         try:
             members = cut_members(payload)
             if self._classes is not None and "cls" in members:
-                stated, listed = read_class(members["cls"]), int(self._classes[number])
-                if stated != listed:
-                    raise ValueError(f"its cls says class {stated}, the index {listed}")
+                self._require_class(members["cls"], int(self._classes[number]))
             arrays = self._decode(members)
         except DECODING_ERRORS as error:
             return self.is_broken(number, f"cannot be decoded: {error}")
         for array in arrays.values():
             array.flags.writeable = False
         return arrays
+
+    def _require_class(self, payload: bytes | memoryview, listed: int) -> None:
+        """Raises ValueError if a sample's `cls` says another class than its row in the index."""
+        stated: int | str = listed
+        expected: int | str = listed
+        if self.table.cls_holds == "row":
+            stated = read_class(payload)
+        elif self.table.cls_holds == "name":
+            stated, expected = read_class_name(payload), self.table.classes[listed]
+        if stated != expected:
+            raise ValueError(f"its cls says class {stated!r}, the index {expected!r}")
 
     def _keep(self, number: int, arrays: Decoded | BrokenSample) -> None:
         with self._lock:

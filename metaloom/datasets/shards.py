@@ -27,10 +27,9 @@ from metaloom.datasets.index import (
     columns_name,
     data_digest,
 )
+from metaloom.datasets.members import BLOCK, BadEntries, padded, split_name
 from metaloom.errors import StreamError
 from metaloom.files import replace_file
-
-_BLOCK = 512  # tar pads every payload to this many bytes
 
 
 @dataclass(frozen=True)
@@ -116,6 +115,7 @@ def write_index(
             "members": sorted(split.members),
             "classes": list(split.classes),
             "groups": list(split.groups),
+            "cls_holds": split.cls_holds,
         }
     index = {
         "format": FORMAT,
@@ -135,10 +135,17 @@ def write_index(
 
 
 class SplitColumns:
-    """The columns of a split, taken in sample by sample, in a few bytes each."""
+    """The columns of a split, taken in sample by sample, in a few bytes each.
 
-    def __init__(self, *, classes: Sequence[str] = (), groups: Sequence[str] = ()) -> None:
-        self.classes, self.groups = tuple(classes), tuple(groups)
+    Args:
+        classes, groups: names.
+        cls_holds: what the samples' `cls` says, as `SplitTable` has it.
+    """
+
+    def __init__(
+        self, *, classes: Sequence[str] = (), groups: Sequence[str] = (), cls_holds: str = "row"
+    ) -> None:
+        self.classes, self.groups, self.cls_holds = tuple(classes), tuple(groups), cls_holds
         self.members: set[str] = set()
         self._shard, self._offset, self._length = array.array("i"), array.array("q"), array.array("q")
         self._crc32, self._key_end, self._keys = array.array("I"), array.array("q"), bytearray()
@@ -154,7 +161,8 @@ class SplitColumns:
         *,
         shard: int,
         offset: int,
-        payload: bytes | memoryview,
+        length: int,
+        crc32: int,
         members: Iterable[str],
         attributes: Mapping[str, int],
     ) -> None:
@@ -162,7 +170,9 @@ class SplitColumns:
 
         Args:
             shard: row of the list of shards.
-            offset: bytes from the shard's start to `payload`, all tar entries of the sample.
+            offset: bytes from the shard's start to the sample's tar entries.
+            length: bytes of all of them.
+            crc32: of those bytes.
         """
         if self.num_samples and attributes.keys() != self._attributes.keys():
             raise ValueError(
@@ -171,13 +181,19 @@ class SplitColumns:
             )
         self._shard.append(shard)
         self._offset.append(offset)
-        self._length.append(len(payload))
-        self._crc32.append(zlib.crc32(payload))
+        self._length.append(length)
+        self._crc32.append(crc32)
         self._keys += key.encode()
         self._key_end.append(len(self._keys))
         self.members.update(members)
         for name, value in attributes.items():
             self._attributes.setdefault(name, array.array("q")).append(value)
+
+    def renumber(self, attribute: str, numbers: Sequence[int]) -> None:
+        """What was n is now `numbers[n]`, in a whole column: names are known when all samples are."""
+        if attribute in self._attributes:
+            old = np.array(self._attributes[attribute], np.int64)
+            self._attributes[attribute] = array.array("q", np.array(numbers, np.int64)[old].tolist())
 
     def content(self) -> bytes:
         """The columns file: safetensors."""
@@ -257,12 +273,14 @@ class _TarShard:
 
     def size_with(self, sample: Sample) -> int:
         """The size of the payloads and headers so far and of this sample, in bytes."""
-        return self._bounds[-1] + sum(_BLOCK + _padded(len(m)) for m in sample.members.values())
+        return self._bounds[-1] + sum(BLOCK + padded(len(m)) for m in sample.members.values())
 
     def add(self, sample: Sample) -> None:
         """The sample is now in the shard."""
         if "." in sample.key or not sample.members:
             raise ValueError(f"a sample needs members and a key without dots; this is {sample.key!r}")
+        for extension in sample.members:
+            _require_readable(sample.key, extension)
         for extension in sorted(sample.members):
             self._writer.write({"__key__": sample.key, extension: sample.members[extension]})
         self._samples.append((sample.key, tuple(sample.members), sample.attributes))
@@ -289,7 +307,8 @@ class _TarShard:
                 key,
                 shard=row,
                 offset=start,
-                payload=entries[start:end],
+                length=end - start,
+                crc32=zlib.crc32(entries[start:end]),
                 members=members,
                 attributes=attributes,
             )
@@ -297,5 +316,17 @@ class _TarShard:
         return ShardEntry(self._path.name, len(content), digest, len(self._samples))
 
 
-def _padded(num_bytes: int) -> int:
-    return -(-num_bytes // _BLOCK) * _BLOCK
+def _require_readable(key: str, extension: str) -> None:
+    """Raises ValueError for names that a reader would refuse or take for others."""
+    name = f"{key}.{extension}"
+    try:
+        found = split_name(name)
+    except BadEntries as error:
+        raise ValueError(
+            f"sample {key!r} {error}; keys are relative names, without '..' or backslashes"
+        ) from error
+    # webdataset's writer leaves out what begins with an underscore.
+    if found != (key, extension) or extension.startswith("_"):
+        raise ValueError(
+            f"sample {key!r} has a member {extension!r}; extensions are of small letters, no '_' first"
+        )
