@@ -89,14 +89,15 @@ class GroupEpisodes(EpisodeSource):
         needed = self._num_support + self._num_query
         while True:
             order = self._groups.shuffled(rng, group, needed)
-            picked = pick(self._reader, [Want(order[:needed], deque(order[needed:]))])
+            wants = [Want(order[:needed], deque(order[needed:]))]
+            picked = pick(self._reader, wants, num_broken=len(broken))
             broken += picked.broken
             (samples,) = picked.samples
             if samples is not None:
                 break
             if others is not None and not others:
                 raise SampleError(broken[-1], "No group has enough whole samples: mend the data.")
-            group = others.popleft() if others is not None else int(rng.choice(self._tasks))
+            group = int(others.popleft() if others is not None else rng.choice(self._tasks))
         name = self._groups.names[group]
         return Episode(
             number=number,
