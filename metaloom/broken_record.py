@@ -78,7 +78,6 @@ class BrokenRecord:
                 "or raise loading.max_broken, and resume."
             )
 
-
     def _tell(self, added: Iterable[BrokenSample]) -> None:
         for broken in added:
             self._num_told += 1

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from metaloom.datasets.broken import BrokenSample, SampleError
 from metaloom.datasets.reader import Decoded, SampleReader
 
-
 MAX_BROKEN = 1000  # that are looked at for one episode or batch
 
 
