@@ -1,4 +1,4 @@
-"""Episodes are functions of their number alone: wherever they are drawn, whatever is damaged, whatever fails."""
+"""Episodes are functions of their number alone: wherever they are drawn, whatever is damaged or fails."""
 
 from __future__ import annotations
 
@@ -205,7 +205,8 @@ def test_episodes_of_damaged_classes_are_whole_and_come_again(
         words["labels"] = "kept"
     source = ClassEpisodes(index, "train", **words)
     episodes = [source.episode(number) for number in range(25)]
-    named = {(index.shards[0].name, f"train/{n:05}") for n in flipped | undecodable}
+    table = index.split("train")
+    named = {(index.shards[int(table.shard[n])].name, table.key(n)) for n in flipped | undecodable}
     for episode in episodes:
         support, query = numbers_of(episode.support["inputs"]), numbers_of(episode.query["inputs"])
         assert set(support + query) <= set(whole)
