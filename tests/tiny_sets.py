@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,6 @@ def damage(
     index: Index,
     numbers: Iterable[int],
     split: str = "train",
-    change: Callable[[bytes], bytes] = lambda content: bytes(byte ^ 0xFF for byte in content),
 ) -> None:
     """Changes bytes in the middle of samples, in their shards."""
     table = index.split(split)
@@ -157,4 +156,4 @@ def damage(
             file.seek(middle)
             content = file.read(8)
             file.seek(middle)
-            file.write(change(content))
+            file.write(bytes(byte ^ 0xFF for byte in content))

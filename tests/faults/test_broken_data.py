@@ -1,4 +1,4 @@
-"""Trainings on data that are damaged or far away: what is broken is passed over, what fails passes or stops."""
+"""Trainings on damaged and on distant data: what is broken is passed over, what fails passes or stops."""
 
 from __future__ import annotations
 
@@ -38,8 +38,7 @@ FLAKY = ("loading.cache_gib=0", "loading.num_attempts=5", "loading.timeout_s=5")
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve classes of twenty small images in three splits; five images of the training are damaged, two of
-    them within their bytes' checksum."""
+    """Twelve classes of twenty small images in three splits; five images of the training are damaged."""
     folder = tmp_path_factory.mktemp("data") / "tiny"
     splits = ("train", "validation", "test")
     index = class_set(folder, [20] * 12, splits=splits, shard_limit_bytes=100_000)
@@ -48,8 +47,9 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(url: str | Path, folder: Path, *more: str, timeout_s: float = 120) -> Finished:
-    words = (RECIPES / "smoke.yaml", f"data.url={url}", *WORDS, *more, "--run", folder)
-    return run("train", *words, cwd=folder.parent, timeout_s=timeout_s)
+    words = (f"data.url={url}", *WORDS, *more)
+    recipe = RECIPES / "smoke.yaml"
+    return run("train", recipe, *words, "--run", folder, cwd=folder.parent, timeout_s=timeout_s)
 
 
 @pytest.fixture(scope="module")

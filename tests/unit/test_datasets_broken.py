@@ -104,9 +104,14 @@ def source_of(kind: str, url: str, settings: StorageSettings | None = None) -> E
             counts = {"num_support": 2, "num_query": 1, "sequence_length": 60}
             return DocumentEpisodes(index("documents"), "train", **counts, seed=3)
         case "ready":
-            targets, counts = NumberTargets(1), {"num_support": 2, "num_query": 2}
             return ReadyEpisodes(
-                index("ready"), "train", inputs=ArrayInputs((1,)), targets=targets, **counts, seed=3
+                index("ready"),
+                "train",
+                inputs=ArrayInputs((1,)),
+                targets=NumberTargets(1),
+                num_support=2,
+                num_query=2,
+                seed=3,
             )
         case "rehearsed":
             samples = DocumentSamples(index("documents"), ["rehearsal"], sequence_length=60, seed=3)
@@ -233,7 +238,7 @@ def test_what_is_whole_stays_as_it_was_and_what_is_not_is_named(
     chosen = {"classes": [8, 20, 33], "groups": [1, 4, 33]}.get(kind, [1])
     damage(tmp_path / kind, index, chosen)
     source, expected = source_of(kind, str(tmp_path)), source_of(kind, str(sets))
-    named = {}
+    named: dict[str, BrokenSample] = {}
     for number in range(40):
         found, before = source.episode(number), expected.episode(number)
         if not found.broken:

@@ -7,6 +7,7 @@ import math
 import random
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -308,10 +309,12 @@ def test_all_channels_are_distorted_alike() -> None:
         ),
     ],
 )
-def test_tasks_that_the_data_cannot_give_are_refused(tiny: Index, options: object, match: str) -> None:
-    assert isinstance(options, dict)
+def test_tasks_that_the_data_cannot_give_are_refused(
+    tiny: Index, options: dict[str, Any], match: str
+) -> None:
+    words: dict[str, Any] = {"seed": 0} | options
     with pytest.raises(StreamError, match=match):
-        ClassEpisodes(tiny, "train", inputs=IMAGES, **({"seed": 0} | options))
+        ClassEpisodes(tiny, "train", inputs=IMAGES, **words)
 
 
 def test_variable_ways_that_contradict_themselves_are_refused() -> None:

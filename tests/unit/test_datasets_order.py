@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from metaloom.datasets import (
     NUM_STREAMS,
@@ -94,7 +95,12 @@ def test_streams_that_cross_the_end_of_an_epoch_apart_shuffle_it_once(
 ) -> None:
     made: list[int] = []
     shuffle = EpochOrder._order
-    monkeypatch.setattr(EpochOrder, "_order", lambda self, epoch: made.append(epoch) or shuffle(self, epoch))
+
+    def noted(self: EpochOrder, epoch: int) -> NDArray[np.int64]:
+        made.append(epoch)
+        return shuffle(self, epoch)
+
+    monkeypatch.setattr(EpochOrder, "_order", noted)
     items = epoch_order([1] * 100)
     for place in range(90, 110):
         items.item(place)

@@ -135,8 +135,8 @@ def bytes_sent(server: FlakyServer) -> dict[str, int]:
 def test_a_resume_in_mid_epoch_reads_the_index_the_columns_and_what_it_draws(
     kind: str, block_bytes: int | None, folder: Path, server: FlakyServer, tmp_path: Path
 ) -> None:
-    """Bytes <= index.json + every .columns + for each sample drawn its length, rounded outwards to blocks where
-    there is a cache; drawn are the episodes of the step and of the `read_ahead` steps behind it."""
+    """Bytes <= index.json + every .columns + for each sample drawn its length, rounded outwards to blocks
+    where there is a cache; drawn are the episodes of the step and of the `read_ahead` steps behind it."""
     for path in (folder / kind).iterdir():
         server.files[f"/set/{path.name}"] = path.read_bytes()
     rules = StorageSettings(
@@ -145,8 +145,16 @@ def test_a_resume_in_mid_epoch_reads_the_index_the_columns_and_what_it_draws(
     index = Index.load("s3://set", rules)
     source = classes_of(index) if kind == "classes" else documents_of(index)
     step = 3217
-    words = {"tasks_per_step": 4, "rank": 0, "world_size": 1, "read_ahead": 2}
-    with EpisodeStream(source, **words, start_step=step, stop_step=step + 3) as stream:
+    stream = EpisodeStream(
+        source,
+        tasks_per_step=4,
+        rank=0,
+        world_size=1,
+        read_ahead=2,
+        start_step=step,
+        stop_step=step + 3,
+    )
+    with stream:
         episodes = [episode for _, episodes in stream for episode in episodes]
     assert [episode.number for episode in episodes] == list(range(4 * step, 4 * (step + 3)))
 
