@@ -22,6 +22,7 @@ def measured_episodes(
     *,
     num_episodes: int,
     num_steps: int,
+    step: int | None,
 ) -> Iterator[tuple[list[Episode], dict[str, Tensor]]]:
     """This rank's share of episodes 0 .. `num_episodes` - 1, some at a time, each with its adaptation curve.
 
@@ -29,6 +30,7 @@ def measured_episodes(
 
     Args:
         num_steps: inner steps.
+        step: of the training that they are measured in; None outside of it.
     """
     recipe, sharding = job.recipe, job.sharding
     share = share_of_rank(num_episodes, sharding.rank, sharding.world_size, is_lockstep=sharding.is_lockstep)
@@ -46,4 +48,4 @@ def measured_episodes(
             count = min(len(episodes), num_real - start)
             if count > 0:
                 yield episodes[:count], {name: value[:count] for name, value in curve.items()}
-    job.broken.take(broken)
+    job.broken.take(broken, step=step)

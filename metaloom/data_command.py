@@ -95,7 +95,11 @@ def _add_index(commands: Commands) -> None:
         "--split", action="append", metavar="SPLIT", help="this split alone; may come again (default: all)"
     )
     index.add_argument(
-        "--max-broken", type=int, default=0, metavar="N", help="leave out up to N damaged samples (default: 0)"
+        "--max-broken",
+        type=int,
+        default=0,
+        metavar="N",
+        help="leave out up to N damaged samples (default: 0)",
     )
     index.set_defaults(run_command=_index)
 

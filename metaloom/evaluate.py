@@ -349,7 +349,7 @@ def _curves(
     curves: list[EpisodeCurve] = []
     num_steps = job.recipe.evaluation_num_steps
     for episodes, measured in measured_episodes(
-        job, unroll, meta, source, num_episodes=num_episodes, num_steps=num_steps
+        job, unroll, meta, source, num_episodes=num_episodes, num_steps=num_steps, step=None
     ):
         values = measured["accuracy" if metric == "accuracy" else "loss"].tolist()
         retention = measured["retention_loss"].tolist() if "retention_loss" in measured else None

@@ -86,8 +86,8 @@ def open_job(
 
     Args:
         is_training: whether this job is the training.
-        first_step: metrics of this step and later ones, left by a run that went on after its last
-            checkpoint, are dropped; None drops none.
+        first_step: metrics and damaged samples of this step and later ones, left by a run that went on after
+            its last checkpoint, are dropped; None drops none.
 
     Raises:
         MetaloomError: the data or a tracking store that was named cannot be used.
@@ -96,7 +96,11 @@ def open_job(
     console = make_console(rank=sharding.rank, error_stream=sys.stdout)
     data = open_data(recipe)
     broken = BrokenRecord(
-        place.folder.broken, max_broken=recipe.loading.max_broken, sharding=sharding, console=console
+        place.folder.broken,
+        max_broken=recipe.loading.max_broken,
+        sharding=sharding,
+        console=console,
+        first_step=first_step,
     )
     tracking = recipe.tracking
     named = tracking if isinstance(tracking, MLflowTracking) else None

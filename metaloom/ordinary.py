@@ -88,7 +88,7 @@ def train_ordinary(
         while outer.step < settings.num_steps:
             job.place.whereabouts.enter(f"step {outer.step + 1} of {shown_name}")
             drawn = next(ahead)
-            job.broken.take(drawn.broken)
+            job.broken.take(drawn.broken, step=outer.step + 1 - settings.num_steps)
             batch = {name: torch.from_numpy(array[rows]) for name, array in drawn.arrays.items()}
             draws = Draws(job.recipe.seed, share.positions, outer.step)
             own, totals = _gradient(job, model, outer, batch, draws, scaler.scales.loss, share.num_dummies)

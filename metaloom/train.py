@@ -195,7 +195,8 @@ def _outer_loop(job: Job, algorithm: Maml, state: State, store: CheckpointStore)
             clock.start_step()
             _, episodes = next(stream)
             clock.data_ready()
-            job.broken.take(broken for episode in episodes for broken in episode.broken)
+            met = [broken for episode in episodes for broken in episode.broken]
+            job.broken.take(met, step=outer.step + 1)
             tasks = StepTasks(
                 _own_tasks(job, episodes, num_dummies=stream.share.num_dummies),
                 recipe.outer.tasks_per_step,
@@ -207,7 +208,8 @@ def _outer_loop(job: Job, algorithm: Maml, state: State, store: CheckpointStore)
                 metrics["broken_samples"] = job.broken.count
             is_best = False
             if _is_due(outer.step, recipe.validation.every_steps, recipe.outer.num_steps):
-                metrics |= validate(job, algorithm, outer.evaluation_parameters(), validation)
+                parameters = outer.evaluation_parameters()
+                metrics |= validate(job, algorithm, parameters, validation, step=outer.step)
                 early = recipe.validation.early_stopping
                 min_delta = 0.0 if early is None else early.min_delta
                 is_best = progress.take(outer.step, metrics["validation_loss"], min_delta=min_delta)
@@ -228,11 +230,14 @@ def _own_tasks(job: Job, episodes: Sequence[Episode], *, num_dummies: int) -> Ta
 
 
 def validate(
-    job: Job, algorithm: Maml, meta: Mapping[str, Tensor], source: EpisodeSource
+    job: Job, algorithm: Maml, meta: Mapping[str, Tensor], source: EpisodeSource, *, step: int
 ) -> dict[str, float]:
     """Mean query loss and scores over the recipe's validation episodes, always the same ones.
 
     Every rank must call; each adapts its share.
+
+    Args:
+        step: after which they are measured.
     """
     recipe, sharding = job.recipe, job.sharding
     num_episodes = recipe.validation.num_episodes
@@ -241,7 +246,7 @@ def validate(
     sums = {name: torch.zeros((), dtype=torch.float64) for name in names}
     num_steps = recipe.adaptation.num_steps
     for _, curve in measured_episodes(
-        job, algorithm.unroll, meta, source, num_episodes=num_episodes, num_steps=num_steps
+        job, algorithm.unroll, meta, source, num_episodes=num_episodes, num_steps=num_steps, step=step
     ):
         for name in measures:
             sums[f"{name}_before"] += curve[name][:, 0].sum().cpu()

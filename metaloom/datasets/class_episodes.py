@@ -162,7 +162,8 @@ class ClassEpisodes(EpisodeSource):
         self._reader = SampleReader(index, split, InputsOnly(self._inputs))
         self._ways, self._labels, self._seed, self._split = ways, labels, seed, split
         self._affine, self._query_affine = affine, query_affine
-        self._windows = ClassWindows(self.num_classes, window, seed=seed, split=split)
+        usable = np.flatnonzero(self._classes.sizes >= ways.min_samples)
+        self._windows = ClassWindows(usable, window, seed=seed, split=split)
         self._grid = variant_grid(index, split) if isinstance(ways, Ways) else None
         self._require_enough(index, window)
 
@@ -187,7 +188,7 @@ class ClassEpisodes(EpisodeSource):
                 num_shot, num_query = (len(want.numbers) for want in pair)
                 classes[row] = self._next_class(next_classes[row], num_shot + num_query, broken)
                 own = self._samples_of(rng, classes[row], num_shot, num_query, pools)
-                again = pick(self._reader, own)
+                again = pick(self._reader, own, num_broken=len(broken))
                 (shown, asked), broken = again.samples, [*broken, *again.broken]
             support.append(shown)
             query.append(asked)
@@ -209,11 +210,10 @@ class ClassEpisodes(EpisodeSource):
         )
 
     def _draw_classes(
-        self, rng: np.random.Generator, candidates: NDArray[np.int64]
+        self, rng: np.random.Generator, usable: NDArray[np.int64]
     ) -> tuple[list[int], list[deque[int]]]:
         """The classes of an episode in the order of their labels, and for each those that may take its
         place."""
-        usable = candidates[self._classes.sizes[candidates] >= self._ways.min_samples]
         order = usable[rng.permutation(len(usable))].tolist()
         if self._labels == "kept":
             label = self._fixed_labels()

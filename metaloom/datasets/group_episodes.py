@@ -90,7 +90,8 @@ class GroupEpisodes(EpisodeSource):
         needed = self._num_support + self._num_query
         while True:
             order = self._groups.shuffled(rng, group, needed)
-            picked = pick(self._reader, [Want(order[:needed], deque(order[needed:]))])
+            wants = [Want(order[:needed], deque(order[needed:]))]
+            picked = pick(self._reader, wants, num_broken=len(broken))
             broken += picked.broken
             (samples,) = picked.samples
             if samples is not None:
@@ -101,7 +102,7 @@ class GroupEpisodes(EpisodeSource):
                     "No group has enough samples that can be read: mend the data, "
                     "or what data.inputs and data.targets say of them.",
                 )
-            group = others.popleft() if others is not None else int(rng.choice(self._tasks))
+            group = int(others.popleft() if others is not None else rng.choice(self._tasks))
         name = self._groups.names[group]
         return Episode(
             number=number,

@@ -26,7 +26,9 @@ class EpochOrder:
     streams one after the other; a stream goes through eight stretches at a time, their items shuffled. A
     data set of fewer than eight stretches per stream is shuffled as a whole.
 
-    Takes 8 bytes per item, for the epoch that was asked for last.
+    Takes 24 bytes per item: its stretch, and its place in each of the two epochs that were asked for last,
+    since some streams begin an epoch while others end the one before. Shuffling takes five times that, for
+    a moment.
 
     Args:
         lengths: bytes of each item, `[M]`, in the order in which they lie.
@@ -39,15 +41,17 @@ class EpochOrder:
         # Row of its stretch for each item; a stretch ends where the next 4 MiB begin.
         self._stretch = ((ends - 1) // STRETCH_BYTES).astype(np.int64) if len(lengths) else ends
         self._draw = (purpose, seed, split)
-        self._known: tuple[int, NDArray[np.int64]] | None = None
+        self._known: dict[int, NDArray[np.int64]] = {}  # by epoch
 
     def item(self, number: int) -> int:
         """The item of episode `number`: of the numbers e * M .. (e + 1) * M - 1 each item has one."""
         epoch, place = divmod(number, self._num_items)
         known = self._known
-        if known is None or known[0] != epoch:
-            self._known = known = (epoch, self._order(epoch))
-        return int(known[1][place])
+        if epoch not in known:
+            # Another dictionary, since other threads may be looking into this one.
+            newest = dict(list(known.items())[-1:])
+            self._known = known = newest | {epoch: self._order(epoch)}
+        return int(known[epoch][place])
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         """The item of each place of an epoch, `[M]`."""
@@ -91,12 +95,13 @@ class ClassWindows:
     classes do not divide into windows, what is left over is not seen in that round.
 
     Args:
+        classes: rows of those that can be drawn, int64 `[C]`: a window has none that is too small for a task.
         window: None for all classes.
     """
 
-    def __init__(self, num_classes: int, window: Window | None, *, seed: int, split: str) -> None:
-        self._all = np.arange(num_classes)
-        self._window = window if window is not None and window.num_classes < num_classes else None
+    def __init__(self, classes: NDArray[np.int64], window: Window | None, *, seed: int, split: str) -> None:
+        self._all = classes
+        self._window = window if window is not None and window.num_classes < len(classes) else None
         self._draw = (seed, split)
 
     def classes(self, number: int) -> NDArray[np.int64]:
@@ -106,5 +111,5 @@ class ClassWindows:
         stream, position = virtual_stream(number)
         size = self._window.num_classes
         round_, place = divmod(position // self._window.num_episodes, len(self._all) // size)
-        order = generator("class window", *self._draw, stream, round_).permutation(len(self._all))
+        order = generator("class window", *self._draw, stream, round_).permutation(self._all)
         return order[place * size : (place + 1) * size]

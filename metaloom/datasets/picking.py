@@ -6,8 +6,10 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from metaloom.datasets.broken import BrokenSample
+from metaloom.datasets.broken import BrokenSample, SampleError
 from metaloom.datasets.reader import Decoded, SampleReader
+
+MAX_BROKEN = 1000  # that are looked at for one episode or batch
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,16 @@ class Picked:
     broken: tuple[BrokenSample, ...]
 
 
-def pick(reader: SampleReader, wants: Sequence[Want]) -> Picked:
+def pick(reader: SampleReader, wants: Sequence[Want], *, num_broken: int = 0) -> Picked:
     """Whole samples for all places, read together.
 
-    A function of the wants and of the data alone: a sample that is broken is so at every reading.
+    A function of its arguments and of the data alone: a sample that is broken is so at every reading.
+
+    Args:
+        num_broken: samples that were broken and met before, for the same episode.
 
     Raises:
+        SampleError: MAX_BROKEN samples are broken, so that more of the same kind need not be read.
         StreamError: storage failed.
     """
     places = [(want, place) for want, each in enumerate(wants) for place in range(len(each.numbers))]
@@ -57,6 +63,12 @@ def pick(reader: SampleReader, wants: Sequence[Want]) -> Picked:
                 found[place] = result
                 continue
             broken[result] = None
+            if num_broken + len(broken) >= MAX_BROKEN:
+                raise SampleError(
+                    result,
+                    f"So were {MAX_BROKEN - 1} that were tried before it: mend the data, or correct what the "
+                    "recipe says of them.",
+                )
             spare = wants[place[0]].spare
             if spare:
                 again[place] = spare.popleft()

@@ -22,6 +22,7 @@ _LOG = logging.getLogger(__name__)
 Decoded = Mapping[str, NDArray[Any]]
 
 MEMORY_BYTES = 256 << 20
+_OVERHEAD_BYTES = 512  # of a decoded sample that is kept: its arrays and mappings as objects
 SAMPLE_LIMIT_BYTES = 256 << 20
 
 
@@ -69,7 +70,7 @@ class SampleReader:
 
     @property
     def kept_bytes(self) -> int:
-        """What the decoded samples take now."""
+        """What the decoded samples take now, as objects too."""
         return self._kept_bytes
 
     def read(self, numbers: Sequence[int]) -> list[Decoded | BrokenSample]:
@@ -171,7 +172,8 @@ class SampleReader:
             size = _num_bytes(arrays)
             if number in self._kept or size > self._memory_bytes:
                 return
-            self._kept[number] = arrays
+            # A view would keep all that it was cut out of.
+            self._kept[number] = {name: _owned(array) for name, array in arrays.items()}
             self._kept_bytes += size
             while self._kept_bytes > self._memory_bytes:
                 self._kept_bytes -= _num_bytes(self._kept.popitem(last=False)[1])
@@ -191,4 +193,11 @@ def _reader(*arguments: Any) -> SampleReader:
 
 
 def _num_bytes(arrays: Decoded) -> int:
-    return sum(array.nbytes for array in arrays.values())
+    return _OVERHEAD_BYTES + sum(array.nbytes for array in arrays.values())
+
+
+def _owned(array: NDArray[Any]) -> NDArray[Any]:
+    if array.base is not None:
+        array = array.copy()
+        array.flags.writeable = False
+    return array

@@ -269,8 +269,7 @@ def _part(found: Any, part: str) -> Arrays:
 
 
 def _check_facts(facts: Any) -> None:
-    """Raises ValueError unless the metadata of an episode are an object whose `num_ways` is a number of
-    classes."""
+    """Raises ValueError unless the metadata are an object whose `num_ways` is a number of classes."""
     ways = facts.get("num_ways") if isinstance(facts, dict) else None
     if not isinstance(facts, dict) or not (ways is None or (isinstance(ways, int) and ways >= 2)):
         raise ValueError(

@@ -54,7 +54,7 @@ def _received_draw(connection: socket.socket) -> Callable[[Any], Any]:
     except Exception as error:  # unpickling may call any code
         text = (
             f"a data worker cannot load what it is to draw from: {type(error).__name__}: {error}. Define it "
-            f"in a module that can be imported, not in the main script, or set data.num_workers to 0."
+            f"in a module that can be imported, not in the main script, or set loading.num_workers to 0."
         )
 
         def refuse(argument: object) -> NoReturn:

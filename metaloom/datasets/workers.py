@@ -24,7 +24,7 @@ R = TypeVar("R")  # what is drawn
 GRACE_S = 1.0  # how long a worker may take to end by itself
 MAX_ASKED_BYTES = 4096  # so that requests never fill a socket's buffer, where both ends would wait
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-_ADVICE = "Lower data.num_workers, or set it to 0, so that the rank draws in a thread of its own."
+_ADVICE = "Lower loading.num_workers, or set it to 0, so that the rank draws in a thread of its own."
 
 
 class Drawer(abc.ABC, Generic[A, R]):
@@ -220,7 +220,7 @@ def packed_draw(draw: Callable[[A], R], *, noun: str) -> Packed:
     except Exception as error:  # pickling may call any code
         raise StreamError(
             f"what draws each {noun} cannot be sent to a worker: {type(error).__name__}: {error}. Make it "
-            f"picklable, or set data.num_workers to 0."
+            f"picklable, or set loading.num_workers to 0."
         ) from error
 
 

@@ -131,7 +131,7 @@ def test_a_worker_that_cannot_be_started_is_named(monkeypatch: pytest.MonkeyPatc
         stream(Numbers()) as steps,
         pytest.raises(
             StreamError,
-            match=r"data worker 1 of 2 cannot be started: .*'/nowhere/python'\. Lower data\.num_workers, "
+            match=r"data worker 1 of 2 cannot be started: .*'/nowhere/python'\. Lower loading\.num_workers, "
             r"or set it to 0",
         ),
     ):
@@ -158,8 +158,8 @@ def test_a_worker_that_is_killed_is_told_with_what_it_was_drawing(tmp_path: Path
         with pytest.raises(
             StreamError,
             match=r"^data worker 2 of 2 \(process \d+\) was killed by SIGKILL \(the machine may be out of "
-            r"memory\) before it had drawn episode 5\. Lower data\.num_workers, or set it to 0, so that the "
-            r"rank draws in a thread of its own\.$",
+            r"memory\) before it had drawn episode 5\. Lower loading\.num_workers, or set it to 0, so that "
+            r"the rank draws in a thread of its own\.$",
         ):
             next(steps)
 

@@ -1,5 +1,6 @@
 """Episodes and batches: pure functions of their number, with support and query kept apart."""
 
+import tarfile
 from collections import defaultdict
 from pathlib import Path
 
@@ -7,10 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from metaloom.datasets import (
     Affine,
-    ClassEntry,
     ClassEpisodes,
     ClassSamples,
     DocumentEpisodes,
@@ -18,8 +19,8 @@ from metaloom.datasets import (
     Episode,
     Index,
     Sample,
-    ShardReader,
     SplitSamples,
+    Ways,
     make_dataset,
     write_shards,
 )
@@ -27,7 +28,9 @@ from metaloom.datasets.affine import output_to_input, resample
 from metaloom.datasets.draws import generator
 from metaloom.datasets.episodes import Arrays
 from metaloom.errors import StreamError
+from tests.tiny_sets import document_set
 
+Owners = dict[bytes, set[tuple[int, int]]]
 AFFINE = Affine(rotate_deg=15, shear_deg=10, scale=0.15, shift_px=2)
 
 
@@ -38,23 +41,18 @@ def glyphs(tmp_path_factory: pytest.TempPathFactory) -> Index:
 
 @pytest.fixture(scope="module")
 def documents(tmp_path_factory: pytest.TempPathFactory) -> Index:
-    """Documents without repetition: a stretch of four bytes or more is found in one place only."""
-    code = np.arange(65536, dtype=">u2").tobytes()
-    lengths = {
-        "train": [3000, 4000, 800, 5000, 2600],
-        "test": [3000, 3500],
-        "rehearsal": [900, 4000],
-    }
-    start, splits = 0, {}
-    for split, sizes in lengths.items():
-        samples = []
-        for number, size in enumerate(sizes):
-            samples.append(Sample(f"{split}/{number}", {"txt": code[start : start + size]}))
-            start += size
-        splits[split] = SplitSamples(samples)
-    return write_shards(
-        tmp_path_factory.mktemp("documents"), splits, dataset="mine", layout="documents", source={}
-    )
+    sizes = {"train": [3000, 4000, 800, 5000, 2600], "test": [3000, 3500], "rehearsal": [900, 4000]}
+    return document_set(tmp_path_factory.mktemp("documents"), sizes)
+
+
+def text_of(index: Index, split: str, number: int) -> bytes:
+    """The text of a document, past the sources under test."""
+    table = index.split(split)
+    path = Path(index.url) / index.shards[int(table.shard[number])].name
+    with tarfile.open(path) as tar:
+        member = tar.extractfile(f"{table.key(number)}.txt")
+        assert member is not None
+        return member.read()
 
 
 def same(a: Arrays | None, b: Arrays | None) -> bool:
@@ -72,17 +70,24 @@ def same_episode(a: Episode, b: Episode) -> bool:
     )
 
 
-def owners(index: Index, split: str) -> dict[bytes, set[tuple[int, int]]]:
-    """Image -> the (class, variant) pairs that have it."""
-    from metaloom.datasets.episodes import _decode_png
-
-    table, reader = index.split(split), ShardReader(index)
+def owners(index: Index, split: str) -> Owners:
+    """Image -> the (class, variant) pairs that have it, read by tarfile."""
+    table = index.split(split)
     found = defaultdict(set)
     for n in range(table.num_samples):
-        image = _decode_png(reader.read(split, n, "png"))
+        path = Path(index.url) / index.shards[int(table.shard[n])].name
+        with tarfile.open(path) as tar:
+            member = tar.extractfile(f"{table.key(n)}.png")
+            assert member is not None
+            image = np.asarray(Image.open(member))[None]
         pair = (int(table.attributes["class"][n]), int(table.attributes["variant"][n]))
         found[(image.astype(np.float32) / np.float32(255)).tobytes()].add(pair)
     return found
+
+
+@pytest.fixture(scope="module")
+def faces_of_glyphs(glyphs: Index) -> Owners:
+    return owners(glyphs, "train")
 
 
 @given(
@@ -93,12 +98,12 @@ def owners(index: Index, split: str) -> dict[bytes, set[tuple[int, int]]]:
 )
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_support_and_query_share_no_face_and_no_sample(
-    glyphs: Index, n_way: int, counts: tuple[int, int], seed: int, number: int
+    glyphs: Index, faces_of_glyphs: Owners, n_way: int, counts: tuple[int, int], seed: int, number: int
 ) -> None:
     n_shot, n_query = counts[1], counts[0] - counts[1]
-    source = ClassEpisodes(glyphs, "train", n_way=n_way, n_shot=n_shot, n_query=n_query, seed=seed)
+    source = ClassEpisodes(glyphs, "train", ways=Ways(n_way, n_shot, n_query), seed=seed)
     episode = source.episode(number)
-    table = owners(glyphs, "train")
+    table = faces_of_glyphs
     faces: dict[str, set[int]] = {}
     classes: dict[int, set[int]] = defaultdict(set)
     for name, part, count in (("support", episode.support, n_shot), ("query", episode.query, n_query)):
@@ -117,14 +122,14 @@ def test_support_and_query_share_no_face_and_no_sample(
     assert not faces["support"] & faces["query"]
     assert all(len(found) == 1 for found in classes.values())
     assert len(set.union(*classes.values())) == n_way
-    names = [glyphs.split("train").classes[c].name for c in set.union(*classes.values())]
+    names = [glyphs.split("train").classes[c] for c in set.union(*classes.values())]
     assert episode.task == " | ".join(sorted(names))
 
 
 @pytest.mark.parametrize("affine", [None, AFFINE])
 def test_a_class_episode_is_a_function_of_its_number(glyphs: Index, affine: Affine | None) -> None:
     def source(split: str = "train", seed: int = 3) -> ClassEpisodes:
-        return ClassEpisodes(glyphs, split, n_way=5, n_shot=1, n_query=3, seed=seed, affine=affine)
+        return ClassEpisodes(glyphs, split, ways=Ways(5, 1, 3), seed=seed, affine=affine)
 
     one, other = source(), source()
     forwards = [one.episode(n) for n in range(6)]
@@ -135,9 +140,9 @@ def test_a_class_episode_is_a_function_of_its_number(glyphs: Index, affine: Affi
     assert not same(forwards[0].support, source("test").episode(0).support)
 
 
-def test_labels_are_shuffled(glyphs: Index) -> None:
-    source = ClassEpisodes(glyphs, "train", n_way=12, n_shot=1, n_query=1, seed=0)
-    table = owners(glyphs, "train")
+def test_labels_are_shuffled(glyphs: Index, faces_of_glyphs: Owners) -> None:
+    source = ClassEpisodes(glyphs, "train", ways=Ways(12, 1, 1), seed=0)
+    table = faces_of_glyphs
     orders = set()
     for n in range(4):
         images = source.episode(n).support["inputs"]
@@ -146,15 +151,15 @@ def test_labels_are_shuffled(glyphs: Index) -> None:
 
 
 def test_every_class_and_face_is_drawn_in_the_long_run(glyphs: Index) -> None:
-    source = ClassEpisodes(glyphs, "train", n_way=5, n_shot=1, n_query=2, seed=0)
+    source = ClassEpisodes(glyphs, "train", ways=Ways(5, 1, 2), seed=0)
     seen = {image.tobytes() for n in range(300) for image in source.episode(n).support["inputs"]}
     assert len(seen) == 12 * 12
 
 
 def test_an_affine_of_no_size_gives_the_original(glyphs: Index) -> None:
-    plain = ClassEpisodes(glyphs, "train", n_way=5, n_shot=2, n_query=3, seed=1)
-    still = ClassEpisodes(glyphs, "train", n_way=5, n_shot=2, n_query=3, seed=1, affine=Affine())
-    moved = ClassEpisodes(glyphs, "train", n_way=5, n_shot=2, n_query=3, seed=1, affine=AFFINE)
+    plain = ClassEpisodes(glyphs, "train", ways=Ways(5, 2, 3), seed=1)
+    still = ClassEpisodes(glyphs, "train", ways=Ways(5, 2, 3), seed=1, affine=Affine())
+    moved = ClassEpisodes(glyphs, "train", ways=Ways(5, 2, 3), seed=1, affine=AFFINE)
     assert same_episode(plain.episode(7), still.episode(7))
     assert not same(plain.episode(7).support, moved.episode(7).support)
     assert plain.episode(7).task == moved.episode(7).task
@@ -191,8 +196,8 @@ def test_the_matrix_undoes_scale_then_slant_then_rotation() -> None:
 
 
 def test_distorted_images_stay_in_range_and_keep_most_of_their_ink(glyphs: Index) -> None:
-    batch = ClassSamples(glyphs, "train", seed=0, affine=AFFINE).batch(0, 64)
-    plain = ClassSamples(glyphs, "train", seed=0).batch(0, 64)
+    batch = ClassSamples(glyphs, "train", seed=0, affine=AFFINE).batch(0, 64).arrays
+    plain = ClassSamples(glyphs, "train", seed=0).batch(0, 64).arrays
     assert np.array_equal(batch["targets"], plain["targets"])
     assert 0 <= batch["inputs"].min() <= batch["inputs"].max() <= 1
     assert batch["inputs"].sum() == pytest.approx(plain["inputs"].sum(), rel=0.15)
@@ -209,25 +214,25 @@ def test_too_many_classes_or_samples_are_refused_with_both_numbers(glyphs: Index
     with pytest.raises(
         StreamError, match=r"data\.n_way is 13, but split 'validation' .* has 12 classes; lower"
     ):
-        ClassEpisodes(glyphs, "validation", n_way=13, n_shot=1, n_query=1, seed=0)
+        ClassEpisodes(glyphs, "validation", ways=Ways(13, 1, 1), seed=0)
     with pytest.raises(
         StreamError, match=r"data\.n_shot \+ data\.n_query is 5 \+ 8 = 13, but .* has 12 variants \(faces\)"
     ):
-        ClassEpisodes(glyphs, "validation", n_way=2, n_shot=5, n_query=8, seed=0)
+        ClassEpisodes(glyphs, "validation", ways=Ways(2, 5, 8), seed=0)
     with pytest.raises(StreamError, match=r"data\.n_query is 0; it must be at least 1"):
-        ClassEpisodes(glyphs, "validation", n_way=2, n_shot=5, n_query=0, seed=0)
+        ClassEpisodes(glyphs, "validation", ways=Ways(2, 5, 0), seed=0)
 
 
 def test_a_layout_of_the_other_kind_is_refused(glyphs: Index, documents: Index) -> None:
-    with pytest.raises(StreamError, match=r"has layout 'documents'; what is drawn here needs 'classes'"):
-        ClassEpisodes(documents, "train", n_way=2, n_shot=1, n_query=1, seed=0)
-    with pytest.raises(StreamError, match=r"has layout 'classes'; what is drawn here needs 'documents'"):
+    with pytest.raises(StreamError, match=r"has layout 'documents', and what is drawn here needs 'classes'"):
+        ClassEpisodes(documents, "train", ways=Ways(2, 1, 1), seed=0)
+    with pytest.raises(StreamError, match=r"has layout 'classes', and what is drawn here needs 'documents'"):
         DocumentSamples(glyphs, ["train"], sequence_length=8, seed=0)
 
 
 def test_classes_that_lack_a_variant_are_refused(tmp_path: Path) -> None:
     samples = [Sample(f"s{n}", {"png": b"x"}, {"class": n // 2, "variant": n % 2}) for n in range(3)]
-    split = SplitSamples(samples, [ClassEntry("a", "X"), ClassEntry("b", "X")])
+    split = SplitSamples(samples, classes=["a", "b"])
     index = write_shards(tmp_path, {"train": split}, dataset="mine", layout="classes", source={})
     with pytest.raises(
         StreamError, match=r"3 samples for 2 classes of 2 variants; every class must have each"
@@ -250,8 +255,7 @@ def test_support_and_query_are_disjoint_stretches_of_one_document(
         documents, "train", num_support=num_support, num_query=num_query, sequence_length=length, seed=seed
     )
     episode = source.episode(number)
-    table = documents.split("train")
-    text = ShardReader(documents).read("train", table.keys.index(episode.task), "txt")
+    text = text_of(documents, "train", int(episode.task.removeprefix("train/")))
     taken: list[int] = []
     for part, count in ((episode.support, num_support), (episode.query, num_query)):
         assert part["inputs"].shape == part["targets"].shape == (count, length)
@@ -286,7 +290,6 @@ def test_a_document_episode_is_a_function_of_its_number(documents: Index) -> Non
             num_support=2,
             num_query=1,
             sequence_length=64,
-            num_rehearsal=3,
             seed=seed,
         )
 
@@ -297,23 +300,11 @@ def test_a_document_episode_is_a_function_of_its_number(documents: Index) -> Non
     assert not same(forwards[0].support, source(seed=4).episode(0).support)
 
 
-def test_rehearsal_comes_from_the_rehearsal_split(documents: Index) -> None:
-    source = DocumentEpisodes(
-        documents, "test", num_support=1, num_query=1, sequence_length=64, num_rehearsal=5, seed=0
-    )
-    rehearsal = source.episode(0).rehearsal
-    assert rehearsal is not None
-    assert rehearsal["inputs"].shape == rehearsal["targets"].shape == (5, 64)
-    texts = [ShardReader(documents).read("rehearsal", n, "txt") for n in range(2)]
-    for inputs, targets in zip(rehearsal["inputs"], rehearsal["targets"], strict=True):
-        assert any(bytes([*inputs.tolist(), int(targets[-1])]) in text for text in texts)
-
-
 def test_documents_that_are_all_too_short_are_refused_with_the_sum(documents: Index) -> None:
     with pytest.raises(
         StreamError,
-        match=r"\(4 \+ 4\) \* \(512 \+ 1\) = 4104 bytes, but the longest document of split "
-        r"'test' .* has 3500",
+        match=r"\(4 \+ 4\) \* \(512 \+ 1\) = 4104 tokens, but the longest document of split "
+        r"'test' .* has 3500;",
     ):
         DocumentEpisodes(documents, "test", num_support=4, num_query=4, sequence_length=512, seed=0)
     with pytest.raises(
@@ -326,8 +317,8 @@ def test_documents_that_are_all_too_short_are_refused_with_the_sum(documents: In
 
 def test_every_stretch_is_equally_likely(documents: Index) -> None:
     source = DocumentSamples(documents, ["rehearsal"], sequence_length=896, seed=0)
-    texts = [ShardReader(documents).read("rehearsal", n, "txt") for n in range(2)]
-    batch = source.batch(0, 4000)
+    texts = [text_of(documents, "rehearsal", n) for n in range(2)]
+    batch = source.batch(0, 4000).arrays
     starts = [
         next((n, text.find(s)) for n, text in enumerate(texts) if s in text)
         for s in (bytes(row.astype(np.uint8)) for row in batch["inputs"])
@@ -336,16 +327,18 @@ def test_every_stretch_is_equally_likely(documents: Index) -> None:
     in_first = sum(n == 0 for n, _ in starts)
     expected = 4000 * 4 / (4 + 3104)
     assert abs(in_first - expected) < 6 * np.sqrt(expected)
-    assert same(batch, DocumentSamples(documents, ["rehearsal"], sequence_length=896, seed=0).batch(0, 4000))
-    assert not same(batch, source.batch(1, 4000))
+    assert same(
+        batch, DocumentSamples(documents, ["rehearsal"], sequence_length=896, seed=0).batch(0, 4000).arrays
+    )
+    assert not same(batch, source.batch(1, 4000).arrays)
 
 
-def test_class_batches_cover_all_classes(glyphs: Index) -> None:
+def test_class_batches_cover_all_classes(glyphs: Index, faces_of_glyphs: Owners) -> None:
     source = ClassSamples(glyphs, "train", seed=0)
     assert source.num_classes == 12
-    batch = source.batch(0, 500)
+    batch = source.batch(0, 500).arrays
     assert set(batch["targets"].tolist()) == set(range(12))
-    table = owners(glyphs, "train")
+    table = faces_of_glyphs
     for image, target in zip(batch["inputs"], batch["targets"], strict=True):
         assert {number for number, _ in table[image.tobytes()]} == {int(target)}
 

@@ -20,6 +20,7 @@ from metaloom.datasets import (
     EpisodeStream,
     Index,
     ReadAhead,
+    Ways,
     drawn_ahead,
     read_ahead,
     share_of_rank,
@@ -338,9 +339,7 @@ def test_workers_draw_no_more_than_read_ahead_steps_before_they_are_asked_for(tm
 
 def test_workers_draw_real_shards_as_their_parent_does(glyphs: Path, stdlib: Path) -> None:
     for source in (
-        ClassEpisodes(
-            Index.load(glyphs), "train", n_way=5, n_shot=1, n_query=2, seed=0, affine=Affine(rotate_deg=9)
-        ),
+        ClassEpisodes(Index.load(glyphs), "train", ways=Ways(5, 1, 2), seed=0, affine=Affine(rotate_deg=9)),
         DocumentEpisodes(
             Index.load(stdlib),
             "train",
@@ -362,7 +361,7 @@ def test_workers_draw_real_shards_as_their_parent_does(glyphs: Path, stdlib: Pat
 def test_a_worker_imports_no_torch_computes_on_one_thread_and_prints_nothing_of_its_own(
     glyphs: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    source = Surroundings(ClassEpisodes(Index.load(glyphs), "train", n_way=5, n_shot=1, n_query=2, seed=0))
+    source = Surroundings(ClassEpisodes(Index.load(glyphs), "train", ways=Ways(5, 1, 2), seed=0))
     with drawn_ahead(source.episode, [0], read_ahead=1, num_workers=1) as ahead:
         num_threads, *modules = next(ahead).task.split()
     assert num_threads == "1"
