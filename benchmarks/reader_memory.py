@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +104,8 @@ def make_set(folder: Path, *, num_shards: int, samples_per_shard: int) -> Index:
                 f"{number:08}",
                 shard=row,
                 offset=offset,
-                payload=content[offset : offset + length],
+                length=length,
+                crc32=zlib.crc32(content[offset : offset + length]),
                 members=["npy"],
                 attributes={"class": number // PER_CLASS},
             )

@@ -70,9 +70,10 @@ class BrokenRecord:
             self._write()
             self._tell(added)
         if self.count > self._max_broken:
+            verb = "sample is" if self.count == 1 else "samples are"
             last = "\n".join(f"  {broken}" for broken in added[:NUM_TOLD])
             raise StreamError(
-                f"{self.count} samples are damaged, and loading.max_broken is {self._max_broken}. The last "
+                f"{self.count} {verb} damaged, and loading.max_broken is {self._max_broken}. The last "
                 f"ones:\n{last}\n"
                 f"All are in {self._path}. Mend the data (metaloom data verify names all that is damaged), "
                 "or raise loading.max_broken, and resume."

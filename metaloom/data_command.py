@@ -31,7 +31,7 @@ examples:
 
 INDEX_EXAMPLES = """\
 examples:
-  metaloom data index shards --class-from cls                   train-*.tar, test-*.tar of webdataset, with images
+  metaloom data index shards --class-from cls        train-*.tar, test-*.tar of webdataset, with images
   metaloom data index shards --class-from json:label --group-from json:user
   metaloom data index books --layout documents --split train --split test
 
@@ -99,7 +99,7 @@ def _add_index(commands: Commands) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="leave out up to N damaged samples (default: 0)",
+        help="leave out up to N samples (default: 0)",
     )
     index.set_defaults(run_command=_index)
 

@@ -27,7 +27,7 @@ def job(recipe_name: str, *overrides: str) -> Job:
     place = Place(RunFolder(Path("unused")), torch.device("cpu"), None, Shutdown())
     console = LineConsole(io.StringIO(), io.StringIO())
     sharding = Replicated()
-    broken = BrokenRecord(Path("unused"), max_broken=0, sharding=sharding, console=console)
+    broken = BrokenRecord(Path("unused"), max_broken=0, sharding=sharding, console=console, first_step=None)
     return Job(recipe, place, open_data(recipe), sharding, console, NullTracker(), broken)
 
 

@@ -347,7 +347,6 @@ def test_workers_draw_real_shards_as_their_parent_does(glyphs: Path, stdlib: Pat
             num_query=2,
             sequence_length=32,
             seed=0,
-            num_rehearsal=2,
         ),
     ):
         with EpisodeStream(
