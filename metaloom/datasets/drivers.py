@@ -24,8 +24,8 @@ from typing import Any, TypeVar
 import fsspec
 from fsspec.asyn import AsyncFileSystem, get_loop
 
+from metaloom.credentials import has_credentials, without_credentials
 from metaloom.errors import StreamError
-from metaloom.recipe.credentials import has_credentials, without_credentials
 
 T = TypeVar("T")
 

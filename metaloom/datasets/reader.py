@@ -22,7 +22,7 @@ _LOG = logging.getLogger(__name__)
 Decoded = Mapping[str, NDArray[Any]]
 
 MEMORY_BYTES = 256 << 20
-_OVERHEAD_BYTES = 512  # of a decoded sample that is kept: its arrays and mappings as objects
+OVERHEAD_BYTES = 512  # of a decoded sample that is kept: its arrays and mappings as objects
 SAMPLE_LIMIT_BYTES = 256 << 20
 
 
@@ -193,7 +193,7 @@ def _reader(*arguments: Any) -> SampleReader:
 
 
 def _num_bytes(arrays: Decoded) -> int:
-    return _OVERHEAD_BYTES + sum(array.nbytes for array in arrays.values())
+    return OVERHEAD_BYTES + sum(array.nbytes for array in arrays.values())
 
 
 def _owned(array: NDArray[Any]) -> NDArray[Any]:

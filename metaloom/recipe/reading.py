@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from metaloom.recipe.credentials import without_credentials
+from metaloom.credentials import without_credentials
 
 COMMAND_LINE = "(command line)"
 

@@ -9,9 +9,9 @@ checked where the data is opened.
 import re
 from collections.abc import Callable, Iterator
 
+from metaloom.credentials import has_credentials, without_credentials
 from metaloom.engine.capabilities import Kind, outer_rehearsal_refusal, refusals, step_weights_refusal
 from metaloom.engine.sharding.deepspeed_config import refused_keys
-from metaloom.recipe.credentials import has_credentials, without_credentials
 from metaloom.recipe.data import (
     ArrayInputs,
     ClassesData,

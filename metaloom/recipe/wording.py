@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from metaloom.credentials import without_credentials
 from metaloom.recipe.base import Section
-from metaloom.recipe.credentials import without_credentials
 
 NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 

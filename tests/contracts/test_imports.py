@@ -17,6 +17,7 @@ PACKAGE = Path(metaloom.__file__).parent
 ERRORS = "metaloom.errors"
 RECIPE = "metaloom.recipe"
 FILES = "metaloom.files"
+CREDENTIALS = "metaloom.credentials"
 PROCESSES = "metaloom.processes"
 
 # What the modules under a name may import of metaloom, besides themselves.
@@ -24,14 +25,20 @@ EDGES = {
     ERRORS: set[str](),
     FILES: set[str](),
     PROCESSES: set[str](),
+    CREDENTIALS: set[str](),
     "metaloom.engine": {ERRORS},
     "metaloom.models": set[str](),
-    "metaloom.datasets": {ERRORS, FILES, PROCESSES, RECIPE},
+    "metaloom.datasets": {CREDENTIALS, ERRORS, FILES, PROCESSES},
     "metaloom.checkpoints": {ERRORS, FILES, RECIPE},
     # The version is recorded with a run.
     "metaloom.tracking": {"metaloom", ERRORS, FILES, RECIPE},
     # What cannot be given is refused before anything starts; these tables import no torch.
-    RECIPE: {ERRORS, "metaloom.engine.capabilities", "metaloom.engine.sharding.deepspeed_config"},
+    RECIPE: {
+        CREDENTIALS,
+        ERRORS,
+        "metaloom.engine.capabilities",
+        "metaloom.engine.sharding.deepspeed_config",
+    },
     "metaloom.run_folder": {ERRORS, FILES, RECIPE},
     "metaloom.launchers": {ERRORS, RECIPE, "metaloom.run_folder", "metaloom.k8s"},
     "metaloom.k8s": {ERRORS, RECIPE},
@@ -41,6 +48,7 @@ OUTSIDE = {
     ERRORS: set[str](),
     FILES: set[str](),
     PROCESSES: set[str](),
+    CREDENTIALS: set[str](),
     # DeepSpeed where it is asked for alone: see ONLY_IN.
     "metaloom.engine": {"torch", "deepspeed"},
     "metaloom.models": {"torch"},

@@ -289,7 +289,7 @@ def test_a_group_without_enough_whole_samples_gives_its_place_to_another(tmp_pat
     assert 0 not in batch.arrays["inputs"][:, 1]
     damage(tmp_path, index, set(range(table.num_samples)) - set(first))
     source = GroupEpisodes(Index.load(tmp_path), "train", num_support=2, num_query=1, **words)
-    with pytest.raises(SampleError, match="No group has enough whole samples: mend the data"):
+    with pytest.raises(SampleError, match="No group has enough samples that can be read: mend the data"):
         source.episode(0)
 
 

@@ -349,7 +349,7 @@ def test_texts_are_their_bytes() -> None:
         ({"tokens.npy": npy(np.zeros(2))}, r"integers in one row, not float64 \[2\]"),
         ({"txt": b"abc"}, "tokens go from 97 to 99, and the vocabulary has 50"),
         ({"txt": b""}, "it is empty"),
-        ({"json": b"{}", "cls": b"1"}, r"it has json, cls, and none of tokens\.npy, txt"),
+        ({"png": b"", "cls": b"1"}, r"it has png, cls, and none of tokens\.npy, txt, json"),
     ],
 )
 def test_tokens_that_are_none_are_refused(members: dict[str, bytes], message: str) -> None:

@@ -23,7 +23,7 @@ from metaloom.datasets import (
 )
 from metaloom.datasets.broken import SampleError
 from metaloom.datasets.members import Members
-from metaloom.datasets.reader import Decoded
+from metaloom.datasets.reader import OVERHEAD_BYTES, Decoded
 from metaloom.datasets.storage import Extent, Storage
 from metaloom.errors import StreamError
 
@@ -267,14 +267,15 @@ def test_a_fault_of_storage_is_never_a_broken_sample(folder: Path, monkeypatch: 
 
 @pytest.mark.parametrize("room", [0, 1, 3])
 def test_memory_is_bounded_and_what_was_used_last_stays(room: int, folder: Path, asked: list[Extent]) -> None:
-    reader = reader_of(folder, memory_bytes=room * TEXT_BYTES + TEXT_BYTES // 2)
+    kept_bytes = TEXT_BYTES + OVERHEAD_BYTES
+    reader = reader_of(folder, memory_bytes=room * kept_bytes + kept_bytes // 2)
     model: list[int] = []  # least recently used first
     for number in (0, 1, 2, 0, 3, 0, 1, 4, 4, 5, 0, 6, 1):
         before = len(asked)
         assert is_sample(reader.read([number])[0], number)
         assert len(asked) - before == (number not in model)
         model = [*(n for n in model if n != number), number][-room:] if room else []
-        assert reader.kept_bytes == len(model) * TEXT_BYTES
+        assert reader.kept_bytes == len(model) * kept_bytes
 
 
 def test_a_sample_that_does_not_fit_puts_out_no_other(folder: Path, asked: list[Extent]) -> None:
@@ -282,10 +283,10 @@ def test_a_sample_that_does_not_fit_puts_out_no_other(folder: Path, asked: list[
         size = 10_000 if members["txt"][0] == 7 else 100
         return {"a": np.zeros(size, np.uint8), "b": np.zeros(size, np.uint8)}
 
-    reader = SampleReader(Index.load(folder), "train", by_size, memory_bytes=1000)
+    reader = SampleReader(Index.load(folder), "train", by_size, memory_bytes=1000 + 2 * OVERHEAD_BYTES)
     reader.read([0, 1])
     reader.read([7])
-    assert reader.kept_bytes == 400
+    assert reader.kept_bytes == 400 + 2 * OVERHEAD_BYTES
     reader.read([0, 1])
     assert len(asked) == 3
 

@@ -16,6 +16,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from metaloom.credentials import has_credentials, without_credentials
 from metaloom.errors import RecipeError
 from metaloom.recipe import (
     Difference,
@@ -35,7 +36,6 @@ from metaloom.recipe import (
     recipe_digest,
     recipe_from_dict,
 )
-from metaloom.recipe.credentials import has_credentials, without_credentials
 from metaloom.recipe.tasks import data_urls
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
