@@ -64,9 +64,7 @@ def test_missing_and_truncated_shards_are_all_named(tmp_path: Path, broken_glyph
     assert_one_message(finished, 3, f"{first.name}: missing", f"{second.name}: truncated, 1000 bytes")
 
 
-def test_data_that_are_damaged_throughout_end_all_ranks_with_a_name(
-    tmp_path: Path, broken_glyphs: Path
-) -> None:
+def test_data_damaged_throughout_end_all_ranks_with_a_name(tmp_path: Path, broken_glyphs: Path) -> None:
     shard = next(iter(sorted(broken_glyphs.glob("train*.tar"))))
     damaged = bytearray(shard.read_bytes())
     damaged[600::700] = bytes(byte ^ 0xFF for byte in damaged[600::700])

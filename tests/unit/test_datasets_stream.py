@@ -15,10 +15,12 @@ from metaloom.datasets import (
     Affine,
     ClassEpisodes,
     DocumentEpisodes,
+    DocumentSamples,
     Episode,
     EpisodeSource,
     EpisodeStream,
     Index,
+    Rehearsed,
     Ways,
     drawn_ahead,
     read_ahead,
@@ -318,17 +320,12 @@ def test_workers_draw_no_more_than_read_ahead_steps_before_they_are_asked_for(tm
 
 
 def test_workers_draw_real_shards_as_their_parent_does(glyphs: Path, stdlib: Path) -> None:
+    texts = Index.load(stdlib)
+    tasks = DocumentEpisodes(texts, "train", num_support=2, num_query=2, sequence_length=32, seed=0)
+    rehearsal = DocumentSamples(texts, ["rehearsal"], sequence_length=32, seed=0)
     for source in (
         ClassEpisodes(Index.load(glyphs), "train", ways=Ways(5, 1, 2), seed=0, affine=Affine(rotate_deg=9)),
-        DocumentEpisodes(
-            Index.load(stdlib),
-            "train",
-            num_support=2,
-            num_query=2,
-            sequence_length=32,
-            seed=0,
-            num_rehearsal=2,
-        ),
+        Rehearsed(tasks, rehearsal, num_inner=2, num_outer=1, seed=0, split="train"),
     ):
         with EpisodeStream(
             source, tasks_per_step=3, rank=0, world_size=1, start_step=5, stop_step=9, num_workers=2
