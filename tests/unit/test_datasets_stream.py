@@ -15,19 +15,18 @@ from metaloom.datasets import (
     Affine,
     ClassEpisodes,
     DocumentEpisodes,
-    DocumentSamples,
     Episode,
     EpisodeSource,
     EpisodeStream,
     Index,
-    Rehearsed,
+    ReadAhead,
     Ways,
     drawn_ahead,
     read_ahead,
     share_of_rank,
     slice_for_rank,
 )
-from metaloom.datasets.workers import WorkerProcess, packed_draw
+from metaloom.datasets.workers import OwnThread, WorkerProcess, packed_draw
 from metaloom.errors import StreamError
 from tests.sources import Numbers as FakeEpisodes
 from tests.sources import Surroundings, same_episode
@@ -204,6 +203,25 @@ def test_what_is_taken_together_is_in_order_and_ends_with_the_arguments(
         assert taken + list(ahead) == [str(n) for n in range(num)]
 
 
+def test_all_that_comes_before_an_error_is_given_although_it_is_drawn_after_it() -> None:
+    is_raised = threading.Event()
+
+    def draw(number: int) -> int:
+        if number == 9:
+            is_raised.set()
+            raise StreamError("9 is broken")
+        if number % 2 == 0:
+            is_raised.wait(10)
+            time.sleep(0.02)
+        return number
+
+    drawers = [OwnThread(draw), OwnThread(draw)]
+    with ReadAhead(drawers, range(20), limit=20, drawer_of=lambda place, number: number % 2) as ahead:
+        assert ahead.take(9) == list(range(9))
+        with pytest.raises(StreamError, match="9 is broken"):
+            ahead.take(1)
+
+
 # ---------------------------------------------------------------- worker processes
 
 
@@ -320,12 +338,16 @@ def test_workers_draw_no_more_than_read_ahead_steps_before_they_are_asked_for(tm
 
 
 def test_workers_draw_real_shards_as_their_parent_does(glyphs: Path, stdlib: Path) -> None:
-    texts = Index.load(stdlib)
-    tasks = DocumentEpisodes(texts, "train", num_support=2, num_query=2, sequence_length=32, seed=0)
-    rehearsal = DocumentSamples(texts, ["rehearsal"], sequence_length=32, seed=0)
     for source in (
         ClassEpisodes(Index.load(glyphs), "train", ways=Ways(5, 1, 2), seed=0, affine=Affine(rotate_deg=9)),
-        Rehearsed(tasks, rehearsal, num_inner=2, num_outer=1, seed=0, split="train"),
+        DocumentEpisodes(
+            Index.load(stdlib),
+            "train",
+            num_support=2,
+            num_query=2,
+            sequence_length=32,
+            seed=0,
+        ),
     ):
         with EpisodeStream(
             source, tasks_per_step=3, rank=0, world_size=1, start_step=5, stop_step=9, num_workers=2
