@@ -95,10 +95,11 @@ class Surroundings(Numbers):
 def same_episode(a: Episode, b: Episode) -> bool:
     """Whether two episodes hold the same, bit for bit."""
     pairs = [(a.support, b.support), (a.query, b.query)]
-    if (a.rehearsal is None) != (b.rehearsal is None):
-        return False
-    if a.rehearsal is not None and b.rehearsal is not None:
-        pairs.append((a.rehearsal, b.rehearsal))
+    for one, other in ((a.rehearsal, b.rehearsal), (a.outer_rehearsal, b.outer_rehearsal)):
+        if one is not None and other is not None:
+            pairs.append((one, other))
+        elif one is not other:
+            return False
     return (a.number, a.task) == (b.number, b.task) and all(
         x.keys() == y.keys()
         and all(x[name].dtype == y[name].dtype and np.array_equal(x[name], y[name]) for name in x)

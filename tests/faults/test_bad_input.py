@@ -52,7 +52,7 @@ def test_missing_data(tmp_path: Path) -> None:
 
 def test_data_of_another_kind(tmp_path: Path, stdlib: Path) -> None:
     finished = train(tmp_path, f"data.url={stdlib}")
-    assert_one_message(finished, 3, "holds the data set 'stdlib', and data.kind is 'glyphs'")
+    assert_one_message(finished, 3, "has layout 'documents', and what is drawn here needs 'classes'")
 
 
 def test_missing_and_truncated_shards_are_all_named(tmp_path: Path, broken_glyphs: Path) -> None:
@@ -64,13 +64,13 @@ def test_missing_and_truncated_shards_are_all_named(tmp_path: Path, broken_glyph
     assert_one_message(finished, 3, f"{first.name}: missing", f"{second.name}: truncated, 1000 bytes")
 
 
-def test_a_damaged_sample_ends_all_ranks_with_its_name(tmp_path: Path, broken_glyphs: Path) -> None:
+def test_data_damaged_throughout_end_all_ranks_with_a_name(tmp_path: Path, broken_glyphs: Path) -> None:
     shard = next(iter(sorted(broken_glyphs.glob("train*.tar"))))
     damaged = bytearray(shard.read_bytes())
     damaged[600::700] = bytes(byte ^ 0xFF for byte in damaged[600::700])
     shard.write_bytes(damaged)
     finished = train(tmp_path, f"data.url={broken_glyphs}", "--run", tmp_path / "run")
-    assert_one_message(finished, 3, shard.name, "the shard is damaged")
+    assert_one_message(finished, 3, shard.name, "is damaged: bytes", "mend the data")
     assert "restart" not in finished.errors  # it would be as damaged again
 
 

@@ -29,6 +29,9 @@ from metaloom.datasets import (
 )
 from metaloom.datasets.class_episodes import fixed_labels
 from metaloom.errors import StreamError
+from metaloom.recipe import load_recipe
+from metaloom.sources import episode_source, open_data
+from tests.commands import RECIPES
 from tests.tiny_sets import CLASS_SIZES, class_set, numbers_of
 
 IMAGES = ImageInputs(size=6)
@@ -164,11 +167,15 @@ def drawn_by_the_paper(
 
 
 @pytest.mark.parametrize(
-    "rules",
-    [VariableWays(2, 6, 30, 10, 3), VariableWays(3, 50, 50, 100, 10), VariableWays(2, 3, 4, 2, 1)],
+    ("rules", "sizes"),
+    [
+        (VariableWays(2, 6, 30, 10, 3), [2, 3, 5, 8, 13, 21, 34, 55, 8, 8]),
+        (VariableWays(3, 50, 50, 100, 10), [2, 3, 5, 8, 13, 21, 34, 55, 8, 8]),
+        (VariableWays(2, 3, 4, 2, 1), [2, 3, 5, 8, 13, 21, 34, 55, 8, 8]),
+        (VariableWays(5, 8, 400, 100, 10), [1000] * 10),  # where classes differ by their draws alone
+    ],
 )
-def test_variable_ways_and_shots_agree_with_the_paper(rules: VariableWays) -> None:
-    sizes = [2, 3, 5, 8, 13, 21, 34, 55, 8, 8]
+def test_variable_ways_and_shots_agree_with_the_paper(rules: VariableWays, sizes: list[int]) -> None:
     plain = random.Random(0)
     expected = np.array([measures(*drawn_by_the_paper(plain, sizes, rules)) for _ in range(6000)])
     rng = np.random.default_rng(0)
@@ -191,7 +198,7 @@ def test_variable_ways_and_shots_agree_with_the_paper(rules: VariableWays) -> No
 
 
 def measures(ways: int, shots: list[int], num_query: int) -> list[float]:
-    return [ways, sum(shots), max(shots), min(shots), num_query]
+    return [ways, sum(shots), max(shots), min(shots), max(shots) / min(shots), num_query]
 
 
 def test_episodes_of_variable_ways_keep_all_bounds(tiny: Index) -> None:
@@ -270,6 +277,23 @@ def test_all_channels_are_distorted_alike() -> None:
     grey = affine.distort(image[:, 0], np.random.default_rng(7))
     np.testing.assert_array_equal(moved[:, 0], grey)  # channels take no draws of their own
     assert not np.array_equal(moved[:, 0], image[:, 0])
+
+
+def test_query_images_are_augmented_in_training_alone(tmp_path: Path) -> None:
+    class_set(tmp_path / "set", splits=("train", "validation", "test"))
+    words = [f"data.url={tmp_path}/set", "data.inputs.size=6"]
+    plain = load_recipe(RECIPES / "smoke.yaml", words)
+    augmented = load_recipe(RECIPES / "smoke.yaml", [*words, "data.query_affine={rotate_deg: 90}"])
+    data = open_data(plain)
+    for split in ("train", "validation", "test"):
+        without, distorted = (
+            episode_source(recipe, data, split, seed=0, num_steps=1).episode(3)
+            for recipe in (plain, augmented)
+        )
+        is_same = np.array_equal(without.query["inputs"], distorted.query["inputs"])
+        assert is_same == (split != "train")
+        assert np.array_equal(without.support["inputs"], distorted.support["inputs"])
+    data.close()
 
 
 # ---------------------------------------------------------------- refusals
