@@ -59,7 +59,7 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """What one pass has read. With workers the clock starts with the first batch: their start is not in it."""
+    """What one pass has read. Workers have started when the clock does, with a first batch."""
 
     num_samples: int
     num_bytes: int
@@ -132,7 +132,7 @@ def cat(request: Request) -> Callable[[], Batches]:
 
 def boto3_get(request: Request) -> Callable[[], Batches]:
     """The files of a bucket, one request each, without a look into them."""
-    import boto3  # type: ignore[import-untyped]
+    import boto3
 
     client = boto3.client("s3")
     bucket, prefix = request.url.removeprefix("s3://").split("/", 1)
@@ -197,9 +197,9 @@ def memory(request: Request) -> Callable[[], Batches]:
 
 def webdataset(request: Request) -> Callable[[], Batches]:
     """Plain webdataset; with workers, batches of a torch DataLoader."""
-    import webdataset as wds  # type: ignore[import-untyped]
+    import webdataset as wds
     from torch.utils.data import DataLoader
-    from webdataset.gopen import gopen_schemes  # type: ignore[import-untyped]
+    from webdataset.gopen import gopen_schemes
 
     gopen_schemes["s3"] = open_s3  # it has no way to S3 but a command's output
 
