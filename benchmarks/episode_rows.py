@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Workload = Literal["in order", "at random", "decoded", "episodes"]
-Batches = Generator[tuple[int, int], None, None]  # (samples, bytes of their members) of each batch
+Batches = Generator[tuple[float, float], None, None]  # (samples, bytes of their members) of each batch
 
 CHUNK_BYTES = 1 << 20
 BATCH_SIZE = 64
@@ -39,6 +39,7 @@ class Request:
         url: of the shards: a folder, or s3://bucket/prefix.
         extension: of the member that counts.
         member_bytes: mean size of that member.
+        file_bytes: of all shards.
         mds: a folder, or an S3 prefix, with the same samples in the format of mosaicml-streaming.
         folder: an empty folder for what the contender keeps on disk.
         limit_s: a pass ends after so long, or with the data.
@@ -51,6 +52,7 @@ class Request:
     shards: Sequence[str]
     num_samples: int
     member_bytes: float
+    file_bytes: int
     mds: str
     folder: str
     num_workers: int
@@ -61,8 +63,8 @@ class Request:
 class Pass:
     """What one pass has read. Workers have started when the clock does, with a first batch."""
 
-    num_samples: int
-    num_bytes: int
+    num_samples: float
+    num_bytes: float
     wall_s: float
     cpu_s: float
 
@@ -88,7 +90,7 @@ def timed(batches: Batches, limit_s: float, *, has_workers: bool) -> Pass:
     """The rate of a pass, which ends behind the batch that exceeds its time."""
     if has_workers:
         next(batches)
-    num_samples = num_bytes = 0
+    num_samples = num_bytes = 0.0
     wall_s, cpu_s = time.perf_counter(), time.process_time()
     for samples, read_bytes in batches:
         num_samples += samples
@@ -117,15 +119,12 @@ def _is_decoded(request: Request) -> bool:
 
 def cat(request: Request) -> Callable[[], Batches]:
     """The files, in pieces of 1 MiB, without a look into them."""
-    samples_per_byte = 1 / request.member_bytes
 
     def batches() -> Batches:
-        rest = 0.0
         for shard in request.shards:
             with open(f"{request.url}/{shard}", "rb", buffering=0) as file:
                 while chunk := file.read(CHUNK_BYTES):
-                    whole, rest = divmod(rest + len(chunk) * samples_per_byte, 1)
-                    yield int(whole), len(chunk)
+                    yield _samples_in(chunk, request)
 
     return batches
 
@@ -138,14 +137,18 @@ def boto3_get(request: Request) -> Callable[[], Batches]:
     bucket, prefix = request.url.removeprefix("s3://").split("/", 1)
 
     def batches() -> Batches:
-        rest = 0.0
         for shard in request.shards:
             body = client.get_object(Bucket=bucket, Key=f"{prefix}/{shard}")["Body"]
             while chunk := body.read(CHUNK_BYTES):
-                whole, rest = divmod(rest + len(chunk) / request.member_bytes, 1)
-                yield int(whole), len(chunk)
+                yield _samples_in(chunk, request)
 
     return batches
+
+
+def _samples_in(chunk: bytes, request: Request) -> tuple[float, float]:
+    """What so many bytes of shards hold on average; of bytes, those of members."""
+    num_samples = len(chunk) * request.num_samples / request.file_bytes
+    return num_samples, num_samples * request.member_bytes
 
 
 def python_tarfile(request: Request) -> Callable[[], Batches]:

@@ -175,6 +175,7 @@ def measure(place: Place, workload: Workload, options: argparse.Namespace) -> Bl
                     shards=data.shards,
                     num_samples=data.num_samples,
                     member_bytes=data.num_bytes / data.num_samples,
+                    file_bytes=sum(Path(data.folder, shard).stat().st_size for shard in data.shards),
                     mds=place.mds,
                     folder=str(own),
                     num_workers=num_workers,
