@@ -249,7 +249,8 @@ def _columns(url: str, entry: FileEntry, storage: Storage) -> NDArray[np.uint8]:
         content = np.frombuffer(payload, np.uint8)
     else:
         try:
-            content = np.memmap(path, np.uint8, mode="r")
+            # As a plain array: a memmap makes an object of its own for every number that is looked up.
+            content = np.asarray(np.memmap(path, np.uint8, mode="r"))
         except (OSError, ValueError) as error:  # numpy refuses an empty file with a ValueError
             raise StreamError(f"{url}/{entry.name} cannot be read: {error}. {_again(url)}") from error
     _require_digest(url, entry, content)

@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from metaloom.datasets.broken import BrokenSample
@@ -102,43 +103,56 @@ class SampleReader:
     def _fetch(self, numbers: Sequence[int]) -> list[bytes | BrokenSample]:
         """The tar entries of each sample, as they were written."""
         results: dict[int, bytes | BrokenSample] = {}
-        for number in numbers:
-            length = int(self.table.length[number])
-            if length > self._sample_limit_bytes:
+        wanted: dict[int, tuple[Extent, int]] = {}
+        for number, extent, crc32 in zip(numbers, *self._places(numbers), strict=True):
+            if extent.length > self._sample_limit_bytes:
                 results[number] = self.is_broken(
-                    number, f"has {length} bytes, over the limit of {self._sample_limit_bytes}"
+                    number, f"has {extent.length} bytes, over the limit of {self._sample_limit_bytes}"
                 )
-        wanted = [number for number in numbers if number not in results]
+            else:
+                wanted[number] = extent, crc32
+        payloads: Sequence[bytes | None]
         try:
-            payloads: Sequence[bytes | None] = self.index.storage.read_extents(
-                [self._extent(number) for number in wanted]
-            )
+            payloads = self.index.storage.read_extents([extent for extent, _ in wanted.values()])
         except (MissingFile, TruncatedFile):
             payloads = [None] * len(wanted)  # one by one, to see which it is
         for note in self.index.storage.take_notes():
             _LOG.warning(note)
-        for number, payload in zip(wanted, payloads, strict=True):
-            results[number] = self._checked(number, payload)
+        for (number, place), payload in zip(wanted.items(), payloads, strict=True):
+            results[number] = self._checked(number, *place, payload)
         return [results[number] for number in numbers]
 
-    def _checked(self, number: int, payload: bytes | None) -> bytes | BrokenSample:
-        extent, expected = self._extent(number), int(self.table.crc32[number])
-        if payload is None or zlib.crc32(payload) != expected:
-            # A block of the cache may be torn, and a network may have changed a bit: once more, from storage.
+    def _places(self, numbers: Sequence[int]) -> tuple[list[Extent], list[int]]:
+        """Where each sample lies, and its checksum."""
+        table, shards = self.table, self.index.shards
+        rows = np.asarray(numbers, np.int64)  # looked up together: one takes nearly as long as a hundred
+        places = (column[rows].tolist() for column in (table.shard, table.offset, table.length))
+        extents = [
+            Extent(shards[shard].name, start, length, shards[shard].num_bytes)
+            for shard, start, length in zip(*places, strict=True)
+        ]
+        return extents, table.crc32[rows].tolist()
+
+    def _checked(
+        self, number: int, extent: Extent, expected: int, payload: bytes | None
+    ) -> bytes | BrokenSample:
+        if payload is not None and zlib.crc32(payload) == expected:
+            return payload
+        # A block of the cache may be torn, and a network may have changed a bit: once more, from storage.
+        self.index.storage.forget(extent)
+        try:
+            (payload,) = self.index.storage.read_extents([extent])
+        except MissingFile:
+            return self.is_broken(number, "is lost: the shard is missing")
+        except TruncatedFile as error:
+            return self.is_broken(number, f"is cut off: {error}")
+        if zlib.crc32(payload) != expected:
             self.index.storage.forget(extent)
-            try:
-                (payload,) = self.index.storage.read_extents([extent])
-            except MissingFile:
-                return self.is_broken(number, "is lost: the shard is missing")
-            except TruncatedFile as error:
-                return self.is_broken(number, f"is cut off: {error}")
-            if zlib.crc32(payload) != expected:
-                self.index.storage.forget(extent)
-                return self.is_broken(
-                    number,
-                    f"is damaged: bytes {extent.start} to {extent.start + extent.length} have crc32 "
-                    f"{zlib.crc32(payload):08x} instead of {expected:08x}",
-                )
+            return self.is_broken(
+                number,
+                f"is damaged: bytes {extent.start} to {extent.stop} have crc32 "
+                f"{zlib.crc32(payload):08x} instead of {expected:08x}",
+            )
         return payload
 
     def _decoded(self, number: int, payload: bytes) -> Decoded | BrokenSample:
@@ -177,12 +191,6 @@ class SampleReader:
             self._kept_bytes += size
             while self._kept_bytes > self._memory_bytes:
                 self._kept_bytes -= _num_bytes(self._kept.popitem(last=False)[1])
-
-    def _extent(self, number: int) -> Extent:
-        shard = self.index.shards[int(self.table.shard[number])]
-        return Extent(
-            shard.name, int(self.table.offset[number]), int(self.table.length[number]), shard.num_bytes
-        )
 
 
 def _reader(*arguments: Any) -> SampleReader:

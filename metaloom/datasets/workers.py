@@ -24,6 +24,8 @@ R = TypeVar("R")  # what is drawn
 GRACE_S = 1.0  # how long a worker may take to end by itself
 MAX_ASKED_BYTES = 4096  # so that requests never fill a socket's buffer, where both ends would wait
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+# Memory of one episode is used again for the next, and not given back to the system and asked for anew.
+_KEPT_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(1 << 30), "MALLOC_MMAP_THRESHOLD_": str(1 << 25)}
 _ADVICE = "Lower loading.num_workers, or set it to 0, so that the rank draws in a thread of its own."
 
 
@@ -165,7 +167,7 @@ class WorkerProcess(Drawer[A, R]):
                         str(theirs.fileno()),
                         str(os.getpid()),
                     ],
-                    env=os.environ | _ONE_THREAD,
+                    env=os.environ | _ONE_THREAD | _KEPT_MEMORY,
                     stdin=subprocess.DEVNULL,
                     stdout=2,  # what a decoder prints is not the job's output
                     pass_fds=(theirs.fileno(),),
