@@ -94,20 +94,20 @@ class Rehearsal:
     """Pre-training data mixed into adaptation, so that it forgets less.
 
     The inner loss is `(1 - ratio) * support loss + ratio * rehearsal loss`; each inner step reads the next
-    `num_sequences` stretches of the task's rehearsal data, cyclically. The meta-loss is
+    `num_samples` stretches of the task's rehearsal data, cyclically. The meta-loss is
     `(1 - outer_ratio) * query loss + outer_ratio * rehearsal loss`, at the adapted weights, on data of its
     own.
 
     Attributes:
         ratio: in the inner loss, from 0 to 1; 0 for none.
-        num_sequences: stretches that an inner step reads.
+        num_samples: stretches that an inner step reads.
         outer_ratio: in the meta-loss, from 0 to 1; 0 for none.
         criterion: the loss of its targets; None for that of the tasks.
         head: which output of a model that has several it is read from; None for that of the tasks.
     """
 
     ratio: float
-    num_sequences: int
+    num_samples: int
     outer_ratio: float = 0.0
     criterion: Criterion | None = None
     head: str | None = None
@@ -243,11 +243,11 @@ class Learner:
             own = self._examples(meta, fast, batch.support, tasks, derivative)
             return own.loss(), own.mean_scores()
         assert batch.rehearsal is not None, "the recipe asks for rehearsal, the batch has none"
-        stretches = _next_stretches(batch.rehearsal, step, rehearsal.num_sequences)
+        stretches = _next_stretches(batch.rehearsal, step, rehearsal.num_samples)
         if self._rehearses_alike and _are_shaped_alike(stretches, batch.support):
             # In one pass. The support examples come last: their padding then changes no draws.
             both = self._examples(meta, fast, _joined(stretches, batch.support), tasks, derivative)
-            old, own = both.rows(0, rehearsal.num_sequences), both.rows(rehearsal.num_sequences, None)
+            old, own = both.rows(0, rehearsal.num_samples), both.rows(rehearsal.num_samples, None)
         else:
             own = self._examples(meta, fast, batch.support, tasks, derivative)
             old = self._examples(meta, fast, stretches, self._of_rehearsal(tasks), derivative)
@@ -291,16 +291,16 @@ class Learner:
         )
 
 
-def _next_stretches(rehearsal: Tensors, step: int, num_sequences: int) -> dict[str, Tensor]:
+def _next_stretches(rehearsal: Tensors, step: int, num_samples: int) -> dict[str, Tensor]:
     """What an inner step reads of the rehearsal data, cyclically; padding is passed over."""
     available = rehearsal["inputs"].shape[1]
-    first = step * num_sequences
+    first = step * num_samples
     if "weights" not in rehearsal:
-        rows = [(first + row) % available for row in range(num_sequences)]
+        rows = [(first + row) % available for row in range(num_samples)]
         return {name: value[:, rows] for name, value in rehearsal.items()}
     weights = rehearsal["weights"]
     counts = (weights != 0).sum(1, keepdim=True).clamp(min=1)  # [T, 1]
-    positions = (first + torch.arange(num_sequences, device=weights.device)) % counts  # [T, R]
+    positions = (first + torch.arange(num_samples, device=weights.device)) % counts  # [T, R]
     tasks = torch.arange(len(weights), device=weights.device)[:, None]
     return {name: value[tasks, positions] for name, value in rehearsal.items()}
 

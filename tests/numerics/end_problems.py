@@ -156,7 +156,7 @@ def quadratic_end_problem(
         own = mean_square(phi, omega, batch.support["inputs"][task])
         if rehearsal is None or old_rows is None:
             return own
-        assert rehearsal.num_sequences == 1
+        assert rehearsal.num_samples == 1
         return (1 - rehearsal.ratio) * own + rehearsal.ratio * mean_square(phi, omega, old_rows[task])
 
     def outer(phi: Tensor, omega: Tensor, task: int) -> Tensor:

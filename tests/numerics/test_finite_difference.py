@@ -148,7 +148,7 @@ def test_the_distance_has_no_effect_where_the_initialisation_alone_is_learned() 
 
 
 def test_the_inner_loss_is_that_of_the_last_step() -> None:
-    mixed = Rehearsal(ratio=0.4, num_sequences=1)
+    mixed = Rehearsal(ratio=0.4, num_samples=1)
     for num_steps in (2, 3):
         problem = quadratic_end_problem(rule=Sgd(), num_steps=num_steps, rehearsal=mixed, rate=RATE)
         assert_gradients_agree(estimate(problem).gradient, by_definition(problem, descend), rtol=1e-10)

@@ -31,7 +31,7 @@ from tests.numerics.problems import (
 EXACT = ("unrolled", "rematerialized", "mixed_mode")
 # c_0 > 0, a step without a term, unequal weights.
 UNEVEN = (0.3, 0.0, 0.5, 1.2)
-MIXED = Rehearsal(ratio=0.3, num_sequences=2)
+MIXED = Rehearsal(ratio=0.3, num_samples=2)
 
 CASES: dict[str, Callable[[], Problem]] = {
     "conv4, K=1": lambda: conv4_problem(step_weights=last(1)),

@@ -184,8 +184,8 @@ def _inner(problem: Quadratic, task: int, step: int, omega: Array) -> tuple[Arra
         return H, B, h
     assert problem.batch.rehearsal is not None
     old = problem.batch.rehearsal["inputs"][task].numpy()
-    rows = list(itertools.islice(itertools.cycle(range(len(old))), (step + 1) * rehearsal.num_sequences))
-    H2, B2, h2, _ = _mean_square(old[rows[-rehearsal.num_sequences :]], omega)
+    rows = list(itertools.islice(itertools.cycle(range(len(old))), (step + 1) * rehearsal.num_samples))
+    H2, B2, h2, _ = _mean_square(old[rows[-rehearsal.num_samples :]], omega)
     r = rehearsal.ratio
     return (1 - r) * H + r * H2, (1 - r) * B + r * B2, (1 - r) * h + r * h2
 
@@ -278,7 +278,7 @@ def test_rehearsal_on_a_quadratic_mixes_the_losses_and_reads_its_data_in_cycles(
         step_weights("uniform", 4),
         grain="shared",
         rule=RULES["both"],
-        rehearsal=Rehearsal(ratio=0.35, num_sequences=num_sequences),
+        rehearsal=Rehearsal(ratio=0.35, num_samples=num_sequences),
     )
     expected, losses = dense_hypergradient(problem, first_order=False)
     actual = HYPERGRADIENTS[estimator]().meta_gradient(problem.unroll, problem.meta, problem.batch)

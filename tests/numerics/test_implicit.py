@@ -173,7 +173,7 @@ def test_far_from_the_minimum_it_differs_from_the_unroll_and_says_so(kind: str) 
 
 
 def test_the_inner_loss_is_that_of_the_last_step() -> None:
-    mixed = Rehearsal(ratio=0.4, num_sequences=1)
+    mixed = Rehearsal(ratio=0.4, num_samples=1)
     for num_steps in (2, 3):
         problem = quadratic_end_problem(rule=RULES["proximal"], num_steps=num_steps, rehearsal=mixed)
         expected = gradient_with(problem, [torch.linalg.solve(a, b) for a, b in system(problem)])

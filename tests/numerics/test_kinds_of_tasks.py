@@ -170,8 +170,8 @@ def oracle(setting: Setting, problem: Problem) -> tuple[dict[str, Tensor], Tenso
                 if rehearsal.ratio:
                     old = rows(batch.rehearsal, task)
                     read = [
-                        old[(step * rehearsal.num_sequences + row) % len(old)]
-                        for row in range(rehearsal.num_sequences)
+                        old[(step * rehearsal.num_samples + row) % len(old)]
+                        for row in range(rehearsal.num_samples)
                     ]
                     inner = inner + rehearsal.ratio * mean(read, phi, old_head, 1000)
                 grads = torch.autograd.grad(

@@ -31,7 +31,7 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
         step_weights=(0.0, 0.5, 0.5),
         grain="per_tensor_per_step",
         backbone=True,
-        rehearsal=Rehearsal(ratio=0.3, num_sequences=2),
+        rehearsal=Rehearsal(ratio=0.3, num_samples=2),
         num_tasks=NUM_TASKS,
     ),
 }

@@ -90,12 +90,12 @@ def test_rehearsal_mixes_by_its_ratio_whatever_the_number_of_examples(step: int,
     data = batch()
     assert data.rehearsal is not None
     old = {name: value[:, rows] for name, value in data.rehearsal.items()}
-    mixed = losses("support", rehearsal=Rehearsal(ratio=0.2, num_sequences=2), step=step)
+    mixed = losses("support", rehearsal=Rehearsal(ratio=0.2, num_samples=2), step=step)
     torch.testing.assert_close(mixed, 0.8 * losses_by_hand(data.support) + 0.2 * losses_by_hand(old))
 
 
 def test_rehearsal_touches_the_inner_loss_alone() -> None:
-    rehearsal = Rehearsal(ratio=0.2, num_sequences=2)
+    rehearsal = Rehearsal(ratio=0.2, num_samples=2)
     assert torch.equal(losses("query", rehearsal=rehearsal), losses("query"))
     assert torch.equal(losses("retention", rehearsal=rehearsal), losses("retention"))
 
