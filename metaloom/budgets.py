@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -21,14 +22,17 @@ from metaloom.build import (
     task_batch,
     task_output,
 )
+from metaloom.datasets import Episode
 from metaloom.engine.kernels.linear import product_flops
 from metaloom.engine.ordinary import ordinary_gradient
 from metaloom.engine.precision import Precision
 from metaloom.job import Job
 from metaloom.recipe import Precision as PrecisionSection
-from metaloom.recipe import Recipe
-from metaloom.recipe.tasks import num_rehearsed, num_rehearsed_outside, task_facts
+from metaloom.recipe.tasks import data_sets, num_rehearsed, num_rehearsed_outside, task_facts
 from metaloom.sources import episode_source, ordinary_samples
+
+NUM_SIZED_TASKS = 256  # tasks whose samples are counted, where tasks differ
+NUM_COUNTED_TASKS = 8  # tasks whose operations are
 
 
 def ordinary_budget(job: Job, name: str, choices: Choices, *, num_outer_steps: int) -> tuple[int, int]:
@@ -37,7 +41,7 @@ def ordinary_budget(job: Job, name: str, choices: Choices, *, num_outer_steps: i
     batch_size = recipe.evaluation.ordinary.batch_size
     num_tasks = num_outer_steps * recipe.outer.tasks_per_step
     if name == "ordinary_equal_data":
-        num_steps = num_tasks * _samples_per_task(recipe) / batch_size
+        num_steps = num_tasks * _samples_per_task(job) / batch_size
     else:
         # Counts do not depend on the format, and the counter cannot follow dual numbers under autocast.
         in_float32 = recipe.model_copy(update={"precision": PrecisionSection(compute="float32")})
@@ -47,23 +51,39 @@ def ordinary_budget(job: Job, name: str, choices: Choices, *, num_outer_steps: i
     return steps * batch_size, steps
 
 
-def _samples_per_task(recipe: Recipe) -> int:
-    """Samples that a task shows to meta-training, each counted once; where tasks differ, at most."""
-    facts = task_facts(recipe)
+def _samples_per_task(job: Job) -> float:
+    """Samples that a task shows to meta-training, each counted once; where tasks differ, the mean over the
+    first ones."""
+    recipe = job.recipe
     rehearsed = num_rehearsed(recipe, recipe.adaptation.num_steps) + num_rehearsed_outside(recipe)
-    return facts.num_support + facts.num_query + rehearsed
+    sizes = [len(e.support["targets"]) + len(e.query["targets"]) for e in _first_tasks(job, NUM_SIZED_TASKS)]
+    return statistics.fmean(sizes) + rehearsed
 
 
-def _flops_per_task(job: Job, choices: Choices) -> int:
-    """Floating-point operations of one task's hypergradient (matrix products and convolutions)."""
-    recipe, device = job.recipe, job.place.device
+def _first_tasks(job: Job, count: int) -> list[Episode]:
+    """The first tasks of the training; one, where all tasks are alike."""
+    recipe = job.recipe
+    facts = task_facts(recipe)
+    are_alike = not facts.is_ragged and len(data_sets(recipe)) == 1
     num_inner = recipe.adaptation.num_steps
     source = episode_source(recipe, job.data, "train", seed=recipe.seed, num_steps=num_inner)
+    return [source.episode(number) for number in range(1 if are_alike else count)]
+
+
+def _flops_per_task(job: Job, choices: Choices) -> float:
+    """Floating-point operations of one task's hypergradient (matrix products and convolutions); where tasks
+    differ, the mean over the first ones."""
+    recipe, device = job.recipe, job.place.device
+    num_inner = recipe.adaptation.num_steps
     adapter = build_adapter(recipe, build_model(recipe, device, job.sharding), choices)
     algorithm = build_algorithm(recipe, adapter, choices, device)
     meta = initial_meta(recipe, algorithm.unroll)
-    batch = task_batch(recipe, [source.episode(0)], device, num_steps=num_inner)
-    return _count_flops(lambda: algorithm.meta_gradient(meta, batch))
+
+    def flops_of(episode: Episode) -> int:
+        batch = task_batch(recipe, [episode], device, num_steps=num_inner)
+        return _count_flops(lambda: algorithm.meta_gradient(meta, batch))
+
+    return statistics.fmean(flops_of(episode) for episode in _first_tasks(job, NUM_COUNTED_TASKS))
 
 
 def _flops_per_sample(job: Job) -> int:

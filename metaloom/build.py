@@ -442,7 +442,6 @@ def task_batch(
         num_dummies: how many of the last episodes do not count.
     """
     dtype = Precision(recipe.precision.compute).storage_dtype
-    ways = task_facts(recipe).num_outputs
 
     def beside(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Tensor]:
         tensors = {name: torch.from_numpy(array) for name, array in _padded(parts).items()}
@@ -462,7 +461,7 @@ def task_batch(
         outer = beside([e.outer_rehearsal for e in episodes if e.outer_rehearsal is not None])
     num_ways = None
     if task_facts(recipe).has_own_ways:
-        num_ways = torch.tensor([episode.num_ways or ways for episode in episodes], device=device)
+        num_ways = torch.tensor([_ways_of(episode) for episode in episodes], device=device)
     return TaskBatch(
         numbers=tuple(episode.number for episode in episodes),
         support=beside([episode.support for episode in episodes]),
@@ -473,6 +472,11 @@ def task_batch(
         num_ways=num_ways,
         outer_rehearsal=outer,
     )
+
+
+def _ways_of(episode: Episode) -> int:
+    assert episode.num_ways is not None, "a source whose tasks are classifications says of how many classes"
+    return episode.num_ways
 
 
 def _rows(part: Mapping[str, np.ndarray], rows: slice) -> dict[str, np.ndarray]:

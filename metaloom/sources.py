@@ -121,8 +121,14 @@ def require_episodes(recipe: Recipe, data: Data) -> None:
     for index in {index.url: index for index in data.indices.values()}.values():
         verify_sizes(index)
     for split in SPLITS:
-        source = episode_source(recipe, data, split, seed=recipe.seed, num_steps=recipe.adaptation.num_steps)
-        source.episode(0)  # what is wrong with all samples shows here, and not when the job has started
+        episode_source(recipe, data, split, seed=recipe.seed, num_steps=recipe.adaptation.num_steps)
+        # What is wrong with all samples of a data set shows here, and not when the job has started.
+        for path, section in data_sets(recipe).items():
+            _tasks_of(recipe, section, data.indices[f"{path}.url"], split, seed=recipe.seed).episode(0)
+    if recipe.adaptation.rehearsal is not None:
+        _rehearsal_samples(recipe, data, seed=recipe.seed).batch(0, 1)
+    if recipe.pretrain is not None:
+        ordinary_samples(recipe, data, recipe.pretrain.splits, purpose="pretrain").batch(0, 1)
 
 
 def episode_source(recipe: Recipe, data: Data, split: str, *, seed: int, num_steps: int) -> EpisodeSource:

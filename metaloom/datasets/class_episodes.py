@@ -165,6 +165,7 @@ class ClassEpisodes(EpisodeSource):
         usable = np.flatnonzero(self._classes.sizes >= ways.min_samples)
         self._windows = ClassWindows(usable, window, seed=seed, split=split)
         self._grid = variant_grid(index, split) if isinstance(ways, Ways) else None
+        self._kept_labels = None if labels == "shuffled" else self._fixed_labels()
         self._require_enough(index, window)
 
     @property
@@ -205,7 +206,7 @@ class ClassEpisodes(EpisodeSource):
             task=" | ".join(sorted(self._classes.names[c] for c in classes)),
             support={"inputs": inputs[:S], "targets": _labels(support)},
             query={"inputs": query_inputs, "targets": _labels(query)},
-            num_ways=len(classes) if isinstance(self._ways, VariableWays) else None,
+            num_ways=len(classes),
             broken=tuple(dict.fromkeys(broken)),
         )
 
@@ -214,11 +215,12 @@ class ClassEpisodes(EpisodeSource):
     ) -> tuple[list[int], list[deque[int]]]:
         """The classes of an episode in the order of their labels, and for each those that may take its
         place."""
-        order = usable[rng.permutation(len(usable))].tolist()
-        if self._labels == "kept":
-            label = self._fixed_labels()
-            of_label = [deque(c for c in order if label[c] == way) for way in range(self._ways.max_way)]
+        shuffled = usable[rng.permutation(len(usable))]
+        if self._kept_labels is not None:
+            labels = self._kept_labels[shuffled]
+            of_label = [deque(shuffled[labels == way].tolist()) for way in range(self._ways.max_way)]
             return [queue.popleft() for queue in of_label], of_label
+        order = shuffled.tolist()
         num_ways = self._ways.num_classes(rng, len(order))
         rest = deque(order[num_ways:])
         return order[:num_ways], [rest] * num_ways

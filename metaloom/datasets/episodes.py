@@ -29,7 +29,8 @@ class Episode:
     Attributes:
         number: of the episode, from 0.
         task: what may come again: the document's name, or the sorted names of the classes.
-        num_ways: classes of this task, where tasks differ in them; None where targets mean the same in all.
+        num_ways: classes of this task; None where it has all that its data set has, or targets are no
+            classes.
         group: user, domain or corruption, where the data say.
         rehearsal: data of the pre-training kind for the inner steps, and behind them what retention is
             measured on.

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from metaloom.datasets.index import SplitTable
 
-MAX_PERMUTED = 1 << 16  # larger groups are not put in order as a whole
+MAX_PERMUTED = 1 << 12  # larger groups are not put in order as a whole
 NUM_SPARE = 256  # samples that are ready to take the place of broken ones
 
 

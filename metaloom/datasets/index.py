@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from numpy.typing import NDArray
 from metaloom.datasets.storage import MissingFile, Storage, StorageSettings
 from metaloom.errors import StreamError
 from metaloom.files import replace_file
+
+_LOG = logging.getLogger(__name__)
 
 FORMAT = "metaloom-shards"
 VERSION = 2
@@ -235,30 +238,51 @@ def _columns(url: str, entry: FileEntry, storage: Storage) -> NDArray[np.uint8]:
     if not entry.name or "/" in entry.name or entry.name.startswith("."):
         raise ValueError(f"{entry.name!r} is no name of a columns file")
     path = storage.local_path(entry.name)
-    folder = storage.settings.cache_folder
-    if path is None and folder is not None:
-        # Not a block of the cache: it is mapped as long as the data set is in use.
-        path = Path(folder) / "columns" / entry.sha256
-        if not path.exists():
-            payload = storage.read(entry.name)
-            _require_digest(url, entry, np.frombuffer(payload, np.uint8))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(path, payload)
-    if path is None:
-        payload = storage.read(entry.name)
-        content = np.frombuffer(payload, np.uint8)
-    else:
+    if path is not None:
         try:
-            # As a plain array: a memmap makes an object of its own for every number that is looked up.
-            content = np.asarray(np.memmap(path, np.uint8, mode="r"))
+            content = _mapped(path)
         except (OSError, ValueError) as error:  # numpy refuses an empty file with a ValueError
             raise StreamError(f"{url}/{entry.name} cannot be read: {error}. {_again(url)}") from error
+        _require_digest(url, entry, content)
+        return content
+    folder = storage.settings.cache_folder
+    # Not a block of the cache: it is mapped as long as the data set is in use.
+    kept = None if folder is None else Path(folder) / "columns" / entry.sha256
+    if kept is not None and kept.exists():
+        try:
+            content = _mapped(kept)
+        except (OSError, ValueError):
+            content = np.zeros(0, np.uint8)
+        if _digest(content) == entry.sha256:
+            return content
+    payload = storage.read(entry.name)
+    content = np.frombuffer(payload, np.uint8)
     _require_digest(url, entry, content)
-    return content
+    if kept is None:
+        return content
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(kept, payload)
+        return _mapped(kept)
+    except OSError as error:
+        _LOG.warning(
+            f"{kept} cannot be written ({error}), so {entry.name} is held in memory: choose another "
+            "loading.cache_folder."
+        )
+        return content
+
+
+def _mapped(path: Path) -> NDArray[np.uint8]:
+    # As a plain array: a memmap makes an object of its own for every number that is looked up.
+    return np.asarray(np.memmap(path, np.uint8, mode="r"))
+
+
+def _digest(content: NDArray[np.uint8]) -> str:
+    return hashlib.sha256(content.data).hexdigest()
 
 
 def _require_digest(url: str, entry: FileEntry, content: NDArray[np.uint8]) -> None:
-    if hashlib.sha256(content.data).hexdigest() != entry.sha256:
+    if _digest(content) != entry.sha256:
         raise StreamError(
             f"{url}/{entry.name} is damaged: it is not what {INDEX_NAME} records ({len(content)} bytes, "
             f"expected {entry.num_bytes} with sha256 {entry.sha256[:12]}...). {_again(url)}"

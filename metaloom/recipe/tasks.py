@@ -138,7 +138,7 @@ def facts_of(data: DataSet) -> TaskFacts:
     )
 
 
-def _stated(targets: ClassTargets | NumberTargets | TokenTargets) -> tuple[ObjectiveName, int | None]:
+def _stated(targets: object) -> tuple[ObjectiveName, int | None]:
     match targets:
         case ClassTargets(num_classes=num_classes):
             return "classification", num_classes
@@ -146,6 +146,8 @@ def _stated(targets: ClassTargets | NumberTargets | TokenTargets) -> tuple[Objec
             return "regression", num_targets
         case TokenTargets():
             return "language_modelling", None
+        case _:  # of a recipe with mistakes
+            raise UnknownTaskError
 
 
 @dataclass(frozen=True)

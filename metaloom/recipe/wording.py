@@ -3,7 +3,7 @@
 import difflib
 import math
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
@@ -45,11 +45,12 @@ def required_keys(section: type[Section]) -> list[str]:
     return [name for name, info in section.model_fields.items() if info.is_required()]
 
 
-def not_a_choice(value: Any, choices: list[str]) -> str:
+def not_a_choice(value: Any, choices: Sequence[object]) -> str:
     """What is wrong with a value that is none of the choices, and which is close to it."""
-    meant = close_to(value, choices) if isinstance(value, str) else None
+    names = [str(choice) for choice in choices]
+    meant = close_to(value, names) if isinstance(value, str) else None
     hint = f"did you mean '{meant}'?" if meant else "choose one of them"
-    return f"{shown(value)} is not one of {', '.join(choices)}; {hint}"
+    return f"{shown(value)} is not one of {', '.join(names)}; {hint}"
 
 
 def close_to(word: str, words: list[str]) -> str | None:
@@ -106,7 +107,7 @@ def _wanted(annotation: Any, metadata: Iterable[Any] = ()) -> str:
         return f"a section with kind: {kind}" if kind else f"a section with {', '.join(required_keys(bare))}"
     if get_origin(bare) is Literal:
         choices = get_args(bare)
-        return repr(choices[0]) if len(choices) == 1 else f"one of {', '.join(choices)}"
+        return repr(choices[0]) if len(choices) == 1 else f"one of {', '.join(map(str, choices))}"
     if get_origin(bare) is tuple:
         items = get_args(bare)
         if items[-1] is Ellipsis:

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from metaloom.broken_record import BrokenRecord
-from metaloom.budgets import ordinary_budget
+from metaloom.budgets import NUM_SIZED_TASKS, ordinary_budget
 from metaloom.build import Choices
 from metaloom.engine.sharding.replicated import Replicated
 from metaloom.job import Job, Place, Shutdown
 from metaloom.recipe import load_recipe
 from metaloom.run_folder import RunFolder
-from metaloom.sources import open_data
+from metaloom.sources import episode_source, open_data
 from metaloom.tracking import NullTracker
 from metaloom.tracking.console import LineConsole
 from tests.commands import RECIPES
@@ -38,6 +38,22 @@ def test_equal_data_counts_every_sample_of_every_task_once(glyphs: Path, stdlib:
     text = job("stdlib-lora.yaml", f"data.url={stdlib}", "evaluation.ordinary.batch_size=7")
     # 5 outer steps of 4 tasks of 8 support, 4 query and 4 rehearsed sequences: 320, in batches of 7.
     assert ordinary_budget(text, "ordinary_equal_data", Choices(), num_outer_steps=5) == (322, 46)
+
+
+def test_equal_data_of_tasks_that_differ_is_that_of_the_first_ones(glyphs: Path) -> None:
+    variable = f"{{kind: classes, url: '{glyphs}', variable: {{min_way: 2, max_way: 4, max_support: 9}}}}"
+    differing = job("smoke.yaml", f"data={variable}", "evaluation.ordinary.batch_size=1")
+    source = episode_source(
+        differing.recipe, differing.data, "train", seed=differing.recipe.seed, num_steps=1
+    )
+    sizes = [
+        len(episode.support["targets"]) + len(episode.query["targets"])
+        for episode in map(source.episode, range(NUM_SIZED_TASKS))
+    ]
+    samples, _ = ordinary_budget(
+        differing, "ordinary_equal_data", Choices(), num_outer_steps=NUM_SIZED_TASKS // 4
+    )
+    assert samples == sum(sizes)
 
 
 @pytest.mark.parametrize("estimator", ["first_order", "unrolled", "rematerialized"])

@@ -1,14 +1,25 @@
 """From recipes to the engine's parts."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from metaloom.build import Choices, build_adapter, build_model, build_snapshots, build_unroll, initial_meta
+from metaloom.build import (
+    Choices,
+    build_adapter,
+    build_model,
+    build_snapshots,
+    build_unroll,
+    initial_meta,
+    task_batch,
+)
 from metaloom.engine.losses import LossTensors
 from metaloom.engine.sharding.replicated import Replicated
 from metaloom.engine.snapshots import HostMemory
 from metaloom.errors import CapabilityError
 from metaloom.recipe import load_recipe
+from metaloom.sources import episode_source, open_data
 from tests.commands import RECIPES
 
 
@@ -31,3 +42,17 @@ def test_snapshots_in_the_hosts_memory_are_refused_where_the_weights_are_there_a
     ):
         build_snapshots(recipe, torch.device("cpu"))
     assert build_snapshots(recipe, torch.device("cuda")) == HostMemory(torch.device("cuda"))
+
+
+def test_tasks_of_a_mixture_keep_their_own_numbers_of_classes(glyphs: Path) -> None:
+    part = f"{{kind: classes, url: '{glyphs}', n_shot: 1, n_query: 1, n_way: %d}}"
+    recipe = load_recipe(
+        RECIPES / "smoke.yaml",
+        [f"data={{kind: mixture, parts: [{{data: {part % 5}}}, {{data: {part % 2}}}]}}"],
+    )
+    source = episode_source(recipe, open_data(recipe), "train", seed=0, num_steps=1)
+    episodes = [source.episode(number) for number in range(8)]
+    batch = task_batch(recipe, episodes, torch.device("cpu"), num_steps=1)
+    assert batch.num_ways is not None
+    assert batch.num_ways.tolist() == [len(set(e.support["targets"].tolist())) for e in episodes]
+    assert set(batch.num_ways.tolist()) == {2, 5}

@@ -88,7 +88,7 @@ def test_support_and_query_never_share_a_sample(
     assert episode.support["inputs"].shape == (n_way * n_shot, 1, 6, 6)
     assert np.bincount(episode.query["targets"]).tolist() == [n_query] * n_way
     assert episode.task == " | ".join(f"class {row:03}" for row in sorted(classes_of(episode)))
-    assert episode.num_ways is None
+    assert episode.num_ways == n_way
     assert episode.broken == ()
 
 

@@ -1,5 +1,6 @@
 """Recipes: every rule is enforced, all mistakes are reported at once and in plain words, and views agree."""
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -7,7 +8,7 @@ import re
 import string
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -1273,7 +1274,7 @@ def test_recipes_import_neither_torch_nor_other_parts() -> None:
         "import sys, metaloom.recipe\n"
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules\n"
         "parts = {name.split('.')[1] for name in sys.modules if name.startswith('metaloom.')}\n"
-        "assert parts == {'recipe', 'errors', 'engine'}, parts\n"
+        "assert parts == {'recipe', 'errors', 'engine', 'credentials'}, parts\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
@@ -1351,3 +1352,45 @@ def test_the_models_have_the_documented_defaults() -> None:
     assert GPTModel() == GPTModel(
         num_layers=4, width=128, num_heads=4, context_length=128, tied_embeddings=True
     )
+
+
+KINDS_OF_DATA = (
+    "{kind: classes, url: x, n_way: 5, n_shot: 1, n_query: 5, inputs: {kind: image, channels: 1}, window: "
+    "{num_classes: 9}}",
+    "{kind: groups, url: x, inputs: {kind: array, shape: [3]}, targets: {kind: number}, num_support: 3, "
+    "num_query: 3}",
+    "{kind: episodes, url: x, inputs: {kind: text, length: 9}, targets: {kind: class, num_classes: 3}, "
+    "num_support: 3, num_query: 3}",
+    "{kind: mixture, parts: [{data: {kind: documents, url: x}}, {weight: 2, data: {kind: classes, url: x, "
+    "n_way: 5, n_shot: 1, n_query: 5}}]}",
+)
+
+
+@pytest.mark.parametrize("data", KINDS_OF_DATA)
+@pytest.mark.parametrize("rehearsal", ["null", "{data: {kind: classes, url: x, num_classes: 3}}"])
+@pytest.mark.parametrize("junk", [None, "x", "leave it out"])
+def test_one_mistake_anywhere_in_the_data_gives_a_recipe_or_an_error(
+    data: str, rehearsal: str, junk: str | None
+) -> None:
+    def places(section: Any) -> Iterator[tuple[Any, Any]]:
+        for key, value in list(section.items() if isinstance(section, dict) else enumerate(section)):
+            yield section, key
+            if isinstance(value, dict | list):
+                yield from places(value)
+
+    values = yaml.safe_load(GLYPHS)
+    values["data"] = yaml.safe_load(data)
+    values["adaptation"]["rehearsal"] = yaml.safe_load(rehearsal)
+    sections = [values["data"], *([] if rehearsal == "null" else [values["adaptation"]["rehearsal"]])]
+    for section, key in [place for top in sections for place in places(top)]:
+        before = section[key]
+        if junk == "leave it out":
+            del section[key]
+        else:
+            section[key] = junk
+        with contextlib.suppress(RecipeError):
+            recipe_from_dict(values, source="a test")
+        if isinstance(section, list) and junk == "leave it out":
+            section.insert(key, before)
+        else:
+            section[key] = before
