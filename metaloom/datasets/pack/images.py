@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from metaloom.datasets.directory import SPLIT_WORDS
 from metaloom.datasets.pack.payloads import Limits, image_member, read_file
 from metaloom.datasets.pack.plan import (
-    SPLIT_WORDS,
     BadSample,
     Broken,
     Content,
