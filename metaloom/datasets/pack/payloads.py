@@ -52,7 +52,7 @@ class Limits:
                 raise StreamError(f"--max-{option} is {value}; it must be at least 1.")
             if value > most:
                 raise StreamError(
-                    f"--max-{option} is {value}; it must be at most {most}, since readers pass over larger ones."
+                    f"--max-{option} is {value}; it must be at most {most}: readers pass over what is larger."
                 )
 
 
