@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,8 +50,10 @@ VERIFY_EXAMPLES = """\
 examples:
   metaloom data verify data/glyphs
   metaloom data verify s3://bucket/glyphs
+  metaloom data verify data/birds --decode
 
-Every byte of every shard is read. Exit code 3 if anything is broken.
+Every byte of every shard is read. A sample that could not be decoded when it was indexed is as it was then:
+with --decode, images, arrays, tokens and JSON are decoded, too. Exit code 3 if anything is broken.
 """
 
 
@@ -64,6 +67,7 @@ def add_data_commands(commands: Commands) -> None:
     _add_inspect(data_commands)
     verify = add_command(data_commands, "verify", "check every shard against the index", VERIFY_EXAMPLES)
     verify.add_argument("url", metavar="URL", help="folder or fsspec URL of the data set")
+    verify.add_argument("--decode", action="store_true", help="also decode every member of every sample")
     verify.set_defaults(run_command=_verify)
 
 
@@ -167,7 +171,7 @@ def _index(arguments: argparse.Namespace) -> int:
         ("split", "samples", "classes", "groups", "members"),
         [counts(table) for table in index.splits.values()],
     )
-    console.note(f"next: metaloom data inspect {arguments.directory} --episode 0")
+    console.note(f"next: metaloom data inspect {shlex.quote(str(arguments.directory))} --episode 0")
     return 0
 
 
@@ -222,9 +226,16 @@ def _verify(arguments: argparse.Namespace) -> int:
     index = Index.load(arguments.url)
     num_bytes = sum(shard.num_bytes for shard in index.shards)
     with console.phase(f"verify {arguments.url}", total=len(index.shards), unit="shard") as phase:
-        damage = verify(index, progress=lambda done, total: phase.advance(done - phase.num_done))
+        damage = verify(
+            index,
+            decode=arguments.decode,
+            progress=lambda done, total: phase.advance(done - phase.num_done),
+        )
     if damage:
         listing = "\n".join(f"  {entry}" for entry in damage)
         raise StreamError(f"{index.dataset} at {index.url} is broken in {len(damage)} places:\n{listing}")
-    console.note(f"{index.dataset} at {index.url} is whole: {len(index.shards)} shards, {num_bytes} bytes")
+    also = ", all decoded" if arguments.decode else ""
+    console.note(
+        f"{index.dataset} at {index.url} is whole: {len(index.shards)} shards, {num_bytes} bytes{also}"
+    )
     return 0

@@ -22,7 +22,7 @@ from PIL import Image
 from metaloom.datasets.members import Members
 
 PAD = -1  # in place of a token behind the end of a text
-MAX_PIXELS = 1 << 26  # of an image, before it is resized: 64 million
+MAX_PIXELS = 50_000_000  # of an image, before it is resized
 MAX_NAME_BYTES = 1000  # of a class
 IMAGES = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}
 

@@ -11,6 +11,16 @@ from metaloom.datasets.index import INDEX_NAME, Index
 from metaloom.errors import StreamError
 
 SPLIT_NAME = r"[A-Za-z0-9_][A-Za-z0-9_-]*"
+# How folders and files that hold a split are called, and what the split is called then.
+SPLIT_WORDS = {
+    "train": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "rehearsal": "rehearsal",
+}
 SPOOL_NAME = "spool-{number:05d}.arrow"
 _OWN_FILES = re.compile(
     rf"({SPLIT_NAME}-\d{{5}}\.tar|{SPLIT_NAME}\.columns|index\.json|spool-\d{{5}}\.arrow)(\.\d+\.partial)?"

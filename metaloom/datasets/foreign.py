@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from metaloom.datasets.broken import BrokenSample
-from metaloom.datasets.index import INDEX_NAME, Index, ShardEntry
+from metaloom.datasets.directory import SPLIT_WORDS
+from metaloom.datasets.index import INDEX_NAME, LAYOUTS, Index, ShardEntry
 from metaloom.datasets.reader import SAMPLE_LIMIT_BYTES
 from metaloom.datasets.scanning import Facts, ScannedShard, ScanRules, scan_shard
 from metaloom.datasets.shards import SplitColumns, write_index
 from metaloom.errors import StreamError
 
-_LAYOUTS = ("classes", "groups", "documents", "episodes")
 _NUM_SHOWN = 20
 
 
@@ -50,7 +50,8 @@ def index_shards(
             in the member `json`.
         group_from: `json:KEY`, likewise; None for no groups, which layout `groups` has to have.
         splits: the tars of a split are called `<split>-*.tar`. None takes what stands before the first `-` of
-            each name; with names, other tars are left alone.
+            each name; with names, other tars are left alone. Splits called `val`, `valid` or `dev` become
+            `validation`, which is what runs ask for.
         max_broken: the most samples that may be left out.
         sample_limit_bytes: larger samples are left out.
         progress: called with (tars read, tars in all).
@@ -205,7 +206,7 @@ def _tars(folder: Path, splits: Sequence[str] | None) -> list[tuple[str, Path]]:
             raise StreamError(
                 f"{folder}/{alone[0]} does not say its split; tars are called `<split>-*.tar`. Rename it."
             )
-        return [(name.partition("-")[0], folder / name) for name in tars]
+        return [(_split_called(name.partition("-")[0]), folder / name) for name in tars]
     chosen = []
     for split in dict.fromkeys(splits):
         # `train-extra-0.tar` is of `train-extra`, if there is such a split.
@@ -213,14 +214,19 @@ def _tars(folder: Path, splits: Sequence[str] | None) -> list[tuple[str, Path]]:
         own = [n for n in tars if n.startswith(f"{split}-") and not (longer and n.startswith(longer))]
         if not own:
             raise StreamError(f"{folder} has no {split}-*.tar; it has {', '.join(tars[:5])}.")
-        chosen += [(split, folder / name) for name in own]
+        chosen += [(_split_called(split), folder / name) for name in own]
     return chosen
+
+
+def _split_called(word: str) -> str:
+    """The split whose tars' names begin with a word."""
+    return SPLIT_WORDS.get(word.lower(), word)
 
 
 def _require_rules(rules: ScanRules, max_broken: int) -> None:
     """Raises StreamError unless the arguments fit each other."""
-    if rules.layout not in _LAYOUTS:
-        raise StreamError(f"layout {rules.layout!r} is none of {', '.join(_LAYOUTS)}.")
+    if rules.layout not in LAYOUTS:
+        raise StreamError(f"layout {rules.layout!r} is none of {', '.join(LAYOUTS)}.")
     if max_broken < 0:
         raise StreamError(f"max_broken is {max_broken}; it must be at least 0.")
     for name, value, words in (
@@ -231,10 +237,15 @@ def _require_rules(rules: ScanRules, max_broken: int) -> None:
         if value is not None and value not in words and not is_json:
             choices = ", ".join([*words, "json:KEY"])
             raise StreamError(f"{name} is {value!r}; it must be one of {choices}.")
-    if (rules.class_from is None) == (rules.layout == "classes"):
-        verb = "needs" if rules.layout == "classes" else "has no"
+    if rules.layout == "classes" and rules.class_from is None:
         raise StreamError(
-            f"layout {rules.layout!r} {verb} class_from; layout 'classes' is the one that has it."
+            "layout 'classes' needs to know where a sample's class stands; say it by class_from "
+            "(--class-from): cls, folder or json:KEY."
+        )
+    if rules.layout != "classes" and rules.class_from is not None:
+        raise StreamError(
+            f"layout {rules.layout!r} has no classes; leave class_from (--class-from) out, or choose layout "
+            "'classes'."
         )
     if rules.layout == "groups" and rules.group_from is None:
-        raise StreamError("layout 'groups' needs group_from, json:KEY.")
+        raise StreamError("layout 'groups' needs group_from (--group-from), json:KEY.")

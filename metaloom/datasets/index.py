@@ -149,7 +149,9 @@ class Index:
         """
         if name not in self.splits:
             raise StreamError(
-                f"{self.dataset} at {self.url} has no split {name!r}; it has {', '.join(self.splits)}."
+                f"{self.dataset} at {self.url} has no split {name!r}; it has {', '.join(self.splits)}. Name "
+                "one of these. Runs need train, validation and test: pack again with --split "
+                "train=0.7,validation=0.15,test=0.15, or call the tars so before `metaloom data index`."
             )
         return self.splits[name]
 

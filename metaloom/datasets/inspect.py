@@ -166,7 +166,7 @@ def read_members(index: Index, split: str, numbers: Sequence[int]) -> list[dict[
     for sample in SampleReader(index, split, _undecoded, memory_bytes=0).read(numbers):
         if isinstance(sample, BrokenSample):
             raise SampleError(
-                sample, "Look at another episode; metaloom data verify names all that is damaged."
+                sample, "Look at another episode; metaloom data verify --decode names all that is damaged."
             )
         found.append({name: payload.tobytes() for name, payload in sample.items()})
     return found

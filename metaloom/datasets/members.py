@@ -226,7 +226,6 @@ def _number(field: bytes) -> int:
         return int.from_bytes(field[1:], "big")
     digits = field.strip(b"\0 ")
     try:
-        # int() takes signs and underscores, too.
         if digits.isdigit():  # int() would take signs and underscores, too
             return int(digits, 8)
     except ValueError:

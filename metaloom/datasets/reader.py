@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from metaloom.datasets.broken import BrokenSample
 from metaloom.datasets.decoders import DECODING_ERRORS, read_class, read_class_name
-from metaloom.datasets.index import Index
+from metaloom.datasets.index import Index, SplitTable
 from metaloom.datasets.members import Members, cut_members
 from metaloom.datasets.storage import Extent, MissingFile, TruncatedFile
 
@@ -54,7 +54,6 @@ class SampleReader:
         self.index, self.table = index, index.split(split)
         self._decode = decode
         self._memory_bytes, self._sample_limit_bytes = memory_bytes, sample_limit_bytes
-        self._classes = self.table.attributes.get("class")
         self._kept: OrderedDict[int, Decoded] = OrderedDict()
         self._kept_bytes = 0
         self._broken: dict[int, BrokenSample] = {}
@@ -158,25 +157,13 @@ class SampleReader:
     def _decoded(self, number: int, payload: bytes) -> Decoded | BrokenSample:
         try:
             members = cut_members(payload)
-            if self._classes is not None and "cls" in members:
-                self._require_class(members["cls"], int(self._classes[number]))
+            require_class(self.table, number, members)
             arrays = self._decode(members)
         except DECODING_ERRORS as error:
             return self.is_broken(number, f"cannot be decoded: {error}")
         for array in arrays.values():
             array.flags.writeable = False
         return arrays
-
-    def _require_class(self, payload: bytes | memoryview, listed: int) -> None:
-        """Raises ValueError if a sample's `cls` says another class than its row in the index."""
-        stated: int | str = listed
-        expected: int | str = listed
-        if self.table.cls_holds == "row":
-            stated = read_class(payload)
-        elif self.table.cls_holds == "name":
-            stated, expected = read_class_name(payload), self.table.classes[listed]
-        if stated != expected:
-            raise ValueError(f"its cls says class {stated!r}, the index {expected!r}")
 
     def _keep(self, number: int, arrays: Decoded | BrokenSample) -> None:
         with self._lock:
@@ -191,6 +178,23 @@ class SampleReader:
             self._kept_bytes += size
             while self._kept_bytes > self._memory_bytes:
                 self._kept_bytes -= _num_bytes(self._kept.popitem(last=False)[1])
+
+
+def require_class(table: SplitTable, number: int, members: Members) -> None:
+    """Raises ValueError if a sample's `cls`, where it has one, says another class than its row in the
+    index."""
+    rows = table.attributes.get("class")
+    if rows is None or "cls" not in members:
+        return
+    listed = int(rows[number])
+    stated: int | str = listed
+    expected: int | str = listed
+    if table.cls_holds == "row":
+        stated = read_class(members["cls"])
+    elif table.cls_holds == "name":
+        stated, expected = read_class_name(members["cls"]), table.classes[listed]
+    if stated != expected:
+        raise ValueError(f"its cls says class {stated!r}, the index {expected!r}")
 
 
 def _reader(*arguments: Any) -> SampleReader:

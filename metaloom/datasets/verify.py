@@ -1,20 +1,39 @@
-"""Every shard of a data set checked against its index, and what is broken named."""
+"""Every shard of a data set checked against its index, and what is broken named.
+
+A sample whose bytes are those of the index may still be one that no reader can use, if it was so when it was
+indexed: that shows when its members are decoded.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import io
+import json
+import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+from PIL import Image
 
-from metaloom.datasets.index import INDEX_NAME, Index, ShardEntry, remake_advice
+from metaloom.datasets.decoders import (
+    DECODING_ERRORS,
+    IMAGES,
+    MAX_PIXELS,
+    finite,
+    read_npy,
+    read_tokens,
+)
+from metaloom.datasets.index import INDEX_NAME, Index, ShardEntry, SplitTable, remake_advice
+from metaloom.datasets.members import cut_members
+from metaloom.datasets.reader import require_class
 from metaloom.datasets.storage import MissingFile
 from metaloom.errors import StreamError
 
 NUM_LOOK_UPS = 16
+_MOST_TOKENS = 1 << 31  # of a vocabulary that is not known here
 
 
 @dataclass(frozen=True)
@@ -30,13 +49,18 @@ class Damage:
         return f"{self.shard}{sample}: {self.reason}"
 
 
-def verify(index: Index, *, progress: Callable[[int, int], None] | None = None) -> list[Damage]:
+def verify(
+    index: Index, *, decode: bool = False, progress: Callable[[int, int], None] | None = None
+) -> list[Damage]:
     """All that is broken, shard by shard; empty if every byte is what was written.
 
     Of a shard whose digest is wrong the samples are checked one by one; if all are whole, the damage lies
     between them. One shard is held in memory.
 
     Args:
+        decode: also decode every member of every sample, as `check_member` does, and compare `cls` with the
+            index; on all cores. What a task expects of a member, such as the shape of an array, is not known
+            here.
         progress: called with (shards done, shards in all).
 
     Raises:
@@ -49,9 +73,36 @@ def verify(index: Index, *, progress: Callable[[int, int], None] | None = None) 
             damage.append(Damage(shard.name, None, "is missing"))
         elif hashlib.sha256(content).hexdigest() != shard.sha256:
             damage += _damage(index, number, shard, content)
+        if content is not None and decode:
+            damage += _undecodable(index, number, shard, content)
         if progress is not None:
             progress(number + 1, len(index.shards))
     return damage
+
+
+def check_member(extension: str, payload: bytes | memoryview) -> None:
+    """Returns if a member can be decoded; what its extension ends in says how, and others are not looked at.
+
+    `png`, `jpg`, `jpeg`, `webp`: all pixels, at most MAX_PIXELS of them. `npy`: numbers, finite in float32.
+    `tokens.npy`: integers in one row. `json`: JSON.
+
+    Raises:
+        one of DECODING_ERRORS: it cannot be.
+    """
+    last = extension.rpartition(".")[2]
+    if last in IMAGES:
+        with Image.open(io.BytesIO(payload), formats=[IMAGES[last]]) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(
+                    f"the image has {image.width} x {image.height} pixels, more than {MAX_PIXELS} in all"
+                )
+            image.load()
+    elif f".{extension}".endswith(".tokens.npy"):
+        read_tokens("tokens.npy", payload, vocabulary=_MOST_TOKENS)
+    elif last == "npy":
+        finite(read_npy(payload))
+    elif last == "json":
+        json.loads(bytes(payload))
 
 
 def verify_sizes(index: Index) -> None:
@@ -94,12 +145,40 @@ def _damage(index: Index, number: int, shard: ShardEntry, content: bytes) -> lis
     if len(content) != shard.num_bytes:
         verb = "is cut short" if len(content) < shard.num_bytes else "is too long"
         found.append(Damage(shard.name, None, f"{verb}: {len(content)} bytes, expected {shard.num_bytes}"))
+    for table, row, entries in _samples_in(index, number, content):
+        if len(entries) < int(table.length[row]):
+            found.append(Damage(shard.name, table.key(row), "is cut off"))
+        elif zlib.crc32(entries) != int(table.crc32[row]):
+            found.append(Damage(shard.name, table.key(row), "has other bytes"))
+    return found or [Damage(shard.name, None, "its bytes differ outside of all samples")]
+
+
+def _samples_in(index: Index, number: int, content: bytes) -> Iterator[tuple[SplitTable, int, memoryview]]:
+    """The samples of a shard: split, row there, and those of its bytes that are there."""
     for table in index.splits.values():
         for row in np.flatnonzero(table.shard == number).tolist():
             start, length = int(table.offset[row]), int(table.length[row])
-            entries = memoryview(content)[start : start + length]
-            if len(entries) < length:
-                found.append(Damage(shard.name, table.key(row), "is cut off"))
-            elif zlib.crc32(entries) != int(table.crc32[row]):
-                found.append(Damage(shard.name, table.key(row), "has other bytes"))
-    return found or [Damage(shard.name, None, "its bytes differ outside of all samples")]
+            yield table, row, memoryview(content)[start : start + length]
+
+
+def _undecodable(index: Index, number: int, shard: ShardEntry, content: bytes) -> list[Damage]:
+    """The samples whose bytes are as the index has them, and which no reader can use."""
+
+    def problem(sample: tuple[SplitTable, int, memoryview]) -> Damage | None:
+        table, row, entries = sample
+        if len(entries) < int(table.length[row]) or zlib.crc32(entries) != int(table.crc32[row]):
+            return None  # named already
+        extension = ""
+        try:
+            members = cut_members(bytes(entries))
+            require_class(table, row, members)
+            for extension, payload in members.items():
+                check_member(extension, payload)
+        except DECODING_ERRORS as error:
+            where = f" ({extension})" if extension else ""
+            return Damage(shard.name, table.key(row), f"cannot be decoded{where}: {error}")
+        return None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes without holding the interpreter
+        found = pool.map(problem, _samples_in(index, number, content))
+        return [damage for damage in found if damage is not None]

@@ -1,6 +1,8 @@
 """`metaloom data pack | inspect | verify` as a newcomer meets them: what they print, and one mistake each."""
 
+import hashlib
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -9,7 +11,10 @@ import pytest
 from PIL import Image
 
 from metaloom.cli import main
+from metaloom.datasets import Index
+from metaloom.datasets.pack.payloads import npy_bytes
 from tests.packed import image_bytes, samples_of, write_tree
+from tests.tars import END, sample, tar_of
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -216,6 +221,73 @@ def test_a_sheet_of_texts_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
     )
     assert code == 3
     assert "there are no images to draw; leave --out out to see it as text" in errors
+
+
+def test_verify_decodes_what_was_broken_before_it_was_indexed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    png, jpg = image_bytes(9, size=(40, 40)), image_bytes((9, 9, 9), size=(40, 40), form="JPEG")
+    members: dict[str, dict[str, bytes]] = {
+        "whole": {"png": png, "json": b"{}", "tokens.npy": npy_bytes(np.arange(3)), "zork": b"?"},
+        "cut": {"png": png[:-30]},
+        "other": {"support.0.jpg": png},
+        "text": {"jpg": jpg, "json": b"{"},
+        "nan": {"target.npy": npy_bytes(np.array([np.nan], np.float32))},
+        "row": {"0.tokens.npy": npy_bytes(np.zeros((2, 2), np.int32))},
+        "huge": {"png": image_bytes(0, size=(8000, 7000))},
+        "pickle": {"npy": npy_bytes(np.zeros(2, np.float32))[:-1]},
+    }
+    entries = [e for key, own in members.items() for e in sample(key, {"cls": b"7", **own})]
+    Path("out").mkdir()
+    Path("out/train-0.tar").write_bytes(tar_of(entries) + END)
+    assert call("data index out --class-from cls", capsys)[0] == 0
+    code, out, _ = call("data verify out", capsys)
+    assert code == 0
+    assert out.endswith(" bytes\n")
+    code, _, errors = call("data verify out --decode", capsys)
+    assert code == 3
+    assert "is broken in 7 places" in errors
+    for key, reason in {
+        "cut": r"\(png\): .*truncated",
+        "other": r"\(support\.0\.jpg\): cannot identify image file",
+        "text": r"\(json\): Expecting property name",
+        "nan": r"\(target\.npy\): it holds numbers that are not finite",
+        "row": r"\(0\.tokens\.npy\): tokens are integers in one row",
+        "huge": r"\(png\): the image has 8000 x 7000 pixels, more than 50000000 in all",
+        "pickle": r"\(npy\): its header says \[2\] of float32, 8 bytes, and 7 follow",
+    }.items():
+        assert re.search(rf"  train-0\.tar, sample '{key}': cannot be decoded {reason}", errors), key
+
+
+def test_verify_decodes_the_classes_that_the_index_records(
+    birds: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call("data pack images birds out --processes 1", capsys)
+    code, out, _ = call("data verify out --decode", capsys)
+    assert code == 0
+    assert out.endswith(" bytes, all decoded\n")
+    index = Index.load("out")
+    columns = Path("out/train.columns")
+    table = index.split("train")
+    content = columns.read_bytes()
+    old = table.attributes["class"].tobytes()
+    assert content.count(old) == 1
+    other = table.attributes["class"][::-1].tobytes()
+    columns.write_bytes(content.replace(old, other))
+    text = Path("out/index.json").read_text()
+    text = text.replace(hashlib.sha256(content).hexdigest(), hashlib.sha256(columns.read_bytes()).hexdigest())
+    raw = json.loads(text)
+    files = [(s["name"], s["sha256"]) for s in raw["shards"]] + [
+        (s["columns"]["name"], s["columns"]["sha256"]) for s in raw["splits"].values()
+    ]
+    lines = "".join(f"{name} {digest}\n" for name, digest in files)
+    raw["digest"] = hashlib.sha256(lines.encode()).hexdigest()
+    Path("out/index.json").write_text(json.dumps(raw))
+    assert call("data verify out", capsys)[0] == 0
+    code, _, errors = call("data verify out --decode", capsys)
+    assert code == 3
+    assert "sample 'auk/0': cannot be decoded: its cls says class 0, the index 2" in errors
 
 
 def test_verify_names_every_broken_shard_and_sample(birds: Path, capsys: pytest.CaptureFixture[str]) -> None:

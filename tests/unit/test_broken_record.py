@@ -82,7 +82,8 @@ def test_more_than_the_limit_stop_the_run_and_are_named(tmp_path: Path) -> None:
     match = (
         r"16 samples are damaged, and loading\.max_broken is 15\. The last ones:\n"
         r"  s3://bucket/set/train-00000\.tar: sample 'a/15' is damaged\n"
-        rf"All are in {path}\. Mend the data \(metaloom data verify names .*, or raise loading\.max_broken, "
+        rf"All are in {path}\. Mend the data \(metaloom data verify --decode names .*, or "
+        r"raise loading\.max_broken, "
     )
     with pytest.raises(StreamError, match=match):
         broken.take([sample(15)], step=2)

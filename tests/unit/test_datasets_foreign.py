@@ -434,7 +434,7 @@ def test_splits_are_found_by_the_names_of_their_tars(tmp_path: Path) -> None:
     index, _ = index_of(tmp_path, progress=lambda done, total: calls.append((done, total)))
     assert {name: list(read_all(index, name)) for name in index.splits} == {
         "train": ["train-0", "train-1", "train-extra-0"],
-        "val": ["val-0"],
+        "validation": ["val-0"],
     }
     assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]
     (tmp_path / "index.json").unlink()
@@ -445,19 +445,37 @@ def test_splits_are_found_by_the_names_of_their_tars(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("word", ["val", "valid", "dev", "Validation"])
+def test_what_others_call_validation_is_the_split_that_runs_ask_for(word: str, tmp_path: Path) -> None:
+    put(tmp_path, good("a"), END)
+    put(tmp_path, good("b"), END, name=f"{word}-0.tar")
+    for splits in (None, ["train", word]):
+        index, _ = index_of(tmp_path, splits=splits)
+        assert sorted(index.splits) == ["train", "validation"]
+        assert list(read_all(index, "validation")) == ["b"]
+        (tmp_path / "index.json").unlink()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"layout": "zork"}, "layout 'zork' is none of classes, groups, documents, episodes"),
-        ({"class_from": None}, "layout 'classes' needs class_from"),
+        (
+            {"class_from": None},
+            r"layout 'classes' needs to know where a sample's class stands; say it by class_from "
+            r"\(--class-from\): cls, folder or json:KEY\.",
+        ),
         (
             {"layout": "documents"},
-            "layout 'documents' has no class_from; layout 'classes' is the one that has it",
+            r"layout 'documents' has no classes; leave class_from \(--class-from\) out, or choose",
         ),
         ({"class_from": "zork"}, "class_from is 'zork'; it must be one of cls, folder, json:KEY"),
         ({"class_from": "json:"}, "class_from is 'json:'; it must be one of"),
         ({"group_from": "folder"}, "group_from is 'folder'; it must be one of json:KEY"),
-        ({"layout": "groups", "class_from": None}, "layout 'groups' needs group_from, json:KEY"),
+        (
+            {"layout": "groups", "class_from": None},
+            r"layout 'groups' needs group_from \(--group-from\), json:KEY",
+        ),
         ({"max_broken": -1}, "max_broken is -1; it must be at least 0"),
         ({"splits": ["dev"]}, r"has no dev-\*\.tar; it has train-0\.tar"),
     ],

@@ -173,7 +173,11 @@ def test_an_unknown_scheme_is_named(url: str) -> None:
 
 
 def test_an_unknown_split_names_the_known_ones(original: Path) -> None:
-    with pytest.raises(StreamError, match=r"mine at .* has no split 'dev'; it has train, test\."):
+    with pytest.raises(
+        StreamError,
+        match=r"mine at .* has no split 'dev'; it has train, test\. Name one of these\. Runs need train, "
+        r"validation and test: pack again with --split train=0\.7,.* `metaloom data index`\.",
+    ):
         Index.load(original).split("dev")
     with pytest.raises(StreamError, match=r"has no split 'dev'"):
         SampleReader(Index.load(original), "dev", lambda _: {})

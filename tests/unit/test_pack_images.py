@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,33 @@ def test_too_many_pixels_and_too_many_bytes_are_refused_before_anything_is_decod
         Limits(max_pixels=0)
 
 
+def test_nothing_is_packed_that_readers_would_pass_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from metaloom.datasets import decoders
+    from metaloom.datasets.pack import Limits, parallel
+    from metaloom.datasets.reader import SAMPLE_LIMIT_BYTES
+
+    assert Limits().max_pixels == Limits(max_pixels=decoders.MAX_PIXELS).max_pixels
+    with pytest.raises(StreamError, match=r"--max-pixels is 50000001; it must be at most 50000000: readers"):
+        Limits(max_pixels=decoders.MAX_PIXELS + 1)
+    with pytest.raises(
+        StreamError, match=r"--max-sample-bytes is 268435457; it must be at most 268435456: readers"
+    ):
+        Limits(max_sample_bytes=SAMPLE_LIMIT_BYTES + 1)
+    # A payload within the limit may be over it with the tar's headers.
+    monkeypatch.setattr(parallel, "SAMPLE_LIMIT_BYTES", 8000)
+    noise = np.random.default_rng(0).integers(0, 256, (86, 86), np.uint8)
+    large = io.BytesIO()
+    Image.fromarray(noise).save(large, "PNG", compress_level=0)
+    assert len(large.getvalue()) < 8000
+    files = {"a/large.png": large.getvalue(), "a/ok.png": image_bytes(1)}
+    packed = pack_dataset(ImageFolder(write_tree(tmp_path / "in", files)), tmp_path / "out", max_broken=1)
+    (broken,) = packed.broken
+    assert broken.place == "a/large.png"
+    assert re.fullmatch(r"takes up to \d+ bytes in a shard; readers take 8000 at most", broken.reason)
+
+
 def test_files_that_cannot_be_samples_are_told_of(tmp_path: Path) -> None:
     root = write_tree(
         tmp_path / "in",
@@ -206,6 +234,23 @@ def test_files_that_cannot_be_samples_are_told_of(tmp_path: Path) -> None:
     assert told["a/\\udcff.png"].endswith("is not UTF-8")
     assert "files that are no PNG, JPEG or WebP were left out: 1 .txt" in packed.warnings
     assert list(samples_of(tmp_path / "out", "train")) == ["a/1"]
+
+
+def test_folders_without_an_image_are_told_of(tmp_path: Path) -> None:
+    root = write_tree(
+        tmp_path / "in",
+        {"train/a/1.png": image_bytes(1), "train/a/x/note.txt": b"", "train/b/note.txt": b"", ".git/x": b""},
+    )
+    (root / "test" / "a").mkdir(parents=True)
+    packed = pack(root, tmp_path / "out")
+    assert "folders without an image were left out: test, train/b" in packed.warnings
+    for n in range(6):
+        (root / "train" / f"c{n}").mkdir()
+    packed = pack(root, tmp_path / "more")
+    assert (
+        "folders without an image were left out: test, train/b, train/c0, train/c1, train/c2 and 3 more"
+        in packed.warnings
+    )
 
 
 def test_equal_images_of_two_classes_are_told_of(tmp_path: Path) -> None:

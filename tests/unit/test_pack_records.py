@@ -285,6 +285,18 @@ def test_every_kind_of_bad_csv_row_is_named_with_its_line(tmp_path: Path) -> Non
     ]
 
 
+def test_a_text_that_was_taken_for_a_number_is_told_with_the_fix(tmp_path: Path) -> None:
+    rows = [{"text": "42", "label": "a"}, {"text": "world", "label": "b"}]
+    path = write_csv(tmp_path / "r.csv", rows)
+    with pytest.raises(
+        StreamError,
+        match=r"line 3: column 'text': 'world' is no number; if it holds text, say so by --input-kind text",
+    ):
+        pack(path, tmp_path / "out", inputs=("text",), targets=("label",))
+    pack(path, tmp_path / "out", inputs=("text",), targets=("label",), kind="text")
+    assert samples_of(tmp_path / "out", "train")["r/00000001"] == {"txt": b"world", "cls": b"1"}
+
+
 def test_fields_longer_than_the_csv_module_s_own_limit_are_packed(tmp_path: Path) -> None:
     before = csv.field_size_limit()
     path = write_csv(tmp_path / "r.csv", [{"text": "x" * (before + 1), "label": "a"}])

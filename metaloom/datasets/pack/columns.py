@@ -323,7 +323,15 @@ def _input_members(record: Mapping[str, Any], columns: Columns, root: Path) -> d
         return {"npy": payloads.array_member(_payload(value, root, columns.limits))}
     if len(columns.inputs) > 1:
         return {"npy": npy_bytes(np.array([_scalar(record, name) for name in columns.inputs], "<f4"))}
-    return {"npy": npy_bytes(np.atleast_1d(payloads.numbers(value)))}
+    try:
+        return {"npy": npy_bytes(np.atleast_1d(payloads.numbers(value)))}
+    except BadSample as error:
+        if not isinstance(value, str):
+            raise
+        # The kind may be taken from the first record alone, whose text happened to be a number.
+        raise BadSample(
+            f"column {columns.inputs[0]!r}: {error}; if it holds text, say so by --input-kind text"
+        ) from error
 
 
 def _scalar(record: Mapping[str, Any], column: str) -> np.float32:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from metaloom.datasets.directory import SPLIT_WORDS
 from metaloom.datasets.pack.arrow import ArrowFile, class_names_of, features_in, plan_rows, schema_of
 from metaloom.datasets.pack.columns import Columns
-from metaloom.datasets.pack.plan import SPLIT_WORDS, Plan, Source, require_split_name
+from metaloom.datasets.pack.plan import Plan, Source, require_split_name
 from metaloom.datasets.pack.records import NamedFile
 from metaloom.errors import StreamError
 

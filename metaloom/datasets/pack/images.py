@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from metaloom.datasets.directory import SPLIT_WORDS
 from metaloom.datasets.pack.payloads import Limits, image_member, read_file
 from metaloom.datasets.pack.plan import (
-    SPLIT_WORDS,
     BadSample,
     Broken,
     Content,
@@ -27,6 +27,7 @@ from metaloom.datasets.pack.plan import (
 from metaloom.errors import StreamError
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+_MAX_SHOWN = 5
 _FOLDER_WORDS = ("split", "class", "group", "_")
 
 
@@ -60,7 +61,8 @@ class ImageFolder(Source):
         maker = ImageMaker(str(self.root), self.image_size, self.limits)
         broken: list[Broken] = []
         others: Counter[str] = Counter()
-        items = self._items(words, broken, others)
+        filled: set[tuple[str, ...]] = {()}
+        items = self._items(words, broken, others, filled)
         division = None if self.shares is None else Division(self.shares, "class")
         splits = arrange(items, layout="classes", division=division, maker=maker, broken=broken)
         if not splits and not broken:
@@ -72,6 +74,10 @@ class ImageFolder(Source):
         if others:
             kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()))
             notes.append(f"files that are no PNG, JPEG or WebP were left out: {kinds}")
+        empty = list(_empty_folders(self.root, (), filled, depth=len(words)))
+        if empty:
+            more = f" and {len(empty) - _MAX_SHOWN} more" if len(empty) > _MAX_SHOWN else ""
+            notes.append(f"folders without an image were left out: {', '.join(empty[:_MAX_SHOWN])}{more}")
         if len(splits) == 1:
             notes.append(
                 f"all classes are in one split, {next(iter(splits))}; classes for validation and tests are "
@@ -89,7 +95,7 @@ class ImageFolder(Source):
         if self.image_size is not None and self.image_size < 1:
             raise StreamError(f"--image-size is {self.image_size}; it must be at least 1.")
         try:
-            names = sorted(entry.name for entry in os.scandir(self.root) if entry.is_dir())
+            names = _folders_in(self.root)
         except OSError as error:
             raise StreamError(
                 f"{self.root} cannot be read as a folder of images: {error.strerror}."
@@ -113,12 +119,21 @@ class ImageFolder(Source):
             )
         return ("split", "class") if called_like_splits else ("class",)
 
-    def _items(self, words: tuple[str, ...], broken: list[Broken], others: Counter[str]) -> Iterator[Item]:
+    def _items(
+        self,
+        words: tuple[str, ...],
+        broken: list[Broken],
+        others: Counter[str],
+        filled: set[tuple[str, ...]],
+    ) -> Iterator[Item]:
+        """The images; `filled` takes in the folders, as deep as words go, that have any."""
         for file in files_under(self.root):
             path = PurePosixPath(file)
             if path.suffix.lower() not in _SUFFIXES:
                 others[path.suffix or "without suffix"] += 1
                 continue
+            depth = min(len(words), len(path.parts) - 1)
+            filled.update(path.parts[:end] for end in range(1, depth + 1))
             try:
                 yield self._item(path, words)
             except BadSample as error:
@@ -168,6 +183,25 @@ def files_under(root: Path) -> Iterator[str]:
         StreamError: a folder cannot be read, or leads back to one around it.
     """
     yield from _files_under(root, "", (os.path.realpath(root),))
+
+
+def _folders_in(folder: Path) -> list[str]:
+    """The names of its folders that are not hidden, sorted."""
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
+
+
+def _empty_folders(
+    root: Path, parts: tuple[str, ...], filled: set[tuple[str, ...]], *, depth: int
+) -> Iterator[str]:
+    """The topmost folders, down to a depth, that are not among the filled ones; sorted."""
+    if len(parts) == depth:
+        return
+    for name in _folders_in(root.joinpath(*parts)):
+        below = (*parts, name)
+        if below in filled:
+            yield from _empty_folders(root, below, filled, depth=depth)
+        else:
+            yield _shown("/".join(below))
 
 
 def _files_under(folder: Path, before: str, around: tuple[str, ...]) -> Iterator[str]:

@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from types import TracebackType
 
+from metaloom.datasets.members import BLOCK, padded
 from metaloom.datasets.pack.plan import BadSample, Content, Item, SampleMaker
+from metaloom.datasets.reader import SAMPLE_LIMIT_BYTES
 from metaloom.errors import StreamError
 
 CHUNK = 32  # samples that go to a process at a time
@@ -117,12 +119,23 @@ def _made(maker: SampleMaker, item: Item) -> Made:
         content = maker.content(item)
     except BadSample as error:
         return Made(None, b"", str(error))
+    num_bytes = _num_bytes_in_a_tar(item.key, content)
+    if num_bytes > SAMPLE_LIMIT_BYTES:
+        return Made(
+            None, b"", f"takes up to {num_bytes} bytes in a shard; readers take {SAMPLE_LIMIT_BYTES} at most"
+        )
     shown = {name: payload for name, payload in content.members.items() if name not in _ABOUT}
     digest = hashlib.sha256()
     for name, payload in sorted((shown or content.members).items()):
         digest.update(f"{name} {len(payload)}\n".encode())
         digest.update(payload)
     return Made(content, digest.digest()[:16])
+
+
+def _num_bytes_in_a_tar(key: str, content: Content) -> int:
+    """The most that a sample's entries can take: each has its headers, and there may be a `cls` besides."""
+    headers = 3 * BLOCK + 2 * padded(len(key.encode()))
+    return BLOCK + headers + sum(headers + padded(len(payload)) for payload in content.members.values())
 
 
 # What follows runs in the processes.

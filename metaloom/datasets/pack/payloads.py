@@ -17,11 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from metaloom.datasets.decoders import MAX_PIXELS
 from metaloom.datasets.pack.plan import BadSample
+from metaloom.datasets.reader import SAMPLE_LIMIT_BYTES
 from metaloom.errors import StreamError
 
 IMAGE_EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}  # by Pillow's name of the format
-MAX_PIXELS = 50_000_000
 MAX_SAMPLE_BYTES = 64 << 20
 # What Pillow reports broken images by; zlib.error and struct.error are no OSErrors.
 _IMAGE_ERRORS = (OSError, ValueError, SyntaxError, ArithmeticError, LookupError, TypeError, MemoryError)
@@ -32,6 +33,8 @@ _MAX_HEADER_BYTES = 10_000
 class Limits:
     """The largest sample that is packed: a larger one is a mistake, or means harm.
 
+    Limits are never above those of the readers, which would pass over what was packed.
+
     Args:
         max_pixels: of an image, width times height.
         max_sample_bytes: of a file, or a record.
@@ -41,9 +44,16 @@ class Limits:
     max_sample_bytes: int = MAX_SAMPLE_BYTES
 
     def __post_init__(self) -> None:
-        for option, value in (("pixels", self.max_pixels), ("sample-bytes", self.max_sample_bytes)):
+        for option, value, most in (
+            ("pixels", self.max_pixels, MAX_PIXELS),
+            ("sample-bytes", self.max_sample_bytes, SAMPLE_LIMIT_BYTES),
+        ):
             if value < 1:
                 raise StreamError(f"--max-{option} is {value}; it must be at least 1.")
+            if value > most:
+                raise StreamError(
+                    f"--max-{option} is {value}; it must be at most {most}: readers pass over what is larger."
+                )
 
 
 def read_file(path: str | Path, limits: Limits) -> bytes:

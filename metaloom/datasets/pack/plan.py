@@ -10,19 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from metaloom.datasets.directory import SPLIT_NAME
+from metaloom.datasets.directory import SPLIT_NAME, SPLIT_WORDS
 from metaloom.errors import StreamError
 
-# How folders and files that hold a split are called, and what the split is called then.
-SPLIT_WORDS = {
-    "train": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "test": "test",
-    "rehearsal": "rehearsal",
-}
 _FIRST_SPLITS = ("train", "validation", "test", "rehearsal")
 _UNFIT_FOR_KEYS = re.compile(r"[.%\\\x00-\x1f\x7f]")
 _SHOWN = 20
