@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from metaloom.datasets.grouped import Grouped
 from metaloom.datasets.index import Index
 from metaloom.datasets.members import Members
 from metaloom.datasets.order import EpochOrder
-from metaloom.datasets.picking import Want, pick
+from metaloom.datasets.picking import MAX_BROKEN, Want, others, pick
 from metaloom.datasets.reader import Decoded, SampleReader
 from metaloom.errors import StreamError
 
@@ -68,10 +69,8 @@ class GroupEpisodes(EpisodeSource):
         if not len(self._tasks):
             raise StreamError(
                 f"data.num_support + data.num_query is {num_support} + {num_query} = {needed}, but the "
-                "largest group of "
-                f"split {split!r} of {index.dataset} at {index.url} has {int(sizes.max(initial=0))} samples; "
-                "lower "
-                "one of the two."
+                f"largest group of split {split!r} of {index.dataset} at {index.url} has "
+                f"{int(sizes.max(initial=0))} samples; lower one of the two."
             )
         self._order = EpochOrder(
             self._groups.num_bytes[self._tasks], purpose="group epoch", seed=seed, split=split
@@ -85,24 +84,29 @@ class GroupEpisodes(EpisodeSource):
     def episode(self, number: int) -> Episode:
         rng = generator("group episode", self._seed, self._split, number)
         broken: list[BrokenSample] = []
-        group = int(self._tasks[self._order.item(number)])
-        others = deque(rng.permutation(self._tasks).tolist()) if self.num_tasks < 1 << 12 else None
+        item = self._order.item(number)
+        tried = [item]
         needed = self._num_support + self._num_query
-        while True:
+        for attempt in count():
+            group = int(self._tasks[tried[attempt]])
             order = self._groups.shuffled(rng, group, needed)
             wants = [Want(order[:needed], deque(order[needed:]))]
-            picked = pick(self._reader, wants, num_broken=len(broken))
+            picked = pick(self._reader, wants, before=broken)
             broken += picked.broken
             (samples,) = picked.samples
             if samples is not None:
                 break
-            if others is not None and not others:
+            if not attempt:
+                replacement = generator("group replacement", self._seed, self._split, number)
+                # Each such group has a broken sample at least: pick stops before they run out.
+                tried += others(replacement, self.num_tasks, item, limit=MAX_BROKEN + 1)
+            if attempt + 1 == len(tried):
                 raise SampleError(
                     broken[-1],
                     "No group has enough samples that can be read: mend the data, "
                     "or what data.inputs and data.targets say of them.",
+                    broken,
                 )
-            group = int(others.popleft() if others is not None else rng.choice(self._tasks))
         name = self._groups.names[group]
         return Episode(
             number=number,
@@ -150,7 +154,9 @@ class GroupSamples(Samples):
         (samples,) = picked.samples
         if samples is None:
             raise SampleError(
-                picked.broken[-1], f"So were {len(picked.broken) - 1} others of one batch: mend the data."
+                picked.broken[-1],
+                f"So were {len(picked.broken) - 1} others of one batch: mend the data.",
+                picked.broken,
             )
         arrays = {
             "inputs": self._inputs.batch([sample["inputs"] for sample in samples]),
@@ -182,7 +188,7 @@ def _groups(index: Index, split: str) -> Grouped:
     if "group" not in table.attributes:
         raise StreamError(
             f"samples of split {split!r} of {index.dataset} at {index.url} have no groups; pack the data "
-            "with a column "
-            "that says which group (user, domain) a sample belongs to: metaloom data pack --group COLUMN."
+            "with a column that says which group (user, domain) a sample belongs to: metaloom data pack "
+            "--group COLUMN."
         )
     return Grouped(table, table.attributes["group"], table.groups)

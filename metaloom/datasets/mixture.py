@@ -37,8 +37,7 @@ class Mixture(EpisodeSource):
             if not weight * BLOCK >= sum(weights):
                 raise StreamError(
                     f"data.parts: a weight is {weight} of {sum(weights)} in all; a part needs at least one "
-                    "episode in "
-                    f"{BLOCK}: raise it, or leave the part out."
+                    f"episode in {BLOCK}: raise it, or leave the part out."
                 )
         self._sources = tuple(sources)
         self._shares = np.asarray(weights, np.float64) / np.sum(weights)

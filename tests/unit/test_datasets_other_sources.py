@@ -308,7 +308,7 @@ def test_a_ready_episode_that_is_not_as_expected_is_broken(tmp_path: Path, case:
     (broken,) = {each for episode in episodes for each in episode.broken}
     assert (broken.shard, broken.key) == ("train-00000.tar", "e000")
     alone = ready_set(tmp_path / "alone", [members])
-    with pytest.raises(SampleError, match=f"{reason}.*So were 99 that were tried before it: mend the data"):
+    with pytest.raises(SampleError, match=f"{reason}.*There is no other to take its place: mend the data"):
         ready(alone, ArrayInputs((4,)), NumberTargets(1)).episode(0)
 
 
