@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from metaloom.errors import StreamError
@@ -29,12 +29,29 @@ class BrokenSample:
 
 
 class SampleError(StreamError):
-    """A broken sample where no other can take its place."""
+    """A broken sample where no other can take its place.
 
-    def __init__(self, broken: BrokenSample, advice: str) -> None:
+    Args:
+        broken: the one that the message names.
+        advice: what to do, in a sentence or two.
+        others: that were met before it, for the same episode or batch.
+
+    Attributes:
+        broken: as given.
+        all_broken: every broken sample that was met, each once, `broken` included.
+    """
+
+    def __init__(self, broken: BrokenSample, advice: str, others: Sequence[BrokenSample] = ()) -> None:
         super().__init__(f"{broken}. {advice}")
         self.broken = broken
+        self.all_broken = tuple(dict.fromkeys((*others, broken)))
         self._advice = advice
 
-    def __reduce__(self) -> tuple[Callable[..., SampleError], tuple[BrokenSample, str]]:
-        return SampleError, (self.broken, self._advice)
+    def __reduce__(
+        self,
+    ) -> tuple[Callable[..., SampleError], tuple[BrokenSample, str, tuple[BrokenSample, ...]]]:
+        return SampleError, (self.broken, self._advice, self.all_broken)
+
+    def after(self, others: Sequence[BrokenSample]) -> SampleError:
+        """The same, where other broken samples were met before."""
+        return SampleError(self.broken, self._advice, (*others, *self.all_broken))

@@ -74,9 +74,8 @@ class VariableWays:
     """Tasks that differ, and whose classes do: the sampling of Meta-Dataset (Triantafillou et al. 2020).
 
     Section 3.2 and appendix "Episode composition" there. The number of ways is even from `min_way` to
-    `max_way`. Query
-    samples per class: q = min(max_query, min_c floor(n_c / 2)). Support samples in all: min(max_support,
-    sum_c ceil(b * min(max_shot, n_c - q))), b even in (0, 1]. Of these, class c gets
+    `max_way`. Query samples per class: q = min(max_query, min_c floor(n_c / 2)). Support samples in all:
+    min(max_support, sum_c ceil(b * min(max_shot, n_c - q))), b even in (0, 1]. Of these, class c gets
     min(floor(R_c * (|S| - N)) + 1, n_c - q), where R_c is proportional to exp(a_c) n_c, a_c even in
     [log 0.5, log 2).
     """
@@ -189,7 +188,7 @@ class ClassEpisodes(EpisodeSource):
                 num_shot, num_query = (len(want.numbers) for want in pair)
                 classes[row] = self._next_class(next_classes[row], num_shot + num_query, broken)
                 own = self._samples_of(rng, classes[row], num_shot, num_query, pools)
-                again = pick(self._reader, own, num_broken=len(broken))
+                again = pick(self._reader, own, before=broken)
                 (shown, asked), broken = again.samples, [*broken, *again.broken]
             support.append(shown)
             query.append(asked)
@@ -298,6 +297,7 @@ class ClassEpisodes(EpisodeSource):
             broken[-1],
             "Too few samples of its class can be read, and no other class can take its place: mend the data, "
             "or what data.inputs says of them, or lower the number of samples per task.",
+            broken,
         )
 
     def _require_enough(self, index: Index, window: Window | None) -> None:
@@ -307,8 +307,7 @@ class ClassEpisodes(EpisodeSource):
             if self._labels == "kept":
                 raise StreamError(
                     "data.labels is kept, which gives every class one label for good, and data.variable "
-                    "draws tasks "
-                    "of any number of classes; set data.labels to shuffled."
+                    "draws tasks of any number of classes; set data.labels to shuffled."
                 )
             needed, what = ways.min_way, "data.variable.min_way"
         else:
@@ -316,8 +315,7 @@ class ClassEpisodes(EpisodeSource):
         if window is not None and window.num_classes < ways.max_way:
             raise StreamError(
                 f"data.window.num_classes is {window.num_classes}, and a task may have {ways.max_way} "
-                "classes; raise it "
-                f"to at least that, several times that for variety."
+                "classes; raise it to at least that, several times that for variety."
             )
         if window is not None and self._labels == "kept":
             raise StreamError(
@@ -332,19 +330,16 @@ class ClassEpisodes(EpisodeSource):
             assert isinstance(ways, Ways)
             raise StreamError(
                 f"data.n_shot + data.n_query is {ways.n_shot} + {ways.n_query} = {ways.min_samples}, but a "
-                "class of "
-                f"{place} has {self._grid.shape[1]} variants (faces), and support and query share none; "
-                "lower "
-                f"the two to a sum of at most {self._grid.shape[1]}."
+                f"class of {place} has {self._grid.shape[1]} variants (faces), and support and query share "
+                f"none; lower the two to a sum of at most {self._grid.shape[1]}."
             )
         usable = np.flatnonzero(classes.sizes >= ways.min_samples)
         largest = np.sort(classes.sizes)[-needed]
         if len(usable) < needed:
             raise StreamError(
                 f"a task takes {ways.min_samples} samples of each of {needed} classes, and {len(usable)} of "
-                "the "
-                f"{self.num_classes} classes of {place} have so many; lower the samples per class to at most "
-                f"{largest}, or the classes per task."
+                f"the {self.num_classes} classes of {place} have so many; lower the samples per class to at "
+                f"most {largest}, or the classes per task."
             )
         if self._labels == "kept":
             label = self._fixed_labels()
@@ -408,7 +403,9 @@ class ClassSamples(Samples):
         samples = []
         for each in picked.samples:
             if each is None:
-                raise SampleError(picked.broken[-1], "No other of its class is whole: mend the data.")
+                raise SampleError(
+                    picked.broken[-1], "No other of its class is whole: mend the data.", picked.broken
+                )
             samples += each
         inputs = self._inputs.batch([sample["inputs"] for sample in samples])
         if self._affine is not None:

@@ -292,7 +292,8 @@ class Targets(abc.ABC):
 
 @dataclass(frozen=True)
 class ClassTargets(Targets):
-    """Class numbers, the same in all tasks: int64 `[N]`, below `num_classes`. From `cls`."""
+    """Class numbers, the same in all tasks: int64 `[N]`, below `num_classes`. From the index where it has
+    classes, else from `cls`."""
 
     num_classes: int
 

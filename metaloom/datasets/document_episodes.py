@@ -5,14 +5,14 @@ Shape letters: S support and Q query stretches, N stretches, L tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from metaloom.datasets.broken import BrokenSample, SampleError
+from metaloom.datasets.broken import BrokenSample
 from metaloom.datasets.decoders import read_tokens
 from metaloom.datasets.draws import generator
 from metaloom.datasets.episodes import (
@@ -27,11 +27,11 @@ from metaloom.datasets.episodes import (
 from metaloom.datasets.index import Index
 from metaloom.datasets.members import Members
 from metaloom.datasets.order import EpochOrder
+from metaloom.datasets.picking import MAX_BROKEN, none_is_whole, others
 from metaloom.datasets.reader import SampleReader
 from metaloom.errors import StreamError
 
 VOCABULARY = 256  # of bytes
-_MAX_ATTEMPTS = 100  # whole documents that are looked for in place of broken ones
 
 
 class DocumentEpisodes(EpisodeSource):
@@ -41,7 +41,7 @@ class DocumentEpisodes(EpisodeSource):
     first S are support, those that follow are query: no token is in both, targets included. `inputs` is
     int64 [S, L], `targets` int64 [S, L], the next token of each; query likewise. Documents too short for that
     are no tasks of this source. Within an epoch of `num_tasks` episodes each document comes once, in an
-    order of the epoch's own; a broken one gives its place to one drawn at random.
+    order of the epoch's own; a broken one gives its place to others in random order.
 
     Args:
         num_support: S, stretches to adapt on.
@@ -78,8 +78,7 @@ class DocumentEpisodes(EpisodeSource):
             raise StreamError(
                 f"(data.num_support + data.num_query) * (data.sequence_length + 1) is ({num_support} + "
                 f"{num_query}) * ({sequence_length} + 1) = {self._needed} tokens, but the longest document "
-                "of "
-                f"split {split!r} of {index.dataset} at {index.url} has {longest}; lower one of the three."
+                f"of split {split!r} of {index.dataset} at {index.url} has {longest}; lower one of the three."
             )
         self._order = EpochOrder(
             self._texts.num_bytes[self._tasks], purpose="document epoch", seed=seed, split=split
@@ -92,19 +91,7 @@ class DocumentEpisodes(EpisodeSource):
 
     def episode(self, number: int) -> Episode:
         rng = generator("document episode", self._seed, self._split, number)
-        broken: list[BrokenSample] = []
-        document = int(self._tasks[self._order.item(number)])
-        text = self._texts.text(document)
-        while isinstance(text, BrokenSample):
-            broken.append(text)
-            if len(broken) == _MAX_ATTEMPTS:
-                raise SampleError(
-                    broken[-1],
-                    f"So were {_MAX_ATTEMPTS - 1} that were tried before it: mend the data, or "
-                    "what the recipe says of them.",
-                )
-            document = int(self._tasks[rng.integers(self.num_tasks)])
-            text = self._texts.text(document)
+        document, text, broken = self._whole(number)
         start = int(rng.integers(len(text) - self._needed + 1))
         stretches = text[start : start + self._needed].astype(np.int64).reshape(-1, self._length + 1)
         return Episode(
@@ -113,8 +100,25 @@ class DocumentEpisodes(EpisodeSource):
             support=next_token(stretches[: self._num_support]),
             query=next_token(stretches[self._num_support :]),
             group=self._texts.group(document),
-            broken=tuple(dict.fromkeys(broken)),
+            broken=broken,
         )
+
+    def _whole(self, number: int) -> tuple[int, NDArray[Any], tuple[BrokenSample, ...]]:
+        """The document of an episode, its text, and the broken ones whose place it takes."""
+        item = self._order.item(number)
+        broken: list[BrokenSample] = []
+        tried = [item]
+        while True:
+            document = int(self._tasks[tried[len(broken)]])
+            text = self._texts.text(document)
+            if not isinstance(text, BrokenSample):
+                return document, text, tuple(broken)
+            broken.append(text)
+            if len(broken) == 1:
+                rng = generator("document replacement", self._seed, self._split, number)
+                tried += others(rng, self.num_tasks, item)
+            if len(broken) == len(tried):
+                raise none_is_whole(broken)
 
 
 class DocumentSamples(Samples):
@@ -156,25 +160,26 @@ class DocumentSamples(Samples):
     def draw(self, rng: np.random.Generator, size: int) -> Batch:
         places = rng.integers(self._ends[-1], size=size)
         stretches = np.empty((size, self._length + 1), np.int64)
-        broken: dict[BrokenSample, None] = {}
-        for row, drawn in enumerate(places):
-            place = int(drawn)
-            for _ in range(_MAX_ATTEMPTS):
-                document = int(np.searchsorted(self._ends, place, side="right"))
-                text = self._texts.text(document)
-                if not isinstance(text, BrokenSample):
-                    break
-                broken[text] = None
-                place = int(rng.integers(self._ends[-1]))
-            else:
-                raise SampleError(
-                    [*broken][-1],
-                    f"So were {_MAX_ATTEMPTS - 1} that were tried before it: mend the data, "
-                    "or what the recipe says of them.",
-                )
-            start = int(place - self._ends[document]) + int(self._texts.lengths[document]) - self._length
+        broken: dict[int, BrokenSample] = {}  # by document
+        for row, place in enumerate(places):
+            ends = self._ends
+            document = int(np.searchsorted(ends, place, side="right"))
+            while isinstance(text := self._texts.text(document), BrokenSample):
+                broken[document] = text
+                ends = self._ends_without(broken)
+                if not ends[-1] or len(broken) == MAX_BROKEN:
+                    raise none_is_whole(tuple(broken.values()))
+                place = rng.integers(ends[-1])
+                document = int(np.searchsorted(ends, place, side="right"))
+            start = int(place - ends[document]) + int(self._texts.lengths[document]) - self._length
             stretches[row] = text[start : start + self._length + 1]
-        return Batch(next_token(stretches), tuple(broken))
+        return Batch(next_token(stretches), tuple(broken.values()))
+
+    def _ends_without(self, documents: Collection[int]) -> NDArray[np.int64]:
+        """Stretches of the documents up to each, where some have none."""
+        counts = np.diff(self._ends, prepend=0)
+        counts[list(documents)] = 0
+        return np.cumsum(counts)
 
 
 @dataclass(frozen=True)
@@ -208,8 +213,7 @@ class _Documents:
             if table.num_samples and "size" not in table.attributes:
                 raise StreamError(
                     f"split {table.name!r} of {index.dataset} at {index.url} has no column 'size', the "
-                    "number of tokens "
-                    "of each text, which documents need; pack the data again."
+                    "number of tokens of each text, which documents need; pack the data again."
                 )
         none = np.zeros(0, np.int64)
         sizes = [table.attributes.get("size", none).astype(np.int64) for table in tables]

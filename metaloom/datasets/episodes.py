@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from metaloom.datasets.broken import BrokenSample
+from metaloom.datasets.broken import BrokenSample, SampleError
 from metaloom.datasets.draws import generator
 from metaloom.datasets.index import Index
 from metaloom.errors import StreamError
@@ -124,9 +124,11 @@ class Rehearsed(EpisodeSource):
 
     def episode(self, number: int) -> Episode:
         episode = self._source.episode(number)
-        batch = self._samples.draw(
-            generator("rehearsal", self._seed, self._split, number), self._num_inner + self._num_outer
-        )
+        rng = generator("rehearsal", self._seed, self._split, number)
+        try:
+            batch = self._samples.draw(rng, self._num_inner + self._num_outer)
+        except SampleError as error:
+            raise error.after(episode.broken) from error
         inner = {name: array[: self._num_inner] for name, array in batch.arrays.items()}
         outer = {name: array[self._num_inner :] for name, array in batch.arrays.items()}
         return dataclasses.replace(

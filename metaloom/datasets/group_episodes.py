@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from metaloom.datasets.broken import BrokenSample, SampleError
+from metaloom.datasets.class_episodes import InputsOnly
 from metaloom.datasets.decoders import ClassTargets, Inputs, Targets
 from metaloom.datasets.draws import generator
 from metaloom.datasets.episodes import (
@@ -29,7 +31,7 @@ from metaloom.datasets.grouped import Grouped
 from metaloom.datasets.index import Index
 from metaloom.datasets.members import Members
 from metaloom.datasets.order import EpochOrder
-from metaloom.datasets.picking import Want, pick
+from metaloom.datasets.picking import MAX_BROKEN, Want, others, pick
 from metaloom.datasets.reader import Decoded, SampleReader
 from metaloom.errors import StreamError
 
@@ -37,12 +39,15 @@ from metaloom.errors import StreamError
 class GroupEpisodes(EpisodeSource):
     """An episode is a group: S and Q of its samples, drawn anew each time, none in both.
 
-    `inputs` is `[S, ...]` as `inputs` gives it, `targets` int64 `[S]` or float32 `[S, P]`. Within an epoch of
+    `inputs` is `[S, ...]` as `inputs` gives it, `targets` int64 `[S]` or float32 `[S, P]`. Where the index
+    has classes, the target of a sample is the place of its class among the sorted names of all splits: a
+    class is the same number in each of them, whatever its `cls` holds. Within an epoch of
     `num_tasks` episodes each group comes once. Groups with fewer than S + Q samples are no tasks. A broken
     sample gives its place to another of its group, and a group that has too few whole ones to another.
 
     Raises:
-        StreamError: no group is large enough, or the samples have no groups.
+        StreamError: no group is large enough, the samples have no groups, or the index has another number of
+            classes than `targets`.
     """
 
     def __init__(
@@ -58,8 +63,8 @@ class GroupEpisodes(EpisodeSource):
     ) -> None:
         require_counts({"num_support": num_support, "num_query": num_query})
         self._groups = _groups(index, split)
-        self._inputs = inputs
-        self._reader = _reader(index, split, inputs, targets)
+        self._stated = _Stated(index, split, inputs, targets)
+        self._reader = self._stated.reader
         self._num_support, self._num_query = num_support, num_query
         self._split, self._seed = split, seed
         needed = num_support + num_query
@@ -68,10 +73,8 @@ class GroupEpisodes(EpisodeSource):
         if not len(self._tasks):
             raise StreamError(
                 f"data.num_support + data.num_query is {num_support} + {num_query} = {needed}, but the "
-                "largest group of "
-                f"split {split!r} of {index.dataset} at {index.url} has {int(sizes.max(initial=0))} samples; "
-                "lower "
-                "one of the two."
+                f"largest group of split {split!r} of {index.dataset} at {index.url} has "
+                f"{int(sizes.max(initial=0))} samples; lower one of the two."
             )
         self._order = EpochOrder(
             self._groups.num_bytes[self._tasks], purpose="group epoch", seed=seed, split=split
@@ -85,39 +88,39 @@ class GroupEpisodes(EpisodeSource):
     def episode(self, number: int) -> Episode:
         rng = generator("group episode", self._seed, self._split, number)
         broken: list[BrokenSample] = []
-        group = int(self._tasks[self._order.item(number)])
-        others = deque(rng.permutation(self._tasks).tolist()) if self.num_tasks < 1 << 12 else None
+        item = self._order.item(number)
+        tried = [item]
         needed = self._num_support + self._num_query
-        while True:
+        for attempt in count():
+            group = int(self._tasks[tried[attempt]])
             order = self._groups.shuffled(rng, group, needed)
             wants = [Want(order[:needed], deque(order[needed:]))]
-            picked = pick(self._reader, wants, num_broken=len(broken))
+            picked = pick(self._reader, wants, before=broken)
             broken += picked.broken
-            (samples,) = picked.samples
-            if samples is not None:
+            (samples,), (numbers,) = picked.samples, picked.numbers
+            if samples is not None and numbers is not None:
                 break
-            if others is not None and not others:
+            if not attempt:
+                replacement = generator("group replacement", self._seed, self._split, number)
+                # Each such group has a broken sample at least: pick stops before they run out.
+                tried += others(replacement, self.num_tasks, item, limit=MAX_BROKEN + 1)
+            if attempt + 1 == len(tried):
                 raise SampleError(
                     broken[-1],
                     "No group has enough samples that can be read: mend the data, "
                     "or what data.inputs and data.targets say of them.",
+                    broken,
                 )
-            group = int(others.popleft() if others is not None else rng.choice(self._tasks))
         name = self._groups.names[group]
+        arrays = self._stated.batch(samples, numbers)
         return Episode(
             number=number,
             task=name,
-            support=self._batch(samples[: self._num_support]),
-            query=self._batch(samples[self._num_support :]),
+            support={name: array[: self._num_support] for name, array in arrays.items()},
+            query={name: array[self._num_support :] for name, array in arrays.items()},
             group=name,
             broken=tuple(dict.fromkeys(broken)),
         )
-
-    def _batch(self, samples: list[Decoded]) -> Arrays:
-        return {
-            "inputs": self._inputs.batch([sample["inputs"] for sample in samples]),
-            "targets": np.stack([sample["target"] for sample in samples]),
-        }
 
 
 class GroupSamples(Samples):
@@ -125,13 +128,13 @@ class GroupSamples(Samples):
     episodes.
 
     Raises:
-        StreamError: the samples have no groups.
+        StreamError: the samples have no groups, or the index has another number of classes than `targets`.
     """
 
     def __init__(self, index: Index, split: str, *, inputs: Inputs, targets: Targets, seed: int) -> None:
         _groups(index, split)
-        self._inputs = inputs
-        self._reader = _reader(index, split, inputs, targets)
+        self._stated = _Stated(index, split, inputs, targets)
+        self._reader = self._stated.reader
         self._split, self._seed = split, seed
         self._num_classes = targets.num_classes if isinstance(targets, ClassTargets) else None
 
@@ -147,16 +150,14 @@ class GroupSamples(Samples):
         numbers = rng.integers(num_samples, size=size).tolist()
         spare = deque(rng.integers(num_samples, size=max(size, 256)).tolist())
         picked = pick(self._reader, [Want(numbers, spare)])
-        (samples,) = picked.samples
-        if samples is None:
+        (samples,), (found,) = picked.samples, picked.numbers
+        if samples is None or found is None:
             raise SampleError(
-                picked.broken[-1], f"So were {len(picked.broken) - 1} others of one batch: mend the data."
+                picked.broken[-1],
+                f"So were {len(picked.broken) - 1} others of one batch: mend the data.",
+                picked.broken,
             )
-        arrays = {
-            "inputs": self._inputs.batch([sample["inputs"] for sample in samples]),
-            "targets": np.stack([sample["target"] for sample in samples]),
-        }
-        return Batch(arrays, picked.broken)
+        return Batch(self._stated.batch(samples, found), picked.broken)
 
 
 @dataclass(frozen=True)
@@ -170,10 +171,48 @@ class InputsAndTarget:
         return {"inputs": self.inputs.decode(members), "target": self.targets.decode(members)}
 
 
-def _reader(index: Index, split: str, inputs: Inputs, targets: Targets) -> SampleReader:
-    require_member(index, split, inputs.extensions, key="data.inputs.kind")
-    require_member(index, split, (targets.extension,), key="data.targets.kind")
-    return SampleReader(index, split, InputsAndTarget(inputs, targets))
+class _Stated:
+    """Samples of a split whose targets are stated: by the index where these are classes and it has them, else
+    by the samples."""
+
+    def __init__(self, index: Index, split: str, inputs: Inputs, targets: Targets) -> None:
+        require_member(index, split, inputs.extensions, key="data.inputs.kind")
+        self._inputs = inputs
+        self._classes: NDArray[np.int64] | None = None
+        if isinstance(targets, ClassTargets) and "class" in index.split(split).attributes:
+            self._classes = class_targets(index, split, targets)
+            self.reader = SampleReader(index, split, InputsOnly(inputs))
+        else:
+            require_member(index, split, (targets.extension,), key="data.targets.kind")
+            self.reader = SampleReader(index, split, InputsAndTarget(inputs, targets))
+
+    def batch(self, samples: list[Decoded], numbers: list[int]) -> Arrays:
+        """`inputs` and `targets` of samples that were read, and their numbers in the split."""
+        return {
+            "inputs": self._inputs.batch([sample["inputs"] for sample in samples]),
+            "targets": np.stack([sample["target"] for sample in samples])
+            if self._classes is None
+            else self._classes[numbers],
+        }
+
+
+def class_targets(index: Index, split: str, targets: ClassTargets) -> NDArray[np.int64]:
+    """The class of each sample of a split, int64 `[number of samples]`: its place in the sorted names of all
+    splits, since a split numbers its own.
+
+    Raises:
+        StreamError: there are not as many classes as `targets` has.
+    """
+    names = sorted({name for table in index.splits.values() for name in table.classes})
+    if targets.num_classes != len(names):
+        raise StreamError(
+            f"data.targets.num_classes is {targets.num_classes}, and the splits of {index.dataset} at "
+            f"{index.url} have {len(names)} classes in all; set it to that."
+        )
+    place = {name: number for number, name in enumerate(names)}
+    table = index.split(split)
+    own = np.array([place[name] for name in table.classes], np.int64)
+    return own[table.attributes["class"]]
 
 
 def _groups(index: Index, split: str) -> Grouped:
@@ -182,7 +221,7 @@ def _groups(index: Index, split: str) -> Grouped:
     if "group" not in table.attributes:
         raise StreamError(
             f"samples of split {split!r} of {index.dataset} at {index.url} have no groups; pack the data "
-            "with a column "
-            "that says which group (user, domain) a sample belongs to: metaloom data pack --group COLUMN."
+            "with a column that says which group (user, domain) a sample belongs to: metaloom data pack "
+            "--group COLUMN."
         )
     return Grouped(table, table.attributes["group"], table.groups)

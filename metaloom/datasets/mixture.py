@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from metaloom.datasets.broken import SampleError
+from metaloom.datasets.class_episodes import ClassSamples
 from metaloom.datasets.draws import generator
 from metaloom.datasets.episodes import Batch, Episode, EpisodeSource, Samples
 from metaloom.datasets.streams import NUM_STREAMS, virtual_stream
@@ -37,8 +39,7 @@ class Mixture(EpisodeSource):
             if not weight * BLOCK >= sum(weights):
                 raise StreamError(
                     f"data.parts: a weight is {weight} of {sum(weights)} in all; a part needs at least one "
-                    "episode in "
-                    f"{BLOCK}: raise it, or leave the part out."
+                    f"episode in {BLOCK}: raise it, or leave the part out."
                 )
         self._sources = tuple(sources)
         self._shares = np.asarray(weights, np.float64) / np.sum(weights)
@@ -73,7 +74,9 @@ class Mixture(EpisodeSource):
 class MixedSamples(Samples):
     """Samples of several sources, each sample of a batch from one that is drawn by its weight.
 
-    Classes of different sources are different classes: those of a source follow those of the ones before it.
+    Classes that the data state (of groups, of ready episodes) mean the same in all sources, and stay as they
+    are. Classes of `ClassSamples`, whose labels tasks draw, are classes of their own: behind the stated ones
+    come those of the first such source, then those of the next.
     """
 
     def __init__(
@@ -82,24 +85,33 @@ class MixedSamples(Samples):
         self._sources = tuple(sources)
         self._shares = np.asarray(weights, np.float64) / np.sum(weights)
         self._seed, self._purpose = seed, purpose
+        own = [source.num_classes if isinstance(source, ClassSamples) else 0 for source in sources]
+        stated = [source.num_classes or 0 for source in sources if not isinstance(source, ClassSamples)]
+        ends = max(stated, default=0) + np.cumsum(own)
+        # What is added to the targets of each source.
+        self._firsts = [int(end) - count if count else 0 for end, count in zip(ends, own, strict=True)]
+        self._num_classes = int(ends[-1]) or None
 
     @property
     def num_classes(self) -> int | None:
-        counts = [source.num_classes for source in self._sources]
-        return sum(count or 0 for count in counts) or None
+        return self._num_classes
 
     def batch(self, number: int, size: int) -> Batch:
         return self.draw(generator("mixed samples", self._seed, self._purpose, number), size)
 
     def draw(self, rng: np.random.Generator, size: int) -> Batch:
         counts = rng.multinomial(size, self._shares)
-        batches, first = [], 0
-        for source, count in zip(self._sources, counts, strict=True):
+        batches: list[Batch] = []
+        for source, count, first in zip(self._sources, counts, self._firsts, strict=True):
             if count:
-                batch = source.draw(rng, int(count))
-                shifted = batch.arrays["targets"] + first if source.num_classes else batch.arrays["targets"]
-                batches.append(Batch(batch.arrays | {"targets": shifted}, batch.broken))
-            first += source.num_classes or 0
+                try:
+                    batch = source.draw(rng, int(count))
+                except SampleError as error:
+                    raise error.after([each for done in batches for each in done.broken]) from error
+                targets = batch.arrays["targets"]
+                batches.append(
+                    Batch(batch.arrays | {"targets": targets + first if first else targets}, batch.broken)
+                )
         arrays = {
             name: np.concatenate([batch.arrays[name] for batch in batches]) for name in ("inputs", "targets")
         }

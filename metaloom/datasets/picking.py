@@ -6,10 +6,13 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from metaloom.datasets.broken import BrokenSample, SampleError
 from metaloom.datasets.reader import Decoded, SampleReader
 
 MAX_BROKEN = 1000  # that are looked at for one episode or batch
+MAX_REPLACED = 100  # whole tasks that are looked at in place of a broken one
 
 
 @dataclass(frozen=True)
@@ -32,20 +35,22 @@ class Picked:
 
     Attributes:
         samples: of each want, those of its places; None for a want whose spare samples were too few.
+        numbers: theirs.
         broken: all that were met.
     """
 
     samples: list[list[Decoded] | None]
+    numbers: list[list[int] | None]
     broken: tuple[BrokenSample, ...]
 
 
-def pick(reader: SampleReader, wants: Sequence[Want], *, num_broken: int = 0) -> Picked:
+def pick(reader: SampleReader, wants: Sequence[Want], *, before: Sequence[BrokenSample] = ()) -> Picked:
     """Whole samples for all places, read together.
 
     A function of its arguments and of the data alone: a sample that is broken is so at every reading.
 
     Args:
-        num_broken: samples that were broken and met before, for the same episode.
+        before: broken samples that were met before, for the same episode.
 
     Raises:
         SampleError: MAX_BROKEN samples are broken, so that more of the same kind need not be read.
@@ -53,30 +58,49 @@ def pick(reader: SampleReader, wants: Sequence[Want], *, num_broken: int = 0) ->
     """
     places = [(want, place) for want, each in enumerate(wants) for place in range(len(each.numbers))]
     asked = {(want, place): wants[want].numbers[place] for want, place in places}
-    found: dict[tuple[int, int], Decoded] = {}
+    found: dict[tuple[int, int], tuple[int, Decoded]] = {}
     broken: dict[BrokenSample, None] = {}
     empty: set[int] = set()
     while asked:
         again: dict[tuple[int, int], int] = {}
-        for place, result in zip(asked, reader.read(list(asked.values())), strict=True):
+        for (place, number), result in zip(asked.items(), reader.read(list(asked.values())), strict=True):
             if not isinstance(result, BrokenSample):
-                found[place] = result
+                found[place] = number, result
                 continue
             broken[result] = None
-            if num_broken + len(broken) >= MAX_BROKEN:
-                raise SampleError(
-                    result,
-                    f"So were {MAX_BROKEN - 1} that were tried before it: mend the data, or correct what the "
-                    "recipe says of them.",
-                )
+            met = dict.fromkeys((*before, *broken))
+            if len(met) >= MAX_BROKEN:
+                raise none_is_whole(tuple(met))
             spare = wants[place[0]].spare
             if spare:
                 again[place] = spare.popleft()
             else:
                 empty.add(place[0])
         asked = again
-    samples = [
+    pairs = [
         None if want in empty else [found[want, place] for place in range(len(each.numbers))]
         for want, each in enumerate(wants)
     ]
-    return Picked(samples, tuple(broken))
+    return Picked(
+        [None if each is None else [sample for _, sample in each] for each in pairs],
+        [None if each is None else [number for number, _ in each] for each in pairs],
+        tuple(broken),
+    )
+
+
+def others(rng: np.random.Generator, num_items: int, item: int, *, limit: int = MAX_REPLACED) -> list[int]:
+    """Items of `num_items` that are tried in place of one, in random order, each once: at most `limit`."""
+    drawn: list[int] = rng.choice(num_items, min(num_items, limit), replace=False).tolist()
+    return [other for other in drawn if other != item][: limit - 1]
+
+
+def none_is_whole(broken: Sequence[BrokenSample]) -> SampleError:
+    """The error for broken samples, all different, where nothing whole was found in their place."""
+    tried = (
+        f"So were {len(broken) - 1} that were tried before it"
+        if len(broken) > 1
+        else "There is no other to take its place"
+    )
+    return SampleError(
+        broken[-1], f"{tried}: mend the data, or correct what the recipe says of them.", broken
+    )

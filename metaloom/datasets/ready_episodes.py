@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from metaloom.datasets.broken import BrokenSample, SampleError
+from metaloom.datasets.broken import BrokenSample
 from metaloom.datasets.decoders import (
     PAD,
     ArrayInputs,
@@ -37,12 +37,12 @@ from metaloom.datasets.episodes import (
 from metaloom.datasets.index import Index
 from metaloom.datasets.members import Members
 from metaloom.datasets.order import EpochOrder
-from metaloom.datasets.reader import SampleReader
+from metaloom.datasets.picking import none_is_whole, others
+from metaloom.datasets.reader import Decoded, SampleReader
 from metaloom.errors import StreamError
 
 IGNORE = -100  # in place of a target that does not count
 PARTS = ("support", "query")
-_MAX_ATTEMPTS = 100  # whole episodes that are looked for in place of broken ones
 _NUMBERED = re.compile(r"(support|query)\.([0-9]+)\.(.+)")
 
 
@@ -54,7 +54,7 @@ class ReadyEpisodes(EpisodeSource):
     are none, are the next tokens. `json` may state `task`, `group` and `num_ways` (the classes of this task,
     where tasks differ).
 
-    A broken episode gives its place to one drawn at random.
+    A broken episode gives its place to others in random order.
 
     Args:
         inputs: what an example is read as.
@@ -95,20 +95,7 @@ class ReadyEpisodes(EpisodeSource):
         return self._reader.table.num_samples
 
     def episode(self, number: int) -> Episode:
-        broken: list[BrokenSample] = []
-        sample = self._order.item(number)
-        (found,) = self._reader.read([sample])
-        rng = generator("ready replacement", self._seed, self._split, number)
-        while isinstance(found, BrokenSample):
-            broken.append(found)
-            if len(broken) == _MAX_ATTEMPTS:
-                raise SampleError(
-                    found,
-                    f"So were {_MAX_ATTEMPTS - 1} that were tried before it: mend the data, or what "
-                    "the recipe says of them.",
-                )
-            sample = int(rng.integers(self.num_tasks))
-            (found,) = self._reader.read([sample])
+        sample, found, broken = self._whole(number)
         facts = json.loads(found["facts"].tobytes())
         return Episode(
             number=number,
@@ -117,8 +104,24 @@ class ReadyEpisodes(EpisodeSource):
             query=_part(found, "query"),
             num_ways=facts.get("num_ways"),
             group=self._group(sample, facts),
-            broken=tuple(dict.fromkeys(broken)),
+            broken=broken,
         )
+
+    def _whole(self, number: int) -> tuple[int, Decoded, tuple[BrokenSample, ...]]:
+        """The sample of an episode, what it holds, and the broken ones whose place it takes."""
+        tried = [self._order.item(number)]
+        broken: list[BrokenSample] = []
+        while True:
+            sample = tried[len(broken)]
+            (found,) = self._reader.read([sample])
+            if not isinstance(found, BrokenSample):
+                return sample, found, tuple(broken)
+            broken.append(found)
+            if len(broken) == 1:
+                rng = generator("ready replacement", self._seed, self._split, number)
+                tried += others(rng, self.num_tasks, sample)
+            if len(broken) == len(tried):
+                raise none_is_whole(broken)
 
     def _group(self, sample: int, facts: dict[str, Any]) -> str | None:
         groups = self._reader.table.attributes.get("group")
@@ -264,7 +267,7 @@ def _next_tokens(tokens: NDArray[Any]) -> dict[str, NDArray[Any]]:
     return {"inputs": tokens, "targets": targets}
 
 
-def _part(found: Any, part: str) -> Arrays:
+def _part(found: Decoded, part: str) -> Arrays:
     return {name: found[f"{part}/{name}"] for name in ("inputs", "targets")}
 
 

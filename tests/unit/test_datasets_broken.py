@@ -239,7 +239,7 @@ def test_what_is_whole_stays_as_it_was_and_what_is_not_is_named(
     damage(tmp_path / kind, index, chosen)
     source, expected = source_of(kind, str(tmp_path)), source_of(kind, str(sets))
     named: dict[str, BrokenSample] = {}
-    for number in range(40):
+    for number in range(80):
         found, before = source.episode(number), expected.episode(number)
         if not found.broken:
             assert same_episode(found, before)
@@ -289,8 +289,51 @@ def test_a_group_without_enough_whole_samples_gives_its_place_to_another(tmp_pat
     assert 0 not in batch.arrays["inputs"][:, 1]
     damage(tmp_path, index, set(range(table.num_samples)) - set(first))
     source = GroupEpisodes(Index.load(tmp_path), "train", num_support=2, num_query=1, **words)
-    with pytest.raises(SampleError, match="No group has enough samples that can be read: mend the data"):
+    with pytest.raises(
+        SampleError, match="No group has enough samples that can be read: mend the data"
+    ) as caught:
         source.episode(0)
+    # Of each group that is a task, at least the two were met that leave it too few.
+    assert len(set(caught.value.all_broken)) == len(caught.value.all_broken)
+    assert len(caught.value.all_broken) >= 2 * source.num_tasks
+
+
+@pytest.mark.parametrize("kind", ["documents", "ready", "samples"])
+def test_the_only_whole_one_is_found_and_none_is_tried_twice(kind: str, tmp_path: Path) -> None:
+    folder, num_tasks = tmp_path / ("ready" if kind == "ready" else "documents"), 40
+    if kind == "ready":
+        arrays = [np.full((2, 1), n) for n in range(2 * num_tasks)]
+        rows = zip(arrays[::2], arrays[1::2], strict=True)
+        index = ready_set(
+            folder,
+            [
+                {"support.inputs.npy": npy(s), "query.inputs.npy": npy(q)}
+                | {f"{part}.targets.npy": npy(s) for part in ("support", "query")}
+                for s, q in rows
+            ],
+        )
+    else:
+        index = document_set(folder, {"train": [200] * num_tasks})
+    table = index.split("train")
+    damage(folder, index, set(range(num_tasks)) - {17})
+
+    def draw() -> tuple[BrokenSample, ...]:
+        if kind == "samples":
+            samples = DocumentSamples(Index.load(folder), ["train"], sequence_length=60, seed=3)
+            return samples.batch(0, 5).broken
+        source = source_of(kind, str(tmp_path))
+        found = [source.episode(number) for number in range(num_tasks)]
+        assert {episode.task for episode in found} == {table.key(17)}
+        return max((episode.broken for episode in found), key=len)
+
+    met = draw()
+    assert len(set(met)) == len(met) > 5
+    damage(folder, index, {17})
+    with pytest.raises(SampleError, match=r"So were 39 that were tried before it: mend the data") as caught:
+        draw()
+    error = pickle.loads(pickle.dumps(caught.value))
+    assert {broken.key for broken in error.all_broken} == {table.key(n) for n in range(num_tasks)}
+    assert len(error.all_broken) == num_tasks
 
 
 def test_batches_take_another_sample_of_the_same_class(tmp_path: Path) -> None:

@@ -354,7 +354,10 @@ def test_a_wrong_reading_of_all_samples_ends_soon(tmp_path: Path) -> None:
     assert source.episode(0).broken == ()
     (tmp_path / "other").mkdir()
     broken = class_set(tmp_path / "other", [1200, 1200], broken_images=range(2400))
-    with pytest.raises(SampleError, match=r"cannot be decoded: .*\. So were 999 that were tried before it"):
+    with pytest.raises(
+        SampleError, match=r"cannot be decoded: .*\. So were 999 that were tried before it"
+    ) as e:
         ClassEpisodes(broken, "train", ways=Ways(2, 1, 1), inputs=IMAGES, seed=0).episode(0)
+    assert len(set(e.value.all_broken)) == 1000
     with pytest.raises(SampleError, match="No other of its class is whole: mend the data"):
         ClassSamples(broken, "train", inputs=IMAGES, seed=0).batch(0, 1)

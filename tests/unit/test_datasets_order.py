@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,16 +21,17 @@ from metaloom.datasets import (
     DocumentSamples,
     Episode,
     EpisodeSource,
+    GroupSamples,
     MixedSamples,
     Mixture,
     Rehearsed,
     Window,
     order,
 )
-from metaloom.datasets.decoders import ImageInputs
+from metaloom.datasets.decoders import ArrayInputs, ClassTargets, ImageInputs
 from metaloom.datasets.order import ClassWindows, EpochOrder
 from metaloom.errors import StreamError
-from tests.tiny_sets import class_set, document_set
+from tests.tiny_sets import class_set, document_set, group_set
 
 
 def epoch_order(lengths: list[int], seed: int = 0) -> EpochOrder:
@@ -220,6 +222,20 @@ def test_mixed_samples_keep_the_classes_of_their_sources_apart(tmp_path: Path) -
     assert np.array_equal(again.arrays["targets"], targets)
     other = MixedSamples(parts, [1, 3], seed=0, purpose="baseline").batch(0, 4000)
     assert not np.array_equal(other.arrays["targets"], targets)
+
+
+def test_mixed_samples_leave_classes_that_the_data_state_as_they_are(tmp_path: Path) -> None:
+    users = group_set(tmp_path / "users")  # of sample n, the first input is n and the class n % 3
+    words: dict[str, Any] = {"inputs": ArrayInputs((2,)), "targets": ClassTargets(3)}
+    stated = [GroupSamples(users, "train", seed=seed, **words) for seed in range(2)]
+    mixed = MixedSamples(stated, [1, 1], seed=0, purpose="pretrain")
+    batch = mixed.batch(0, 200).arrays
+    assert mixed.num_classes == 3
+    np.testing.assert_array_equal(batch["targets"], batch["inputs"][:, 0] % 3)
+    own = ClassSamples(class_set(tmp_path / "own", [3, 4]), "train", seed=0, inputs=ImageInputs(size=6))
+    both = MixedSamples([own, stated[0]], [1, 0], seed=0, purpose="pretrain")
+    assert both.num_classes == 5
+    assert set(both.batch(0, 50).arrays["targets"].tolist()) == {3, 4}
 
 
 def test_what_is_rehearsed_follows_from_the_number_and_inner_and_outer_data_differ(tmp_path: Path) -> None:

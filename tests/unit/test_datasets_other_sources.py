@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,52 @@ def test_classes_of_groups_mean_the_same_in_all(users: Index) -> None:
         query = source.episode(number).query
         np.testing.assert_array_equal(query["targets"], query["inputs"][:, 0].astype(int) % 3)
         assert query["targets"].dtype == np.int64
+
+
+@pytest.fixture
+def fruit(tmp_path: Path) -> Index:
+    """Classes with groups; split `test` lacks a class, so that its rows are others. An input is its class."""
+    order = ["apple", "banana", "cherry"]
+
+    def split(names: list[str]) -> SplitSamples:
+        samples = [
+            Sample(
+                f"{row}-{n}",
+                {"npy": npy(np.float32([order.index(name), n])), "cls": name.encode()},
+                {"class": row, "group": n % 2},
+            )
+            for row, name in enumerate(names)
+            for n in range(6)
+        ]
+        return SplitSamples(samples, classes=names, groups=["u", "v"])
+
+    splits = {"train": split([*reversed(order)]), "test": split(order[1:])}
+    index = write_shards(tmp_path, splits, dataset="fruit", layout="classes", source={})
+    named = {name: dataclasses.replace(table, cls_holds="name") for name, table in index.splits.items()}
+    return dataclasses.replace(index, splits=named)  # as of foreign tars
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_class_that_has_a_name_is_the_same_target_in_every_split(fruit: Index, split: str) -> None:
+    words: dict[str, Any] = {"inputs": ArrayInputs((2,)), "targets": ClassTargets(3), "seed": 0}
+    source = GroupEpisodes(fruit, split, num_support=2, num_query=3, **words)
+    episodes = [source.episode(number) for number in range(4)]
+    parts = [part for episode in episodes for part in (episode.support, episode.query)]
+    for part in [*parts, GroupSamples(fruit, split, **words).batch(0, 50).arrays]:
+        np.testing.assert_array_equal(part["targets"], part["inputs"][:, 0])
+        assert part["targets"].dtype == np.int64
+    assert not any(episode.broken for episode in episodes)
+
+
+def test_another_number_of_classes_than_the_index_has_is_refused(fruit: Index) -> None:
+    words: dict[str, Any] = {"inputs": ArrayInputs((2,)), "targets": ClassTargets(2), "seed": 0}
+    match = r"data\.targets\.num_classes is 2, and the splits of fruit at .* have 3 classes in all; set it to"
+    for open_it in (
+        lambda: GroupEpisodes(fruit, "test", num_support=1, num_query=1, **words),
+        lambda: GroupSamples(fruit, "test", **words),
+    ):
+        with pytest.raises(StreamError, match=match):
+            open_it()
 
 
 def test_batches_of_groups_hold_all_samples_evenly(users: Index) -> None:
@@ -308,7 +355,7 @@ def test_a_ready_episode_that_is_not_as_expected_is_broken(tmp_path: Path, case:
     (broken,) = {each for episode in episodes for each in episode.broken}
     assert (broken.shard, broken.key) == ("train-00000.tar", "e000")
     alone = ready_set(tmp_path / "alone", [members])
-    with pytest.raises(SampleError, match=f"{reason}.*So were 99 that were tried before it: mend the data"):
+    with pytest.raises(SampleError, match=f"{reason}.*There is no other to take its place: mend the data"):
         ready(alone, ArrayInputs((4,)), NumberTargets(1)).episode(0)
 
 

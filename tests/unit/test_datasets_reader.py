@@ -335,7 +335,8 @@ def test_a_reader_is_pickled_empty(folder: Path) -> None:
 def test_broken_samples_have_an_order_and_travel_as_errors() -> None:
     first, second = (BrokenSample("u", "s", key, "r") for key in ("a", "b"))
     assert sorted([second, first]) == [first, second]
-    error = SampleError(first, "Mend it.")
+    error = SampleError(first, "Mend it.").after([second, first])
     copy = pickle.loads(pickle.dumps(error))
     assert (str(copy), copy.broken) == ("u/s: sample 'a' r. Mend it.", first)
+    assert copy.all_broken == (second, first)
     assert isinstance(copy, StreamError)
