@@ -79,6 +79,13 @@ class BrokenRecord:
                 "damaged), or raise loading.max_broken, and resume."
             )
 
+    def end_with(self, found: Iterable[BrokenSample]) -> None:
+        """Writes down what this rank could not pass over, and ends for. As of an evaluation: a run that goes
+        on meets them again."""
+        for broken in found:
+            self._known.setdefault(_identity(broken), {"step": None} | dataclasses.asdict(broken))
+        self._write()
+
     def _tell(self, added: Iterable[BrokenSample]) -> None:
         for broken in added:
             self._num_told += 1

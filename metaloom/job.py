@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from metaloom.broken_record import BrokenRecord
+from metaloom.datasets import SampleError
 from metaloom.engine.outer import parameter_of
 from metaloom.engine.sharding.base import Sharding
 from metaloom.recipe import MLflowTracking, Recipe, flatten_recipe, recipe_digest
@@ -132,7 +133,9 @@ def open_job(
         yield Job(recipe, place, data, sharding, console, tracker, broken)
         if is_training:
             status = "finished"
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, SampleError):
+            broken.end_with(error.all_broken)
         # A stopped rank may end in KeyboardInterrupt, or in a collective whose partner stopped first.
         if is_training and not place.shutdown.was_asked:
             status = "failed"

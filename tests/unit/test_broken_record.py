@@ -114,3 +114,12 @@ def test_all_ranks_know_the_same_and_stop_together(tmp_path: Path, max_broken: i
     assert is_told_once
     assert bool(error) == (max_broken == 2)
     assert [line["key"] for line in lines(tmp_path / "broken.jsonl")] == ["a/5", "a/1", "a/0"]
+
+
+def test_what_a_rank_ends_for_is_written_down_and_forgotten_on_resume(tmp_path: Path) -> None:
+    path = tmp_path / "broken.jsonl"
+    broken, _ = record(path, Replicated())
+    broken.end_with([sample(1), sample(1)])
+    assert [(line["key"], line["step"]) for line in lines(path)] == [("a/1", None)]
+    resumed, _ = record(path, Replicated(), first_step=3)
+    assert resumed.count == 0
