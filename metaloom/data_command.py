@@ -148,8 +148,8 @@ def _make(arguments: argparse.Namespace) -> int:
 
 
 def _index(arguments: argparse.Namespace) -> int:
-    from metaloom.datasets.foreign import index_shards
     from metaloom.datasets.counts import counts
+    from metaloom.datasets.foreign import index_shards
     from metaloom.tracking.console import make_console
 
     console = make_console()

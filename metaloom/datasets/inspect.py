@@ -250,12 +250,16 @@ def _ready_episode(index: Index, table: SplitTable, ask: Ask, title: str) -> Sho
     number = ask.number % table.num_samples
     (members,) = read_members(index, table.name, [number])
     with _shown(index, table, number):
-        shown = _shown_ready(index, table.key(number), members, ask, title)
-    return shown
+        label, pictures, texts = _ready_parts(index, table.key(number), members, ask)
+    if texts:
+        return ShownEpisode(title, texts=[ClassTexts(label, *texts)])
+    return ShownEpisode(title, [ClassImages(label, *pictures)], task=label)
 
 
-def _shown_ready(index: Index, key: str, members: Mapping[str, bytes], ask: Ask, title: str) -> ShownEpisode:
-    """A ready episode.
+def _ready_parts(
+    index: Index, key: str, members: Mapping[str, bytes], ask: Ask
+) -> tuple[str, list[list[NDArray[np.uint8]]], list[list[str]]]:
+    """The name of a ready episode, and support and query as images, or else as texts.
 
     Raises:
         one of DECODING_ERRORS: it is none.
@@ -268,7 +272,7 @@ def _shown_ready(index: Index, key: str, members: Mapping[str, bytes], ask: Ask,
     label = str(about.get("task", key))
     pictures = [_pictures(members, part) for part in ("support", "query")]
     if all(pictures):
-        return ShownEpisode(title, [ClassImages(label, pictures[0], pictures[1])], task=label)
+        return label, pictures, []
     parts = []
     for part in ("support", "query"):
         inputs = _rows(members, f"{part}.inputs.npy")
@@ -285,7 +289,7 @@ def _shown_ready(index: Index, key: str, members: Mapping[str, bytes], ask: Ask,
                 for row, target in zip(inputs, targets, strict=True)
             ]
         )
-    return ShownEpisode(title, texts=[ClassTexts(label, parts[0], parts[1])])
+    return label, [], parts
 
 
 def _pictures(members: Mapping[str, bytes], part: str) -> list[NDArray[np.uint8]]:
