@@ -75,7 +75,7 @@ class BrokenRecord:
             raise StreamError(
                 f"{self.count} {verb} damaged, and loading.max_broken is {self._max_broken}. The last "
                 f"ones:\n{last}\n"
-                f"All are in {self._path}. Mend the data (metaloom data verify --decode names all that is "
+                f"All are in {self._path}. Mend the data (metaloom data verify --decode names what is "
                 "damaged), or raise loading.max_broken, and resume."
             )
 

@@ -113,9 +113,9 @@ def _add_inspect(commands: Commands) -> None:
     inspect.add_argument("url", metavar="URL", help="folder or fsspec URL of the data set")
     inspect.add_argument("--split", metavar="SPLIT", help="one split (default: all; the first one's episode)")
     inspect.add_argument("--episode", type=int, metavar="N", help="show this episode, counted from 0")
-    inspect.add_argument("--n-way", type=int, default=5, metavar="N", help="classes (default: 5)")
+    inspect.add_argument("--n-way", type=int, metavar="N", help="classes (default: 5, or all of fewer)")
     inspect.add_argument("--n-shot", type=int, default=1, metavar="N", help="support of a class (default: 1)")
-    inspect.add_argument("--n-query", type=int, default=3, metavar="N", help="query of a class (default: 3)")
+    inspect.add_argument("--n-query", type=int, metavar="N", help="query of a class (default: up to 3)")
     inspect.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json that turns tokens into text")
     inspect.add_argument("--out", type=Path, metavar="FILE.png", help="draw the episode's images into a file")
     inspect.set_defaults(run_command=_inspect)
@@ -148,8 +148,8 @@ def _make(arguments: argparse.Namespace) -> int:
 
 
 def _index(arguments: argparse.Namespace) -> int:
+    from metaloom.datasets.counts import counts
     from metaloom.datasets.foreign import index_shards
-    from metaloom.datasets.inspect import counts
     from metaloom.tracking.console import make_console
 
     console = make_console()
@@ -177,7 +177,8 @@ def _index(arguments: argparse.Namespace) -> int:
 
 def _inspect(arguments: argparse.Namespace) -> int:
     from metaloom.datasets import Index
-    from metaloom.datasets.inspect import Ask, counts, draw_episode, histogram, shown_text
+    from metaloom.datasets.counts import counts, histogram
+    from metaloom.datasets.inspect import Ask, draw_episode, shown_text
     from metaloom.tracking.console import make_console
 
     if arguments.out is not None and arguments.out.suffix.lower() != ".png":

@@ -1,10 +1,11 @@
-"""What there is to see of a data set: counts, how large its classes are, one episode."""
+"""One episode of a data set, as pictures or text."""
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,15 @@ from PIL import Image
 from metaloom.datasets.broken import BrokenSample, SampleError
 from metaloom.datasets.class_episodes import ClassEpisodes, Ways
 from metaloom.datasets.contact_sheet import ClassImages, class_images
-from metaloom.datasets.decoders import MAX_PIXELS, PAD, ImageInputs, read_npy
+from metaloom.datasets.decoders import (
+    DECODING_ERRORS,
+    IMAGES,
+    MAX_PIXELS,
+    PAD,
+    ImageInputs,
+    read_npy,
+    read_tokens,
+)
 from metaloom.datasets.document_episodes import DocumentEpisodes
 from metaloom.datasets.draws import generator
 from metaloom.datasets.index import Index, SplitTable
@@ -23,11 +32,10 @@ from metaloom.datasets.members import Members
 from metaloom.datasets.reader import SampleReader
 from metaloom.errors import StreamError
 
-_IMAGES = ("png", "jpg", "jpeg", "webp")
-_BAR = 40  # letters of the longest bar
-_MAX_BARS = 20
 _MAX_LETTERS = 100  # of one example
 _STRETCH = 64  # tokens of one example of a document
+_WAYS, _QUERY = 5, 3  # where they are not said, and there are so many
+_ADVICE = "Look at another episode; metaloom data verify --decode names what is damaged."
 
 
 @dataclass(frozen=True)
@@ -36,16 +44,16 @@ class Ask:
 
     Args:
         number: of the episode, from 0.
-        n_way: classes.
+        n_way: classes; None takes 5, or all where there are fewer.
         n_shot: support examples of a class; of a document, stretches of text.
-        n_query: query examples, likewise.
+        n_query: query examples, likewise; None takes 3, or fewer where classes are too small for so many.
         tokenizer: file by which tokens become text again; None shows their numbers.
     """
 
     number: int
-    n_way: int = 5
+    n_way: int | None = None
     n_shot: int = 1
-    n_query: int = 3
+    n_query: int | None = None
     tokenizer: str | None = None
 
     def __post_init__(self) -> None:
@@ -55,7 +63,7 @@ class Ask:
             ("n-shot", self.n_shot, 1),
             ("n-query", self.n_query, 1),
         ):
-            if value < least:
+            if value is not None and value < least:
                 raise StreamError(f"--{name} is {value}; it must be at least {least}.")
 
 
@@ -91,36 +99,6 @@ class ShownEpisode:
         return self.images
 
 
-def counts(table: SplitTable) -> tuple[str, str, str, str, str]:
-    """A line of a table: split, samples, classes, groups, members."""
-    group = table.attributes.get("group")
-    num_groups = "" if group is None else str(len(np.unique(group)))
-    num_classes = str(len(table.classes)) if table.classes else ""
-    return (table.name, str(table.num_samples), num_classes, num_groups, ", ".join(table.members))
-
-
-def histogram(table: SplitTable) -> list[str]:
-    """How many samples the classes have, as bars of text; empty for a split without classes.
-
-    Many classes of different sizes are put into ranges.
-    """
-    rows = table.attributes.get("class")
-    if rows is None or not table.classes:
-        return []
-    sizes = np.bincount(rows, minlength=len(table.classes))
-    if len(sizes) <= _MAX_BARS:
-        title, bars = "samples by class", list(zip(table.classes, sizes.tolist(), strict=True))
-    else:
-        title, bars = "classes by number of samples", _ranges(sizes)
-    width = max(len(name) for name, _ in bars)
-    largest = max(1, max(count for _, count in bars))
-    lines = [f"{table.name}: {title}"]
-    for name, count in bars:
-        bar = "#" * max(round(_BAR * count / largest), int(count > 0))
-        lines.append(f"  {name:<{width}}  {count:>{len(str(largest))}}  {bar}".rstrip())
-    return lines
-
-
 def draw_episode(index: Index, split: str, ask: Ask) -> ShownEpisode:
     """One episode of a split; the same for the same arguments.
 
@@ -134,7 +112,8 @@ def draw_episode(index: Index, split: str, ask: Ask) -> ShownEpisode:
     if index.layout == "documents":
         return _document_episode(index, table, ask, title)
     if index.layout == "classes" and "variant" in table.attributes:
-        ways = Ways(ask.n_way, ask.n_shot, ask.n_query)
+        n_way = min(_WAYS, len(table.classes)) if ask.n_way is None else ask.n_way
+        ways = Ways(n_way, ask.n_shot, _QUERY if ask.n_query is None else ask.n_query)
         source = ClassEpisodes(index, split, ways=ways, inputs=_as_they_are(index, split), seed=0)
         episode = source.episode(ask.number)
         images = class_images(episode.support, episode.query)
@@ -165,11 +144,24 @@ def read_members(index: Index, split: str, numbers: Sequence[int]) -> list[dict[
     found = []
     for sample in SampleReader(index, split, _undecoded, memory_bytes=0).read(numbers):
         if isinstance(sample, BrokenSample):
-            raise SampleError(
-                sample, "Look at another episode; metaloom data verify --decode names all that is damaged."
-            )
+            raise SampleError(sample, _ADVICE)
         found.append({name: payload.tobytes() for name, payload in sample.items()})
     return found
+
+
+@contextmanager
+def _shown(index: Index, table: SplitTable, number: int) -> Iterator[None]:
+    """Names the sample that cannot be decoded within the block, or has not what its layout says.
+
+    Raises:
+        SampleError: it is so.
+    """
+    try:
+        yield
+    except DECODING_ERRORS as error:
+        shard = index.shards[int(table.shard[number])].name
+        broken = BrokenSample(index.url, shard, table.key(number), f"cannot be shown: {error}")
+        raise SampleError(broken, _ADVICE) from error
 
 
 def _undecoded(members: Members) -> dict[str, NDArray[np.uint8]]:
@@ -179,7 +171,8 @@ def _undecoded(members: Members) -> dict[str, NDArray[np.uint8]]:
 def _as_they_are(index: Index, split: str) -> ImageInputs:
     """Images in the size and colours of the split's first one."""
     (members,) = read_members(index, split, [0])
-    pixels = _decoded(members)
+    with _shown(index, index.split(split), 0):
+        pixels = _decoded(members)
     return ImageInputs(size=max(pixels.shape[:2]), channels=1 if pixels.ndim == 2 else 3)
 
 
@@ -188,14 +181,16 @@ def _drawn_episode(index: Index, table: SplitTable, ask: Ask, title: str) -> Sho
         # An episode is one group.
         rows, names, n_way, what = table.attributes["group"], table.groups, 1, "groups"
     else:
-        rows, names, n_way, what = table.attributes["class"], table.classes, ask.n_way, "classes"
+        rows, names, what = table.attributes["class"], table.classes, "classes"
+        n_way = min(_WAYS, len(names)) if ask.n_way is None else ask.n_way
     sizes = np.bincount(rows, minlength=len(names))
-    needed = ask.n_shot + ask.n_query
+    n_query = _fitting_query(sizes, n_way, ask.n_shot) if ask.n_query is None else ask.n_query
+    needed = ask.n_shot + n_query
     fit = np.flatnonzero(sizes >= needed)
     if len(fit) < n_way:
         raise StreamError(
             f"{len(fit)} {what} of split {table.name!r} have {needed} samples (--n-shot {ask.n_shot} "
-            f"and --n-query {ask.n_query}), but an episode has {n_way}; lower --n-way, --n-shot or --n-query."
+            f"and --n-query {n_query}), but an episode has {n_way}; lower --n-way, --n-shot or --n-query."
         )
     rng = generator("inspect", 0, table.name, ask.number)
     images: list[ClassImages] = []
@@ -203,22 +198,35 @@ def _drawn_episode(index: Index, table: SplitTable, ask: Ask, title: str) -> Sho
     for row in rng.permutation(fit)[:n_way]:
         numbers = rng.permutation(np.flatnonzero(rows == row))[:needed]
         members = read_members(index, table.name, numbers.tolist())
-        if all(_image_in(sample) for sample in members):
-            pixels = [_decoded(sample) for sample in members]
+        pixels, words = [], []
+        are_images = all(_image_in(sample) is not None for sample in members)
+        for number, sample in zip(numbers.tolist(), members, strict=True):
+            with _shown(index, table, number):
+                if are_images:
+                    pixels.append(_decoded(sample))
+                else:
+                    words.append(_words(sample, ask.tokenizer))
+        if are_images:
             images.append(ClassImages(names[row], pixels[: ask.n_shot], pixels[ask.n_shot :]))
         else:
-            words = [_words(sample, ask.tokenizer) for sample in members]
             texts.append(ClassTexts(names[row], words[: ask.n_shot], words[ask.n_shot :]))
     return ShownEpisode(title, images, texts)
 
 
+def _fitting_query(sizes: NDArray[np.int64], n_way: int, n_shot: int) -> int:
+    """The most query examples, up to `_QUERY` and at least one, for which there are enough classes."""
+    fitting = (n for n in range(_QUERY, 1, -1) if np.count_nonzero(sizes >= n_shot + n) >= n_way)
+    return next(fitting, 1)
+
+
 def _document_episode(index: Index, table: SplitTable, ask: Ask, title: str) -> ShownEpisode:
+    n_query = _QUERY if ask.n_query is None else ask.n_query
     if "txt" in table.members:
         source = DocumentEpisodes(
             index,
             table.name,
             num_support=ask.n_shot,
-            num_query=ask.n_query,
+            num_query=n_query,
             sequence_length=_STRETCH,
             seed=0,
         )
@@ -230,9 +238,10 @@ def _document_episode(index: Index, table: SplitTable, ask: Ask, title: str) -> 
         return ShownEpisode(title, texts=[ClassTexts(episode.task, parts[0], parts[1])])
     number = ask.number % table.num_samples
     (members,) = read_members(index, table.name, [number])
-    found = _array(members["tokens.npy"])
+    with _shown(index, table, number):
+        found = _tokens(members)
     stretches = [found[i : i + _STRETCH] for i in range(0, len(found), _STRETCH)]
-    words = [_decode_tokens(tokens, ask.tokenizer) for tokens in stretches[: ask.n_shot + ask.n_query]]
+    words = [_decode_tokens(tokens, ask.tokenizer) for tokens in stretches[: ask.n_shot + n_query]]
     shown = ClassTexts(table.key(number), words[: ask.n_shot], words[ask.n_shot :])
     return ShownEpisode(title, texts=[shown])
 
@@ -240,37 +249,59 @@ def _document_episode(index: Index, table: SplitTable, ask: Ask, title: str) -> 
 def _ready_episode(index: Index, table: SplitTable, ask: Ask, title: str) -> ShownEpisode:
     number = ask.number % table.num_samples
     (members,) = read_members(index, table.name, [number])
+    with _shown(index, table, number):
+        label, pictures, texts = _ready_parts(index, table.key(number), members, ask)
+    if texts:
+        return ShownEpisode(title, texts=[ClassTexts(label, *texts)])
+    return ShownEpisode(title, [ClassImages(label, *pictures)], task=label)
+
+
+def _ready_parts(
+    index: Index, key: str, members: Mapping[str, bytes], ask: Ask
+) -> tuple[str, list[list[NDArray[np.uint8]]], list[list[str]]]:
+    """The name of a ready episode, and support and query as images, or else as texts.
+
+    Raises:
+        one of DECODING_ERRORS: it is none.
+    """
     about = json.loads(members.get("json", b"{}"))
+    if type(about) is not dict:
+        raise ValueError(f"its json is a {type(about).__name__}, and an object is expected")
     names = about.get("classes")
     is_bytes = index.source.get("input_kind") == "text" and index.source.get("tokenizer") is None
-    label = str(about.get("task", table.key(number)))
+    label = str(about.get("task", key))
     pictures = [_pictures(members, part) for part in ("support", "query")]
     if all(pictures):
-        return ShownEpisode(title, [ClassImages(label, pictures[0], pictures[1])], task=label)
+        return label, pictures, []
     parts = []
     for part in ("support", "query"):
-        inputs = _array(members[f"{part}.inputs.npy"])
+        inputs = _rows(members, f"{part}.inputs.npy")
+        if inputs.ndim < 2:
+            raise ValueError(f"{part}.inputs.npy has the shape {list(inputs.shape)}, which is of no examples")
         targets: Any = [None] * len(inputs)
         if f"{part}.targets.npy" in members:
-            targets = _array(members[f"{part}.targets.npy"])
+            targets = _rows(members, f"{part}.targets.npy")
+        if len(targets) != len(inputs):
+            raise ValueError(f"its {part} has {len(inputs)} inputs and {len(targets)} targets")
         parts.append(
             [
                 f"{_target(target, names)}{_example(row, ask.tokenizer, is_bytes=is_bytes)}"
                 for row, target in zip(inputs, targets, strict=True)
             ]
         )
-    return ShownEpisode(title, texts=[ClassTexts(label, parts[0], parts[1])])
+    return label, [], parts
 
 
 def _pictures(members: Mapping[str, bytes], part: str) -> list[NDArray[np.uint8]]:
     """The images of a part of a ready episode; none where its examples are others."""
     if f"{part}.inputs.npy" in members:
-        inputs = _array(members[f"{part}.inputs.npy"])
-        return list(inputs) if inputs.dtype == np.uint8 and inputs.ndim > 2 else []
+        inputs = _rows(members, f"{part}.inputs.npy")
+        is_picture = inputs.ndim == 3 or (inputs.ndim == 4 and inputs.shape[3] == 3)
+        return list(inputs) if inputs.dtype == np.uint8 and is_picture and inputs.size else []
     examples = (
         {extension: members[f"{part}.{row}.{extension}"]}
         for row in range(len(members))
-        for extension in _IMAGES
+        for extension in IMAGES
         if f"{part}.{row}.{extension}" in members
     )
     return [_decoded(example) for example in examples]
@@ -280,6 +311,8 @@ def _target(target: Any, names: Any) -> str:
     if target is None:
         return ""
     if names is not None and np.ndim(target) == 0:
+        if not isinstance(names, list) or not 0 <= int(target) < len(names):
+            raise ValueError(f"a target is {int(target)}, and its json has no such entry of classes")
         return f"{names[int(target)]}: "
     return f"{np.array2string(np.asarray(target), precision=4)}: "
 
@@ -298,12 +331,12 @@ def _words(members: Mapping[str, bytes], tokenizer: str | None) -> str:
     if "txt" in members:
         return members["txt"].decode(errors="replace")
     if "tokens.npy" in members:
-        return _decode_tokens(_array(members["tokens.npy"]), tokenizer)
+        return _decode_tokens(_tokens(members), tokenizer)
     if "npy" in members:
-        array = _array(members["npy"])
+        array = read_npy(members["npy"])
         shown = np.array2string(array, precision=4, threshold=10)
         if "target.npy" in members:
-            shown += f" -> {np.array2string(_array(members['target.npy']), precision=4)}"
+            shown += f" -> {np.array2string(read_npy(members['target.npy']), precision=4)}"
         return shown
     if "json" in members:
         return members["json"].decode(errors="replace")
@@ -319,35 +352,39 @@ def _decode_tokens(tokens: NDArray[Any], tokenizer: str | None) -> str:
 
 
 def _image_in(members: Mapping[str, bytes]) -> bytes | None:
-    return next((members[name] for name in _IMAGES if name in members), None)
+    return next((members[name] for name in IMAGES if name in members), None)
 
 
 def _decoded(members: Mapping[str, bytes]) -> NDArray[np.uint8]:
-    """uint8 [H, W] or [H, W, 3]."""
-    payload = _image_in(members) or b""
-    try:
-        with Image.open(io.BytesIO(payload), formats=["PNG", "JPEG", "WEBP"]) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"it has {image.width} x {image.height} pixels")
-            return np.array(image.convert("L" if image.mode in ("1", "L") else "RGB"))
-    except (OSError, ValueError, SyntaxError) as error:
-        raise StreamError(f"an image of the episode cannot be decoded: {error}") from error
+    """uint8 [H, W] or [H, W, 3].
+
+    Raises:
+        one of DECODING_ERRORS: it is no image, or has too many pixels.
+    """
+    payload = _image_in(members)
+    if payload is None:
+        raise ValueError(f"it has {', '.join(members)}, and none of {', '.join(IMAGES)}")
+    with Image.open(io.BytesIO(payload), formats=["PNG", "JPEG", "WEBP"]) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"the image has {image.width} x {image.height} pixels, over {MAX_PIXELS} in all")
+        return np.array(image.convert("L" if image.mode in ("1", "L") else "RGB"))
 
 
-def _array(payload: bytes) -> NDArray[Any]:
-    return read_npy(payload)
+def _tokens(members: Mapping[str, bytes]) -> NDArray[Any]:
+    """int32 [L]; raises ValueError if there are none."""
+    if "tokens.npy" not in members:
+        raise ValueError(f"it has {', '.join(members)}, and no tokens.npy")
+    return read_tokens("tokens.npy", members["tokens.npy"], vocabulary=1 << 31)
 
 
-def _ranges(sizes: NDArray[np.int64]) -> list[tuple[str, int]]:
-    """(range of sizes, number of classes), at most `_MAX_BARS` ranges of equal width."""
-    low, high = int(sizes.min()), int(sizes.max())
-    width = -(-(high - low + 1) // _MAX_BARS)
-    starts = range(low, high + 1, width)
-    found = np.bincount((sizes - low) // width, minlength=len(starts))
-    return [
-        (f"{start}" if width == 1 else f"{start} to {start + width - 1}", int(count))
-        for start, count in zip(starts, found, strict=True)
-    ]
+def _rows(members: Mapping[str, bytes], name: str) -> NDArray[Any]:
+    """The array of a member, `[N, ...]`; raises ValueError if there is none."""
+    if name not in members:
+        raise ValueError(f"it has {', '.join(members)}, and no {name}")
+    array = read_npy(members[name])
+    if not array.ndim:
+        raise ValueError(f"{name} is a single number")
+    return array
 
 
 def _one_line(text: str) -> str:

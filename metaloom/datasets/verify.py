@@ -174,6 +174,9 @@ def _undecodable(index: Index, number: int, shard: ShardEntry, content: bytes) -
             require_class(table, row, members)
             for extension, payload in members.items():
                 check_member(extension, payload)
+            if index.layout == "episodes" and type(json.loads(bytes(members.get("json", b"{}")))) is not dict:
+                extension = "json"
+                raise ValueError("the json of a ready episode is an object")
         except DECODING_ERRORS as error:
             where = f" ({extension})" if extension else ""
             return Damage(shard.name, table.key(row), f"cannot be decoded{where}: {error}")

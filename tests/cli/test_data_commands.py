@@ -58,7 +58,9 @@ def test_pack_images_ends_with_a_summary_and_the_next_command(
     assert "warning: 1 sample has content that is also in another class (wren/0.png is auk/9.png)" in errors
     assert "warning: 1 broken sample was left out:\n  auk/bad.png: is no PNG, JPEG or WebP image" in errors
     assert "--split train=0.7" in errors  # all in one split
-    assert call("data inspect out --episode 0 --n-way 2", capsys)[0] == 0
+    code, out, _ = call(shlex.join(lines[-1][2:]), capsys)  # the next step, as it is printed
+    assert code == 0
+    assert out.count("1 support, 3 query images") == 3
 
 
 def test_pack_takes_all_options_of_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -197,7 +199,7 @@ def test_inspect_shows_the_built_in_sets(
         ("--split tset", "has no split 'tset'; it has train."),
         ("--episode -1", "--episode is -1; it must be at least 0."),
         ("--episode 0 --n-shot 0", "--n-shot is 0; it must be at least 1."),
-        ("--episode 0 --n-way 4", "have 4 samples (--n-shot 1 and --n-query 3), but an episode has 4; lower"),
+        ("--episode 0 --n-way 4", "have 2 samples (--n-shot 1 and --n-query 1), but an episode has 4; lower"),
         ("--out sheet.jpg", "--out sheet.jpg: the sheet is a PNG; give a name that ends in .png."),
         ("--n-way 2 --out none/sheet.png", "--out none/sheet.png cannot be written: No such file"),
     ],
@@ -209,6 +211,81 @@ def test_mistakes_of_inspect(
     code, _, errors = call(f"data inspect out {options}", capsys)
     assert code == 3
     assert message in errors
+
+
+def test_inspect_asks_for_no_more_than_there_is(birds: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for n in (3, 4):
+        (birds / "jay" / f"{n}.png").unlink()
+    call("data pack images birds out --processes 1", capsys)
+    code, out, _ = call("data inspect out --episode 0", capsys)
+    assert code == 0
+    assert out.count("1 support, 2 query images") == 3  # jay has three
+
+
+ROWS = npy_bytes(np.zeros((1, 2), np.float32))
+READY = {
+    "support.inputs.npy": ROWS,
+    "support.targets.npy": npy_bytes(np.array([0])),
+    "query.inputs.npy": ROWS,
+    "query.targets.npy": npy_bytes(np.array([1])),
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"json": b"[]"}, "its json is a list, and an object is expected"),
+        ({"json": b"{"}, "Expecting property name"),
+        ({"json": b'{"classes": ["a"]}'}, "a target is 1, and its json has no such entry of classes"),
+        ({"json": b'{"classes": 3}'}, "a target is 0, and its json has no such entry of classes"),
+        ({"query.inputs.npy": None}, "and no query.inputs.npy"),
+        ({"query.inputs.npy": npy_bytes(np.array(3.0))}, "query.inputs.npy is a single number"),
+        ({"query.inputs.npy": npy_bytes(np.zeros(1))}, "query.inputs.npy has the shape [1], which is of no"),
+        ({"query.targets.npy": npy_bytes(np.zeros(3))}, "its query has 1 inputs and 3 targets"),
+        (
+            {
+                "query.inputs.npy": None,
+                "query.0.png": b"zork",
+                "support.inputs.npy": None,
+                "support.0.png": image_bytes(1),
+            },
+            "cannot identify image file",
+        ),
+    ],
+)
+def test_inspect_names_the_ready_episode_that_is_none(
+    changed: dict[str, bytes | None],
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("out").mkdir()
+    members = {name: payload for name, payload in (READY | changed).items() if payload is not None}
+    Path("out/train-0.tar").write_bytes(tar_of(sample("e1", members)) + END)
+    assert call("data index out --layout episodes", capsys)[0] == 0
+    if changed.get("json") in (b"[]", b"{"):
+        code, _, errors = call("data verify out --decode", capsys)
+        assert code == 3
+        assert "train-0.tar, sample 'e1': cannot be decoded (json): " in errors
+    code, _, errors = call("data inspect out --episode 0", capsys)
+    assert code == 3
+    assert re.search(rf"train-0\.tar: sample 'e1' cannot be shown: .*{re.escape(reason)}", errors)
+    assert "metaloom data verify --decode names what is damaged" in errors
+
+
+def test_inspect_names_the_image_that_cannot_be_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("out").mkdir()
+    entries = [e for n in range(2) for e in sample(f"k{n}", {"cls": b"0", "png": image_bytes(n)[: 70 * n]})]
+    Path("out/train-0.tar").write_bytes(tar_of(entries) + END)
+    assert call("data index out --class-from cls", capsys)[0] == 0
+    code, _, errors = call("data inspect out --episode 0", capsys)
+    assert code == 3
+    assert re.search(r"train-0\.tar: sample 'k0' cannot be shown: cannot identify image file", errors)
 
 
 def test_a_sheet_of_texts_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
