@@ -212,8 +212,8 @@ class ReadyParts:
         return arrays | {"facts": np.frombuffer(facts, np.uint8).copy()}
 
     def _check_ways(self, num_ways: int | None, arrays: Arrays) -> None:
-        """Raises ValueError unless the classes of a task, where it states how many, are enough for its targets
-        and no more than there are."""
+        """Raises ValueError unless the classes of a task, where it states how many, are enough for its
+        targets and no more than there are."""
         if num_ways is None:
             return
         assert isinstance(self.targets, ClassTargets), "other targets have no ways"

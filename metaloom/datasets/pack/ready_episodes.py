@@ -73,8 +73,8 @@ def episode_members(record: Mapping[str, Any], form: ExampleForm) -> dict[str, b
 
 
 def _require_apart(support: NDArray[Any], query: NDArray[Any]) -> None:
-    """Raises BadSample where an example of query is one of support; what fills rows of tokens up is no part of
-    them."""
+    """Raises BadSample where an example of query is one of support; what fills rows of tokens up is no part
+    of them."""
     is_tokens = support.dtype.kind == "i"
     rows = ([row[row >= 0] for row in part] if is_tokens else [*part] for part in (support, query))
     twins = shared_example(*rows)
