@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from itertools import count
 from typing import Any
 
 import numpy as np
@@ -86,41 +85,44 @@ class GroupEpisodes(EpisodeSource):
         return len(self._tasks)
 
     def episode(self, number: int) -> Episode:
-        rng = generator("group episode", self._seed, self._split, number)
-        broken: list[BrokenSample] = []
-        item = self._order.item(number)
-        tried = [item]
-        needed = self._num_support + self._num_query
-        for attempt in count():
-            group = int(self._tasks[tried[attempt]])
-            order = self._groups.shuffled(rng, group, needed)
-            wants = [Want(order[:needed], deque(order[needed:]))]
-            picked = pick(self._reader, wants, before=broken)
-            broken += picked.broken
-            (samples,), (numbers,) = picked.samples, picked.numbers
-            if samples is not None and numbers is not None:
-                break
-            if not attempt:
-                replacement = generator("group replacement", self._seed, self._split, number)
-                # Each such group has a broken sample at least: pick stops before they run out.
-                tried += others(replacement, self.num_tasks, item, limit=MAX_BROKEN + 1)
-            if attempt + 1 == len(tried):
-                raise SampleError(
-                    broken[-1],
-                    "No group has enough samples that can be read: mend the data, "
-                    "or what data.inputs and data.targets say of them.",
-                    broken,
-                )
+        group, arrays, broken = self._whole(number)
         name = self._groups.names[group]
-        arrays = self._stated.batch(samples, numbers)
         return Episode(
             number=number,
             task=name,
             support={name: array[: self._num_support] for name, array in arrays.items()},
             query={name: array[self._num_support :] for name, array in arrays.items()},
             group=name,
-            broken=tuple(dict.fromkeys(broken)),
+            broken=broken,
         )
+
+    def _whole(self, number: int) -> tuple[int, Arrays, tuple[BrokenSample, ...]]:
+        """The group of an episode, its support and query in one, and the broken samples that it passed
+        over."""
+        rng = generator("group episode", self._seed, self._split, number)
+        needed = self._num_support + self._num_query
+        tried, attempt = [self._order.item(number)], 0
+        broken: list[BrokenSample] = []
+        while True:
+            group = int(self._tasks[tried[attempt]])
+            order = self._groups.shuffled(rng, group, needed)
+            picked = pick(self._reader, [Want(order[:needed], deque(order[needed:]))], before=broken)
+            broken += picked.broken
+            (samples,), (numbers,) = picked.samples, picked.numbers
+            if samples is not None and numbers is not None:
+                return group, self._stated.batch(samples, numbers), tuple(broken)
+            attempt += 1
+            if attempt == 1:
+                replacement = generator("group replacement", self._seed, self._split, number)
+                # Each such group has a broken sample at least: pick stops before they run out.
+                tried += others(replacement, self.num_tasks, tried[0], limit=MAX_BROKEN + 1)
+            if attempt == len(tried):
+                raise SampleError(
+                    broken[-1],
+                    "No group has enough samples that can be read: mend the data, "
+                    "or what data.inputs and data.targets say of them.",
+                    broken,
+                )
 
 
 class GroupSamples(Samples):
@@ -212,7 +214,8 @@ def class_targets(index: Index, split: str, targets: ClassTargets) -> NDArray[np
     place = {name: number for number, name in enumerate(names)}
     table = index.split(split)
     own = np.array([place[name] for name in table.classes], np.int64)
-    return own[table.attributes["class"]]
+    of_samples: NDArray[np.int64] = own[table.attributes["class"]]
+    return of_samples
 
 
 def _groups(index: Index, split: str) -> Grouped:

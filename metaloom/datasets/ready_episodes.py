@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from metaloom.datasets.broken import BrokenSample
+from metaloom.datasets.broken import BrokenSample, SampleError
 from metaloom.datasets.decoders import (
     PAD,
     ArrayInputs,
+    ClassTargets,
     ImageInputs,
     Inputs,
     Targets,
@@ -43,6 +45,9 @@ from metaloom.errors import StreamError
 
 IGNORE = -100  # in place of a target that does not count
 PARTS = ("support", "query")
+NAMES = ("inputs", "targets")
+# What is wrong with an episode that has a `shared_example`.
+SHARED = "example {} of its query has the inputs of example {} of its support, and they must share none"
 _NUMBERED = re.compile(r"(support|query)\.([0-9]+)\.(.+)")
 
 
@@ -52,7 +57,8 @@ class ReadyEpisodes(EpisodeSource):
     A part (`support`, `query`) is either one array `<part>.inputs.npy`, or members `<part>.<i>.<extension>`,
     one for each example (`support.0.jpg`). Targets are `<part>.targets.npy`; a language model's, where there
     are none, are the next tokens. `json` may state `task`, `group` and `num_ways` (the classes of this task,
-    where tasks differ).
+    where tasks differ): targets are below it, and it is no more than the classes of `targets`. An example of
+    query whose inputs are, byte for byte, those of an example of support makes an episode broken.
 
     A broken episode gives its place to others in random order.
 
@@ -131,7 +137,10 @@ class ReadyEpisodes(EpisodeSource):
 
 
 class ReadySamples(Samples):
-    """Examples of episodes that are drawn evenly, all examples of each: `inputs` and `targets` `[N, ...]`.
+    """Examples of support and query, with replacement: `inputs` and `targets` `[N, ...]`.
+
+    For each an episode is drawn, evenly, and of that an example, evenly. A batch reads each of its episodes
+    once.
 
     Args:
         source: of the episodes.
@@ -152,15 +161,20 @@ class ReadySamples(Samples):
         return self.draw(generator("ready samples", self._seed, self._split, number), size)
 
     def draw(self, rng: np.random.Generator, size: int) -> Batch:
-        parts: list[Arrays] = []
+        numbers, shares = rng.integers(self._source.num_tasks, size=size), rng.random(size)
+        rows: dict[int, Arrays] = {}
         broken: dict[BrokenSample, None] = {}
-        while sum(len(part["targets"]) for part in parts) < size:
-            episode = self._source.episode(int(rng.integers(self._source.num_tasks)))
-            parts += [episode.support, episode.query]
+        for number in np.unique(numbers).tolist():
+            try:
+                episode = self._source.episode(number)
+            except SampleError as error:
+                raise error.after([*broken]) from error
             broken |= dict.fromkeys(episode.broken)
-        arrays = {
-            name: np.concatenate([part[name] for part in parts])[:size] for name in ("inputs", "targets")
-        }
+            examples = {name: np.concatenate([episode.support[name], episode.query[name]]) for name in NAMES}
+            for place in np.flatnonzero(numbers == number).tolist():
+                example = int(shares[place] * len(examples["targets"]))
+                rows[place] = {name: array[example] for name, array in examples.items()}
+        arrays = {name: np.stack([rows[place][name] for place in range(size)]) for name in NAMES}
         return Batch(arrays, tuple(broken))
 
 
@@ -188,9 +202,27 @@ class ReadyParts:
                 }
             except ValueError as error:
                 raise ValueError(f"{part}: {error}") from error
+        twins = shared_example(arrays["support/inputs"], arrays["query/inputs"])
+        if twins is not None:
+            raise ValueError(SHARED.format(*twins))
         facts = bytes(members.get("json", b"{}"))
         _check_facts(json.loads(facts))
+        if isinstance(self.targets, ClassTargets):
+            self._check_ways(json.loads(facts).get("num_ways"), arrays)
         return arrays | {"facts": np.frombuffer(facts, np.uint8).copy()}
+
+    def _check_ways(self, num_ways: int | None, arrays: Arrays) -> None:
+        """Raises ValueError unless the classes of a task, where it states how many, are enough for its
+        targets and no more than there are."""
+        if num_ways is None:
+            return
+        assert isinstance(self.targets, ClassTargets), "other targets have no ways"
+        largest = max(int(arrays[f"{part}/targets"].max()) for part in PARTS)
+        if not largest < num_ways <= self.targets.num_classes:
+            raise ValueError(
+                f"its num_ways is {num_ways}, and it must be more than its largest target, {largest}, and at "
+                f"most the number of classes, {self.targets.num_classes}"
+            )
 
     def _both(self, members: Members, part: str, inputs: NDArray[Any]) -> dict[str, NDArray[Any]]:
         name = f"{part}.targets.npy"
@@ -260,6 +292,17 @@ def _as_batch(inputs: Inputs, values: NDArray[Any]) -> NDArray[Any]:
     raise TypeError(f"{type(inputs).__name__} has no form for ready episodes")
 
 
+def shared_example(support: Iterable[NDArray[Any]], query: Iterable[NDArray[Any]]) -> tuple[int, int] | None:
+    """The first (example of query, example of support) that are the same, byte for byte; None where none
+    are."""
+    place = {row.tobytes(): number for number, row in enumerate(support)}
+    for number, row in enumerate(query):
+        twin = place.get(row.tobytes())
+        if twin is not None:
+            return number, twin
+    return None
+
+
 def _next_tokens(tokens: NDArray[Any]) -> dict[str, NDArray[Any]]:
     """Inputs, and as targets the token after each; behind the end of a text nothing counts."""
     targets = np.full_like(tokens, IGNORE)
@@ -268,7 +311,7 @@ def _next_tokens(tokens: NDArray[Any]) -> dict[str, NDArray[Any]]:
 
 
 def _part(found: Decoded, part: str) -> Arrays:
-    return {name: found[f"{part}/{name}"] for name in ("inputs", "targets")}
+    return {name: found[f"{part}/{name}"] for name in NAMES}
 
 
 def _check_facts(facts: Any) -> None:

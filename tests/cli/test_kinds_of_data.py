@@ -112,8 +112,8 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         file.writelines(json.dumps({"text": f"book {row} " + "and so on " * 9}) + "\n" for row in range(16))
     with (folder / "tasks.jsonl").open("w") as file:
         for _ in range(16):
-            part = [{"input": rng.normal(size=2).tolist(), "target": ("a", "b")[row % 2]} for row in range(4)]
-            file.write(json.dumps({"support": part[:2], "query": part}) + "\n")
+            part = [{"input": rng.normal(size=2).tolist(), "target": ("a", "b")[row % 2]} for row in range(6)]
+            file.write(json.dumps({"support": part[:2], "query": part[2:]}) + "\n")
     commands = (
         "images pictures birds",
         f"records waves.csv waves --task regression --input x --target y --group wave --split {SPLITS}",

@@ -397,7 +397,7 @@ def test_numbers_to_come_close_to_are_float32() -> None:
 
 def test_json_that_is_nested_too_deep_is_one_of_the_known_errors() -> None:
     numbers = npy(np.zeros((1, 2)))
-    parts = {"support.inputs.npy": numbers, "query.inputs.npy": numbers}
+    parts = {"support.inputs.npy": numbers, "query.inputs.npy": npy(np.ones((1, 2)))}
     parts |= {"support.targets.npy": npy(np.zeros(1, int)), "query.targets.npy": npy(np.zeros(1, int))}
     decode = ReadyParts(ArrayInputs((2,)), ClassTargets(2), 1, 1)
     assert json.loads(decode(parts | {"json": b'{"task": "a"}'})["facts"].tobytes()) == {"task": "a"}

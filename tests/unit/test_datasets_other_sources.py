@@ -100,7 +100,7 @@ def fruit(tmp_path: Path) -> Index:
         samples = [
             Sample(
                 f"{row}-{n}",
-                {"npy": npy(np.float32([order.index(name), n])), "cls": name.encode()},
+                {"npy": npy(np.array([order.index(name), n], np.float32)), "cls": name.encode()},
                 {"class": row, "group": n % 2},
             )
             for row, name in enumerate(names)
@@ -221,8 +221,8 @@ def test_texts_are_classified_cut_and_filled_up(tmp_path: Path) -> None:
 def regression(number: int, num_support: int = 3, num_query: int = 2) -> dict[str, bytes]:
     """A ready episode whose numbers tell what it is."""
     arrays = {
-        part: np.arange(count * 4, dtype=np.float64).reshape(count, 4) + 100 * number
-        for part, count in (("support", num_support), ("query", num_query))
+        part: np.arange(count * 4, dtype=np.float64).reshape(count, 4) + 100 * number + first
+        for part, count, first in (("support", num_support, 0), ("query", num_query, 50))
     }
     members = {f"{part}.inputs.npy": npy(array) for part, array in arrays.items()}
     return members | {f"{part}.targets.npy": npy(array.sum(axis=1)) for part, array in arrays.items()}
@@ -247,8 +247,8 @@ def test_ready_episodes_come_once_per_epoch_as_they_were_made(tmp_path: Path) ->
         for episode in episodes:
             number = int(episode.task.removeprefix("sine "))
             assert episode.group == "ab"[number % 2]
-            for part, count in ((episode.support, 3), (episode.query, 2)):
-                expected = np.arange(count * 4).reshape(count, 4) + 100 * number
+            for part, count, first in ((episode.support, 3, 0), (episode.query, 2, 50)):
+                expected = np.arange(count * 4).reshape(count, 4) + 100 * number + first
                 np.testing.assert_array_equal(part["inputs"], expected.astype(np.float32))
                 np.testing.assert_array_equal(part["targets"], expected.sum(axis=1, keepdims=True))
     assert len(orders) == 3
@@ -274,8 +274,8 @@ def test_examples_may_be_members_of_their_own_in_the_order_of_their_numbers(tmp_
 
 
 def test_colour_images_of_one_array_are_turned_to_channels_first(tmp_path: Path) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (3, 6, 6, 3), dtype=np.uint8)
-    members = {f"{part}.inputs.npy": npy(pixels[:n]) for part, n in (("support", 3), ("query", 2))}
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 6, 6, 3), dtype=np.uint8)
+    members = {"support.inputs.npy": npy(pixels[:3]), "query.inputs.npy": npy(pixels[3:])}
     members |= {"support.targets.npy": npy([0, 1, 2]), "query.targets.npy": npy([0, 1])}
     episode = ready(ready_set(tmp_path, [members]), ImageInputs(6, 3), ClassTargets(3)).episode(0)
     assert episode.support["inputs"].shape == (3, 3, 6, 6)
@@ -294,12 +294,12 @@ def test_ragged_episodes_keep_their_own_counts(tmp_path: Path) -> None:
 
 def test_next_tokens_are_the_targets_and_nothing_counts_behind_the_end(tmp_path: Path) -> None:
     tokens = np.array([[5, 6, 7], [8, 9, -1], [3, -1, -1]])
-    members = {"support.inputs.npy": npy(tokens), "query.inputs.npy": npy(tokens[:2])}
+    members = {"support.inputs.npy": npy(tokens), "query.inputs.npy": npy(np.add(tokens[:2], [1, 1, 0]))}
     source = ready(ready_set(tmp_path, [members]), TextInputs(4, 50), None)
     support = source.episode(0).support
     assert support["inputs"].tolist() == [[5, 6, 7, -1], [8, 9, -1, -1], [3, -1, -1, -1]]
     assert support["targets"].tolist() == [[6, 7, -100, -100], [9, -100, -100, -100], [-100] * 4]
-    assert source.episode(0).query["targets"].tolist() == [[6, 7, -100, -100], [9, -100, -100, -100]]
+    assert source.episode(0).query["targets"].tolist() == [[7, 7, -100, -100], [10, -100, -100, -100]]
 
 
 CASES: dict[str, tuple[Mapping[str, bytes], str]] = {
@@ -342,6 +342,10 @@ CASES: dict[str, tuple[Mapping[str, bytes], str]] = {
         regression(0) | {"json": facts(num_ways=1)},
         "its json is .*, whose num_ways, if any, is at least 2",
     ),
+    "shared": (
+        regression(0) | {"query.inputs.npy": npy(np.arange(8.0)[::-1].reshape(2, 4)[:, ::-1])},
+        "example 0 of its query has the inputs of example 1 of its support, and they must share none",
+    ),
 }
 
 
@@ -359,6 +363,36 @@ def test_a_ready_episode_that_is_not_as_expected_is_broken(tmp_path: Path, case:
         ready(alone, ArrayInputs((4,)), NumberTargets(1)).episode(0)
 
 
+@pytest.mark.parametrize(("num_ways", "is_broken"), [(3, True), (4, False), (5, False), (6, True)])
+def test_targets_are_below_the_ways_and_ways_within_the_classes(
+    tmp_path: Path, num_ways: int, is_broken: bool
+) -> None:
+    members = regression(0) | {"json": facts(num_ways=num_ways)}
+    members |= {"support.targets.npy": npy([0, 1, 2]), "query.targets.npy": npy([0, 3])}
+    source = ready(ready_set(tmp_path, [members]), ArrayInputs((4,)), ClassTargets(5))
+    if not is_broken:
+        assert source.episode(0).num_ways == num_ways
+        return
+    match = (
+        f"its num_ways is {num_ways}, and it must be more than its largest target, 3, and at most the number "
+        "of classes, 5"
+    )
+    with pytest.raises(SampleError, match=match):
+        source.episode(0)
+
+
+def test_texts_of_support_and_query_are_apart(tmp_path: Path) -> None:
+    members = {
+        "support.inputs.npy": npy([[5, 6], [7, 8]]),
+        "query.inputs.npy": npy([[1, -1, -1], [7, 8, -1]]),
+    }
+    source = ready(ready_set(tmp_path, [members]), TextInputs(4, 50), None, num_support=2)
+    with pytest.raises(
+        SampleError, match="example 1 of its query has the inputs of example 1 of its support"
+    ):
+        source.episode(0)
+
+
 def test_an_empty_split_has_no_episodes(tmp_path: Path) -> None:
     with pytest.raises(StreamError, match=r"split 'train' of ready at .* has no episodes"):
         ready(ready_set(tmp_path, []), ArrayInputs((4,)), NumberTargets(1))
@@ -367,9 +401,16 @@ def test_an_empty_split_has_no_episodes(tmp_path: Path) -> None:
 def test_examples_of_ready_episodes_make_ordinary_batches(tmp_path: Path) -> None:
     index = ready_set(tmp_path, [regression(n) for n in range(4)])
     samples = ReadySamples(ready(index, ArrayInputs((4,)), NumberTargets(1)), split="train", seed=0)
-    batch = samples.batch(0, 200).arrays
-    assert batch["inputs"].shape == (200, 4)
+    batch = samples.batch(0, 2000).arrays
+    assert batch["inputs"].shape == (2000, 4)
+    # Each of the 4 * 5 examples is as likely: of 19 degrees of freedom chi-square is above 50 once in 7000.
+    _, counts = np.unique(batch["inputs"][:, 0], return_counts=True)
+    assert len(counts) == 20
+    assert ((counts - 100) ** 2 / 100).sum() < 50
+    # Small batches are not of support alone.
+    small = [samples.batch(number, 1).arrays["inputs"][0, 0] % 100 for number in range(40)]
+    assert 4 < sum(first >= 50 for first in small) < 28
     np.testing.assert_allclose(batch["targets"][:, 0], batch["inputs"].sum(axis=1))
     assert set((batch["inputs"][:, 0] // 100).astype(int)) == {0, 1, 2, 3}
-    np.testing.assert_array_equal(samples.batch(0, 200).arrays["inputs"], batch["inputs"])
-    assert not np.array_equal(samples.batch(1, 200).arrays["inputs"], batch["inputs"])
+    np.testing.assert_array_equal(samples.batch(0, 2000).arrays["inputs"], batch["inputs"])
+    assert not np.array_equal(samples.batch(1, 2000).arrays["inputs"], batch["inputs"])

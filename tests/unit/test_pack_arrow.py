@@ -97,9 +97,8 @@ def test_binary_columns_and_lists_of_structs_are_packed(tmp_path: Path) -> None:
     assert samples_of(tmp_path / "out", "train") == {"r/00000000": {"png": image_bytes(5), "cls": b"0"}}
     assert [str(entry) for entry in packed.broken] == ["r.parquet, row 2: is no PNG, JPEG or WebP image"]
     example = {"input": [1.0, 2.0], "target": 3.5}
-    path = write_parquet(
-        tmp_path / "e.parquet", {"support": [[example]], "query": [[example]], "site": ["s"]}
-    )
+    other = {"input": [2.0, 2.0], "target": 3.5}
+    path = write_parquet(tmp_path / "e.parquet", {"support": [[example]], "query": [[other]], "site": ["s"]})
     pack(path, tmp_path / "e", task="episodes", inputs=("input",), targets=("target",))
     (members,) = samples_of(tmp_path / "e", "train").values()
     assert array_of(members["query.targets.npy"]).tolist() == [[3.5]]

@@ -351,10 +351,14 @@ def test_what_a_column_must_not_hold_is_told(
             r"its query has labels that its support lacks: maybe",
         ),
         (
-            {"query": [{"input": "x", "target": 2**63}], "support": [{"input": "x", "target": 1}]},
+            {"query": [{"input": "x", "target": 2**63}], "support": [{"input": "y", "target": 1}]},
             r"not fit 64",
         ),
         ({"query": [{"input": "x", "target": "yes"}, {"input": 5, "target": "yes"}]}, r"5 is no text"),
+        (
+            {"query": [{"input": "long", "target": "yes"}, {"input": "a", "target": "yes"}]},
+            r"example 1 of its query has the inputs of example 1 of its support, and they must share none",
+        ),
     ],
 )
 def test_what_a_ready_episode_must_not_hold_is_told(

@@ -31,8 +31,8 @@ def write_sources(folder: Path) -> None:
     rows = "".join(f"text {n},{labels[n % 4]},u{n % 3}\n" for n in range(12))
     files["reviews.csv"] = b"text,label,user\n" + rows.encode()
     files["books.jsonl"] = "".join(json.dumps({"text": f"book {n}"}) + "\n" for n in range(8)).encode()
-    example = {"input": [1.0, 2.0], "target": 3}
-    files["tasks.jsonl"] = json.dumps({"support": [example], "query": [example]}).encode()
+    example, other = ({"input": [1.0, row], "target": 3} for row in (2.0, 3.0))
+    files["tasks.jsonl"] = json.dumps({"support": [example], "query": [other]}).encode()
     write_tree(folder, files)
     shutil.copy(DATA / "hf-texts.parquet", folder / "reviews.parquet")
     shutil.copytree(DATA / "hf-texts", folder / "saved")

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from metaloom.datasets.pack import payloads
 from metaloom.datasets.pack.payloads import npy_bytes
 from metaloom.datasets.pack.plan import BadSample
+from metaloom.datasets.ready_episodes import SHARED, shared_example
 
 PARTS = ("support", "query")
 
@@ -43,7 +44,7 @@ def episode_members(record: Mapping[str, Any], form: ExampleForm) -> dict[str, b
     the next token is meant, and there are no targets.
 
     Raises:
-        BadSample: the record is no episode.
+        BadSample: the record is no episode, or an example of its query has the inputs of one of its support.
     """
     has_targets = form.kind == "numbers" or _has_a_target(record, form)
     parts = {name: examples_of(record, name, form, has_targets=has_targets) for name in PARTS}
@@ -61,12 +62,24 @@ def episode_members(record: Mapping[str, Any], form: ExampleForm) -> dict[str, b
         targets = {name: [names.index(label) for label in found] for name, found in targets.items()}
         labels = [*targets["support"], *targets["query"]]
     is_integer = all(type(label) is int for label in labels)
+    inputs = {name: _inputs([value for value, _ in examples], form) for name, examples in parts.items()}
+    _require_apart(inputs["support"], inputs["query"])
     members = {"json": json_bytes(rest)}
-    for name, examples in parts.items():
-        members[f"{name}.inputs.npy"] = npy_bytes(_inputs([value for value, _ in examples], form))
+    for name in PARTS:
+        members[f"{name}.inputs.npy"] = npy_bytes(inputs[name])
         if has_targets:
             members[f"{name}.targets.npy"] = npy_bytes(_targets(targets[name], is_integer=is_integer))
     return members
+
+
+def _require_apart(support: NDArray[Any], query: NDArray[Any]) -> None:
+    """Raises BadSample where an example of query is one of support; what fills rows of tokens up is no part
+    of them."""
+    is_tokens = support.dtype.kind == "i"
+    rows = ([row[row >= 0] for row in part] if is_tokens else [*part] for part in (support, query))
+    twins = shared_example(*rows)
+    if twins is not None:
+        raise BadSample(SHARED.format(*twins))
 
 
 def examples_of(
