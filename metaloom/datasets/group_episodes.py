@@ -65,6 +65,7 @@ class GroupEpisodes(EpisodeSource):
         self._stated = _Stated(index, split, inputs, targets)
         self._reader = self._stated.reader
         self._num_support, self._num_query = num_support, num_query
+        self._num_ways = targets.num_classes if isinstance(targets, ClassTargets) else None
         self._split, self._seed = split, seed
         needed = num_support + num_query
         sizes = self._groups.sizes
@@ -92,6 +93,7 @@ class GroupEpisodes(EpisodeSource):
             task=name,
             support={name: array[: self._num_support] for name, array in arrays.items()},
             query={name: array[self._num_support :] for name, array in arrays.items()},
+            num_ways=self._num_ways,
             group=name,
             broken=broken,
         )

@@ -93,6 +93,7 @@ class ReadyEpisodes(EpisodeSource):
         if not table.num_samples:
             raise StreamError(f"split {split!r} of {index.dataset} at {index.url} has no episodes.")
         self._split, self._seed = split, seed
+        self._num_ways = targets.num_classes if isinstance(targets, ClassTargets) else None
         self._order = EpochOrder(np.asarray(table.length), purpose="ready epoch", seed=seed, split=split)
 
     @property
@@ -108,7 +109,7 @@ class ReadyEpisodes(EpisodeSource):
             task=str(facts.get("task", self._reader.table.key(sample))),
             support=_part(found, "support"),
             query=_part(found, "query"),
-            num_ways=facts.get("num_ways"),
+            num_ways=facts.get("num_ways", self._num_ways),
             group=self._group(sample, facts),
             broken=broken,
         )
