@@ -94,6 +94,14 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
+def words_of(pid: int) -> bytes:
+    """The command line of a process; empty where it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
 def is_rank(pid: int, rank: int) -> bool:
     """Whether a process is a rank of a job."""
     try:

@@ -15,10 +15,15 @@ import pytest
 
 from metaloom.datasets import EpisodeStream, drawn_ahead
 from metaloom.errors import StreamError
-from tests.commands import REPOSITORY, descendants, environment
+from tests.commands import REPOSITORY, descendants, environment, words_of
 from tests.sources import Failing, Numbers, OddError, same_episode, unpicklable
 
 PATIENCE_S = 30.0
+
+
+def own_workers() -> list[int]:
+    """Data workers of this process; other tests may have servers running."""
+    return [pid for pid in descendants(os.getpid()) if b"metaloom.datasets.worker_main" in words_of(pid)]
 
 
 @pytest.fixture(autouse=True)
@@ -26,8 +31,9 @@ def nothing_is_left() -> Iterator[None]:
     """No test leaves a process, thread or descriptor."""
     gc.collect()
     descriptors = set(os.listdir("/proc/self/fd"))
+    others = set(descendants(os.getpid()))
     yield
-    assert descendants(os.getpid()) == []
+    assert set(descendants(os.getpid())) <= others
     assert [thread for thread in threading.enumerate() if thread.name == "metaloom-read-ahead"] == []
     assert set(os.listdir("/proc/self/fd")) == descriptors
 
@@ -104,7 +110,7 @@ def test_a_source_that_cannot_be_sent_is_refused_at_once() -> None:
     with pytest.raises(
         StreamError,
         match=r"what draws each episode cannot be sent to a worker: .*lambda.*\. Make it picklable, or set "
-        r"data\.num_workers to 0\.",
+        r"loading\.num_workers to 0\.",
     ):
         drawn_ahead(lambda number: number, range(3), read_ahead=1, num_workers=1)
 
@@ -119,7 +125,7 @@ def test_a_source_that_a_worker_cannot_load_is_refused(monkeypatch: pytest.Monke
             StreamError,
             match=r"a data worker cannot load what it is to draw from: ModuleNotFoundError: No module "
             r"named 'known_here_alone'\. Define it in a module that can be imported, not in the main script, "
-            r"or set data\.num_workers to 0\.",
+            r"or set loading\.num_workers to 0\.",
         ),
     ):
         next(steps)
@@ -168,7 +174,7 @@ def test_a_worker_that_is_killed_while_it_has_nothing_to_do_is_told_too(tmp_path
     noted = tmp_path / "numbers"
     with stream(Numbers(noted_in=noted), num_workers=1) as steps:
         wait_until(lambda: noted.exists() and len(noted.read_text().split()) == 6)
-        (pid,) = descendants(os.getpid())
+        (pid,) = own_workers()
         os.kill(pid, signal.SIGKILL)
         wait_until(lambda: not is_alive(pid))
         assert [next(steps)[0] for _ in range(3)] == [0, 1, 2]
@@ -199,7 +205,7 @@ def test_how_a_worker_ended_is_told(tmp_path: Path, kind: str, how: str) -> None
 def test_workers_end_by_themselves_when_there_is_no_more_to_draw() -> None:
     with drawn_ahead(Numbers().episode, range(5), read_ahead=5, num_workers=2) as ahead:
         assert [episode.number for episode in ahead.take(5)] == list(range(5))
-        wait_until(lambda: descendants(os.getpid()) == [])
+        wait_until(lambda: own_workers() == [])
         assert ahead.take(1) == []
 
 
@@ -239,7 +245,7 @@ def test_a_worker_ends_when_its_parent_closes_the_connection_and_says_nothing(
 ) -> None:
     with stream(Numbers(), num_workers=1) as steps:
         next(steps)
-        (pid,) = descendants(os.getpid())
+        (pid,) = own_workers()
     assert not is_alive(pid)
     captured = capfd.readouterr()
     assert (captured.out, captured.err) == ("", "")
@@ -248,12 +254,12 @@ def test_a_worker_ends_when_its_parent_closes_the_connection_and_says_nothing(
 def test_signals_to_all_processes_of_a_job_leave_workers_to_their_parent() -> None:
     with stream(Numbers(), num_workers=1) as steps:
         next(steps)
-        (pid,) = descendants(os.getpid())
+        (pid,) = own_workers()
         assert os.getpgid(pid) != os.getpgid(0)  # Ctrl-C in a terminal reaches the parent alone
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             os.kill(pid, number)
         assert [next(steps)[0] for _ in range(5)] == [1, 2, 3, 4, 5]
-        assert descendants(os.getpid()) == [pid]
+        assert own_workers() == [pid]
 
 
 def test_workers_outlive_the_thread_that_made_the_stream() -> None:

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from metaloom.datasets import Index
-from tests.commands import command, descendants, environment, kill_tree, run
+from tests.commands import command, descendants, environment, kill_tree, run, words_of
 
 NUM_IMAGES = 256
 
@@ -61,13 +61,6 @@ def workers_of(process: "subprocess.Popen[str]") -> list[int]:
             return found
         time.sleep(0.02)
     pytest.fail("no two processes within 60 s")
-
-
-def words_of(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
 
 
 def threads_of(pid: int) -> int:
