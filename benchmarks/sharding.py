@@ -133,7 +133,7 @@ def _run(case: Case, *, num_steps: int) -> Measured:
         structure=model_structure(model.module),
         shards=model.shards,
     )
-    learner = Learner(adapter, Precision("float32"), recompute_blocks=True)
+    learner = Learner(adapter, Precision("float32"), recompute_blocks=True, head="language_modelling")
     last = (*(0.0,) * case.num_inner, 1.0)
     unroll = Unroll(learner, Sgd(), Rates(0.1, "none", case.num_inner), last)
     algorithm = Maml(unroll, EXACT_AND_FLAT[case.estimator]())

@@ -55,7 +55,7 @@ def _hypergradient(make: Callable[[], Gpt], path: Path | None) -> float:
         shards=model.shards,
     )
     unroll = Unroll(
-        Learner(adapter, Precision("float32"), recompute_blocks=True),
+        Learner(adapter, Precision("float32"), recompute_blocks=True, head="language_modelling"),
         Sgd(),
         Rates(0.1, "none", 1),
         (0.0, 1.0),
