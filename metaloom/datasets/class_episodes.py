@@ -341,9 +341,8 @@ class ClassEpisodes(EpisodeSource):
                 f"the {self.num_classes} classes of {place} have so many; lower the samples per class to at "
                 f"most {largest}, or the classes per task."
             )
-        if self._labels == "kept":
-            label = self._fixed_labels()
-            lacking = ways.max_way - len(np.unique(label[usable]))
+        if self._kept_labels is not None:
+            lacking = ways.max_way - len(np.unique(self._kept_labels[usable]))
             if lacking:
                 raise StreamError(
                     f"data.labels is kept, and {lacking} of the {ways.max_way} labels have no class with "

@@ -27,7 +27,7 @@ from metaloom.datasets.episodes import (
 from metaloom.datasets.index import Index
 from metaloom.datasets.members import Members
 from metaloom.datasets.order import EpochOrder
-from metaloom.datasets.picking import MAX_BROKEN, none_is_whole, others
+from metaloom.datasets.picking import MAX_BROKEN, none_is_whole, whole_task
 from metaloom.datasets.reader import SampleReader
 from metaloom.errors import StreamError
 
@@ -105,20 +105,13 @@ class DocumentEpisodes(EpisodeSource):
 
     def _whole(self, number: int) -> tuple[int, NDArray[Any], tuple[BrokenSample, ...]]:
         """The document of an episode, its text, and the broken ones whose place it takes."""
-        item = self._order.item(number)
-        broken: list[BrokenSample] = []
-        tried = [item]
-        while True:
-            document = int(self._tasks[tried[len(broken)]])
-            text = self._texts.text(document)
-            if not isinstance(text, BrokenSample):
-                return document, text, tuple(broken)
-            broken.append(text)
-            if len(broken) == 1:
-                rng = generator("document replacement", self._seed, self._split, number)
-                tried += others(rng, self.num_tasks, item)
-            if len(broken) == len(tried):
-                raise none_is_whole(broken)
+        item, text, broken = whole_task(
+            lambda item: self._texts.text(int(self._tasks[item])),
+            self._order.item(number),
+            self.num_tasks,
+            lambda: generator("document replacement", self._seed, self._split, number),
+        )
+        return int(self._tasks[item]), text, broken
 
 
 class DocumentSamples(Samples):

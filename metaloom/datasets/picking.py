@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 
 from metaloom.datasets.broken import BrokenSample, SampleError
 from metaloom.datasets.reader import Decoded, SampleReader
+
+T = TypeVar("T")
 
 MAX_BROKEN = 1000  # that are looked at for one episode or batch
 MAX_REPLACED = 100  # whole tasks that are looked at in place of a broken one
@@ -92,6 +95,34 @@ def others(rng: np.random.Generator, num_items: int, item: int, *, limit: int = 
     """Items of `num_items` that are tried in place of one, in random order, each once: at most `limit`."""
     drawn: list[int] = rng.choice(num_items, min(num_items, limit), replace=False).tolist()
     return [other for other in drawn if other != item][: limit - 1]
+
+
+def whole_task(
+    read: Callable[[int], T | BrokenSample],
+    item: int,
+    num_items: int,
+    replacements: Callable[[], np.random.Generator],
+) -> tuple[int, T, tuple[BrokenSample, ...]]:
+    """The item of a task, what it holds, and the broken ones whose place it takes.
+
+    Args:
+        read: what an item holds, or what is wrong with it.
+        item: which of `num_items` the task is to be.
+        replacements: makes the generator that puts the others in order, where the item is broken.
+
+    Raises:
+        SampleError: none of those that are tried is whole.
+    """
+    tried, broken = [item], list[BrokenSample]()
+    while True:
+        found = read(tried[len(broken)])
+        if not isinstance(found, BrokenSample):
+            return tried[len(broken)], found, tuple(broken)
+        broken.append(found)
+        if len(broken) == 1:
+            tried += others(replacements(), num_items, item)
+        if len(broken) == len(tried):
+            raise none_is_whole(broken)
 
 
 def none_is_whole(broken: Sequence[BrokenSample]) -> SampleError:

@@ -39,7 +39,7 @@ from metaloom.datasets.episodes import (
 from metaloom.datasets.index import Index
 from metaloom.datasets.members import Members
 from metaloom.datasets.order import EpochOrder
-from metaloom.datasets.picking import none_is_whole, others
+from metaloom.datasets.picking import whole_task
 from metaloom.datasets.reader import Decoded, SampleReader
 from metaloom.errors import StreamError
 
@@ -116,19 +116,12 @@ class ReadyEpisodes(EpisodeSource):
 
     def _whole(self, number: int) -> tuple[int, Decoded, tuple[BrokenSample, ...]]:
         """The sample of an episode, what it holds, and the broken ones whose place it takes."""
-        tried = [self._order.item(number)]
-        broken: list[BrokenSample] = []
-        while True:
-            sample = tried[len(broken)]
-            (found,) = self._reader.read([sample])
-            if not isinstance(found, BrokenSample):
-                return sample, found, tuple(broken)
-            broken.append(found)
-            if len(broken) == 1:
-                rng = generator("ready replacement", self._seed, self._split, number)
-                tried += others(rng, self.num_tasks, sample)
-            if len(broken) == len(tried):
-                raise none_is_whole(broken)
+        return whole_task(
+            lambda sample: self._reader.read([sample])[0],
+            self._order.item(number),
+            self.num_tasks,
+            lambda: generator("ready replacement", self._seed, self._split, number),
+        )
 
     def _group(self, sample: int, facts: dict[str, Any]) -> str | None:
         groups = self._reader.table.attributes.get("group")
