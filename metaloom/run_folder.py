@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +91,8 @@ class RunFolder:
             )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / ".writable"
-            probe.touch()
-            probe.unlink()
+            # Under a name of its own: the commands of two hosts may be here at once.
+            tempfile.TemporaryFile(dir=self.path).close()
             # Of a start that was refused: its tracked run is not this one.
             (self.path / "run.json").unlink(missing_ok=True)
         except OSError as error:
