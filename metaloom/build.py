@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from metaloom.datasets import Episode
+from metaloom.datasets.pixels import of_one_form
 from metaloom.engine.adapters.base import Adapter
 from metaloom.engine.adapters.full import FullAdapter
 from metaloom.engine.adapters.lora import LoraAdapter
@@ -441,13 +442,12 @@ def task_batch(
         num_steps: inner steps: the rehearsal data beyond what they read is for measuring retention.
         num_dummies: how many of the last episodes do not count.
     """
-    dtype = Precision(recipe.precision.compute).storage_dtype
+    precision = Precision(recipe.precision.compute)
 
     def beside(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Tensor]:
-        tensors = {name: torch.from_numpy(array) for name, array in _padded(parts).items()}
         return {
-            name: tensor.to(device, dtype if tensor.is_floating_point() else None)
-            for name, tensor in tensors.items()
+            name: precision.on_device(torch.from_numpy(array), device)
+            for name, array in _padded(parts).items()
         }
 
     rehearsal = retention = outer = None
@@ -468,7 +468,9 @@ def task_batch(
         query=beside([episode.query for episode in episodes]),
         rehearsal=rehearsal,
         retention=retention,
-        weights=_task_weights(len(episodes), num_dummies, dtype, device) if num_dummies > 0 else None,
+        weights=precision.on_device(_task_weights(len(episodes), num_dummies), device)
+        if num_dummies
+        else None,
         num_ways=num_ways,
         outer_rehearsal=outer,
     )
@@ -488,25 +490,24 @@ def _padded(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     repeated behind their own, with weight 0."""
     counts = [len(part["targets"]) for part in parts]
     most = max(counts)
-    stacked = {
-        name: np.stack(
+
+    stacked = {}
+    for name in ("inputs", "targets"):
+        arrays = of_one_form([part[name] for part in parts])
+        stacked[name] = np.stack(
             [
-                np.concatenate([part[name], part[name][:1].repeat(most - count, axis=0)])
-                if count < most
-                else part[name]
-                for part, count in zip(parts, counts, strict=True)
+                np.concatenate([array, array[:1].repeat(most - count, axis=0)]) if count < most else array
+                for array, count in zip(arrays, counts, strict=True)
             ]
         )
-        for name in ("inputs", "targets")
-    }
     if min(counts) == most:
         return stacked
     weights = np.stack([(np.arange(most) < count).astype(np.float32) for count in counts])
     return stacked | {"weights": weights}
 
 
-def _task_weights(num_tasks: int, num_dummies: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _task_weights(num_tasks: int, num_dummies: int) -> Tensor:
     """1, and 0 for the last `num_dummies`; `[T]`."""
-    weights = torch.ones(num_tasks, dtype=dtype)
+    weights = torch.ones(num_tasks)
     weights[num_tasks - num_dummies :] = 0.0
-    return weights.to(device)
+    return weights

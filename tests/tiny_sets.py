@@ -38,11 +38,10 @@ def marked(number: int) -> NDArray[np.uint8]:
 
 
 def numbers_of(inputs: NDArray[Any]) -> list[int]:
-    """The numbers of images of `marked`, `[N, 1, 6, 6]`, or of arrays whose first element is one."""
+    """The numbers of images of `marked`, `[N, 6, 6, 1]`, or of arrays whose first element is one."""
     if inputs.ndim == 2:
         return [int(row[0]) for row in inputs]
-    pixels = np.rint(inputs[:, 0] * 255).astype(int)
-    return [int(high * 256 + low) for high, low in pixels[:, 0, :2]]
+    return [int(high) * 256 + int(low) for high, low in inputs[:, 0, :2, 0]]
 
 
 def class_set(

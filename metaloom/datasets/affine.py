@@ -1,12 +1,15 @@
-"""Random affine distortion of grey images, many at a time, in plain numpy."""
+"""Random affine distortion of images, many at a time, in plain numpy."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from metaloom.datasets.pixels import as_numbers
 
 
 @dataclass(frozen=True)
@@ -32,16 +35,17 @@ class Affine:
         if self.shear_deg >= 80:
             raise ValueError(f"Affine.shear_deg is {self.shear_deg}; it must be below 80")
 
-    def distort(self, images: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
+    def distort(self, images: NDArray[Any], rng: np.random.Generator) -> NDArray[np.float32]:
         """Each image under its own random distortion about its centre, resampled bilinearly.
 
         Args:
-            images: float32 [N, H, W] or [N, C, H, W], whose channels are distorted alike; outside of an image
-                is 0.
+            images: float32 [N, H, W] or [N, C, H, W], or pixels [N, H, W, C]; channels are distorted alike.
+                Outside of an image is 0.
 
         Returns:
-            float32, the same shape; exactly the images if all bounds are 0.
+            float32 [N, H, W] or [N, C, H, W]; exactly the images if all bounds are 0.
         """
+        images = as_numbers(images)
         draws = rng.uniform(-1.0, 1.0, size=(6, len(images))).astype(np.float32)
         angle = draws[0] * np.float32(math.radians(self.rotate_deg))
         slant = np.tan(draws[1] * np.float32(math.radians(self.shear_deg)))

@@ -28,7 +28,7 @@ _INK, _PALE, _PAPER, _RULE = "#1f2328", "#57606a", "#ffffff", "#d0d7de"
 
 @dataclass(frozen=True, eq=False)
 class ClassImages:
-    """The images of one class of an episode; each is [H, W] or [H, W, 3], uint8, or float from 0 to 1."""
+    """The images of one class of an episode; each is uint8 [H, W] or [H, W, 3]."""
 
     label: str
     support: Sequence[NDArray[Any]]
@@ -41,7 +41,7 @@ def class_images(
     """The classes of an episode's arrays.
 
     Args:
-        support: `inputs` [S, C, H, W] with C 1 or 3, and `targets` [S], integers from 0.
+        support: `inputs` uint8 [S, H, W, C] with C 1 or 3, and `targets` [S], integers from 0.
         query: likewise.
         names: of the targets, in order; where there are none, their numbers are shown.
     """
@@ -49,8 +49,8 @@ def class_images(
     return [
         ClassImages(
             names[target] if names else f"class {target}",
-            [_channels_last(image) for image in support["inputs"][support["targets"] == target]],
-            [_channels_last(image) for image in query["inputs"][query["targets"] == target]],
+            [_without_grey_axis(image) for image in support["inputs"][support["targets"] == target]],
+            [_without_grey_axis(image) for image in query["inputs"][query["targets"] == target]],
         )
         for target in targets
     ]
@@ -112,12 +112,21 @@ def _cell_px(num_columns: int, num_classes: int, side: int) -> int:
     return cell // side * side if side <= cell else cell
 
 
-def _channels_last(image: NDArray[Any]) -> NDArray[Any]:
-    return image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0)
+def _without_grey_axis(image: NDArray[Any]) -> NDArray[Any]:
+    return image[:, :, 0] if image.shape[2] == 1 else image
 
 
 def _paste(sheet: Image.Image, image: NDArray[Any], place: tuple[int, int], cell: int) -> None:
-    picture = Image.fromarray(_pixels(image))
+    if (
+        image.dtype != np.uint8
+        or image.ndim not in (2, 3)
+        or image.shape[2:] not in ((), (3,))
+        or not image.size
+    ):
+        raise ValueError(
+            f"an image of a sheet is uint8 [H, W] or [H, W, 3], not {image.dtype} {list(image.shape)}"
+        )
+    picture = Image.fromarray(image)
     scale = cell / max(picture.size)
     if scale >= 1:
         factor = max(1, int(scale))
@@ -130,14 +139,6 @@ def _paste(sheet: Image.Image, image: NDArray[Any], place: tuple[int, int], cell
     sheet.paste(picture, (x, y))
     frame = (x - 1, y - 1, x + picture.width, y + picture.height)
     ImageDraw.Draw(sheet).rectangle(frame, outline=_RULE)
-
-
-def _pixels(image: NDArray[Any]) -> NDArray[np.uint8]:
-    if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3) or not image.size:
-        raise ValueError(f"an image of a sheet is [H, W] or [H, W, 3], not {list(image.shape)}")
-    if image.dtype.kind == "f":
-        image = np.clip(np.nan_to_num(image), 0, 1) * 255 + 0.5
-    return image.astype(np.uint8)
 
 
 def _shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from metaloom.datasets.broken import BrokenSample, SampleError
 from metaloom.datasets.class_episodes import ClassEpisodes, Ways
@@ -19,9 +17,9 @@ from metaloom.datasets.contact_sheet import ClassImages, class_images
 from metaloom.datasets.decoders import (
     DECODING_ERRORS,
     IMAGES,
-    MAX_PIXELS,
     PAD,
     ImageInputs,
+    open_image,
     read_npy,
     read_tokens,
 )
@@ -351,8 +349,9 @@ def _decode_tokens(tokens: NDArray[Any], tokenizer: str | None) -> str:
     return str(load_tokenizer(tokenizer).decode(tokens.tolist()))
 
 
-def _image_in(members: Mapping[str, bytes]) -> bytes | None:
-    return next((members[name] for name in IMAGES if name in members), None)
+def _image_in(members: Mapping[str, bytes]) -> str | None:
+    """Its extension."""
+    return next((extension for extension in IMAGES if extension in members), None)
 
 
 def _decoded(members: Mapping[str, bytes]) -> NDArray[np.uint8]:
@@ -361,13 +360,11 @@ def _decoded(members: Mapping[str, bytes]) -> NDArray[np.uint8]:
     Raises:
         one of DECODING_ERRORS: it is no image, or has too many pixels.
     """
-    payload = _image_in(members)
-    if payload is None:
+    extension = _image_in(members)
+    if extension is None:
         raise ValueError(f"it has {', '.join(members)}, and none of {', '.join(IMAGES)}")
-    with Image.open(io.BytesIO(payload), formats=["PNG", "JPEG", "WEBP"]) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"the image has {image.width} x {image.height} pixels, over {MAX_PIXELS} in all")
-        return np.array(image.convert("L" if image.mode in ("1", "L") else "RGB"))
+    image = open_image(extension, members[extension])
+    return np.array(image.convert("L" if image.mode in ("1", "L") else "RGB"))
 
 
 def _tokens(members: Mapping[str, bytes]) -> NDArray[Any]:

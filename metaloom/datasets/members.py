@@ -19,6 +19,14 @@ _PLAIN = (b"0", b"\0", b"7")
 _WITHOUT_PAYLOAD = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes
 _EXTENDED = (b"x", b"X", b"g", b"L", b"K")  # headers that speak of the entry behind them
 _MAX_EXTENDED_BYTES = 1 << 20
+# The header of a plain file whose name is whole, leaves no folder, and has its first dot in front of the
+# extension: mode, owner and group behind the name; the length; time and sum; the kind; then nothing of
+# interest up to the place where ustar may have the start of the name.
+_USUAL = re.compile(
+    rb"(?=\w[\w/-]{0,80}(?<!/)\.([a-z0-9_.]{1,15})\0)"
+    rb".{124}([0-7]{11})[\0 ].{20}0.{188}\0",
+    re.ASCII | re.DOTALL,
+)
 _RECORD = re.compile(rb"([0-9]{1,8}) ([^=\n]+)=")
 
 
@@ -86,8 +94,12 @@ def cut_members(entries: bytes) -> dict[str, memoryview]:
     Raises:
         BadEntries: they are cut short, hold links or devices, or an extension comes twice.
     """
-    view = memoryview(entries)
-    members: dict[str, memoryview] = {}
+    members = _cut_usual(entries)
+    return _cut_any(entries) if members is None else members
+
+
+def _cut_any(entries: bytes) -> dict[str, memoryview]:
+    view, members = memoryview(entries), dict[str, memoryview]()
     for name, kind, _, start, length in entries_in(entries):
         if kind not in _PLAIN:
             raise BadEntries(f"has an entry {name!r} that is no plain file")
@@ -98,6 +110,23 @@ def cut_members(entries: bytes) -> dict[str, memoryview]:
     if not members:
         raise BadEntries("has no tar entries")
     return members
+
+
+def _cut_usual(entries: bytes) -> dict[str, memoryview] | None:
+    """The same as `_cut_any`, several times as fast, for entries as nearly all are; None where one is
+    another, be it right or wrong."""
+    view, members = memoryview(entries), dict[str, memoryview]()
+    position, size = 0, len(entries)
+    while position < size:
+        usual = _USUAL.match(entries, position)
+        if usual is None:
+            return None
+        extension, start, length = usual[1].decode(), position + BLOCK, int(usual[2], 8)
+        if extension in members or start + length > size:
+            return None
+        members[extension] = view[start : start + length]
+        position = start + (length + BLOCK - 1) // BLOCK * BLOCK
+    return members or None
 
 
 def entries_in(tar: Buffer, *, has_sums_checked: bool = False) -> Iterator[Entry]:

@@ -12,6 +12,7 @@ from metaloom.datasets.broken import SampleError
 from metaloom.datasets.class_episodes import ClassSamples
 from metaloom.datasets.draws import generator
 from metaloom.datasets.episodes import Batch, Episode, EpisodeSource, Samples
+from metaloom.datasets.pixels import of_one_form
 from metaloom.datasets.streams import NUM_STREAMS, virtual_stream
 from metaloom.errors import StreamError
 
@@ -113,6 +114,7 @@ class MixedSamples(Samples):
                     Batch(batch.arrays | {"targets": targets + first if first else targets}, batch.broken)
                 )
         arrays = {
-            name: np.concatenate([batch.arrays[name] for batch in batches]) for name in ("inputs", "targets")
+            name: np.concatenate(of_one_form([batch.arrays[name] for batch in batches]))
+            for name in ("inputs", "targets")
         }
         return Batch(arrays, tuple(broken for batch in batches for broken in batch.broken))

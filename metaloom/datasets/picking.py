@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 
@@ -59,34 +60,35 @@ def pick(reader: SampleReader, wants: Sequence[Want], *, before: Sequence[Broken
         SampleError: MAX_BROKEN samples are broken, so that more of the same kind need not be read.
         StreamError: storage failed.
     """
-    places = [(want, place) for want, each in enumerate(wants) for place in range(len(each.numbers))]
-    asked = {(want, place): wants[want].numbers[place] for want, place in places}
-    found: dict[tuple[int, int], tuple[int, Decoded]] = {}
+    numbers = [number for want in wants for number in want.numbers]
+    found = reader.read(numbers)
+    owners = [row for row, want in enumerate(wants) for _ in want.numbers]  # of each place
     broken: dict[BrokenSample, None] = {}
     empty: set[int] = set()
+    asked = [place for place, result in enumerate(found) if isinstance(result, BrokenSample)]
     while asked:
-        again: dict[tuple[int, int], int] = {}
-        for (place, number), result in zip(asked.items(), reader.read(list(asked.values())), strict=True):
-            if not isinstance(result, BrokenSample):
-                found[place] = number, result
-                continue
+        again = []
+        for place in asked:
+            result = found[place]
+            assert isinstance(result, BrokenSample), "only these are asked for again"
             broken[result] = None
             met = dict.fromkeys((*before, *broken))
             if len(met) >= MAX_BROKEN:
                 raise none_is_whole(tuple(met))
-            spare = wants[place[0]].spare
+            spare = wants[owners[place]].spare
             if spare:
-                again[place] = spare.popleft()
+                numbers[place] = spare.popleft()
+                again.append(place)
             else:
-                empty.add(place[0])
-        asked = again
-    pairs = [
-        None if want in empty else [found[want, place] for place in range(len(each.numbers))]
-        for want, each in enumerate(wants)
-    ]
+                empty.add(owners[place])
+        for place, result in zip(again, reader.read([numbers[place] for place in again]), strict=True):
+            found[place] = result
+        asked = [place for place in again if isinstance(found[place], BrokenSample)]
+    ends = list(itertools.accumulate(len(want.numbers) for want in wants))
+    rows = [slice(end - len(want.numbers), end) for want, end in zip(wants, ends, strict=True)]
     return Picked(
-        [None if each is None else [sample for _, sample in each] for each in pairs],
-        [None if each is None else [number for number, _ in each] for each in pairs],
+        [None if want in empty else cast(list[Decoded], found[row]) for want, row in enumerate(rows)],
+        [None if want in empty else numbers[row] for want, row in enumerate(rows)],
         tuple(broken),
     )
 

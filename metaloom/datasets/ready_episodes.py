@@ -250,7 +250,7 @@ class ReadyParts:
 
 
 def _as_batch(inputs: Inputs, values: NDArray[Any]) -> NDArray[Any]:
-    """The examples of one array, as the model takes them.
+    """The examples of one array, as `inputs` gives them.
 
     Raises:
         ValueError: their shape or kind is another.
@@ -278,7 +278,7 @@ def _as_batch(inputs: Inputs, values: NDArray[Any]) -> NDArray[Any]:
                     f"inputs are {values.dtype} {list(values.shape)}, and uint8 {['N', *expected]} is "
                     "expected"
                 )
-            return inputs.batch(list(values[:, None] if channels == 1 else values.transpose(0, 3, 1, 2)))
+            return np.ascontiguousarray(values).reshape(len(values), size, size, channels)
         case ArrayInputs(shape=shape):
             if values.shape[1:] != shape:
                 raise ValueError(f"inputs are {list(values.shape)}, and {['N', *shape]} is expected")

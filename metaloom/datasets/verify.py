@@ -7,7 +7,6 @@ indexed: that shows when its members are decoded.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import zlib
@@ -16,13 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
 
 from metaloom.datasets.decoders import (
     DECODING_ERRORS,
     IMAGES,
-    MAX_PIXELS,
     finite,
+    open_image,
     read_npy,
     read_tokens,
 )
@@ -91,12 +89,7 @@ def check_member(extension: str, payload: bytes | memoryview) -> None:
     """
     last = extension.rpartition(".")[2]
     if last in IMAGES:
-        with Image.open(io.BytesIO(payload), formats=[IMAGES[last]]) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(
-                    f"the image has {image.width} x {image.height} pixels, more than {MAX_PIXELS} in all"
-                )
-            image.load()
+        open_image(last, payload).load()
     elif f".{extension}".endswith(".tokens.npy"):
         read_tokens("tokens.npy", payload, vocabulary=_MOST_TOKENS)
     elif last == "npy":

@@ -50,7 +50,7 @@ def ordinary_gradient(
     reading = Reading(criterion or CrossEntropy(), head)
     parameters = leaves(weights)
     device = next(iter(parameters.values())).device
-    inputs, targets = (_on(device, batch[name], precision) for name in ("inputs", "targets"))
+    inputs, targets = (precision.on_device(batch[name], device) for name in ("inputs", "targets"))
     forward_pass = ForwardPass(precision, device, draws=draws, recompute_blocks=recompute_blocks, head=head)
     with torch.enable_grad():
         output, _, _ = run_model(
@@ -74,7 +74,3 @@ def ordinary_gradient(
     totals = {"loss": loss.detach().double()}
     totals |= {name: values[0, :num_real].sum() for name, values in samples.scores.items()}
     return dict(zip(parameters, grads, strict=True)), totals
-
-
-def _on(device: torch.device, tensor: Tensor, precision: Precision) -> Tensor:
-    return tensor.to(device, precision.storage_dtype if tensor.is_floating_point() else None)

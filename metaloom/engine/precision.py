@@ -7,6 +7,7 @@ import dataclasses
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 ComputeFormat = Literal["float32", "bfloat16", "float16", "float64"]
 HALF: dict[ComputeFormat, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -24,6 +25,16 @@ class Precision:
     @property
     def storage_dtype(self) -> torch.dtype:
         return torch.float64 if self.compute == "float64" else torch.float32
+
+    def on_device(self, tensor: Tensor, device: torch.device) -> Tensor:
+        """Inputs, targets or weights as models take them: pixels, which are uint8 `[..., H, W, C]`, as
+        numbers from 0 to 1, `[..., C, H, W]`; numbers in the storage format; tokens and classes as they
+        are."""
+        tensor = tensor.to(device)
+        if tensor.dtype == torch.uint8:
+            # By a tensor: a GPU would multiply by a plain number's reciprocal, and the last digit be another.
+            tensor = tensor.movedim(-1, -3).contiguous().float() / torch.tensor(255.0, device=device)
+        return tensor.to(self.storage_dtype) if tensor.is_floating_point() else tensor
 
     def autocast(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
         """The context that a forward pass runs in.

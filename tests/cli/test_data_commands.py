@@ -249,7 +249,7 @@ READY = {
                 "support.inputs.npy": None,
                 "support.0.png": image_bytes(1),
             },
-            "cannot identify image file",
+            "it is no png image",
         ),
     ],
 )
@@ -285,7 +285,7 @@ def test_inspect_names_the_image_that_cannot_be_decoded(
     assert call("data index out --class-from cls", capsys)[0] == 0
     code, _, errors = call("data inspect out --episode 0", capsys)
     assert code == 3
-    assert re.search(r"train-0\.tar: sample 'k0' cannot be shown: cannot identify image file", errors)
+    assert re.search(r"train-0\.tar: sample 'k0' cannot be shown: it is no png image", errors)
 
 
 def test_a_sheet_of_texts_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -327,7 +327,7 @@ def test_verify_decodes_what_was_broken_before_it_was_indexed(
     assert "is broken in 7 places" in errors
     for key, reason in {
         "cut": r"\(png\): .*truncated",
-        "other": r"\(support\.0\.jpg\): cannot identify image file",
+        "other": r"\(support\.0\.jpg\): it is no jpg image",
         "text": r"\(json\): Expecting property name",
         "nan": r"\(target\.npy\): it holds numbers that are not finite",
         "row": r"\(0\.tokens\.npy\): tokens are integers in one row",

@@ -38,8 +38,8 @@ def test_images_lie_support_over_query_class_beside_class_and_keep_their_aspect(
     assert boxes[0, 1, 1][1] + boxes[0, 1, 1][3] < boxes[1, 1, 0][1]
 
 
-def test_large_images_are_made_small_and_floats_are_grey_levels() -> None:
-    large = np.full((300, 600), 0.5, np.float32)
+def test_large_images_are_made_small_and_may_be_grey() -> None:
+    large = np.full((300, 600), 128, np.uint8)
     sheet = np.asarray(contact_sheet([ClassImages("a", [large], [])], title="t"))
     _, _, height, width = box_of(sheet, (128, 128, 128))
     assert width == 2 * height == 112
@@ -54,17 +54,17 @@ def test_long_titles_and_labels_are_cut_and_many_examples_take_rows() -> None:
 
 
 def test_an_episode_s_arrays_are_put_by_class() -> None:
-    inputs = np.arange(4 * 3 * 2 * 2, dtype=np.float32).reshape(4, 3, 2, 2)
+    inputs = np.arange(4 * 3 * 2 * 2, dtype=np.uint8).reshape(4, 2, 2, 3)
     support = {"inputs": inputs, "targets": np.array([1, 0, 1, 0])}
-    query = {"inputs": inputs[:, :1], "targets": np.array([0, 0, 1, 1])}
+    query = {"inputs": inputs[..., :1], "targets": np.array([0, 0, 1, 1])}
     first, second = class_images(support, query, ("a", "b"))
     assert (first.label, second.label) == ("a", "b")
-    assert [image[0, 1, 2] for image in first.support] == [inputs[1, 2, 0, 1], inputs[3, 2, 0, 1]]
-    assert [image.tolist() for image in second.query] == inputs[2:, 0].tolist()
+    assert [image[0, 1, 2] for image in first.support] == [inputs[1, 0, 1, 2], inputs[3, 0, 1, 2]]
+    assert [image.tolist() for image in second.query] == inputs[2:, :, :, 0].tolist()
 
 
 def test_what_is_no_image_is_refused() -> None:
     with pytest.raises(ValueError, match=r"a sheet needs at least one class"):
         contact_sheet([], title="t")
-    with pytest.raises(ValueError, match=r"is \[H, W\] or \[H, W, 3\], not \[2, 2, 4\]"):
-        contact_sheet([ClassImages("a", [np.zeros((2, 2, 4))], [])], title="t")
+    with pytest.raises(ValueError, match=r"is uint8 \[H, W\] or \[H, W, 3\], not uint8 \[2, 2, 4\]"):
+        contact_sheet([ClassImages("a", [np.zeros((2, 2, 4), np.uint8)], [])], title="t")

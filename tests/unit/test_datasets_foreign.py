@@ -208,7 +208,7 @@ def test_episodes_are_drawn_from_indexed_tars(tmp_path: Path) -> None:
         index, "train", ways=Ways(n_way=3, n_shot=2, n_query=2), inputs=ImageInputs(8), seed=0
     )
     episode = source.episode(0)
-    assert episode.support["inputs"].shape == (6, 1, 8, 8)
+    assert episode.support["inputs"].shape == (6, 8, 8, 1)
     assert sorted(episode.support["targets"].tolist()) == [0, 0, 1, 1, 2, 2]
     assert episode.broken == ()
 

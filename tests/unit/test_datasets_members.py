@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metaloom.datasets.members import BadEntries, Entry, cut_members, entries_in, split_name
+from metaloom.datasets.members import (
+    BadEntries,
+    Entry,
+    _cut_any,
+    _cut_usual,
+    cut_members,
+    entries_in,
+    split_name,
+)
 from tests.tars import END, TarFormat, plain, read_by_tarfile, special, tar_of, with_sum
 
 FORMATS: list[TarFormat] = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
@@ -77,6 +85,23 @@ def test_damaged_headers_are_read_to_an_end_or_refused(changes: list[tuple[int, 
         except BadEntries:
             continue
         assert all(entry.begin < entry.start <= entry.end for entry in found)
+
+
+USUAL = tar_of(
+    [plain("0a/b-1.cls", b"12"), plain("0a/b-1.target.npy", bytes(700))], tar_format=tarfile.USTAR_FORMAT
+)
+BYTES = st.one_of(st.integers(0, 255), st.sampled_from([*b"\0/.\\AZaz0789 "]))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 40), BYTES) | st.tuples(st.integers(0, 511), BYTES), max_size=4))
+def test_the_quick_way_through_usual_entries_says_the_same_or_nothing(changes: list[tuple[int, int]]) -> None:
+    tar = bytearray(USUAL)
+    for place, value in changes:
+        tar[place] = value
+    found = _cut_usual(bytes(tar))
+    assert found is not None or changes
+    assert found is None or found == _cut_any(bytes(tar))
 
 
 def test_a_wrong_sum_is_found_where_sums_are_checked() -> None:

@@ -260,7 +260,7 @@ def test_examples_may_be_members_of_their_own_in_the_order_of_their_numbers(tmp_
     index = ready_set(tmp_path, [members | {"json": facts(num_ways=4, group="rain")}])
     images = ImageInputs(size=6)
     episode = ready(index, images, ClassTargets(5), num_support=11, num_query=1).episode(3)
-    expected = np.stack([marked(n) for n in range(11)])[:, None].astype(np.float32) / 255
+    expected = np.stack([marked(n) for n in range(11)])[:, :, :, None]
     np.testing.assert_array_equal(episode.support["inputs"], expected)  # 10 is behind 9, not behind 1
     assert episode.support["targets"].tolist() == [n % 4 for n in range(11)]
     assert (episode.num_ways, episode.group, episode.task) == (4, "rain", "e000")
@@ -273,13 +273,12 @@ def test_examples_may_be_members_of_their_own_in_the_order_of_their_numbers(tmp_
     np.testing.assert_array_equal(same.support["inputs"], expected)
 
 
-def test_colour_images_of_one_array_are_turned_to_channels_first(tmp_path: Path) -> None:
+def test_colour_images_of_one_array_are_taken_as_they_are(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (5, 6, 6, 3), dtype=np.uint8)
     members = {"support.inputs.npy": npy(pixels[:3]), "query.inputs.npy": npy(pixels[3:])}
     members |= {"support.targets.npy": npy([0, 1, 2]), "query.targets.npy": npy([0, 1])}
     episode = ready(ready_set(tmp_path, [members]), ImageInputs(6, 3), ClassTargets(3)).episode(0)
-    assert episode.support["inputs"].shape == (3, 3, 6, 6)
-    np.testing.assert_allclose(episode.support["inputs"][1, 2] * 255, pixels[1, :, :, 2], atol=1e-4)
+    np.testing.assert_array_equal(episode.support["inputs"], pixels[:3], strict=True)
 
 
 def test_ragged_episodes_keep_their_own_counts(tmp_path: Path) -> None:
