@@ -6,6 +6,7 @@ Shape letters: N examples, C channels, H and W pixels, L tokens, P numbers of a 
 from __future__ import annotations
 
 import abc
+import functools
 import io
 import math
 import struct
@@ -221,23 +222,12 @@ def read_npy(payload: bytes | memoryview) -> NDArray[Any]:
     Raises:
         ValueError: it is none, is cut short, or holds anything but booleans, integers and floats.
     """
-    stream = io.BytesIO(payload)
-    version = np.lib.format.read_magic(stream)
-    try:
-        if version == (1, 0):
-            shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-        elif version == (2, 0):
-            shape, is_fortran, dtype = np.lib.format.read_array_header_2_0(stream)
-        else:
-            raise ValueError(f"its format version is {version}, and 1.0 or 2.0 is expected")
-    except (TypeError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError) as error:
-        # The header is a Python literal, and what reads it raises whatever parsing raises.
-        raise ValueError(f"its header cannot be read: {error}") from error
+    shape, is_fortran, dtype, start = _npy_header(bytes(payload[: _npy_start(payload)]))
     if min(shape, default=0) < 0:
         raise ValueError(f"its header says {list(shape)}")
     if dtype.kind not in "biuf" or dtype.hasobject:
         raise ValueError(f"it holds {dtype}, and numbers are expected")
-    start, count = stream.tell(), math.prod(shape)
+    count = math.prod(shape)
     if start + count * dtype.itemsize != len(payload):
         raise ValueError(
             f"its header says {list(shape)} of {dtype}, {count * dtype.itemsize} bytes, and "
@@ -245,6 +235,33 @@ def read_npy(payload: bytes | memoryview) -> NDArray[Any]:
         )
     flat = np.frombuffer(payload, dtype, count, start)
     return flat.reshape(shape, order="F" if is_fortran else "C")
+
+
+def _npy_start(payload: bytes | memoryview) -> int:
+    """Where the numbers begin, as the header states its length."""
+    version = np.lib.format.read_magic(io.BytesIO(payload[: np.lib.format.MAGIC_LEN]))
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"its format version is {version}, and 1.0 or 2.0 is expected")
+    begin = np.lib.format.MAGIC_LEN + (2 if version == (1, 0) else 4)
+    return begin + int.from_bytes(payload[np.lib.format.MAGIC_LEN : begin], "little")
+
+
+# Samples of one data set have one header, or few; to read one takes longer than to copy its numbers.
+@functools.lru_cache(256)
+def _npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+    """(shape, whether it is in Fortran's order, type, length of the header) of a .npy file's beginning."""
+    stream = io.BytesIO(header)
+    read = (
+        np.lib.format.read_array_header_1_0
+        if np.lib.format.read_magic(stream) == (1, 0)
+        else np.lib.format.read_array_header_2_0
+    )
+    try:
+        shape, is_fortran, dtype = read(stream)
+    except (TypeError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError) as error:
+        # The header is a Python literal, and what reads it raises whatever parsing raises.
+        raise ValueError(f"its header cannot be read: {error}") from error
+    return shape, is_fortran, dtype, stream.tell()
 
 
 def finite(values: NDArray[Any]) -> NDArray[np.float32]:

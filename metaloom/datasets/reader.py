@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from zlib_ng.zlib_ng import crc32
 
 from metaloom.datasets.broken import BrokenSample
 from metaloom.datasets.decoders import DECODING_ERRORS, read_class, read_class_name
@@ -116,13 +116,13 @@ class SampleReader:
         """The tar entries of each sample, as they were written."""
         results: dict[int, bytes | BrokenSample] = {}
         wanted: dict[int, tuple[Extent, int]] = {}
-        for number, extent, crc32 in zip(numbers, *self._places(numbers), strict=True):
+        for number, extent, expected in zip(numbers, *self._places(numbers), strict=True):
             if extent.length > self._sample_limit_bytes:
                 results[number] = self.is_broken(
                     number, f"has {extent.length} bytes, over the limit of {self._sample_limit_bytes}"
                 )
             else:
-                wanted[number] = extent, crc32
+                wanted[number] = extent, expected
         payloads: Sequence[bytes | None]
         try:
             payloads = self.index.storage.read_extents([extent for extent, _ in wanted.values()])
@@ -148,7 +148,7 @@ class SampleReader:
     def _checked(
         self, number: int, extent: Extent, expected: int, payload: bytes | None
     ) -> bytes | BrokenSample:
-        if payload is not None and zlib.crc32(payload) == expected:
+        if payload is not None and crc32(payload) == expected:
             return payload
         # A block of the cache may be torn, and a network may have changed a bit: once more, from storage.
         self.index.storage.forget(extent)
@@ -158,12 +158,12 @@ class SampleReader:
             return self.is_broken(number, "is lost: the shard is missing")
         except TruncatedFile as error:
             return self.is_broken(number, f"is cut off: {error}")
-        if zlib.crc32(payload) != expected:
+        if crc32(payload) != expected:
             self.index.storage.forget(extent)
             return self.is_broken(
                 number,
                 f"is damaged: bytes {extent.start} to {extent.stop} have crc32 "
-                f"{zlib.crc32(payload):08x} instead of {expected:08x}",
+                f"{crc32(payload):08x} instead of {expected:08x}",
             )
         return payload
 

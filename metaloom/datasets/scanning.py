@@ -6,12 +6,13 @@ import hashlib
 import json
 import mmap
 import os
-import zlib
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
+
+from zlib_ng.zlib_ng import crc32
 
 from metaloom.datasets.decoders import DECODING_ERRORS, MAX_NAME_BYTES, read_class_name, read_npy
 from metaloom.datasets.members import BadEntries, Entry, Members, entries_in, split_name
@@ -208,7 +209,7 @@ def _sample(tar: mmap.mmap, key: str, pieces: list[_Piece], rules: ScanRules) ->
         facts = rules.facts(key, members)
     except DECODING_ERRORS as error:
         return f"cannot be indexed: {error}"
-    return ScannedSample(key, piece.begin, length, zlib.crc32(entries), tuple(members), facts)
+    return ScannedSample(key, piece.begin, length, crc32(entries), tuple(members), facts)
 
 
 def _label(class_from: str, key: str, members: Members) -> str:

@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import os
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from zlib_ng.zlib_ng import crc32
 
 from metaloom.datasets.index import (
     ATTRIBUTE,
@@ -308,7 +308,7 @@ class _TarShard:
                 shard=row,
                 offset=start,
                 length=end - start,
-                crc32=zlib.crc32(entries[start:end]),
+                crc32=crc32(entries[start:end]),
                 members=members,
                 attributes=attributes,
             )

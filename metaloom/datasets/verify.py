@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+from zlib_ng.zlib_ng import crc32
 
 from metaloom.datasets.decoders import (
     DECODING_ERRORS,
@@ -141,7 +141,7 @@ def _damage(index: Index, number: int, shard: ShardEntry, content: bytes) -> lis
     for table, row, entries in _samples_in(index, number, content):
         if len(entries) < int(table.length[row]):
             found.append(Damage(shard.name, table.key(row), "is cut off"))
-        elif zlib.crc32(entries) != int(table.crc32[row]):
+        elif crc32(entries) != int(table.crc32[row]):
             found.append(Damage(shard.name, table.key(row), "has other bytes"))
     return found or [Damage(shard.name, None, "its bytes differ outside of all samples")]
 
@@ -159,7 +159,7 @@ def _undecodable(index: Index, number: int, shard: ShardEntry, content: bytes) -
 
     def problem(sample: tuple[SplitTable, int, memoryview]) -> Damage | None:
         table, row, entries = sample
-        if len(entries) < int(table.length[row]) or zlib.crc32(entries) != int(table.crc32[row]):
+        if len(entries) < int(table.length[row]) or crc32(entries) != int(table.crc32[row]):
             return None  # named already
         extension = ""
         try:
