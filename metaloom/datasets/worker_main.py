@@ -6,6 +6,7 @@ what the call gave or raised.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -37,6 +38,7 @@ def main(descriptor: int, parent: int) -> None:
         try:
             sys.path[:] = messages.receive(connection)
             draw = _received_draw(connection)
+            gc.freeze()  # modules and the source stay: no collection need look through them again
             while True:
                 argument, *_ = messages.receive(connection)
                 answer = _answer(draw, argument)
