@@ -8,7 +8,8 @@ What drivers raise, as read in s3fs 2026.9, gcsfs 2026.10, huggingface_hub 2.4 a
 * http gives aiohttp's errors, with a status where the server answered; a look-up of the size gives
   FileNotFoundError whatever went wrong, with the true error as its cause.
 * gcsfs gives HttpError with a code, OSError("Forbidden: ...") for 403, and errors of google.auth, requests
-  and aiohttp.
+  and aiohttp. That no access token could be fetched is a 401 whatever the reason, with google.auth's error as
+  its cause.
 * huggingface_hub gives errors with a response; a private repository, without a token, is a 401 under a
   FileNotFoundError.
 """
@@ -16,9 +17,11 @@ What drivers raise, as read in s3fs 2026.9, gcsfs 2026.10, huggingface_hub 2.4 a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
+import inspect
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import fsspec
@@ -71,8 +74,16 @@ def open_filesystem(url: str, *, options: Mapping[str, Any] | None = None) -> tu
     Raises:
         StreamError: the scheme is unknown, or its driver is not installed.
     """
-    try:
+    with _explained(url):
         filesystem, root = fsspec.core.url_to_fs(url, **(options or {}))
+    return filesystem, str(root).rstrip("/")
+
+
+@contextlib.contextmanager
+def _explained(url: str) -> Iterator[None]:
+    """What goes wrong as a driver is opened, as a StreamError."""
+    try:
+        yield
     except ImportError as error:
         extra = _EXTRAS.get(scheme_of(url))
         fix = f"Install it: pip install 'metaloom[{extra}]'." if extra else "Install the package it names."
@@ -85,7 +96,6 @@ def open_filesystem(url: str, *, options: Mapping[str, Any] | None = None) -> tu
             f"{shown(url)}: this URL cannot be opened ({without_credentials(str(error))}). Give a path, or a "
             f"URL of a scheme that fsspec knows: file, s3, gs, hf, http, https, memory ..."
         ) from None
-    return filesystem, str(root).rstrip("/")
 
 
 def open_for_requests(url: str, num_connections: int, timeout_s: float) -> tuple[Any, str]:
@@ -111,10 +121,36 @@ def open_for_requests(url: str, num_connections: int, timeout_s: float) -> tuple
         # file.
         options["client_kwargs"] = {**configured.get("client_kwargs", {}), "trust_env": True}
         options["headers"] = {**configured.get("headers", {}), "Accept-Encoding": "identity"}
+    elif scheme in ("gs", "gcs"):
+        return _open_google(url, options)
     filesystem, root = open_filesystem(url, options=options)
     if scheme in ("s3", "s3a"):
         filesystem.retries = 1
     return filesystem, root
+
+
+def _open_google(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
+    """gcsfs over HTTP alone, with one attempt at each request, and a new access token fetched in a thread.
+
+    What gcsfs opens by default asks by gRPC, before it reads from a bucket, of which kind that is. Where gRPC
+    does not get through (many proxies, emulators), or there are no credentials (public data), it does so for
+    up to a minute before each read; its threads do not survive a fork, and are not closed. The price: buckets
+    that answer gRPC alone (zonal ones, "Rapid") cannot be read.
+    """
+    with _explained(url):
+        from gcsfs.core import GCSFileSystem
+
+        filesystem = GCSFileSystem(**GCSFileSystem._get_kwargs_from_urls(url), **options)
+    # Around it are up to six attempts, with half a minute of pauses.
+    request = inspect.unwrap(GCSFileSystem._request)
+
+    async def request_once(*args: Any, **options: Any) -> Any:
+        # It would be asked for by the request, which would hold up all others on the event loop for as long.
+        await _in_thread(filesystem.credentials.maybe_refresh)
+        return await request(filesystem, *args, **options)
+
+    filesystem._request = request_once
+    return filesystem, str(GCSFileSystem._strip_protocol(url)).rstrip("/")
 
 
 def close_filesystem(filesystem: Any) -> None:
@@ -224,6 +260,8 @@ def meaning(error: BaseException) -> Meaning:
         return Meaning.TRANSIENT if _names(cause) & _NETWORK else Meaning.MISSING
     if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
         return Meaning.MISSING
+    if getattr(cause, "retryable", False):  # google.auth's, of an access token that could not be fetched now
+        return Meaning.TRANSIENT
     status = _status(error) or (_status(cause) if cause is not None else None)
     if isinstance(error, PermissionError) or status in (401, 403) or _names(error) & _NO_CREDENTIALS:
         return Meaning.FORBIDDEN
