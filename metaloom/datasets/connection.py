@@ -136,7 +136,8 @@ class Connection:
         path, what = self.path(extent.name), f"bytes {extent.start} to {extent.stop}"
 
         async def request() -> bytes:
-            content = await read_range(self._filesystem, path, extent.start, extent.stop)
+            timeout_s = self._persistence.timeout_s
+            content = await read_range(self._filesystem, path, extent.start, extent.stop, timeout_s)
             self.count(num_bytes=len(content))
             if len(content) < extent.length:
                 raise _ShortAnswerError(f"only {len(content)} of {extent.length} bytes came")

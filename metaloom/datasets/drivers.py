@@ -28,6 +28,7 @@ import fsspec
 from fsspec.asyn import AsyncFileSystem, get_loop
 
 from metaloom.credentials import has_credentials, without_credentials
+from metaloom.datasets.hub import read_hub_range, read_hub_size
 from metaloom.errors import StreamError
 
 T = TypeVar("T")
@@ -175,13 +176,17 @@ def shown(url: str) -> str:
     return without_credentials(url) if has_credentials(url) else url
 
 
-async def read_range(filesystem: Any, path: str, start: int, stop: int) -> bytes:
-    """What the driver answers when it is asked for bytes `start` to `stop`."""
+async def read_range(filesystem: Any, path: str, start: int, stop: int, timeout_s: float) -> bytes:
+    """What the driver answers when it is asked for bytes `start` to `stop`.
+
+    Args:
+        timeout_s: when the caller stops to wait; a request in a thread, which cannot be told, ends then too.
+    """
     if _is_async(filesystem):
         return bytes(await filesystem._cat_file(path, start=start, end=stop))
-    # huggingface_hub would read ahead by megabytes, through a file that is closed after this one read.
-    options = {"cache_type": "none"} if "hf" in _protocols(filesystem) else {}
-    return bytes(await _in_thread(lambda: filesystem.cat_file(path, start=start, end=stop, **options)))
+    if _is_hub(filesystem):
+        return await _in_thread(lambda: read_hub_range(filesystem, path, start, stop, timeout_s))
+    return bytes(await _in_thread(lambda: filesystem.cat_file(path, start=start, end=stop)))
 
 
 async def read_whole(filesystem: Any, path: str) -> bytes:
@@ -197,6 +202,8 @@ async def read_size(filesystem: Any, path: str) -> int | None:
     Raises:
         FileNotFoundError: it is a folder.
     """
+    if _is_hub(filesystem):
+        return await _in_thread(lambda: read_hub_size(filesystem, path))
     filesystem.invalidate_cache()
     if _is_async(filesystem):
         info = await filesystem._info(path)
@@ -211,9 +218,9 @@ def _is_async(filesystem: Any) -> bool:
     return isinstance(filesystem, AsyncFileSystem) and filesystem.async_impl
 
 
-def _protocols(filesystem: Any) -> tuple[str, ...]:
+def _is_hub(filesystem: Any) -> bool:
     protocol = filesystem.protocol
-    return (protocol,) if isinstance(protocol, str) else tuple(protocol)
+    return "hf" in ((protocol,) if isinstance(protocol, str) else protocol)
 
 
 async def _in_thread(call: Callable[[], T]) -> T:
