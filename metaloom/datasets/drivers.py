@@ -12,6 +12,8 @@ What drivers raise, as read in s3fs 2026.9, gcsfs 2026.10, huggingface_hub 2.4 a
   its cause.
 * huggingface_hub gives errors with a response; a private repository, without a token, is a 401 under a
   FileNotFoundError.
+
+tests/faults/test_clouds.py sees the last two do so.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import asyncio
 import contextlib
 import enum
 import inspect
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -281,6 +284,16 @@ def meaning(error: BaseException) -> Meaning:
     return Meaning.TRANSIENT
 
 
+def asked_pause_s(error: BaseException) -> float:
+    """How long a server asks to be left alone, by Retry-After or a rate limit that is used up; else 0."""
+    headers = {str(name).lower(): str(value) for name, value in _headers(error).items()}
+    is_used_up = re.search(r"\br=0\b.*?\bt=(\d+)", headers.get("ratelimit", ""))  # the Hub's
+    if is_used_up:
+        return float(is_used_up[1])
+    asked = headers.get("retry-after", "")
+    return float(asked) if asked.isdecimal() else 0.0
+
+
 def described(error: BaseException) -> str:
     """The kind of an error and its text in one line, without credentials."""
     text = " ".join(without_credentials(str(error)).split())
@@ -300,6 +313,18 @@ def credentials_advice(url: str) -> str:
 
 def _names(error: BaseException) -> set[str]:
     return {kind.__name__ for kind in type(error).__mro__}
+
+
+def _headers(error: BaseException) -> Mapping[str, str]:
+    """The headers of the answer in an error, where each driver keeps them; gcsfs keeps none."""
+    response = getattr(error, "response", None)
+    if isinstance(response, Mapping):  # botocore
+        found = response.get("ResponseMetadata", {}).get("HTTPHeaders")
+    else:  # huggingface_hub, requests; aiohttp
+        found = getattr(error if response is None else response, "headers", None)
+    if isinstance(found, Mapping):
+        return found
+    return {} if error.__cause__ is None else _headers(error.__cause__)
 
 
 def _status(error: BaseException) -> int | None:
