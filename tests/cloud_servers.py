@@ -8,6 +8,7 @@ X-Error-Message (huggingface_hub's `hf_raise_for_status` lists them).
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections import deque
 from collections.abc import Iterator
@@ -251,16 +252,21 @@ def running_hub() -> Iterator[CloudServer]:
         yield server
 
 
-def google_key(folder: Path, server: CloudServer) -> Path:
-    """The file of a service account's key, as GOOGLE_APPLICATION_CREDENTIALS has it."""
+@functools.cache
+def _private_key() -> str:
     key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
     coding = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    return key.private_bytes(*coding).decode()
+
+
+def google_key(folder: Path, server: CloudServer) -> Path:
+    """The file of a service account's key, as GOOGLE_APPLICATION_CREDENTIALS has it."""
     path = folder / "key.json"
     facts = {
         "type": "service_account",
         "project_id": "planted",
         "private_key_id": "planted-key-id",
-        "private_key": key.private_bytes(*coding).decode(),
+        "private_key": _private_key(),
         "client_email": "reader@planted.iam.gserviceaccount.com",
         "token_uri": f"{server.url}/token",
     }
