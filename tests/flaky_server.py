@@ -8,9 +8,12 @@ import socket
 import struct
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import TypeVar
 from urllib.parse import urlsplit
+
+S = TypeVar("S", bound="FlakyServer")
 
 # What becomes of one GET: an answer with that status; a connection that is reset; a body that ends early,
 # on a connection that ends too, or with a Content-Length that says so; none before the test ends; the whole
@@ -24,19 +27,21 @@ class FlakyServer(ThreadingHTTPServer):
 
     Attributes:
         requests: method, path and Range of every request.
-        password: if set, what `user` has to give.
+        authorization: if set, the header that has to come with every GET.
+        error_headers: what comes with every refusal.
     """
 
     daemon_threads = False
     block_on_close = True
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, handler: type[Handler] | None = None) -> None:
+        super().__init__(("127.0.0.1", 0), handler or Handler)
         self.files: dict[str, bytes] = {}
         self.faults: deque[str] = deque()
         self.head_faults: deque[str] = deque()
         self.requests: list[tuple[str, str, str]] = []
         self.authorization: str | None = None
+        self.error_headers: dict[str, str] = {}
         self.is_ending = threading.Event()
         self.tells_sizes = True
 
@@ -48,9 +53,12 @@ class FlakyServer(ThreadingHTTPServer):
         """A client that hung up is no news."""
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
+    """What a plain HTTP server says; the storages of `tests/cloud_servers.py` have their own words."""
+
     server: FlakyServer
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # it holds bodies back for 40 ms, as headers are written before them
 
     def setup(self) -> None:
         super().setup()
@@ -65,7 +73,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault is not None:
             self._fail(fault, content or b"", 0, 0)
         elif content is None:
-            self._answer("404", b"")
+            self._refuse("404")
         elif self.server.tells_sizes:
             self._answer("200", content, has_body=False)
         else:
@@ -74,12 +82,23 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def do_GET(self) -> None:
-        fault = self._next(self.server.faults)
-        if self.server.authorization not in (None, self.headers.get("Authorization")):
-            return self._answer("401", b"")
-        content = self.server.files.get(urlsplit(self.path).path)
+        self._get()
+
+    def do_POST(self) -> None:
+        self._post(self.rfile.read(int(self.headers["Content-Length"])))
+
+    def _get(self) -> None:
+        self._serve(self.server.files.get(urlsplit(self.path).path), self._next(self.server.faults))
+
+    def _post(self, form: bytes) -> None:
+        self._refuse("405")
+
+    def _serve(self, content: bytes | None, fault: str | None) -> None:
+        """Answers with a file, or the range of it that is asked for, unless there is a reason not to."""
+        if not self._is_allowed():
+            return self._refuse("401")
         if content is None:
-            return self._answer("404", b"")
+            return self._refuse("404")
         asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         start, stop = (int(asked[1]), min(int(asked[2]) + 1, len(content))) if asked else (0, len(content))
         if fault is not None:
@@ -87,8 +106,15 @@ class _Handler(BaseHTTPRequestHandler):
         if asked is None:
             return self._answer("200", content)
         if start >= len(content):
-            return self._answer("416", b"")
+            return self._refuse("416")
         return self._answer("206", content[start:stop])
+
+    def _is_allowed(self) -> bool:
+        return self.server.authorization in (None, self.headers.get("Authorization"))
+
+    def _refuse(self, status: str) -> None:
+        """Answers with an error."""
+        self._answer(status, b"no", headers=self.server.error_headers)
 
     def _next(self, faults: deque[str]) -> str | None:
         self.server.requests.append((self.command, self.path, self.headers.get("Range", "")))
@@ -97,7 +123,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _fail(self, fault: str, content: bytes, start: int, stop: int) -> None:
         body = content[start:stop]
         if fault.isdigit():
-            self._answer(fault, b"no")
+            self._refuse(fault)
         elif fault == "reset":
             linger = struct.pack("ii", 1, 0)  # closing then sends RST
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
@@ -114,9 +140,19 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault == "whole":
             self._answer("200", content)
 
-    def _answer(self, status: str, body: bytes, *, length: int | None = None, has_body: bool = True) -> None:
+    def _answer(
+        self,
+        status: str,
+        body: bytes,
+        *,
+        length: int | None = None,
+        has_body: bool = True,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         self.send_response(int(status))
         self.send_header("Content-Length", str(len(body) if length is None else length))
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
         self.end_headers()
         if has_body and self.command != "HEAD":
             self.wfile.write(body)
@@ -125,7 +161,14 @@ class _Handler(BaseHTTPRequestHandler):
 @contextlib.contextmanager
 def running_flaky_server() -> Iterator[FlakyServer]:
     """A server that answers; at the end it and its threads are gone."""
-    with FlakyServer() as server:
+    with running(FlakyServer()) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def running(made: S) -> Iterator[S]:
+    """As `running_flaky_server`, of a server that was made."""
+    with made as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
         try:

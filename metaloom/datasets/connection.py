@@ -16,6 +16,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from metaloom.datasets.drivers import (
     Meaning,
+    asked_pause_s,
     close_filesystem,
     credentials_advice,
     described,
@@ -55,7 +56,8 @@ class Persistence:
         backoff_s: before attempt n + 1, a wait is drawn evenly from 0 to `backoff_s * 2**(n - 1)` ("full
             jitter"), so that readers that failed together do not come back together.
         max_backoff_s: where the doubling ends.
-        timeout_s: how long one attempt may take.
+        timeout_s: how long one attempt may take, and how much of the pause that a server asks for it gets
+            before the wait.
     """
 
     num_attempts: int
@@ -63,9 +65,11 @@ class Persistence:
     max_backoff_s: float
     timeout_s: float
 
-    def wait_s(self, attempt: int) -> float:
-        """How long to wait after attempt number `attempt`, from 1, has failed; drawn anew every time."""
-        return _RANDOM.uniform(0.0, min(self.max_backoff_s, self.backoff_s * 2 ** (attempt - 1)))
+    def wait_s(self, attempt: int, asked_s: float = 0.0) -> float:
+        """How long to wait after attempt number `attempt`, from 1, has failed, and the server has asked for a
+        pause of `asked_s`; drawn anew every time."""
+        longest_s = min(self.max_backoff_s, self.backoff_s * 2 ** (attempt - 1))
+        return min(self.timeout_s, asked_s) + _RANDOM.uniform(0.0, longest_s)
 
 
 class Connection:
@@ -136,7 +140,8 @@ class Connection:
         path, what = self.path(extent.name), f"bytes {extent.start} to {extent.stop}"
 
         async def request() -> bytes:
-            content = await read_range(self._filesystem, path, extent.start, extent.stop)
+            timeout_s = self._persistence.timeout_s
+            content = await read_range(self._filesystem, path, extent.start, extent.stop, timeout_s)
             self.count(num_bytes=len(content))
             if len(content) < extent.length:
                 raise _ShortAnswerError(f"only {len(content)} of {extent.length} bytes came")
@@ -203,7 +208,7 @@ class Connection:
             # Drivers raise all kinds; what they mean is not in their types alone.
             except Exception as error:
                 reason = f"no answer within {rules.timeout_s:g} s" if limit.expired() else described(error)
-                found = meaning(error)
+                found, asked_s = meaning(error), asked_pause_s(error)
                 is_short = isinstance(error, _ShortAnswerError) or found is Meaning.BEYOND_THE_END
             # Raised outside of the handler: a driver's error, which would be shown as the context of this
             # one, may hold credentials.
@@ -212,7 +217,7 @@ class Connection:
             if found is Meaning.FORBIDDEN:
                 raise self._forbidden(name, what, reason)
             if attempt < rules.num_attempts:
-                await asyncio.sleep(rules.wait_s(attempt))
+                await asyncio.sleep(rules.wait_s(attempt, asked_s))
         return _Failure(
             f"{self._shown_url}/{name}: {what} could not be read in {rules.num_attempts} attempts over "
             f"{time.monotonic() - begin:.0f} s; the last failed with: {reason}. The storage, or the way "

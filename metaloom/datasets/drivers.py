@@ -8,23 +8,30 @@ What drivers raise, as read in s3fs 2026.9, gcsfs 2026.10, huggingface_hub 2.4 a
 * http gives aiohttp's errors, with a status where the server answered; a look-up of the size gives
   FileNotFoundError whatever went wrong, with the true error as its cause.
 * gcsfs gives HttpError with a code, OSError("Forbidden: ...") for 403, and errors of google.auth, requests
-  and aiohttp.
+  and aiohttp. That no access token could be fetched is a 401 whatever the reason, with google.auth's error as
+  its cause.
 * huggingface_hub gives errors with a response; a private repository, without a token, is a 401 under a
   FileNotFoundError.
+
+tests/faults/test_clouds.py sees the last two do so.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
+import inspect
+import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import fsspec
 from fsspec.asyn import AsyncFileSystem, get_loop
 
 from metaloom.credentials import has_credentials, without_credentials
+from metaloom.datasets.hub import read_hub_range, read_hub_size
 from metaloom.errors import StreamError
 
 T = TypeVar("T")
@@ -71,8 +78,16 @@ def open_filesystem(url: str, *, options: Mapping[str, Any] | None = None) -> tu
     Raises:
         StreamError: the scheme is unknown, or its driver is not installed.
     """
-    try:
+    with _explained(url):
         filesystem, root = fsspec.core.url_to_fs(url, **(options or {}))
+    return filesystem, str(root).rstrip("/")
+
+
+@contextlib.contextmanager
+def _explained(url: str) -> Iterator[None]:
+    """What goes wrong as a driver is opened, as a StreamError."""
+    try:
+        yield
     except ImportError as error:
         extra = _EXTRAS.get(scheme_of(url))
         fix = f"Install it: pip install 'metaloom[{extra}]'." if extra else "Install the package it names."
@@ -85,7 +100,6 @@ def open_filesystem(url: str, *, options: Mapping[str, Any] | None = None) -> tu
             f"{shown(url)}: this URL cannot be opened ({without_credentials(str(error))}). Give a path, or a "
             f"URL of a scheme that fsspec knows: file, s3, gs, hf, http, https, memory ..."
         ) from None
-    return filesystem, str(root).rstrip("/")
 
 
 def open_for_requests(url: str, num_connections: int, timeout_s: float) -> tuple[Any, str]:
@@ -111,10 +125,36 @@ def open_for_requests(url: str, num_connections: int, timeout_s: float) -> tuple
         # file.
         options["client_kwargs"] = {**configured.get("client_kwargs", {}), "trust_env": True}
         options["headers"] = {**configured.get("headers", {}), "Accept-Encoding": "identity"}
+    elif scheme in ("gs", "gcs"):
+        return _open_google(url, options)
     filesystem, root = open_filesystem(url, options=options)
     if scheme in ("s3", "s3a"):
         filesystem.retries = 1
     return filesystem, root
+
+
+def _open_google(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
+    """gcsfs over HTTP alone, with one attempt at each request, and a new access token fetched in a thread.
+
+    What gcsfs opens by default asks by gRPC, before it reads from a bucket, of which kind that is. Where gRPC
+    does not get through (many proxies, emulators), or there are no credentials (public data), it does so for
+    up to a minute before each read; its threads do not survive a fork, and are not closed. The price: buckets
+    that answer gRPC alone (zonal ones, "Rapid") cannot be read.
+    """
+    with _explained(url):
+        from gcsfs.core import GCSFileSystem
+
+        filesystem = GCSFileSystem(**GCSFileSystem._get_kwargs_from_urls(url), **options)
+    # Around it are up to six attempts, with half a minute of pauses.
+    request = inspect.unwrap(GCSFileSystem._request)
+
+    async def request_once(*args: Any, **options: Any) -> Any:
+        # It would be asked for by the request, which would hold up all others on the event loop for as long.
+        await _in_thread(filesystem.credentials.maybe_refresh)
+        return await request(filesystem, *args, **options)
+
+    filesystem._request = request_once
+    return filesystem, str(GCSFileSystem._strip_protocol(url)).rstrip("/")
 
 
 def close_filesystem(filesystem: Any) -> None:
@@ -139,13 +179,17 @@ def shown(url: str) -> str:
     return without_credentials(url) if has_credentials(url) else url
 
 
-async def read_range(filesystem: Any, path: str, start: int, stop: int) -> bytes:
-    """What the driver answers when it is asked for bytes `start` to `stop`."""
+async def read_range(filesystem: Any, path: str, start: int, stop: int, timeout_s: float) -> bytes:
+    """What the driver answers when it is asked for bytes `start` to `stop`.
+
+    Args:
+        timeout_s: when the caller stops to wait; a request in a thread, which cannot be told, ends then too.
+    """
     if _is_async(filesystem):
         return bytes(await filesystem._cat_file(path, start=start, end=stop))
-    # huggingface_hub would read ahead by megabytes, through a file that is closed after this one read.
-    options = {"cache_type": "none"} if "hf" in _protocols(filesystem) else {}
-    return bytes(await _in_thread(lambda: filesystem.cat_file(path, start=start, end=stop, **options)))
+    if _is_hub(filesystem):
+        return await _in_thread(lambda: read_hub_range(filesystem, path, start, stop, timeout_s))
+    return bytes(await _in_thread(lambda: filesystem.cat_file(path, start=start, end=stop)))
 
 
 async def read_whole(filesystem: Any, path: str) -> bytes:
@@ -161,6 +205,8 @@ async def read_size(filesystem: Any, path: str) -> int | None:
     Raises:
         FileNotFoundError: it is a folder.
     """
+    if _is_hub(filesystem):
+        return await _in_thread(lambda: read_hub_size(filesystem, path))
     filesystem.invalidate_cache()
     if _is_async(filesystem):
         info = await filesystem._info(path)
@@ -175,9 +221,9 @@ def _is_async(filesystem: Any) -> bool:
     return isinstance(filesystem, AsyncFileSystem) and filesystem.async_impl
 
 
-def _protocols(filesystem: Any) -> tuple[str, ...]:
+def _is_hub(filesystem: Any) -> bool:
     protocol = filesystem.protocol
-    return (protocol,) if isinstance(protocol, str) else tuple(protocol)
+    return "hf" in ((protocol,) if isinstance(protocol, str) else protocol)
 
 
 async def _in_thread(call: Callable[[], T]) -> T:
@@ -224,6 +270,8 @@ def meaning(error: BaseException) -> Meaning:
         return Meaning.TRANSIENT if _names(cause) & _NETWORK else Meaning.MISSING
     if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
         return Meaning.MISSING
+    if getattr(cause, "retryable", False):  # google.auth's, of an access token that could not be fetched now
+        return Meaning.TRANSIENT
     status = _status(error) or (_status(cause) if cause is not None else None)
     if isinstance(error, PermissionError) or status in (401, 403) or _names(error) & _NO_CREDENTIALS:
         return Meaning.FORBIDDEN
@@ -234,6 +282,16 @@ def meaning(error: BaseException) -> Meaning:
     if type(error) is OSError and str(error).startswith("Forbidden:"):
         return Meaning.FORBIDDEN
     return Meaning.TRANSIENT
+
+
+def asked_pause_s(error: BaseException) -> float:
+    """How long a server asks to be left alone, by Retry-After or a rate limit that is used up; else 0."""
+    headers = {str(name).lower(): str(value) for name, value in _headers(error).items()}
+    is_used_up = re.search(r"\br=0\b.*?\bt=(\d+)", headers.get("ratelimit", ""))  # the Hub's
+    if is_used_up:
+        return float(is_used_up[1])
+    asked = headers.get("retry-after", "")
+    return float(asked) if asked.isdecimal() else 0.0
 
 
 def described(error: BaseException) -> str:
@@ -255,6 +313,18 @@ def credentials_advice(url: str) -> str:
 
 def _names(error: BaseException) -> set[str]:
     return {kind.__name__ for kind in type(error).__mro__}
+
+
+def _headers(error: BaseException) -> Mapping[str, str]:
+    """The headers of the answer in an error, where each driver keeps them; gcsfs keeps none."""
+    response = getattr(error, "response", None)
+    if isinstance(response, Mapping):  # botocore
+        found = response.get("ResponseMetadata", {}).get("HTTPHeaders")
+    else:  # huggingface_hub, requests; aiohttp
+        found = getattr(error if response is None else response, "headers", None)
+    if isinstance(found, Mapping):
+        return found
+    return {} if error.__cause__ is None else _headers(error.__cause__)
 
 
 def _status(error: BaseException) -> int | None:

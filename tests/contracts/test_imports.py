@@ -63,6 +63,8 @@ ONLY_IN = {
     "webdataset": ("metaloom.datasets",),
     "kubernetes": ("metaloom.k8s.client",),
     "deepspeed": ("metaloom.engine.sharding.deepspeed_zero",),
+    "gcsfs": ("metaloom.datasets.drivers",),
+    "huggingface_hub": ("metaloom.datasets.hub",),
 }
 TORCH_FREE = (
     "metaloom.arguments",

@@ -76,6 +76,24 @@ def test_a_request_that_hangs_is_made_again(url: str, server: FlakyServer) -> No
         assert storage.num_retries >= 1  # one more, where connecting took a second
 
 
+def test_a_server_that_asks_for_a_pause_gets_it(
+    url: str, server: FlakyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+
+    def no_wait(self: Persistence, attempt: int, asked_s: float) -> float:
+        asked.append(asked_s)
+        return 0.0
+
+    monkeypatch.setattr(Persistence, "wait_s", no_wait)
+    with Storage(url, FAST) as storage:
+        for pause in ("7", "Wed, 21 Oct 2026 07:28:00 GMT"):
+            server.error_headers = {"Retry-After": pause}
+            server.faults.append("503")
+            assert storage.read_extents([extent(0, 10)]) == [CONTENT[:10]]
+    assert asked == [7.0, 0.0]
+
+
 def test_a_fault_that_stays_is_a_clear_error_after_the_last_attempt(url: str, server: FlakyServer) -> None:
     faults = {
         "503": "503|Service Unavailable",
@@ -250,6 +268,8 @@ def test_waits_double_up_to_a_cap_and_are_drawn_from_all_of_it() -> None:
         waits = sorted(rules.wait_s(attempt) for _ in range(400))
         assert 0 <= waits[0] < 0.1 * longest  # each fails by chance once in 10^18
         assert 0.9 * longest < waits[-1] <= longest
+    assert 0.7 <= rules.wait_s(1, asked_s=0.7) <= 1.2
+    assert 1.0 <= rules.wait_s(1, asked_s=300.0) <= 1.5  # no more than one attempt may take
 
 
 # S3, by moto's server.
