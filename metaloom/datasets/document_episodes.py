@@ -106,7 +106,7 @@ class DocumentEpisodes(EpisodeSource):
     def _whole(self, number: int) -> tuple[int, NDArray[Any], tuple[BrokenSample, ...]]:
         """The document of an episode, its text, and the broken ones whose place it takes."""
         item, text, broken = whole_task(
-            lambda item: self._texts.text(int(self._tasks[item])),
+            lambda item: self._texts.read([int(self._tasks[item])])[0],
             self._order.item(number),
             self.num_tasks,
             lambda: generator("document replacement", self._seed, self._split, number),
@@ -152,18 +152,20 @@ class DocumentSamples(Samples):
 
     def draw(self, rng: np.random.Generator, size: int) -> Batch:
         places = rng.integers(self._ends[-1], size=size)
+        documents = np.searchsorted(self._ends, places, side="right").tolist()
+        texts = self._texts.read(documents)
         stretches = np.empty((size, self._length + 1), np.int64)
         broken: dict[int, BrokenSample] = {}  # by document
-        for row, place in enumerate(places):
+        for row, (place, document, text) in enumerate(zip(places, documents, texts, strict=True)):
             ends = self._ends
-            document = int(np.searchsorted(ends, place, side="right"))
-            while isinstance(text := self._texts.text(document), BrokenSample):
+            while isinstance(text, BrokenSample):
                 broken[document] = text
                 ends = self._ends_without(broken)
                 if not ends[-1] or len(broken) == MAX_BROKEN:
                     raise none_is_whole(tuple(broken.values()))
                 place = rng.integers(ends[-1])
                 document = int(np.searchsorted(ends, place, side="right"))
+                (text,) = self._texts.read([document])
             start = int(place - ends[document]) + int(self._texts.lengths[document]) - self._length
             stretches[row] = text[start : start + self._length + 1]
         return Batch(next_token(stretches), tuple(broken.values()))
@@ -215,28 +217,36 @@ class _Documents:
         self._firsts = np.cumsum([0, *(table.num_samples for table in tables)])
 
     def name(self, document: int) -> str:
-        reader, number = self._place(document)
-        return reader.table.key(number)
+        split, number = self._place(document)
+        return self._readers[split].table.key(number)
 
     def group(self, document: int) -> str | None:
-        reader, number = self._place(document)
-        groups = reader.table.attributes.get("group")
-        return None if groups is None else reader.table.groups[int(groups[number])]
+        split, number = self._place(document)
+        table = self._readers[split].table
+        groups = table.attributes.get("group")
+        return None if groups is None else table.groups[int(groups[number])]
 
-    def text(self, document: int) -> NDArray[Any] | BrokenSample:
-        """Integers [its number of tokens]."""
-        reader, number = self._place(document)
-        (result,) = reader.read([number])
-        if isinstance(result, BrokenSample):
-            return result
-        tokens, stated = result["tokens"], int(self.lengths[document])
-        if len(tokens) != stated:
-            return reader.is_broken(number, f"has {len(tokens)} tokens, and the index says {stated}")
-        return tokens
+    def read(self, documents: Sequence[int]) -> list[NDArray[Any] | BrokenSample]:
+        """The tokens of each, integers [their number], read together."""
+        places = [self._place(document) for document in documents]
+        found: dict[tuple[int, int], NDArray[Any] | BrokenSample] = {}
+        for split, reader in enumerate(self._readers):
+            numbers = list(dict.fromkeys(number for of_split, number in places if of_split == split))
+            for number, result in zip(numbers, reader.read(numbers), strict=True):
+                stated = int(self.lengths[number + int(self._firsts[split])])
+                if isinstance(result, BrokenSample):
+                    found[split, number] = result
+                elif len(result["tokens"]) != stated:
+                    reason = f"has {len(result['tokens'])} tokens, and the index says {stated}"
+                    found[split, number] = reader.is_broken(number, reason)
+                else:
+                    found[split, number] = result["tokens"]
+        return [found[place] for place in places]
 
-    def _place(self, document: int) -> tuple[SampleReader, int]:
+    def _place(self, document: int) -> tuple[int, int]:
+        """(split, number in it) of a document."""
         split = int(np.searchsorted(self._firsts, document, side="right")) - 1
-        return self._readers[split], document - int(self._firsts[split])
+        return split, document - int(self._firsts[split])
 
 
 def next_token(stretches: NDArray[np.int64]) -> Arrays:

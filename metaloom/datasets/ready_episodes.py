@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,7 @@ from metaloom.errors import StreamError
 IGNORE = -100  # in place of a target that does not count
 PARTS = ("support", "query")
 NAMES = ("inputs", "targets")
+_READ_TOGETHER = 8  # episodes that are in memory at a time
 # What is wrong with an episode that has a `shared_example`.
 SHARED = "example {} of its query has the inputs of example {} of its support, and they must share none"
 _NUMBERED = re.compile(r"(support|query)\.([0-9]+)\.(.+)")
@@ -102,7 +103,23 @@ class ReadyEpisodes(EpisodeSource):
         return self._reader.table.num_samples
 
     def episode(self, number: int) -> Episode:
-        sample, found, broken = self._whole(number)
+        (episode,) = self.episodes([number])
+        return episode
+
+    def episodes(self, numbers: Sequence[int]) -> Iterator[Episode]:
+        """Several, of which as many as may be are read together.
+
+        Raises:
+            StreamError: as `episode`, when it comes to that one.
+        """
+        for start in range(0, len(numbers), _READ_TOGETHER):
+            some = numbers[start : start + _READ_TOGETHER]
+            samples = list(dict.fromkeys(self._order.item(number) for number in some))
+            read = dict(zip(samples, self._reader.read(samples), strict=True))
+            yield from (self._episode(number, read) for number in some)
+
+    def _episode(self, number: int, read: Mapping[int, Decoded | BrokenSample]) -> Episode:
+        sample, found, broken = self._whole(number, read)
         facts = json.loads(found["facts"].tobytes())
         return Episode(
             number=number,
@@ -114,10 +131,12 @@ class ReadyEpisodes(EpisodeSource):
             broken=broken,
         )
 
-    def _whole(self, number: int) -> tuple[int, Decoded, tuple[BrokenSample, ...]]:
+    def _whole(
+        self, number: int, read: Mapping[int, Decoded | BrokenSample]
+    ) -> tuple[int, Decoded, tuple[BrokenSample, ...]]:
         """The sample of an episode, what it holds, and the broken ones whose place it takes."""
         return whole_task(
-            lambda sample: self._reader.read([sample])[0],
+            lambda sample: read[sample] if sample in read else self._reader.read([sample])[0],
             self._order.item(number),
             self.num_tasks,
             lambda: generator("ready replacement", self._seed, self._split, number),
@@ -158,9 +177,11 @@ class ReadySamples(Samples):
         numbers, shares = rng.integers(self._source.num_tasks, size=size), rng.random(size)
         rows: dict[int, Arrays] = {}
         broken: dict[BrokenSample, None] = {}
-        for number in np.unique(numbers).tolist():
+        drawn: list[int] = np.unique(numbers).tolist()
+        episodes = self._source.episodes(drawn)
+        for number in drawn:
             try:
-                episode = self._source.episode(number)
+                episode = next(episodes)
             except SampleError as error:
                 raise error.after([*broken]) from error
             broken |= dict.fromkeys(episode.broken)

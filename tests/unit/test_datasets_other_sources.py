@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from metaloom.datasets import (
     ClassEpisodes,
     ClassTargets,
     DocumentEpisodes,
+    DocumentSamples,
     GroupEpisodes,
     GroupSamples,
     ImageInputs,
@@ -26,11 +27,13 @@ from metaloom.datasets import (
     Sample,
     SampleError,
     SplitSamples,
+    Storage,
     Targets,
     TextInputs,
     Ways,
     write_shards,
 )
+from metaloom.datasets.storage import Extent
 from metaloom.errors import StreamError
 from tests.tiny_sets import (
     GROUP_SIZES,
@@ -413,3 +416,42 @@ def test_examples_of_ready_episodes_make_ordinary_batches(tmp_path: Path) -> Non
     assert set((batch["inputs"][:, 0] // 100).astype(int)) == {0, 1, 2, 3}
     np.testing.assert_array_equal(samples.batch(0, 2000).arrays["inputs"], batch["inputs"])
     assert not np.array_equal(samples.batch(1, 2000).arrays["inputs"], batch["inputs"])
+
+
+# ---------------------------------------------------------------- how often storage is asked
+
+
+@pytest.fixture
+def num_asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many samples storage was asked for, each time that it was."""
+    counts: list[int] = []
+    read_extents = Storage.read_extents
+
+    def counted(self: Storage, extents: Sequence[Extent]) -> list[bytes]:
+        counts.append(len(extents))
+        return read_extents(self, extents)
+
+    monkeypatch.setattr(Storage, "read_extents", counted)
+    return counts
+
+
+def test_the_documents_of_a_batch_are_read_together(tmp_path: Path, num_asked: list[int]) -> None:
+    index = document_set(tmp_path, {"train": [50] * 30, "rehearsal": [60] * 30})
+    samples = DocumentSamples(index, ["train", "rehearsal"], sequence_length=40, seed=0)
+    samples.batch(0, 24)
+    assert len(num_asked) == 2  # of each split its own
+    assert 10 < sum(num_asked) <= 24
+
+
+def test_ready_episodes_are_read_some_at_a_time(tmp_path: Path, num_asked: list[int]) -> None:
+    index = ready_set(tmp_path, [regression(n) for n in range(20)])
+    source = ready(index, ArrayInputs((4,)), NumberTargets(1))
+    together = list(source.episodes(range(20)))
+    assert num_asked == [8, 8, 4]
+    for number, episode in enumerate(together):
+        alone = source.episode(number)
+        assert (episode.number, episode.task) == (number, alone.task)
+        np.testing.assert_array_equal(episode.support["inputs"], alone.support["inputs"])
+    num_asked.clear()
+    ReadySamples(source, split="train", seed=0).batch(0, 16)
+    assert len(num_asked) <= 2
