@@ -233,7 +233,7 @@ def places(options: argparse.Namespace) -> Iterator[list[Place]]:
             written_for_streaming(data, mds, options.streaming_python)
             found.append(Place("local", data, data.folder, str(mds), {}))
         if "s3" in options.storages:
-            store = stack.enter_context(running_object_store(folder / "server.log"))
+            store = stack.enter_context(running_object_store(folder / "server.log", rclone=options.rclone))
             for extension in options.sets:
                 if extension == "png":
                     continue
@@ -293,6 +293,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument(
         "--streaming-python", default=sys.executable, metavar="FILE", help=f"interpreter that has {STREAMING}"
+    )
+    parser.add_argument(
+        "--rclone", metavar="FILE", help="that program, whose S3 server takes the place of moto's"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures there")
     parser.add_argument("--quick", action="store_true", help="see that it runs: few samples, one short pass")

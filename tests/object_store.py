@@ -1,4 +1,4 @@
-"""A real S3-compatible server on 127.0.0.1: moto's, as a process. The fixtures are `s3_server` and `s3`."""
+"""A real S3-compatible server on 127.0.0.1, as a process: moto's. The fixtures are `s3_server` and `s3`."""
 
 from __future__ import annotations
 
@@ -68,6 +68,7 @@ class ObjectStore:
     @contextlib.contextmanager
     def _client(self) -> Iterator[Any]:
         import boto3
+        from botocore.config import Config
 
         client = boto3.client(
             "s3",
@@ -75,6 +76,8 @@ class ObjectStore:
             aws_access_key_id=ACCESS_KEY,
             aws_secret_access_key=SECRET_KEY,
             region_name="us-east-1",
+            # rclone would give the checksum of an object with each part of it.
+            config=Config(request_checksum_calculation="when_required"),
         )
         try:
             yield client
@@ -83,12 +86,22 @@ class ObjectStore:
 
 
 @contextlib.contextmanager
-def running_object_store(log: Path) -> Iterator[ObjectStore]:
-    """A server that answers; it is gone at the end. What it says is in the file `log`."""
+def running_object_store(log: Path, *, rclone: str | None = None) -> Iterator[ObjectStore]:
+    """A server that answers; it is gone at the end. What it says is in the file `log`.
+
+    Args:
+        rclone: that program, whose server takes the place of moto's: it reads of an object what it is asked
+            for, where moto reads all of it. Objects lie in a folder beside `log`.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    if rclone is not None:
+        objects = log.with_suffix(".objects")
+        objects.mkdir()
+        pair = f"{ACCESS_KEY},{SECRET_KEY}"
+        command = [rclone, "serve", "s3", "--addr", f"127.0.0.1:{port}", "--auth-key", pair, str(objects)]
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
     try:
@@ -102,7 +115,11 @@ def running_object_store(log: Path) -> Iterator[ObjectStore]:
 def _wait_for(url: str, process: subprocess.Popen[bytes], log: Path, timeout_s: float = 120) -> None:
     deadline = time.monotonic() + timeout_s
     while True:
-        with contextlib.suppress(urllib.error.URLError, ConnectionError), urllib.request.urlopen(url):
+        with contextlib.suppress(urllib.error.URLError, ConnectionError):
+            try:
+                urllib.request.urlopen(url).close()
+            except urllib.error.HTTPError as answer:
+                answer.close()
             return
         if process.poll() is not None or time.monotonic() > deadline:
             raise RuntimeError(f"the S3 server does not answer: {log.read_text()}")

@@ -112,8 +112,10 @@ def open_for_requests(url: str, num_connections: int, timeout_s: float) -> tuple
     options: dict[str, Any] = {"skip_instance_cache": True}
     scheme = "" if "::" in url else scheme_of(url)
     if scheme in ("s3", "s3a"):
-        # What a file of fsspec's configuration says of the client stays.
         options["config_kwargs"] = {
+            # Every sample has a checksum of its own. Not all storages that speak as S3 know that of a range.
+            "response_checksum_validation": "when_required",
+            # What a file of fsspec's configuration says of the client stays.
             **fsspec.config.conf.get(scheme, {}).get("config_kwargs", {}),
             "retries": {"total_max_attempts": 1},
             "max_pool_connections": num_connections,
