@@ -29,6 +29,7 @@ class FlakyServer(ThreadingHTTPServer):
         requests: method, path and Range of every request.
         authorization: if set, the header that has to come with every GET.
         error_headers: what comes with every refusal.
+        range_headers: what comes with every range.
     """
 
     daemon_threads = False
@@ -42,6 +43,7 @@ class FlakyServer(ThreadingHTTPServer):
         self.requests: list[tuple[str, str, str]] = []
         self.authorization: str | None = None
         self.error_headers: dict[str, str] = {}
+        self.range_headers: dict[str, str] = {}
         self.is_ending = threading.Event()
         self.tells_sizes = True
 
@@ -107,7 +109,7 @@ class Handler(BaseHTTPRequestHandler):
             return self._answer("200", content)
         if start >= len(content):
             return self._refuse("416")
-        return self._answer("206", content[start:stop])
+        return self._answer("206", content[start:stop], headers=self.server.range_headers)
 
     def _is_allowed(self) -> bool:
         return self.server.authorization in (None, self.headers.get("Authorization"))

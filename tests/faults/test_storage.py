@@ -76,6 +76,14 @@ def test_a_request_that_hangs_is_made_again(url: str, server: FlakyServer) -> No
         assert storage.num_retries >= 1  # one more, where connecting took a second
 
 
+def test_a_range_may_come_with_the_checksum_of_the_whole_object(url: str, server: FlakyServer) -> None:
+    checksum = base64.b64encode(zlib.crc32(CONTENT).to_bytes(4, "big")).decode()
+    server.range_headers = {"x-amz-checksum-crc32": checksum}  # as rclone's server has it
+    with Storage(url, FAST) as storage:
+        assert storage.read_extents([extent(100, 50)]) == [CONTENT[100:150]]
+        assert storage.num_retries == 0
+
+
 def test_a_server_that_asks_for_a_pause_gets_it(
     url: str, server: FlakyServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
