@@ -8,12 +8,12 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from metaloom.build import (
     Choices,
+    as_tensors,
     build_adapter,
     build_algorithm,
     build_model,
@@ -91,7 +91,7 @@ def _flops_per_sample(job: Job) -> int:
     recipe, device = job.recipe, job.place.device
     samples = ordinary_samples(recipe, job.data, ("train",), purpose="budget")
     model = build_model(recipe, device, job.sharding, num_classes=samples.num_classes)
-    batch = {name: torch.from_numpy(array) for name, array in samples.batch(0, 2).arrays.items()}
+    batch = as_tensors(samples.batch(0, 2).arrays, device)
     output = task_output(recipe)
 
     def step() -> None:

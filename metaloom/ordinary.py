@@ -8,7 +8,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from metaloom.build import model_structure, task_output
+from metaloom.build import as_tensors, model_structure, task_output
 from metaloom.checkpoints import Checkpoint, CheckpointStore
 from metaloom.datasets import Samples, drawn_ahead, share_of_rank
 from metaloom.engine.adapters.base import BACKBONE
@@ -89,7 +89,8 @@ def train_ordinary(
             job.place.whereabouts.enter(f"step {outer.step + 1} of {shown_name}")
             drawn = next(ahead)
             job.broken.take(drawn.broken, step=outer.step + 1 - settings.num_steps)
-            batch = {name: torch.from_numpy(array[rows]) for name, array in drawn.arrays.items()}
+            arrays = {name: array[rows] for name, array in drawn.arrays.items()}
+            batch = as_tensors(arrays, job.place.device)
             draws = Draws(job.recipe.seed, share.positions, outer.step)
             own, totals = _gradient(job, model, outer, batch, draws, scaler.scales.loss, share.num_dummies)
             gradient = job.sharding.sum_gradients(own)

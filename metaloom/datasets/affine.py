@@ -45,6 +45,8 @@ class Affine:
         Returns:
             float32 [N, H, W] or [N, C, H, W]; exactly the images if all bounds are 0.
         """
+        if images.dtype == np.uint8 and images.ndim != 4:
+            raise ValueError(f"pixels are [N, H, W, C], not {list(images.shape)}")
         images = as_numbers(images)
         draws = rng.uniform(-1.0, 1.0, size=(6, len(images))).astype(np.float32)
         angle = draws[0] * np.float32(math.radians(self.rotate_deg))

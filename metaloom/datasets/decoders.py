@@ -223,7 +223,7 @@ def read_npy(payload: bytes | memoryview) -> NDArray[Any]:
         ValueError: it is none, is cut short, or holds anything but booleans, integers and floats.
     """
     shape, is_fortran, dtype, start = _npy_header(bytes(payload[: _npy_start(payload)]))
-    if min(shape, default=0) < 0:
+    if min(shape, default=0) < 0 or any(type(size) is not int for size in shape):
         raise ValueError(f"its header says {list(shape)}")
     if dtype.kind not in "biuf" or dtype.hasobject:
         raise ValueError(f"it holds {dtype}, and numbers are expected")
@@ -258,9 +258,9 @@ def _npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], in
     )
     try:
         shape, is_fortran, dtype = read(stream)
-    except (TypeError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError) as error:
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError) as error:
         # The header is a Python literal, and what reads it raises whatever parsing raises.
-        raise ValueError(f"its header cannot be read: {error}") from error
+        raise ValueError("its header cannot be read") from error
     return shape, is_fortran, dtype, stream.tell()
 
 

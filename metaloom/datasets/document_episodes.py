@@ -5,7 +5,7 @@ Shape letters: S support and Q query stretches, N stretches, L tokens.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ from metaloom.datasets.reader import SampleReader
 from metaloom.errors import StreamError
 
 VOCABULARY = 256  # of bytes
+_READ_TOGETHER_BYTES = 32 << 20  # of documents, in their shards, that are in memory at a time
 
 
 class DocumentEpisodes(EpisodeSource):
@@ -106,7 +107,7 @@ class DocumentEpisodes(EpisodeSource):
     def _whole(self, number: int) -> tuple[int, NDArray[Any], tuple[BrokenSample, ...]]:
         """The document of an episode, its text, and the broken ones whose place it takes."""
         item, text, broken = whole_task(
-            lambda item: self._texts.read([int(self._tasks[item])])[0],
+            lambda item: next(self._texts.read([int(self._tasks[item])])),
             self._order.item(number),
             self.num_tasks,
             lambda: generator("document replacement", self._seed, self._split, number),
@@ -165,7 +166,7 @@ class DocumentSamples(Samples):
                     raise none_is_whole(tuple(broken.values()))
                 place = rng.integers(ends[-1])
                 document = int(np.searchsorted(ends, place, side="right"))
-                (text,) = self._texts.read([document])
+                text = next(self._texts.read([document]))
             start = int(place - ends[document]) + int(self._texts.lengths[document]) - self._length
             stretches[row] = text[start : start + self._length + 1]
         return Batch(next_token(stretches), tuple(broken.values()))
@@ -226,8 +227,18 @@ class _Documents:
         groups = table.attributes.get("group")
         return None if groups is None else table.groups[int(groups[number])]
 
-    def read(self, documents: Sequence[int]) -> list[NDArray[Any] | BrokenSample]:
-        """The tokens of each, integers [their number], read together."""
+    def read(self, documents: Sequence[int]) -> Iterator[NDArray[Any] | BrokenSample]:
+        """The tokens of each, integers [their number]. As many are read together as a limit on their bytes
+        allows, at least one."""
+        start = num_bytes = 0
+        for end, document in enumerate(documents):
+            num_bytes += int(self.num_bytes[document])
+            if num_bytes > _READ_TOGETHER_BYTES and end > start:
+                yield from self._read_together(documents[start:end])
+                start, num_bytes = end, int(self.num_bytes[document])
+        yield from self._read_together(documents[start:])
+
+    def _read_together(self, documents: Sequence[int]) -> list[NDArray[Any] | BrokenSample]:
         places = [self._place(document) for document in documents]
         found: dict[tuple[int, int], NDArray[Any] | BrokenSample] = {}
         for split, reader in enumerate(self._readers):

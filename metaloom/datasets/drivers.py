@@ -56,6 +56,7 @@ _NO_CREDENTIALS = {
     "TokenRetrievalError",
     "ProfileNotFound",
     "DefaultCredentialsError",
+    "NonRetryableError",
 }
 _NETWORK = {"ClientError", "TransportError", "RequestException", "HTTPClientError"}
 
@@ -185,7 +186,8 @@ async def read_range(filesystem: Any, path: str, start: int, stop: int, timeout_
     """What the driver answers when it is asked for bytes `start` to `stop`.
 
     Args:
-        timeout_s: when the caller stops to wait; a request in a thread, which cannot be told, ends then too.
+        timeout_s: when the caller stops to wait. A request in a thread cannot be told, and is given so long
+            for each of its steps.
     """
     if _is_async(filesystem):
         return bytes(await filesystem._cat_file(path, start=start, end=stop))

@@ -33,7 +33,7 @@ class Precision:
         tensor = tensor.to(device)
         if tensor.dtype == torch.uint8:
             # By a tensor: a GPU would multiply by a plain number's reciprocal, and the last digit be another.
-            tensor = tensor.movedim(-1, -3).contiguous().float() / torch.tensor(255.0, device=device)
+            tensor = tensor.movedim(-1, -3).contiguous().float().div_(torch.full((), 255.0, device=device))
         return tensor.to(self.storage_dtype) if tensor.is_floating_point() else tensor
 
     def autocast(self, device: torch.device) -> contextlib.AbstractContextManager[object]:

@@ -31,6 +31,7 @@ from metaloom.datasets import (
     Targets,
     TextInputs,
     Ways,
+    document_episodes,
     write_shards,
 )
 from metaloom.datasets.storage import Extent
@@ -441,6 +442,19 @@ def test_the_documents_of_a_batch_are_read_together(tmp_path: Path, num_asked: l
     samples.batch(0, 24)
     assert len(num_asked) == 2  # of each split its own
     assert 10 < sum(num_asked) <= 24
+
+
+def test_documents_are_read_together_up_to_a_limit(
+    tmp_path: Path, num_asked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = document_set(tmp_path, {"train": [50] * 30})
+    whole = DocumentSamples(index, ["train"], sequence_length=40, seed=0).batch(0, 24).arrays
+    num_asked.clear()
+    monkeypatch.setattr(document_episodes, "_READ_TOGETHER_BYTES", 3 * int(index.split("train").length[0]))
+    parts = DocumentSamples(index, ["train"], sequence_length=40, seed=0).batch(0, 24).arrays
+    assert 4 < len(num_asked) <= 8
+    assert max(num_asked) <= 3
+    np.testing.assert_array_equal(parts["inputs"], whole["inputs"])
 
 
 def test_ready_episodes_are_read_some_at_a_time(tmp_path: Path, num_asked: list[int]) -> None:

@@ -38,6 +38,11 @@ def test_models_are_shown_the_same_numbers(compute: ComputeFormat) -> None:
     assert torch.equal(precision.on_device(tokens, cpu), tokens)
 
 
+def test_pixels_of_no_channels_are_not_distorted_as_if_they_had_some() -> None:
+    with pytest.raises(ValueError, match=r"pixels are \[N, H, W, C\], not \[2, 4, 5\]"):
+        Affine().distort(np.zeros((2, 4, 5), np.uint8), np.random.default_rng(0))
+
+
 def test_arrays_side_by_side_have_one_form() -> None:
     same = [PIXELS[0], PIXELS[1]]
     assert of_one_form(same) is same
