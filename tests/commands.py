@@ -143,3 +143,10 @@ def curve(run_folder: Path) -> list[dict[str, float]]:
         {name: value for name, value in record.items() if name not in TIMINGS}
         for record in read_records(run_folder / "metrics.jsonl")
     ]
+
+
+def run_silently(code: str) -> None:
+    """Runs a program, with warnings as errors, that has to end well and say nothing."""
+    command = [sys.executable, "-W", "error", "-c", code]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (finished.returncode, finished.stdout, finished.stderr) == (0, "", "")

@@ -29,6 +29,7 @@ from metaloom.datasets.connection import Persistence
 from metaloom.datasets.drivers import credentials_advice
 from metaloom.datasets.storage import Extent, MissingFile, Storage, StorageSettings, TruncatedFile
 from metaloom.errors import StreamError
+from tests.commands import run_silently
 from tests.faults import hammer_cache
 from tests.flaky_server import FlakyServer, running_flaky_server
 from tests.object_store import ACCESS_KEY, SECRET_KEY, ObjectStore
@@ -376,9 +377,7 @@ def test_a_program_that_never_closes_a_storage_ends_in_silence(s3: ObjectStore, 
         "    kept = Storage(url)\n"
         "    kept.read_extents([Extent('a.tar', 0, 10, 5000)])\n"
     )
-    command = [sys.executable, "-W", "error", "-c", code]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert (finished.returncode, finished.stdout, finished.stderr) == (0, "", "")
+    run_silently(code)
 
 
 # A driver without an event loop, which fails as it is told.
