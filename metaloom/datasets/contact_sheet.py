@@ -117,12 +117,7 @@ def _without_grey_axis(image: NDArray[Any]) -> NDArray[Any]:
 
 
 def _paste(sheet: Image.Image, image: NDArray[Any], place: tuple[int, int], cell: int) -> None:
-    if (
-        image.dtype != np.uint8
-        or image.ndim not in (2, 3)
-        or image.shape[2:] not in ((), (3,))
-        or not image.size
-    ):
+    if image.dtype != np.uint8 or image.ndim < 2 or image.shape[2:] not in ((), (3,)) or not image.size:
         raise ValueError(
             f"an image of a sheet is uint8 [H, W] or [H, W, 3], not {image.dtype} {list(image.shape)}"
         )

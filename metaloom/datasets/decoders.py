@@ -28,6 +28,7 @@ from metaloom.datasets.members import Members
 PAD = -1  # in place of a token behind the end of a text
 MAX_PIXELS = 50_000_000  # of an image, before it is resized
 MAX_NAME_BYTES = 1000  # of a class
+ANY_VOCABULARY = 1 << 31  # one that is not known: all that int32 can hold
 # Not `Image.open`, which looks for a class that fits: of a small image that takes a twentieth of the time.
 _IMAGE_CLASSES: Mapping[str, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
     "png": PngImageFile,

@@ -15,6 +15,7 @@ from metaloom.datasets.broken import BrokenSample, SampleError
 from metaloom.datasets.class_episodes import ClassEpisodes, Ways
 from metaloom.datasets.contact_sheet import ClassImages, class_images
 from metaloom.datasets.decoders import (
+    ANY_VOCABULARY,
     DECODING_ERRORS,
     IMAGES,
     PAD,
@@ -371,7 +372,7 @@ def _tokens(members: Mapping[str, bytes]) -> NDArray[Any]:
     """int32 [L]; raises ValueError if there are none."""
     if "tokens.npy" not in members:
         raise ValueError(f"it has {', '.join(members)}, and no tokens.npy")
-    return read_tokens("tokens.npy", members["tokens.npy"], vocabulary=1 << 31)
+    return read_tokens("tokens.npy", members["tokens.npy"], vocabulary=ANY_VOCABULARY)
 
 
 def _rows(members: Mapping[str, bytes], name: str) -> NDArray[Any]:

@@ -125,7 +125,7 @@ def _cut_usual(entries: bytes) -> dict[str, memoryview] | None:
         if extension in members or start + length > size:
             return None
         members[extension] = view[start : start + length]
-        position = start + (length + BLOCK - 1) // BLOCK * BLOCK
+        position = start + padded(length)
     return members or None
 
 
@@ -155,7 +155,7 @@ def entries_in(tar: Buffer, *, has_sums_checked: bool = False) -> Iterator[Entry
         if start + length > size:
             raise BadEntries(f"has an entry {name!r} that is cut short", entry=name)
         yield entry
-        position = start + (length + BLOCK - 1) // BLOCK * BLOCK
+        position = start + padded(length)
 
 
 def _header(tar: Buffer, position: int, is_checked: bool) -> bytes | None:

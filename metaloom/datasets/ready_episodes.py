@@ -221,9 +221,10 @@ class ReadyParts:
         if twins is not None:
             raise ValueError(SHARED.format(*twins))
         facts = bytes(members.get("json", b"{}"))
-        _check_facts(json.loads(facts))
+        stated = json.loads(facts)
+        _check_facts(stated)
         if isinstance(self.targets, ClassTargets):
-            self._check_ways(json.loads(facts).get("num_ways"), arrays)
+            self._check_ways(stated.get("num_ways"), arrays)
         return arrays | {"facts": np.frombuffer(facts, np.uint8).copy()}
 
     def _check_ways(self, num_ways: int | None, arrays: Arrays) -> None:

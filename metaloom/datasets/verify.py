@@ -17,6 +17,7 @@ import numpy as np
 from zlib_ng.zlib_ng import crc32
 
 from metaloom.datasets.decoders import (
+    ANY_VOCABULARY,
     DECODING_ERRORS,
     IMAGES,
     finite,
@@ -31,7 +32,6 @@ from metaloom.datasets.storage import MissingFile
 from metaloom.errors import StreamError
 
 NUM_LOOK_UPS = 16
-_MOST_TOKENS = 1 << 31  # of a vocabulary that is not known here
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def check_member(extension: str, payload: bytes | memoryview) -> None:
     if last in IMAGES:
         open_image(last, payload).load()
     elif f".{extension}".endswith(".tokens.npy"):
-        read_tokens("tokens.npy", payload, vocabulary=_MOST_TOKENS)
+        read_tokens("tokens.npy", payload, vocabulary=ANY_VOCABULARY)
     elif last == "npy":
         finite(read_npy(payload))
     elif last == "json":
@@ -139,11 +139,17 @@ def _damage(index: Index, number: int, shard: ShardEntry, content: bytes) -> lis
         verb = "is cut short" if len(content) < shard.num_bytes else "is too long"
         found.append(Damage(shard.name, None, f"{verb}: {len(content)} bytes, expected {shard.num_bytes}"))
     for table, row, entries in _samples_in(index, number, content):
-        if len(entries) < int(table.length[row]):
-            found.append(Damage(shard.name, table.key(row), "is cut off"))
-        elif crc32(entries) != int(table.crc32[row]):
-            found.append(Damage(shard.name, table.key(row), "has other bytes"))
+        reason = _difference(table, row, entries)
+        if reason is not None:
+            found.append(Damage(shard.name, table.key(row), reason))
     return found or [Damage(shard.name, None, "its bytes differ outside of all samples")]
+
+
+def _difference(table: SplitTable, row: int, entries: memoryview) -> str | None:
+    """How the bytes of a sample differ from what the index has of them; None where they do not."""
+    if len(entries) < int(table.length[row]):
+        return "is cut off"
+    return None if crc32(entries) == int(table.crc32[row]) else "has other bytes"
 
 
 def _samples_in(index: Index, number: int, content: bytes) -> Iterator[tuple[SplitTable, int, memoryview]]:
@@ -159,7 +165,7 @@ def _undecodable(index: Index, number: int, shard: ShardEntry, content: bytes) -
 
     def problem(sample: tuple[SplitTable, int, memoryview]) -> Damage | None:
         table, row, entries = sample
-        if len(entries) < int(table.length[row]) or crc32(entries) != int(table.crc32[row]):
+        if _difference(table, row, entries) is not None:
             return None  # named already
         extension = ""
         try:

@@ -14,11 +14,12 @@ from metaloom.build import (
     initial_meta,
     task_batch,
 )
+from metaloom.datasets import Episode
 from metaloom.engine.losses import LossTensors
 from metaloom.engine.sharding.replicated import Replicated
 from metaloom.engine.snapshots import HostMemory
 from metaloom.errors import CapabilityError
-from metaloom.recipe import load_recipe
+from metaloom.recipe import Recipe, load_recipe
 from metaloom.sources import episode_source, open_data
 from tests.commands import RECIPES
 
@@ -44,15 +45,27 @@ def test_snapshots_in_the_hosts_memory_are_refused_where_the_weights_are_there_a
     assert build_snapshots(recipe, torch.device("cuda")) == HostMemory(torch.device("cuda"))
 
 
-def test_tasks_of_a_mixture_keep_their_own_numbers_of_classes(glyphs: Path) -> None:
-    part = f"{{kind: classes, url: '{glyphs}', n_shot: 1, n_query: 1, n_way: %d}}"
-    recipe = load_recipe(
-        RECIPES / "smoke.yaml",
-        [f"data={{kind: mixture, parts: [{{data: {part % 5}}}, {{data: {part % 2}}}]}}"],
-    )
+def mixed_episodes(glyphs: Path, *parts: str) -> tuple[Recipe, list[Episode]]:
+    """A recipe of glyphs drawn in two ways, and its first episodes."""
+    common = f"kind: classes, url: '{glyphs}', n_shot: 1, n_query: 1"
+    listed = ", ".join(f"{{data: {{{common}, {part}}}}}" for part in parts)
+    recipe = load_recipe(RECIPES / "smoke.yaml", [f"data={{kind: mixture, parts: [{listed}]}}"])
     source = episode_source(recipe, open_data(recipe), "train", seed=0, num_steps=1)
-    episodes = [source.episode(number) for number in range(8)]
+    return recipe, [source.episode(number) for number in range(8)]
+
+
+def test_tasks_of_a_mixture_keep_their_own_numbers_of_classes(glyphs: Path) -> None:
+    recipe, episodes = mixed_episodes(glyphs, "n_way: 5", "n_way: 2")
     batch = task_batch(recipe, episodes, torch.device("cpu"), num_steps=1)
     assert batch.num_ways is not None
     assert batch.num_ways.tolist() == [len(set(e.support["targets"].tolist())) for e in episodes]
     assert set(batch.num_ways.tolist()) == {2, 5}
+
+
+def test_a_task_is_shown_alike_beside_one_whose_images_are_distorted(glyphs: Path) -> None:
+    recipe, episodes = mixed_episodes(glyphs, "n_way: 3, affine: null", "n_way: 3, affine: {shift_px: 1}")
+    assert {str(episode.query["inputs"].dtype) for episode in episodes} == {"uint8", "float32"}
+    together = task_batch(recipe, episodes, torch.device("cpu"), num_steps=1)
+    for row, episode in enumerate(episodes):
+        alone = task_batch(recipe, [episode], torch.device("cpu"), num_steps=1)
+        assert torch.equal(alone.query["inputs"][0], together.query["inputs"][row])

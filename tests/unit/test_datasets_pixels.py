@@ -6,14 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from metaloom.build import task_batch
 from metaloom.datasets import ClassSamples, Index, MixedSamples
 from metaloom.datasets.affine import Affine
 from metaloom.datasets.pixels import as_numbers, of_one_form
 from metaloom.engine.precision import ComputeFormat, Precision
-from metaloom.recipe import load_recipe
-from metaloom.sources import episode_source, open_data
-from tests.commands import RECIPES
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (2, 5, 4, 3, 3), dtype=np.uint8)
 NUMBERS = (PIXELS.astype(np.float64) / 255).astype(np.float32).transpose(0, 1, 4, 2, 3)
@@ -49,21 +45,6 @@ def test_arrays_side_by_side_have_one_form() -> None:
     pixels, numbers = of_one_form([PIXELS[0], NUMBERS[1]])
     np.testing.assert_array_equal(pixels, NUMBERS[0], strict=True)
     np.testing.assert_array_equal(numbers, NUMBERS[1], strict=True)
-
-
-def test_a_task_is_shown_alike_beside_one_whose_images_are_distorted(glyphs: Path) -> None:
-    part = f"{{kind: classes, url: '{glyphs}', n_shot: 1, n_query: 1, n_way: 3, affine: %s}}"
-    recipe = load_recipe(
-        RECIPES / "smoke.yaml",
-        [f"data={{kind: mixture, parts: [{{data: {part % 'null'}}}, {{data: {part % '{shift_px: 1}'}}}]}}"],
-    )
-    source = episode_source(recipe, open_data(recipe), "train", seed=0, num_steps=1)
-    episodes = [source.episode(number) for number in range(8)]
-    assert {str(episode.query["inputs"].dtype) for episode in episodes} == {"uint8", "float32"}
-    together = task_batch(recipe, episodes, torch.device("cpu"), num_steps=1)
-    for row, episode in enumerate(episodes):
-        alone = task_batch(recipe, [episode], torch.device("cpu"), num_steps=1)
-        assert torch.equal(alone.query["inputs"][0], together.query["inputs"][row])
 
 
 def test_samples_of_a_mixture_have_one_form(glyphs: Path) -> None:
