@@ -61,7 +61,7 @@ from metaloom.recipe import (
     TextInputs,
     TruncatedHypergradient,
 )
-from metaloom.recipe.rules import GPT_BLOCK_LAYERS
+from metaloom.recipe.rules.model import GPT_BLOCK_LAYERS
 from metaloom.recipe.tasks import (
     InputSection,
     ObjectiveName,

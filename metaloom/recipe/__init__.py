@@ -1,5 +1,32 @@
 """The typed recipe: everything that a run is made of, read from YAML with all mistakes reported at once."""
 
+from metaloom.recipe.adaptation import (
+    AdamRule,
+    AdamWRule,
+    Adaptation,
+    FullFast,
+    InnerRule,
+    LoRAFast,
+    Rehearsal,
+    RMSPropRule,
+    SGDRule,
+    SupportLoss,
+)
+from metaloom.recipe.algorithm import (
+    AutoHypergradient,
+    ConjugateGradientSolver,
+    FiniteDifferenceHypergradient,
+    FirstOrderHypergradient,
+    ImplicitHypergradient,
+    MAMLAlgorithm,
+    MetaParameters,
+    MixedModeHypergradient,
+    NeumannSolver,
+    RematerializedHypergradient,
+    ReptileHypergradient,
+    TruncatedHypergradient,
+    UnrolledHypergradient,
+)
 from metaloom.recipe.base import Section
 from metaloom.recipe.data import (
     Affine,
@@ -21,58 +48,31 @@ from metaloom.recipe.data import (
     Variable,
     Window,
 )
-from metaloom.recipe.loading import load_recipe, recipe_from_dict
-from metaloom.recipe.schema import (
-    AdamOptimizer,
-    AdamRule,
-    AdamWRule,
-    Adaptation,
-    AllSnapshots,
-    AutoHypergradient,
-    BinomialSnapshots,
+from metaloom.recipe.evaluation import (
     Checkpoint,
-    ConjugateGradientSolver,
-    Conv4Model,
-    DeepSpeedZeroSharding,
     EarlyStopping,
     Evaluation,
-    FiniteDifferenceHypergradient,
-    FirstOrderHypergradient,
-    FullFast,
-    GPTModel,
-    HostSnapshots,
-    ImplicitHypergradient,
-    InnerRule,
-    LocalLauncher,
-    LoRAFast,
-    MAMLAlgorithm,
-    Memory,
-    MetaParameters,
-    MixedModeHypergradient,
     MLflowTracking,
-    MLPModel,
-    NeumannSolver,
     NoTracking,
     OrdinaryTraining,
-    Outer,
-    Precision,
-    Pretrain,
-    Recipe,
-    Rehearsal,
-    RematerializedHypergradient,
-    ReplicatedSharding,
-    ReptileHypergradient,
-    RMSPropRule,
-    Schedule,
-    SGDOptimizer,
-    SGDRule,
-    ShardedSharding,
-    SupportLoss,
-    TruncatedHypergradient,
     Tuning,
-    UnrolledHypergradient,
     Validation,
 )
+from metaloom.recipe.loading import load_recipe, recipe_from_dict
+from metaloom.recipe.machine import (
+    AllSnapshots,
+    BinomialSnapshots,
+    DeepSpeedZeroSharding,
+    HostSnapshots,
+    LocalLauncher,
+    Memory,
+    Precision,
+    ReplicatedSharding,
+    ShardedSharding,
+)
+from metaloom.recipe.model import Conv4Model, GPTModel, MLPModel, Pretrain
+from metaloom.recipe.outer import AdamOptimizer, Outer, Schedule, SGDOptimizer
+from metaloom.recipe.schema import Recipe
 from metaloom.recipe.views import (
     Difference,
     differences,

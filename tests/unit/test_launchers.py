@@ -7,7 +7,7 @@ import pytest
 from metaloom.errors import LaunchError
 from metaloom.launchers.local import ALONE, Standing, agent_command, agent_environment, standing
 from metaloom.launchers.network import address_towards, interface_of, is_here, resolve
-from metaloom.recipe.schema import Hosts, LocalLauncher
+from metaloom.recipe.machine import Hosts, LocalLauncher
 
 HOSTS = Hosts(endpoint="127.0.0.1:29400", num_hosts=3, wait_s=1.0)
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from metaloom.models.conv4 import Conv4
 from metaloom.models.gpt import PAD, VOCABULARY, Gpt
 from metaloom.models.mlp import Mlp
-from metaloom.recipe.rules import GPT_BLOCK_LAYERS
+from metaloom.recipe.rules.model import GPT_BLOCK_LAYERS
 
 
 @pytest.fixture(autouse=True)

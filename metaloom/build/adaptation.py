@@ -1,0 +1,119 @@
+"""The inner loop of a recipe: what is fast, by which rule, to which loss."""
+
+from __future__ import annotations
+
+import torch
+
+from metaloom.build.choices import Choices
+from metaloom.build.model import (
+    model_structure,
+    rehearsal_output,
+    task_output,
+)
+from metaloom.engine.adapters.base import Adapter
+from metaloom.engine.adapters.full import FullAdapter
+from metaloom.engine.adapters.lora import LoraAdapter
+from metaloom.engine.algorithms.maml import step_weights
+from metaloom.engine.inner_loops.adam import Adam
+from metaloom.engine.inner_loops.base import InnerRule
+from metaloom.engine.inner_loops.gradient_terms import GradientTerms
+from metaloom.engine.inner_loops.rates import Grain, Rates
+from metaloom.engine.inner_loops.rmsprop import RmsProp
+from metaloom.engine.inner_loops.sgd import Sgd
+from metaloom.engine.learner import Learner, Rehearsal
+from metaloom.engine.losses import SupportLoss
+from metaloom.engine.precision import Precision
+from metaloom.engine.unroll import Unroll
+from metaloom.recipe import (
+    AdamWRule,
+    FullFast,
+    Recipe,
+    RMSPropRule,
+    SGDRule,
+)
+from metaloom.recipe import InnerRule as InnerRuleSection
+from metaloom.recipe import Rehearsal as RehearsalSection
+from metaloom.weights import HeldModel
+
+
+def build_adapter(recipe: Recipe, model: HeldModel, choices: Choices) -> Adapter:
+    """What is fast in a model."""
+    fast = recipe.adaptation.fast
+    structure = model_structure(model.module)
+    if isinstance(fast, FullFast):
+        return FullAdapter(model.module, structure=structure, tasks=choices.tasks)
+    return LoraAdapter(
+        model.module,
+        targets=fast.targets,
+        rank=fast.rank,
+        alpha=fast.alpha,
+        generator=torch.Generator().manual_seed(recipe.seed),
+        structure=structure,
+        shards=model.shards,
+    )
+
+
+def build_rule(section: InnerRuleSection) -> InnerRule:
+    """The inner rule; its rates are apart, as they may be learned."""
+    is_decoupled = isinstance(section, AdamWRule)
+    terms = GradientTerms(0.0 if is_decoupled else section.weight_decay, section.clip_norm, section.proximal)
+    if isinstance(section, SGDRule):
+        return Sgd(terms, momentum=section.momentum, nesterov=section.nesterov)
+    if isinstance(section, RMSPropRule):
+        return RmsProp(
+            terms,
+            alpha=section.alpha,
+            eps=section.eps,
+            eps_root=section.eps_root,
+            momentum=section.momentum,
+            centered=section.centered,
+        )
+    return Adam(
+        terms,
+        betas=section.betas,
+        eps=section.eps,
+        eps_root=section.eps_root,
+        decoupled_weight_decay=section.weight_decay if is_decoupled else 0.0,
+    )
+
+
+def build_unroll(
+    recipe: Recipe, adapter: Adapter, *, rate: float, grain: Grain, learns_loss: bool = True
+) -> Unroll:
+    """The inner problem with a given rate, fixed or where learned rates start.
+
+    Args:
+        learns_loss: whether the loss parameters that the recipe learns are read from the meta-parameters;
+            they stay where they start otherwise.
+    """
+    adaptation = recipe.adaptation
+    rehearsal, loss, output = adaptation.rehearsal, adaptation.loss, task_output(recipe)
+    return Unroll(
+        learner=Learner(
+            adapter,
+            Precision(recipe.precision.compute),
+            None if rehearsal is None else _rehearsal(recipe, rehearsal),
+            support_loss=SupportLoss(
+                loss.temperature, loss.label_smoothing, loss.learned if learns_loss else ()
+            ),
+            seed=recipe.seed,
+            recompute_blocks=recipe.memory.recompute_blocks,
+            head_chunk=recipe.memory.head_chunk,
+            criterion=output.criterion,
+            head=output.head,
+        ),
+        rule=build_rule(adaptation.rule),
+        rates=Rates(rate, grain, adaptation.num_steps),
+        step_weights=step_weights(recipe.algorithm.step_weights, adaptation.num_steps),
+    )
+
+
+def _rehearsal(recipe: Recipe, section: RehearsalSection) -> Rehearsal:
+    output = rehearsal_output(recipe)
+    return Rehearsal(
+        section.ratio,
+        section.num_samples,
+        outer_ratio=section.outer_ratio,
+        criterion=output.criterion,
+        head=output.head,
+    )

@@ -1,0 +1,127 @@
+"""The algorithm of a recipe, and the estimator of its hypergradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from metaloom.build.adaptation import build_unroll
+from metaloom.build.choices import Choices
+from metaloom.engine.adapters.base import Adapter
+from metaloom.engine.algorithms.maml import Maml
+from metaloom.engine.choice import EXACT_AND_FLAT
+from metaloom.engine.hypergradients.base import Hypergradient
+from metaloom.engine.hypergradients.finite_difference import FiniteDifference
+from metaloom.engine.hypergradients.first_order import FirstOrder
+from metaloom.engine.hypergradients.implicit import Implicit
+from metaloom.engine.hypergradients.mixed_mode import MixedMode
+from metaloom.engine.hypergradients.rematerialized import Rematerialized
+from metaloom.engine.hypergradients.reptile import Reptile
+from metaloom.engine.hypergradients.solvers import ConjugateGradient, Neumann, Solver
+from metaloom.engine.hypergradients.truncated import Truncated
+from metaloom.engine.hypergradients.unrolled import Unrolled
+from metaloom.engine.sharding.base import Sharding
+from metaloom.engine.snapshots import Binomial, HostMemory, KeepAll, SnapshotPlan
+from metaloom.engine.unroll import Unroll
+from metaloom.errors import CapabilityError
+from metaloom.recipe import (
+    AllSnapshots,
+    AutoHypergradient,
+    BinomialSnapshots,
+    ConjugateGradientSolver,
+    FiniteDifferenceHypergradient,
+    FirstOrderHypergradient,
+    HostSnapshots,
+    ImplicitHypergradient,
+    MixedModeHypergradient,
+    NeumannSolver,
+    Recipe,
+    RematerializedHypergradient,
+    ReptileHypergradient,
+    TruncatedHypergradient,
+    UnrolledHypergradient,
+)
+
+
+def build_algorithm(
+    recipe: Recipe,
+    adapter: Adapter,
+    choices: Choices,
+    device: torch.device,
+    *,
+    sharding: Sharding | None = None,
+) -> Maml:
+    """The algorithm with the estimator of its hypergradient.
+
+    Args:
+        sharding: what the ranks that compute together agree by; None for a rank alone.
+    """
+    rule = recipe.adaptation.rule
+    unroll = build_unroll(recipe, adapter, rate=rule.lr, grain=rule.learned)
+    return Maml(unroll, build_hypergradient(recipe, choices, device, sharding=sharding))
+
+
+def build_hypergradient(
+    recipe: Recipe, choices: Choices, device: torch.device, *, sharding: Sharding | None = None
+) -> Hypergradient:
+    """The estimator with its options; `sharding` as in `build_algorithm`."""
+    snapshots = build_snapshots(recipe, device)
+    match recipe.algorithm.hypergradient:
+        case AutoHypergradient():
+            assert choices.estimator is not None, "auto is chosen before anything is built with it"
+            return choices.estimator.build(snapshots)
+        case RematerializedHypergradient():
+            return Rematerialized(snapshots)
+        case MixedModeHypergradient():
+            return MixedMode(snapshots)
+        case FirstOrderHypergradient():
+            return FirstOrder(snapshots)
+        case TruncatedHypergradient(num_steps=num_steps, by=by):
+            return Truncated(snapshots, num_steps=num_steps, exact=EXACT_AND_FLAT[by]())
+        case ImplicitHypergradient(solver=solver, damping=damping):
+            return Implicit(_build_solver(solver, sharding), damping)
+        case FiniteDifferenceHypergradient(epsilon=epsilon):
+            return FiniteDifference(epsilon)
+        case ReptileHypergradient():
+            return Reptile()
+        case UnrolledHypergradient():
+            return Unrolled()
+
+
+def build_snapshots(recipe: Recipe, device: torch.device) -> SnapshotPlan:
+    """Which fast weights are kept.
+
+    Raises:
+        CapabilityError: they are to go to the host's memory, and are there already.
+    """
+    match recipe.memory.snapshots:
+        case BinomialSnapshots(num_slots=num_slots):
+            return Binomial(num_slots)
+        case HostSnapshots():
+            if device.type == "cpu":
+                raise CapabilityError(
+                    "memory.snapshots.kind: host; has no effect, since this run computes on a CPU, whose "
+                    "memory is the host's: set it to all or binomial, or run on a GPU."
+                )
+            return HostMemory(device)
+        case AllSnapshots():
+            return KeepAll()
+
+
+def _build_solver(solver: ConjugateGradientSolver | NeumannSolver, sharding: Sharding | None) -> Solver:
+    match solver:
+        case ConjugateGradientSolver():
+            any_rank = sharding.any_rank if sharding is not None and sharding.is_lockstep else bool
+            return ConjugateGradient(solver.num_iterations, solver.tolerance, any_rank)
+        case NeumannSolver():
+            return Neumann(solver.num_terms, solver.step_size)
+
+
+def initial_meta(recipe: Recipe, unroll: Unroll) -> dict[str, Tensor]:
+    """The meta-parameters that the recipe learns, at their initial values."""
+    learned = recipe.algorithm.meta_parameters
+    adapter = unroll.learner.adapter
+    meta = adapter.meta_parameters(init=learned.init, backbone=learned.backbone)
+    fast = adapter.init({}, 1)
+    like = next(iter(fast.values()))
+    return meta | unroll.rates.meta_parameters(fast) | unroll.learner.support_loss.meta_parameters(like)

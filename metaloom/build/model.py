@@ -1,0 +1,140 @@
+"""The recipe's network, its outputs, and how its weights lie on the ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from metaloom.engine.adapters.model import Structure
+from metaloom.engine.losses import Criterion, CrossEntropy, MeanSquaredError
+from metaloom.engine.precision import Precision
+from metaloom.engine.sharding.base import Sharding
+from metaloom.engine.sharding.deepspeed_zero import DeepSpeedZero, ZeroSettings
+from metaloom.engine.sharding.replicated import Replicated
+from metaloom.engine.sharding.sharded import Sharded
+from metaloom.models.conv4 import Conv4
+from metaloom.models.gpt import Gpt
+from metaloom.models.mlp import Mlp
+from metaloom.recipe import (
+    Conv4Model,
+    DeepSpeedZeroSharding,
+    GPTModel,
+    ImageInputs,
+    MLPModel,
+    Recipe,
+    ReplicatedSharding,
+    ShardedSharding,
+)
+from metaloom.recipe.tasks import num_inputs, rehearsal_facts, task_facts
+from metaloom.weights import HeldModel, hold
+
+
+def build_sharding(recipe: Recipe, device: torch.device) -> Sharding:
+    """How the meta-parameters lie on the ranks. Every rank must call."""
+    match recipe.sharding:
+        case ShardedSharding(shard_size=shard_size):
+            return Sharded(device, shard_size=shard_size)
+        case ReplicatedSharding(bucket_mib=bucket_mib):
+            return Replicated(bucket_bytes=int(bucket_mib * 2**20))
+        case DeepSpeedZeroSharding(stage=stage, offload_optimizer=offload_optimizer, extra=extra):
+            return DeepSpeedZero(ZeroSettings(stage, offload_optimizer, extra), device)
+
+
+def build_model(
+    recipe: Recipe, device: torch.device, sharding: Sharding, *, num_classes: int | None = None
+) -> HeldModel:
+    """The recipe's model with its initial weights: those of `model.weights`, or such as follow from the seed.
+
+    Args:
+        num_classes: outputs of a classifier; as many as a task has classes where None.
+
+    Raises:
+        CheckpointError: `model.weights` cannot be read, or belongs to another model.
+    """
+
+    def make() -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            return _make_model(recipe, num_classes)
+
+    return hold(
+        make,
+        None if recipe.model.weights is None else Path(recipe.model.weights),
+        sharding,
+        device,
+        Precision(recipe.precision.compute).storage_dtype,
+    )
+
+
+def _make_model(recipe: Recipe, num_classes: int | None) -> nn.Module:
+    facts, rehearsed = task_facts(recipe), rehearsal_facts(recipe)
+    num_outputs = num_classes or facts.num_outputs
+    own_head = None if rehearsed is None or rehearsed.shares_head else rehearsed.num_outputs
+    match recipe.model:
+        case Conv4Model(width=width, num_blocks=num_blocks, norm=norm):
+            assert isinstance(facts.inputs, ImageInputs)
+            assert num_outputs is not None
+            return Conv4(
+                num_classes=num_outputs,
+                width=width,
+                num_blocks=num_blocks,
+                norm=norm,
+                num_channels=facts.inputs.channels,
+                num_rehearsal_classes=own_head,
+            )
+        case MLPModel(width=width, num_layers=num_layers, activation=activation):
+            assert num_outputs is not None
+            return Mlp(
+                num_inputs=num_inputs(facts.inputs),
+                width=width,
+                num_layers=num_layers,
+                num_outputs=num_outputs,
+                activation=activation,
+                num_rehearsal_outputs=own_head,
+            )
+        case GPTModel():
+            return Gpt(
+                num_layers=recipe.model.num_layers,
+                width=recipe.model.width,
+                num_heads=recipe.model.num_heads,
+                context_length=recipe.model.context_length,
+                tied_embeddings=recipe.model.tied_embeddings,
+                dropout=recipe.model.dropout,
+                vocabulary=recipe.model.vocabulary,
+                num_classes=num_outputs,
+            )
+
+
+def model_structure(model: nn.Module) -> Structure:
+    """Where a model can be taken apart: the built-in ones alike have `blocks` and `heads`."""
+    names = [name for name, _ in model.named_modules()]
+    blocks = tuple(name for name in names if name.startswith("blocks.") and name.count(".") == 1)
+    assert isinstance(model, Conv4 | Mlp | Gpt)
+    return Structure(blocks, model.heads)
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """Which output of a model is read, and what it is judged by."""
+
+    head: str
+    criterion: Criterion
+
+
+def task_output(recipe: Recipe) -> Output:
+    """What tasks read of the model."""
+    objective = task_facts(recipe).objective
+    criterion = MeanSquaredError() if objective == "regression" else CrossEntropy()
+    return Output(objective if isinstance(recipe.model, GPTModel) else "tasks", criterion)
+
+
+def rehearsal_output(recipe: Recipe) -> Output:
+    """What rehearsal reads of the model."""
+    rehearsed = rehearsal_facts(recipe)
+    if rehearsed is None or rehearsed.shares_head:
+        return task_output(recipe)
+    # Of a language model, its own: that it was trained by before.
+    return Output("language_modelling" if isinstance(recipe.model, GPTModel) else "rehearsal", CrossEntropy())

@@ -1,0 +1,193 @@
+"""The sections of a recipe that say how a model adapts to one task: the inner loop."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from metaloom.recipe.base import BelowOne, Count, FloatOrZero, PositiveFloat, Section, Text
+from metaloom.recipe.data import (
+    RehearsalData,
+)
+
+
+class FullFast(Section):
+    """Every weight of the model is adapted, one copy per task."""
+
+    kind: Literal["full"] = Field(default="full", description="adapt every weight of the model")
+    tasks: Literal["auto", "loop", "vmap"] = Field(
+        default="auto",
+        description="how one rank's tasks are computed: loop (one after the other), vmap (all in one "
+        "vectorised pass), or auto: what is faster on the first tasks",
+    )
+
+
+class LoRAFast(Section):
+    """A low-rank adapter beside chosen linear layers is adapted; the backbone is shared by all tasks."""
+
+    kind: Literal["lora"] = Field(default="lora", description="adapt low-rank matrices beside linear layers")
+    rank: Count = Field(default=8, description="rank of each adapter")
+    alpha: PositiveFloat = Field(
+        default=16.0, description="scale of the adapter: its product is times alpha / rank"
+    )
+    targets: Annotated[tuple[Text, ...], Field(min_length=1)] | Literal["all-linear"] = Field(
+        default="all-linear",
+        description="ends of the names of the linear layers that get an adapter, as a list, or all-linear "
+        "for all but the output head",
+    )
+
+
+InnerRate = Annotated[
+    PositiveFloat,
+    Field(description="inner learning rate; the starting value where rates are learned"),
+]
+InnerWeightDecay = Annotated[FloatOrZero, Field(description="weight decay added to the inner gradient")]
+InnerClipNorm = Annotated[
+    PositiveFloat | None,
+    Field(
+        description="largest norm of one task's inner gradient, longer ones are scaled down; "
+        "null for no limit"
+    ),
+]
+Proximal = Annotated[
+    FloatOrZero,
+    Field(
+        description="pull towards where the fast weights start: adds proximal / 2 * |phi - phi_0|^2 to the "
+        "inner loss; 0 for none"
+    ),
+]
+LearnedRates = Annotated[
+    Literal["none", "shared", "per_group", "per_tensor", "per_tensor_per_step", "per_element"],
+    Field(
+        description="whether the inner rates are meta-parameters: none (fixed), shared (one for all), "
+        "per_group (one for the fast weights whose names end alike, such as weight, bias, lora_a), "
+        "per_tensor (one for each fast weight), per_tensor_per_step (and for each inner step), "
+        "per_element (one for each number of each fast weight)"
+    ),
+]
+Betas = tuple[BelowOne, BelowOne]
+EpsRoot = Annotated[
+    PositiveFloat,
+    Field(
+        description="added to the second moment under its root; without it the hypergradient is not finite "
+        "where an inner gradient is exactly zero"
+    ),
+]
+
+
+class SGDRule(Section):
+    """phi <- phi - lr * m, with m <- momentum * m + g + weight_decay * phi."""
+
+    kind: Literal["sgd"] = Field(default="sgd", description="stochastic gradient descent")
+    lr: InnerRate
+    momentum: BelowOne = Field(default=0.0, description="momentum, 0 for none")
+    nesterov: bool = Field(
+        default=False, description="whether momentum is Nesterov's: g + momentum * m in place of m"
+    )
+    weight_decay: InnerWeightDecay = 0.0
+    clip_norm: InnerClipNorm = None
+    proximal: Proximal = 0.0
+    learned: LearnedRates = "none"
+
+
+class AdamRule(Section):
+    """Adam: phi <- phi - lr * m_hat / (sqrt(v_hat + eps_root) + eps)."""
+
+    kind: Literal["adam"] = Field(default="adam", description="Adam")
+    lr: InnerRate
+    betas: Betas = Field(default=(0.9, 0.999), description="decay of the first and second moments")
+    eps: PositiveFloat = Field(default=1e-8, description="added to the root of the second moment")
+    eps_root: EpsRoot = 1e-8
+    weight_decay: InnerWeightDecay = 0.0
+    clip_norm: InnerClipNorm = None
+    proximal: Proximal = 0.0
+    learned: LearnedRates = "none"
+
+
+class AdamWRule(Section):
+    """Adam with decoupled weight decay: phi is first multiplied by 1 - lr * weight_decay."""
+
+    kind: Literal["adamw"] = Field(default="adamw", description="Adam with decoupled weight decay")
+    lr: InnerRate
+    betas: Betas = Field(default=(0.9, 0.999), description="decay of the first and second moments")
+    eps: PositiveFloat = Field(default=1e-8, description="added to the root of the second moment")
+    eps_root: EpsRoot = 1e-8
+    weight_decay: FloatOrZero = Field(
+        default=0.01, description="decoupled weight decay, per unit of learning rate"
+    )
+    clip_norm: InnerClipNorm = None
+    proximal: Proximal = 0.0
+    learned: LearnedRates = "none"
+
+
+class RMSPropRule(Section):
+    """phi <- phi - lr * m, with m <- momentum * m + g / (sqrt(v + eps_root) + eps)."""
+
+    kind: Literal["rmsprop"] = Field(default="rmsprop", description="RMSProp")
+    lr: InnerRate
+    alpha: BelowOne = Field(default=0.99, description="decay of the running mean of the squared gradient")
+    eps: PositiveFloat = Field(default=1e-8, description="added to the root of the running mean")
+    eps_root: EpsRoot = 1e-8
+    momentum: BelowOne = Field(default=0.0, description="momentum of the scaled gradient, 0 for none")
+    centered: bool = Field(
+        default=False, description="whether the gradient's running mean is taken off before squaring"
+    )
+    weight_decay: InnerWeightDecay = 0.0
+    clip_norm: InnerClipNorm = None
+    proximal: Proximal = 0.0
+    learned: LearnedRates = "none"
+
+
+InnerRule = SGDRule | AdamRule | AdamWRule | RMSPropRule
+
+
+class Rehearsal(Section):
+    """Data of the pre-training kind mixed into adaptation, so that the model forgets less."""
+
+    ratio: BelowOne = Field(
+        default=0.1,
+        description="weight of the rehearsal loss in each inner step; the support loss has the rest",
+    )
+    num_samples: Count = Field(default=1, description="samples of rehearsal data per inner step and task")
+    outer_ratio: BelowOne = Field(
+        default=0.0,
+        description="weight of the rehearsal loss, at the adapted weights, in the meta-loss; the query loss "
+        "has the rest",
+    )
+    outer_samples: Count = Field(
+        default=4,
+        description="samples of rehearsal data per task for the meta-loss, where outer_ratio is above 0",
+    )
+    data: RehearsalData | None = Field(
+        default=None,
+        discriminator="kind",
+        description="where the rehearsal data come from, and what they are; null for the split rehearsal of "
+        "the tasks' own data (documents)",
+    )
+
+
+class SupportLoss(Section):
+    """The cross-entropy that tasks adapt by; what is learned of it acts through adaptation alone."""
+
+    temperature: PositiveFloat = Field(
+        default=1.0, description="what the logits are divided by; the starting value where it is learned"
+    )
+    label_smoothing: BelowOne = Field(
+        default=0.0, description="share of the target spread over all classes; above 0 where it is learned"
+    )
+    learned: tuple[Literal["temperature", "label_smoothing"], ...] = Field(
+        default=(), description="which of the two are meta-parameters"
+    )
+
+
+class Adaptation(Section):
+    """How a model adapts to one task: what is fast, by which rule, for how many steps."""
+
+    fast: FullFast | LoRAFast = Field(
+        discriminator="kind", description="the fast weights: what a task adapts"
+    )
+    rule: InnerRule = Field(discriminator="kind", description="the inner update rule")
+    num_steps: Count = Field(description="inner steps K per task")
+    loss: SupportLoss = Field(default=SupportLoss(), description="the loss that tasks adapt by")
+    rehearsal: Rehearsal | None = Field(
+        default=None, description="rehearsal during adaptation; null for none"
+    )

@@ -1,0 +1,165 @@
+"""The sections of a recipe that say how the outer loop learns from adaptations."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from metaloom.recipe.base import Count, FloatOrZero, PositiveFloat, Section
+
+
+class UnrolledHypergradient(Section):
+    """Exact; keeps the graph of all inner steps: memory grows with K."""
+
+    kind: Literal["unrolled"] = Field(
+        default="unrolled", description="exact, through the whole graph; memory grows with K"
+    )
+
+
+class RematerializedHypergradient(Section):
+    """Exact; one snapshot per inner step, reverse over reverse within one step."""
+
+    kind: Literal["rematerialized"] = Field(
+        default="rematerialized", description="exact, one step's graph at a time, reverse over reverse"
+    )
+
+
+class MixedModeHypergradient(Section):
+    """Exact; one snapshot per inner step, forward over reverse within one step."""
+
+    kind: Literal["mixed_mode"] = Field(
+        default="mixed_mode", description="exact, one step's graph at a time, forward over reverse"
+    )
+
+
+class FirstOrderHypergradient(Section):
+    """Drops the second derivatives (FOMAML)."""
+
+    kind: Literal["first_order"] = Field(
+        default="first_order", description="approximate: second derivatives are dropped"
+    )
+
+
+class AutoHypergradient(Section):
+    """Exact; the fastest of the exact ways on the first tasks, within a limit on memory."""
+
+    kind: Literal["auto"] = Field(
+        default="auto",
+        description="exact: times rematerialized, mixed_mode and the graph of whole steps on the first "
+        "tasks, takes the fastest, and keeps to it",
+    )
+    limit_gib: PositiveFloat | None = Field(
+        default=None,
+        description="memory for graphs that are kept, per rank, in GiB; null for half of what is free at the "
+        "start",
+    )
+
+
+class TruncatedHypergradient(Section):
+    """Back-propagation through the last inner steps alone (Shaban et al. 2019)."""
+
+    kind: Literal["truncated"] = Field(
+        default="truncated", description="approximate: the last inner steps alone are differentiated"
+    )
+    num_steps: Count = Field(description="how many of the last inner steps; at most adaptation.num_steps")
+    by: Literal["rematerialized", "mixed_mode"] = Field(
+        default="rematerialized", description="how each of those is differentiated"
+    )
+
+
+class ConjugateGradientSolver(Section):
+    """Conjugate gradients: fast where the Hessian is positive definite, and tells where it is not."""
+
+    kind: Literal["conjugate_gradient"] = Field(
+        default="conjugate_gradient", description="conjugate gradients; stops at negative curvature"
+    )
+    num_iterations: Count = Field(default=10, description="most Hessian-vector products")
+    tolerance: FloatOrZero = Field(
+        default=1e-6, description="a task stops at a residual of this, relative to the right-hand side"
+    )
+
+
+class NeumannSolver(Section):
+    """The first terms of the Neumann series of the inverse Hessian."""
+
+    kind: Literal["neumann"] = Field(default="neumann", description="terms of the inverse's Neumann series")
+    num_terms: Count = Field(default=10, description="terms of the series")
+    step_size: PositiveFloat = Field(
+        default=0.1, description="of the series; it diverges above 2 / the Hessian's largest eigenvalue"
+    )
+
+
+class ImplicitHypergradient(Section):
+    """Takes the adapted weights for a minimum of the inner loss (iMAML, Rajeswaran et al. 2019)."""
+
+    kind: Literal["implicit"] = Field(
+        default="implicit",
+        description="approximate: as if adaptation ended in a minimum; memory is the same for any K",
+    )
+    solver: ConjugateGradientSolver | NeumannSolver = Field(
+        default=ConjugateGradientSolver(),
+        discriminator="kind",
+        description="how the linear system with the Hessian is solved",
+    )
+    damping: FloatOrZero = Field(default=0.0, description="added to the Hessian's diagonal")
+
+
+class FiniteDifferenceHypergradient(Section):
+    """Finite differences of first-order gradients at the adapted weights (SAMA, Choe et al. 2023)."""
+
+    kind: Literal["finite_difference"] = Field(
+        default="finite_difference",
+        description="approximate: the last inner step alone, by differences of first-order gradients",
+    )
+    epsilon: PositiveFloat = Field(
+        default=0.01,
+        description="how far a task's fast weights are moved either way, in their norm, where more than the "
+        "initialisation is learned",
+    )
+
+
+class ReptileHypergradient(Section):
+    """The way from the adapted weights back to the initialisation (Nichol et al. 2018)."""
+
+    kind: Literal["reptile"] = Field(
+        default="reptile", description="no gradient: the initialisation minus the adapted weights"
+    )
+
+
+Hypergradient = (
+    UnrolledHypergradient
+    | RematerializedHypergradient
+    | MixedModeHypergradient
+    | AutoHypergradient
+    | FirstOrderHypergradient
+    | TruncatedHypergradient
+    | ImplicitHypergradient
+    | FiniteDifferenceHypergradient
+    | ReptileHypergradient
+)
+
+
+class MetaParameters(Section):
+    """What the outer loop learns, besides the inner rates (see adaptation.rule.learned)."""
+
+    init: bool = Field(default=True, description="learn where the fast weights start")
+    backbone: bool = Field(
+        default=False, description="learn the weights that tasks share (only beside an adapter)"
+    )
+
+
+class MAMLAlgorithm(Section):
+    """Gradient of the query loss after adaptation (Finn et al. 2017)."""
+
+    kind: Literal["maml"] = Field(default="maml", description="model-agnostic meta-learning")
+    hypergradient: Hypergradient = Field(
+        default=AutoHypergradient(),
+        discriminator="kind",
+        description="how the gradient through the adaptation is computed",
+    )
+    step_weights: Literal["last", "uniform"] = Field(
+        default="last",
+        description="weights of the query losses after each inner step: the last only, or all alike",
+    )
+    meta_parameters: MetaParameters = Field(
+        default=MetaParameters(), description="what the outer loop learns"
+    )

@@ -1,0 +1,75 @@
+"""The sections of a recipe that say which network is meta-trained, and what it has learned before."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from metaloom.recipe.base import BelowOne, Count, CountOrZero, FloatOrZero, PositiveFloat, Section
+
+WEIGHTS = (
+    "safetensors file to start from, or a folder with model.safetensors or several and their index; "
+    "null for random weights"
+)
+
+
+class Conv4Model(Section):
+    """The convolutional network of the few-shot literature; as many outputs as a task has classes."""
+
+    kind: Literal["conv4"] = Field(default="conv4", description="convolutional network for images")
+    width: Count = Field(default=32, description="channels of each block")
+    num_blocks: int = Field(
+        default=4,
+        ge=1,
+        le=4,
+        description="blocks of convolution with stride 2, norm and ReLU, each halving the image",
+    )
+    norm: Literal["batch", "none"] = Field(
+        default="batch", description="normalisation in each block: batch (statistics per task) or none"
+    )
+    weights: str | None = Field(default=None, description=WEIGHTS)
+
+
+class MLPModel(Section):
+    """A fully connected network, for arrays of numbers."""
+
+    kind: Literal["mlp"] = Field(default="mlp", description="fully connected network for arrays of numbers")
+    width: Count = Field(default=40, description="units of each hidden layer")
+    num_layers: Count = Field(default=2, description="hidden layers")
+    activation: Literal["relu", "tanh"] = Field(default="relu", description="after each hidden layer")
+    weights: str | None = Field(default=None, description=WEIGHTS)
+
+
+class GPTModel(Section):
+    """A decoder-only transformer over bytes or tokens; for classification with a head on the last token."""
+
+    kind: Literal["gpt"] = Field(default="gpt", description="decoder-only transformer over bytes or tokens")
+    vocabulary: int = Field(
+        default=256, ge=2, description="tokens that texts are made of; 256 where they are read as bytes"
+    )
+    num_layers: Count = Field(default=4, description="transformer blocks")
+    width: Count = Field(default=128, description="width of the residual stream; a multiple of num_heads")
+    num_heads: Count = Field(default=4, description="attention heads per block")
+    context_length: Count = Field(default=128, description="most positions in one sequence, in tokens")
+    tied_embeddings: bool = Field(
+        default=True, description="whether the output head shares the embedding's weight"
+    )
+    dropout: BelowOne = Field(
+        default=0.0,
+        description="dropout of activations in ordinary training and in adaptation steps, 0 for none",
+    )
+    weights: str | None = Field(default=None, description=WEIGHTS)
+
+
+class Pretrain(Section):
+    """Ordinary training of the backbone before meta-training."""
+
+    num_steps: Count = Field(description="optimizer steps")
+    batch_size: Count = Field(description="sequences per step, over all ranks")
+    lr: PositiveFloat = Field(description="peak learning rate of AdamW")
+    warmup_steps: CountOrZero = Field(default=0, description="steps of linear warm-up; fewer than num_steps")
+    weight_decay: FloatOrZero = Field(
+        default=0.0, description="decoupled weight decay, per unit of learning rate"
+    )
+    splits: Annotated[tuple[Literal["train", "rehearsal"], ...], Field(min_length=1)] = Field(
+        default=("train", "rehearsal"), description="splits of the data trained on"
+    )

@@ -1,0 +1,68 @@
+"""Rules about validation, evaluation and tracking."""
+
+from metaloom.credentials import has_credentials
+from metaloom.recipe.evaluation import MLflowTracking
+from metaloom.recipe.rules.base import Broken, Rule, repeated
+from metaloom.recipe.schema import Recipe
+
+
+def tuning_rates_differ(recipe: Recipe) -> Broken:
+    factors = recipe.evaluation.tuning.rate_factors
+    if len(set(factors)) < len(factors):
+        yield (
+            "evaluation.tuning.rate_factors",
+            f"{list(factors)}; names a factor twice",
+        )
+
+
+def early_stopping_needs_validation(recipe: Recipe) -> Broken:
+    if recipe.validation.early_stopping is not None and recipe.validation.every_steps is None:
+        yield (
+            "validation.early_stopping",
+            "counts validations, and validation.every_steps is null, so there are none; "
+            "set validation.every_steps, or validation.early_stopping to null",
+        )
+
+
+def rates_exist_for_each_evaluation_step(recipe: Recipe) -> Broken:
+    if recipe.adaptation.rule.learned == "per_tensor_per_step" and recipe.evaluation.num_steps is not None:
+        trained, evaluated = recipe.adaptation.num_steps, recipe.evaluation.num_steps
+        if evaluated > trained:
+            yield (
+                "evaluation.num_steps",
+                f"{evaluated}; adaptation.rule.learned = per_tensor_per_step has rates for "
+                f"adaptation.num_steps = {trained} steps only; lower it, or learn per_tensor rates",
+            )
+
+
+def pretrained_baseline_needs_pretrain(recipe: Recipe) -> Broken:
+    if "pretrained" in (recipe.evaluation.baselines or ()) and recipe.pretrain is None:
+        yield (
+            "evaluation.baselines",
+            "'pretrained' needs a pretrain section, and pretrain is null; remove it from the list",
+        )
+
+
+def baselines_differ(recipe: Recipe) -> Broken:
+    yield from repeated("evaluation.baselines", recipe.evaluation.baselines or ())
+
+
+def tracking_uri_has_no_secret(recipe: Recipe) -> Broken:
+    tracking = recipe.tracking
+    if isinstance(tracking, MLflowTracking) and tracking.uri is not None and has_credentials(tracking.uri):
+        yield (
+            "tracking.uri",
+            "holds a user name, password or token (not shown), and a recipe is stored with each run; "
+            "remove it, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, "
+            "or MLFLOW_TRACKING_TOKEN, in the environment",
+        )
+
+
+RULES: tuple[Rule, ...] = (
+    tuning_rates_differ,
+    early_stopping_needs_validation,
+    rates_exist_for_each_evaluation_step,
+    pretrained_baseline_needs_pretrain,
+    baselines_differ,
+    tracking_uri_has_no_secret,
+)
