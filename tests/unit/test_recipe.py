@@ -262,7 +262,7 @@ def test_a_list_of_targets_or_all_linear_is_accepted(load: Load) -> None:
 )
 def test_a_section_may_be_given_by_its_kind_alone(load: Load, kind: str) -> None:
     short = load(GLYPHS, f"algorithm.hypergradient={kind}")
-    assert short.algorithm.hypergradient.kind == kind
+    assert maml_of(short).hypergradient.kind == kind
     assert short == load(GLYPHS, f"algorithm.hypergradient={{kind: {kind}}}")
 
 
