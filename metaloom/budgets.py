@@ -14,10 +14,8 @@ from torch.utils.flop_counter import flop_registry, shape_wrapper
 from metaloom.build import (
     Choices,
     as_tensors,
-    build_adapter,
     build_algorithm,
     build_model,
-    initial_meta,
     model_structure,
     task_batch,
     task_output,
@@ -75,9 +73,8 @@ def _flops_per_task(job: Job, choices: Choices) -> float:
     differ, the mean over the first ones."""
     recipe, device = job.recipe, job.place.device
     num_inner = recipe.adaptation.num_steps
-    adapter = build_adapter(recipe, build_model(recipe, device, job.sharding), choices)
-    algorithm = build_algorithm(recipe, adapter, choices, device)
-    meta = initial_meta(recipe, algorithm.unroll)
+    algorithm = build_algorithm(recipe, build_model(recipe, device, job.sharding), choices, device)
+    meta = algorithm.meta_parameters()
 
     def flops_of(episode: Episode) -> int:
         batch = task_batch(recipe, [episode], device, num_steps=num_inner)

@@ -43,7 +43,7 @@ def choose(job: Job, model: HeldModel, source: EpisodeSource) -> Choices:
     # Tasks are drawn only where there is something to measure on them.
     batch = _first_batch(job, source) if _is_open(job.recipe) else None
     choices = Choices(tasks=_tasks(job, model, batch))
-    estimator = job.recipe.algorithm.hypergradient
+    estimator = None if job.recipe.maml is None else job.recipe.maml.hypergradient
     if not isinstance(estimator, AutoHypergradient):
         return choices
     unroll = _unroll(job.recipe, model, choices)
@@ -61,14 +61,16 @@ def choose(job: Job, model: HeldModel, source: EpisodeSource) -> Choices:
 
 def _is_open(recipe: Recipe) -> bool:
     """Whether a recipe leaves anything to be chosen."""
-    fast, estimator = recipe.adaptation.fast, recipe.algorithm.hypergradient
+    if recipe.maml is None:
+        return False
+    fast, estimator = recipe.adaptation.fast, recipe.maml.hypergradient
     return isinstance(estimator, AutoHypergradient) or (isinstance(fast, FullFast) and fast.tasks == "auto")
 
 
 def _tasks(job: Job, model: HeldModel, batch: TaskBatch | None) -> Tasks:
     """How tasks are put side by side where every weight is fast."""
     fast = job.recipe.adaptation.fast
-    if not isinstance(fast, FullFast):
+    if job.recipe.maml is None or not isinstance(fast, FullFast):
         return "loop"
     if fast.tasks != "auto":
         return fast.tasks

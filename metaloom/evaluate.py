@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -15,10 +16,10 @@ from metaloom.budgets import ordinary_budget
 from metaloom.build import (
     Choices,
     build_adapter,
+    build_algorithm,
     build_model,
     build_sharding,
     build_unroll,
-    initial_meta,
     model_structure,
     ordinary_settings,
     task_output,
@@ -26,6 +27,7 @@ from metaloom.build import (
 from metaloom.checkpoints import Checkpoint, CheckpointStore
 from metaloom.confidence import confidence_95
 from metaloom.datasets import EpisodeSource, slice_for_rank
+from metaloom.engine.evaluation import Curve, adaptation_curve
 from metaloom.engine.losses import bits
 from metaloom.engine.unroll import Unroll
 from metaloom.errors import CheckpointError
@@ -56,14 +58,14 @@ class Contender:
 
     Attributes:
         name: in tables and plots.
-        unroll: how it adapts.
+        curve: how it adapts.
         meta: its meta-parameters, trained or not.
         inner_rate: its rates, in words.
         training: what was spent on it, in words.
     """
 
     name: str
-    unroll: Unroll
+    curve: Curve
     meta: MetaTensors
     inner_rate: str
     training: str
@@ -121,22 +123,29 @@ def _meta_trained(job: Job, newest: Checkpoint) -> Contender:
     model = build_model(recipe, job.place.device, job.sharding)
     if recipe.pretrain is not None:
         model.load(_pretrained(job))
-    rule, choices = recipe.adaptation.rule, Choices.load(newest.scalars["choices"])
-    unroll = build_unroll(recipe, build_adapter(recipe, model, choices), rate=rule.lr, grain=rule.learned)
+    choices = Choices.load(newest.scalars["choices"])
+    algorithm = build_algorithm(recipe, model, choices, job.place.device, sharding=job.sharding)
     prefix = "meta/" if recipe.outer.ema is None else "average/"
     meta = {
         name: job.sharding.held(checkpoint.tensors[prefix + name]).to(job.place.device)
-        for name in initial_meta(recipe, unroll)
+        for name in algorithm.meta_parameters()
     }
-    learned = recipe.adaptation.rule.learned
     tasks = recipe.outer.tasks_per_step
     return Contender(
         name="meta-trained",
-        unroll=unroll,
+        curve=algorithm.curve,
         meta=meta,
-        inner_rate=f"{recipe.adaptation.rule.lr:g}" if learned == "none" else "learned",
+        inner_rate=_own_rate(recipe),
         training=_after_pretraining(recipe, f"{checkpoint.step} outer steps of {tasks} tasks"),
     )
+
+
+def _own_rate(recipe: Recipe) -> str:
+    """The inner rates of what was meta-trained, in words."""
+    if recipe.maml is None:
+        return "no steps"
+    rule = recipe.adaptation.rule
+    return f"{rule.lr:g}" if rule.learned == "none" else "learned"
 
 
 def _newest(job: Job) -> Checkpoint:
@@ -178,7 +187,7 @@ def _baseline(job: Job, name: str, newest: Checkpoint) -> Contender:
     rate = _tuned_rate(job, shown, unroll_at)
     return Contender(
         name=shown,
-        unroll=unroll_at(rate),
+        curve=functools.partial(adaptation_curve, unroll_at(rate)),
         meta={},
         inner_rate=f"{rate:.3g} (tuned)",
         training=training,
@@ -247,8 +256,8 @@ def _tuned_rate(job: Job, name: str, unroll_at: Callable[[float], Unroll]) -> fl
     with job.console.phase(f"tune {name}", total=None, unit="rate") as phase:
 
         def try_factor(factor: float) -> None:
-            unroll = unroll_at(factor * recipe.adaptation.rule.lr)
-            curves = _curves(job, unroll, {}, source, recipe.evaluation.tuning.num_episodes, metric="loss")
+            curve = functools.partial(adaptation_curve, unroll_at(factor * recipe.adaptation.rule.lr))
+            curves = _curves(job, curve, {}, source, recipe.evaluation.tuning.num_episodes, metric="loss")
             loss = statistics.fmean(curve.metric[-1] for curve in curves)
             losses[factor] = loss if math.isfinite(loss) else math.inf
             phase.advance(1)
@@ -286,7 +295,7 @@ def _test_curves(job: Job, contender: Contender) -> list[EpisodeCurve]:
     with job.console.phase(name, total=num_here, unit="episode") as phase:
         return _curves(
             job,
-            contender.unroll,
+            contender.curve,
             contender.meta,
             _source(job, "test"),
             num_episodes,
@@ -336,7 +345,7 @@ def _source(job: Job, split: str) -> EpisodeSource:
 
 def _curves(
     job: Job,
-    unroll: Unroll,
+    curve: Curve,
     meta: MetaTensors,
     source: EpisodeSource,
     num_episodes: int,
@@ -348,7 +357,7 @@ def _curves(
     curves: list[EpisodeCurve] = []
     num_steps = job.recipe.evaluation_num_steps
     for episodes, measured in measured_episodes(
-        job, unroll, meta, source, num_episodes=num_episodes, num_steps=num_steps, step=None
+        job, curve, meta, source, num_episodes=num_episodes, num_steps=num_steps, step=None
     ):
         values = measured["accuracy" if metric == "accuracy" else "loss"].tolist()
         retention = measured["retention_loss"].tolist() if "retention_loss" in measured else None

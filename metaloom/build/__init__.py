@@ -1,7 +1,13 @@
 """From a recipe to the parts of the engine."""
 
 from metaloom.build.adaptation import build_adapter, build_rule, build_unroll
-from metaloom.build.algorithm import build_algorithm, build_hypergradient, build_snapshots, initial_meta
+from metaloom.build.algorithm import (
+    build_algorithm,
+    build_hypergradient,
+    build_maml,
+    build_snapshots,
+    initial_meta,
+)
 from metaloom.build.batches import as_tensors, task_batch
 from metaloom.build.choices import Choices, Tasks
 from metaloom.build.model import Output, build_model, build_sharding, model_structure, task_output
@@ -15,6 +21,7 @@ __all__ = [
     "build_adapter",
     "build_algorithm",
     "build_hypergradient",
+    "build_maml",
     "build_model",
     "build_rule",
     "build_sharding",

@@ -104,7 +104,9 @@ def build_unroll(
         ),
         rule=build_rule(adaptation.rule),
         rates=Rates(rate, grain, adaptation.num_steps),
-        step_weights=step_weights(recipe.algorithm.step_weights, adaptation.num_steps),
+        step_weights=step_weights(
+            "last" if recipe.maml is None else recipe.maml.step_weights, adaptation.num_steps
+        ),
     )
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metaloom.build.adaptation import build_unroll
+from metaloom.build.adaptation import build_adapter, build_unroll
 from metaloom.build.choices import Choices
-from metaloom.engine.adapters.base import Adapter
+from metaloom.build.model import model_structure, task_output
+from metaloom.engine.algorithms.base import Algorithm
 from metaloom.engine.algorithms.maml import Maml
+from metaloom.engine.algorithms.protonet import Protonet
+from metaloom.engine.backbone import Backbone
 from metaloom.engine.choice import EXACT_AND_FLAT
 from metaloom.engine.hypergradients.base import Hypergradient
 from metaloom.engine.hypergradients.finite_difference import FiniteDifference
@@ -20,6 +23,7 @@ from metaloom.engine.hypergradients.reptile import Reptile
 from metaloom.engine.hypergradients.solvers import ConjugateGradient, Neumann, Solver
 from metaloom.engine.hypergradients.truncated import Truncated
 from metaloom.engine.hypergradients.unrolled import Unrolled
+from metaloom.engine.precision import Precision
 from metaloom.engine.sharding.base import Sharding
 from metaloom.engine.snapshots import Binomial, HostMemory, KeepAll, SnapshotPlan
 from metaloom.engine.unroll import Unroll
@@ -33,32 +37,79 @@ from metaloom.recipe import (
     FirstOrderHypergradient,
     HostSnapshots,
     ImplicitHypergradient,
+    MAMLAlgorithm,
     MixedModeHypergradient,
     NeumannSolver,
+    ProtonetAlgorithm,
     Recipe,
     RematerializedHypergradient,
     ReptileHypergradient,
     TruncatedHypergradient,
     UnrolledHypergradient,
 )
+from metaloom.recipe.schema import maml_of
+from metaloom.recipe.tasks import task_facts
+from metaloom.weights import HeldModel
 
 
 def build_algorithm(
     recipe: Recipe,
-    adapter: Adapter,
+    model: HeldModel,
+    choices: Choices,
+    device: torch.device,
+    *,
+    sharding: Sharding | None = None,
+) -> Algorithm:
+    """The algorithm of a recipe.
+
+    Args:
+        sharding: what the ranks that compute together agree by; None for a rank alone.
+    """
+    match recipe.algorithm:
+        case MAMLAlgorithm():
+            return build_maml(recipe, recipe.algorithm, model, choices, device, sharding=sharding)
+        case ProtonetAlgorithm():
+            return Protonet(build_backbone(recipe, model), num_classes(recipe))
+
+
+def build_maml(
+    recipe: Recipe,
+    section: MAMLAlgorithm,
+    model: HeldModel,
     choices: Choices,
     device: torch.device,
     *,
     sharding: Sharding | None = None,
 ) -> Maml:
-    """The algorithm with the estimator of its hypergradient.
+    """An algorithm that adapts by inner steps, with the estimator of its hypergradient; `sharding` as in
+    `build_algorithm`."""
+    rule, learned = recipe.adaptation.rule, section.meta_parameters
+    unroll = build_unroll(recipe, build_adapter(recipe, model, choices), rate=rule.lr, grain=rule.learned)
+    return Maml(
+        unroll,
+        build_hypergradient(recipe, choices, device, sharding=sharding),
+        init=learned.init,
+        backbone=learned.backbone,
+    )
 
-    Args:
-        sharding: what the ranks that compute together agree by; None for a rank alone.
-    """
-    rule = recipe.adaptation.rule
-    unroll = build_unroll(recipe, adapter, rate=rule.lr, grain=rule.learned)
-    return Maml(unroll, build_hypergradient(recipe, choices, device, sharding=sharding))
+
+def build_backbone(recipe: Recipe, model: HeldModel) -> Backbone:
+    """The model before its head, for algorithms that put something else in the head's place."""
+    return Backbone(
+        model.module,
+        model_structure(model.module),
+        task_output(recipe).head,
+        Precision(recipe.precision.compute),
+        recompute_blocks=recipe.memory.recompute_blocks,
+    )
+
+
+def num_classes(recipe: Recipe) -> int:
+    """The classes of a task, at most."""
+    facts = task_facts(recipe)
+    assert facts.objective == "classification", "a rule of the recipe has seen to it"
+    assert facts.num_outputs is not None
+    return facts.num_outputs
 
 
 def build_hypergradient(
@@ -66,7 +117,7 @@ def build_hypergradient(
 ) -> Hypergradient:
     """The estimator with its options; `sharding` as in `build_algorithm`."""
     snapshots = build_snapshots(recipe, device)
-    match recipe.algorithm.hypergradient:
+    match maml_of(recipe).hypergradient:
         case AutoHypergradient():
             assert choices.estimator is not None, "auto is chosen before anything is built with it"
             return choices.estimator.build(snapshots)
@@ -119,9 +170,5 @@ def _build_solver(solver: ConjugateGradientSolver | NeumannSolver, sharding: Sha
 
 def initial_meta(recipe: Recipe, unroll: Unroll) -> dict[str, Tensor]:
     """The meta-parameters that the recipe learns, at their initial values."""
-    learned = recipe.algorithm.meta_parameters
-    adapter = unroll.learner.adapter
-    meta = adapter.meta_parameters(init=learned.init, backbone=learned.backbone)
-    fast = adapter.init({}, 1)
-    like = next(iter(fast.values()))
-    return meta | unroll.rates.meta_parameters(fast) | unroll.learner.support_loss.meta_parameters(like)
+    learned = maml_of(recipe).meta_parameters
+    return unroll.meta_parameters(init=learned.init, backbone=learned.backbone)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from metaloom.engine.algorithms.maml import Maml
+from metaloom.engine.algorithms.base import Algorithm
 from metaloom.engine.combiners.mean import Mean
 from metaloom.engine.learner import TaskBatch
 from metaloom.engine.outer import OuterOptimizer
@@ -30,14 +30,17 @@ class StepTasks:
 
 
 def outer_step(
-    tasks: StepTasks, algorithm: Maml, combiner: Mean, outer: OuterOptimizer, scaler: LossScaler
+    tasks: StepTasks, algorithm: Algorithm, combiner: Mean, outer: OuterOptimizer, scaler: LossScaler
 ) -> dict[str, float]:
     """Moves the meta-parameters by one step; returns what to log. Every rank must call."""
     batches = tasks.micro_batches()
     for index, batch in enumerate(batches):
         # What the last micro-batch makes final is sent while the rest is computed.
         on_final = combiner.on_final if index == len(batches) - 1 else None
-        combiner.add(algorithm.meta_gradient(outer.meta, batch, scaler.scales, on_final=on_final))
+        part = algorithm.meta_gradient(
+            outer.meta, batch, scaler.scales, outer_step=outer.step, on_final=on_final
+        )
+        combiner.add(part)
     combined = combiner.combine(tasks.num_global)  # out of lockstep the one place where ranks meet
     metrics = combined.metrics | scaler.metrics()
     # An overflow that smaller scales may mend is no sign of a broken run.

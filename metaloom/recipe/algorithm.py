@@ -163,3 +163,12 @@ class MAMLAlgorithm(Section):
     meta_parameters: MetaParameters = Field(
         default=MetaParameters(), description="what the outer loop learns"
     )
+
+
+class ProtonetAlgorithm(Section):
+    """Nearest class mean of learned features (Snell et al. 2017)."""
+
+    kind: Literal["protonet"] = Field(default="protonet", description="prototypical networks")
+
+
+Algorithm = MAMLAlgorithm | ProtonetAlgorithm

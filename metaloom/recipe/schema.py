@@ -7,8 +7,9 @@ each other is in `rules`, so that every broken rule can be reported at once.
 
 from pydantic import Field
 
+from metaloom.errors import CapabilityError
 from metaloom.recipe.adaptation import Adaptation
-from metaloom.recipe.algorithm import MAMLAlgorithm
+from metaloom.recipe.algorithm import Algorithm, MAMLAlgorithm
 from metaloom.recipe.base import Section
 from metaloom.recipe.data import (
     ClassesData,
@@ -60,8 +61,11 @@ class Recipe(Section):
         description="ordinary training of the backbone before meta-training (gpt only); null for none",
     )
     adaptation: Adaptation = Field(description="how the model adapts to one task: the inner loop")
-    algorithm: MAMLAlgorithm = Field(
-        default=MAMLAlgorithm(), description="how the outer loop learns from adaptations"
+    algorithm: Algorithm = Field(
+        default=MAMLAlgorithm(),
+        discriminator="kind",
+        description="how the outer loop learns from tasks; where its adaptation takes no steps, the section "
+        "adaptation is for the baselines",
     )
     outer: Outer = Field(description="the outer loop")
     precision: Precision = Field(default=Precision(), description="number formats")
@@ -80,6 +84,11 @@ class Recipe(Section):
     )
 
     @property
+    def maml(self) -> MAMLAlgorithm | None:
+        """The algorithm, where it adapts by inner steps; None where it takes none."""
+        return self.algorithm if isinstance(self.algorithm, MAMLAlgorithm) else None
+
+    @property
     def evaluation_num_steps(self) -> int:
         """Inner steps at evaluation: evaluation.num_steps, or adaptation.num_steps where that is null."""
         return self.evaluation.num_steps or self.adaptation.num_steps
@@ -91,3 +100,18 @@ class Recipe(Section):
             return self.evaluation.baselines
         always: tuple[Baseline, ...] = ("random", "ordinary_equal_data", "ordinary_equal_compute")
         return always if self.pretrain is None else (*always, "pretrained")
+
+
+def maml_of(recipe: Recipe) -> MAMLAlgorithm:
+    """The algorithm of a recipe that adapts by inner steps.
+
+    Raises:
+        CapabilityError: it takes none.
+    """
+    if recipe.maml is None:
+        raise CapabilityError(
+            f"algorithm.kind: {recipe.algorithm.kind} adapts without inner steps, and `metaloom plan` and "
+            "`metaloom check` look at gradients through inner steps: its gradient is plain back-propagation; "
+            "train it with `metaloom train`."
+        )
+    return recipe.maml

@@ -54,6 +54,16 @@ def test_learned_loss_parameters_and_rates_per_element_are_evaluated(tmp_path: P
     assert_evaluated(tmp_path / "runs" / "smoke")
 
 
+def test_an_algorithm_without_inner_steps_is_trained_and_evaluated(tmp_path: Path, glyphs: Path) -> None:
+    output = run_well("train", SMOKE, f"data.url={glyphs}", *SHORT, "algorithm=protonet", cwd=tmp_path)
+    assert "meta-trained for 2 outer steps" in output
+    output = run_well("evaluate", "runs/smoke", cwd=tmp_path)
+    assert "no steps" in output
+    assert_evaluated(tmp_path / "runs" / "smoke")
+    ours, _ = json.loads((tmp_path / "runs" / "smoke" / "evaluation.json").read_text())["methods"]
+    assert len(set(ours["mean"])) == 1
+
+
 @pytest.fixture
 def alone(tmp_path: Path) -> Iterator[None]:
     """A process group of this process, as the worker joins one."""

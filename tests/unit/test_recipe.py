@@ -37,6 +37,7 @@ from metaloom.recipe import (
     recipe_digest,
     recipe_from_dict,
 )
+from metaloom.recipe.schema import maml_of
 from metaloom.recipe.tasks import data_urls
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -261,7 +262,7 @@ def test_a_list_of_targets_or_all_linear_is_accepted(load: Load) -> None:
 )
 def test_a_section_may_be_given_by_its_kind_alone(load: Load, kind: str) -> None:
     short = load(GLYPHS, f"algorithm.hypergradient={kind}")
-    assert short.algorithm.hypergradient.kind == kind
+    assert maml_of(short).hypergradient.kind == kind
     assert short == load(GLYPHS, f"algorithm.hypergradient={{kind: {kind}}}")
 
 
@@ -286,7 +287,7 @@ def test_a_solver_of_the_implicit_estimator_is_a_section_within_its_section(load
     text = "algorithm.hypergradient={kind: implicit, damping: 0.5, solver: {kind: neumann, num_terms: 3}}"
     recipe = load(GLYPHS, text, "adaptation.rule.proximal=1")
     solver = NeumannSolver(num_terms=3, step_size=0.1)
-    assert recipe.algorithm.hypergradient == ImplicitHypergradient(solver=solver, damping=0.5)
+    assert maml_of(recipe).hypergradient == ImplicitHypergradient(solver=solver, damping=0.5)
     assert load(dump_recipe(recipe)) == recipe
     wrong = "algorithm.hypergradient={kind: implicit, solver: newton}"
     (line,) = report(load, GLYPHS, wrong, "adaptation.rule.proximal=1")
@@ -974,7 +975,7 @@ def test_overrides_reach_absent_sections_null_sections_and_list_items(load: Load
     assert recipe.validation.early_stopping.patience == 2
     assert recipe.evaluation.baselines == ("random", "ordinary_equal_compute")
     assert recipe.outer.optimizer == SGDOptimizer(lr=0.5)
-    assert recipe.algorithm.hypergradient == UnrolledHypergradient()
+    assert maml_of(recipe).hypergradient == UnrolledHypergradient()
     assert recipe.tracking == NoTracking()
     assert recipe.outer.num_steps == 8
 

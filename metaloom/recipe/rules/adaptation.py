@@ -80,13 +80,18 @@ def nesterov_needs_momentum(recipe: Recipe) -> Broken:
         )
 
 
+def _reads_off_the_end(recipe: Recipe) -> bool:
+    """Whether the estimator reads the proximal term off the end of adaptation."""
+    return recipe.maml is not None and recipe.maml.hypergradient.kind == "implicit"
+
+
 def proximal_needs_a_second_step(recipe: Recipe) -> Broken:
     proximal = recipe.adaptation.rule.proximal
     if (
         proximal != 0.0
         and recipe.adaptation.num_steps == 1
         and recipe.evaluation_num_steps == 1
-        and recipe.algorithm.hypergradient.kind != "implicit"  # which reads it off the end of adaptation
+        and not _reads_off_the_end(recipe)
     ):
         yield (
             "adaptation.rule.proximal",
