@@ -35,8 +35,8 @@ from metaloom.errors import CheckpointError
 from metaloom.job import Job, Place, open_job, stored_room
 from metaloom.ordinary import finished_weights, train_ordinary
 from metaloom.recipe import Conv4Model, GPTModel, Recipe
-from metaloom.recipe.tasks import data_sets, rehearsal_facts, task_facts
-from metaloom.sources import episode_source, ordinary_samples
+from metaloom.recipe.tasks import rehearsal_facts, task_facts
+from metaloom.sources import data_names, episode_source, ordinary_samples
 from metaloom.tracking import read_metrics
 from metaloom.tracking.report import write_report
 from metaloom.tracking.results import (
@@ -288,8 +288,7 @@ def _metric(recipe: Recipe) -> str:
 
 def _data_name(job: Job) -> str:
     """The data sets of the tasks, in words."""
-    names = (job.data.indices[f"{path}.url"].dataset for path in data_sets(job.recipe))
-    return ", ".join(dict.fromkeys(names))
+    return ", ".join(dict.fromkeys(data_names(job.recipe, job.data)))
 
 
 def _test_curves(job: Job, contender: Contender) -> list[EpisodeCurve]:

@@ -74,6 +74,13 @@ from metaloom.recipe.machine import (
 from metaloom.recipe.model import Conv4Model, GPTModel, MLPModel, Pretrain
 from metaloom.recipe.outer import AdamOptimizer, Outer, Schedule, SGDOptimizer
 from metaloom.recipe.schema import Recipe
+from metaloom.recipe.synthetic import (
+    Equivariant1dTask,
+    Equivariant2dTask,
+    NonExclusiveSinusoidTask,
+    SinusoidTask,
+    SyntheticData,
+)
 from metaloom.recipe.views import (
     Difference,
     differences,
@@ -105,6 +112,8 @@ __all__ = [
     "DocumentsRehearsal",
     "EarlyStopping",
     "EpisodesData",
+    "Equivariant1dTask",
+    "Equivariant2dTask",
     "Evaluation",
     "FiniteDifferenceHypergradient",
     "FirstOrderHypergradient",
@@ -127,6 +136,7 @@ __all__ = [
     "MixtureData",
     "NeumannSolver",
     "NoTracking",
+    "NonExclusiveSinusoidTask",
     "NumberTargets",
     "OrdinaryTraining",
     "Outer",
@@ -145,7 +155,9 @@ __all__ = [
     "Schedule",
     "Section",
     "ShardedSharding",
+    "SinusoidTask",
     "SupportLoss",
+    "SyntheticData",
     "TextInputs",
     "TokenTargets",
     "TruncatedHypergradient",

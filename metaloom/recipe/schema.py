@@ -39,6 +39,7 @@ from metaloom.recipe.machine import (
 )
 from metaloom.recipe.model import Conv4Model, GPTModel, MLPModel, Pretrain
 from metaloom.recipe.outer import Outer
+from metaloom.recipe.synthetic import SyntheticData
 
 
 class Recipe(Section):
@@ -53,7 +54,7 @@ class Recipe(Section):
         default=0, ge=0, le=2**32 - 1, description="every random draw of the run follows from it"
     )
     model: Conv4Model | MLPModel | GPTModel = Field(discriminator="kind", description="the network")
-    data: ClassesData | GroupsData | DocumentsData | EpisodesData | MixtureData = Field(
+    data: ClassesData | GroupsData | DocumentsData | EpisodesData | SyntheticData | MixtureData = Field(
         discriminator="kind", description="where the tasks come from"
     )
     loading: Loading = Field(default=Loading(), description="how data are read")
