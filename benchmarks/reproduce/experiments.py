@@ -21,8 +21,8 @@ class Shown:
         method: in words.
         contender: its name in the run's evaluation.
         step: adaptation steps after which it is read; -1 for the last.
-        measure: what is read: the evaluation's own metric, that of the worst group, or by how much the loss on
-            data of the pre-training kind rises.
+        measure: what is read: the evaluation's own metric, that of the worst group, or by how much the loss
+            on data of the pre-training kind rises.
         published: the paper's figure, in words; empty where it has none.
     """
 
