@@ -15,6 +15,7 @@ from metaloom.recipe.adaptation import (
 from metaloom.recipe.algorithm import (
     AutoHypergradient,
     ConjugateGradientSolver,
+    CustomAlgorithm,
     FiniteDifferenceHypergradient,
     FirstOrderHypergradient,
     ImplicitHypergradient,
@@ -106,6 +107,7 @@ __all__ = [
     "ClassesRehearsal",
     "ConjugateGradientSolver",
     "Conv4Model",
+    "CustomAlgorithm",
     "DeepSpeedZeroSharding",
     "Difference",
     "DocumentsData",

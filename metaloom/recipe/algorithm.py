@@ -1,10 +1,10 @@
 """The sections of a recipe that say how the outer loop learns from adaptations."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, JsonValue, WithJsonSchema
 
-from metaloom.recipe.base import Count, CountOrZero, FloatOrZero, PositiveFloat, Section
+from metaloom.recipe.base import Count, CountOrZero, FloatOrZero, Keys, PositiveFloat, Section
 
 
 class UnrolledHypergradient(Section):
@@ -182,4 +182,17 @@ class ProtonetAlgorithm(Section):
     kind: Literal["protonet"] = Field(default="protonet", description="prototypical networks")
 
 
-Algorithm = MAMLAlgorithm | ProtonetAlgorithm
+class CustomAlgorithm(Section):
+    """An algorithm of your own: see docs/extending.md."""
+
+    kind: Literal["custom"] = Field(default="custom", description="an algorithm of your own")
+    factory: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")] = Field(
+        description="module and function that build it, as module:function; the module is looked for in the "
+        "working folder and among what is installed"
+    )
+    options: Annotated[dict[str, JsonValue], AfterValidator(Keys), WithJsonSchema({"type": "object"})] = (
+        Field(default_factory=Keys, description="what the function is given beside the recipe's parts")
+    )
+
+
+Algorithm = MAMLAlgorithm | ProtonetAlgorithm | CustomAlgorithm
