@@ -8,6 +8,7 @@ from torch import Tensor
 from metaloom.build.adaptation import build_adapter, build_unroll
 from metaloom.build.choices import Choices
 from metaloom.build.model import model_structure, task_output
+from metaloom.build.set_learners import build_in_context, build_set_learner
 from metaloom.engine.algorithms.base import Algorithm
 from metaloom.engine.algorithms.maml import Maml
 from metaloom.engine.algorithms.protonet import Protonet
@@ -30,18 +31,22 @@ from metaloom.engine.unroll import Unroll
 from metaloom.errors import CapabilityError
 from metaloom.recipe import (
     AllSnapshots,
+    AttentionLearnerAlgorithm,
     AutoHypergradient,
     BinomialSnapshots,
+    CNPAlgorithm,
     ConjugateGradientSolver,
     FiniteDifferenceHypergradient,
     FirstOrderHypergradient,
     HostSnapshots,
     ImplicitHypergradient,
+    InContextAlgorithm,
     MAMLAlgorithm,
     MixedModeHypergradient,
     NeumannSolver,
     ProtonetAlgorithm,
     Recipe,
+    RecurrentLearnerAlgorithm,
     RematerializedHypergradient,
     ReptileHypergradient,
     TruncatedHypergradient,
@@ -70,6 +75,10 @@ def build_algorithm(
             return build_maml(recipe, recipe.algorithm, model, choices, device, sharding=sharding)
         case ProtonetAlgorithm():
             return Protonet(build_backbone(recipe, model), num_classes(recipe))
+        case CNPAlgorithm() | AttentionLearnerAlgorithm() | RecurrentLearnerAlgorithm():
+            return build_set_learner(recipe, recipe.algorithm, build_backbone(recipe, model))
+        case InContextAlgorithm():
+            return build_in_context(recipe, model)
 
 
 def build_maml(
