@@ -436,7 +436,7 @@ def _notes(job: Job) -> tuple[str, ...]:
         num_tokens = positions_in_context(recipe) - num_inputs(task_facts(recipe).inputs)
         notes.append(
             f"In context, the last {num_in_context(recipe)} of {task_facts(recipe).num_support} support "
-            f"sequences, {num_tokens} tokens, are in front of each query; the query's tokens alone are judged."
+            f"sequences, {num_tokens} tokens, are in front of each query, whose own tokens alone are judged."
         )
     if any("equal" in name for name in job.recipe.baselines):
         notes.append("Ordinary training is judged at its last step, with the recipe's optimizer settings.")
