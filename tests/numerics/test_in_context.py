@@ -87,7 +87,7 @@ def test_learned_weights_take_the_place_of_the_models() -> None:
     other = model()
     with torch.no_grad():
         for parameter in other.parameters():
-            parameter *= 1.5
+            parameter.mul_(1.5)
     for task in range(NUM_TASKS):
         assert float(found[task, 0]) == pytest.approx(by_hand(other, data, task, 2)[0], rel=1e-10)
 

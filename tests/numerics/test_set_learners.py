@@ -148,7 +148,8 @@ def attention_by_hand(weights: Weights, xs: list[Tensor], ys: list[Tensor], quer
             for head in (slice(0, size), slice(size, WIDTH)):
                 scores = [float((asks[head] * s[:WIDTH][head]).sum()) / math.sqrt(size) for s in seen]
                 shares = [math.exp(score) / sum(math.exp(other) for other in scores) for score in scores]
-                heads.append(sum(share * s[WIDTH:][head] for share, s in zip(shares, seen, strict=True)))
+                values = [share * s[WIDTH:][head] for share, s in zip(shares, seen, strict=True)]
+                heads.append(torch.stack(values).sum(0))
             token = token + linear(weights, f"{block}.proj", torch.cat(heads))
             inner = linear(weights, f"{block}.fc_in", normed(weights, f"{block}.norm_mlp", token))
             inner = 0.5 * inner * (1.0 + torch.erf(inner / math.sqrt(2.0)))
@@ -399,7 +400,7 @@ def test_half_precision_comes_near(name: str, task: str) -> None:
 def test_a_deviation_is_at_least_the_least() -> None:
     network = network_of("cnp", "regression")
     with torch.no_grad():
-        network.get_submodule("decoder.2").bias[NUM_TARGETS:] = -1e3
+        network.get_parameter("decoder.2.bias")[NUM_TARGETS:] = -1e3
     support = torch.randn(1, 3, NUM_FEATURES, dtype=torch.float64)
     _, std = network(support, torch.randn(1, 3, NUM_TARGETS, dtype=torch.float64), support)
     assert std.flatten().tolist() == [MIN_STD] * std.numel()
