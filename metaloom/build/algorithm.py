@@ -10,6 +10,7 @@ from torch import Tensor
 from metaloom.build.adaptation import build_adapter, build_unroll
 from metaloom.build.choices import Choices
 from metaloom.build.model import model_structure, task_output
+from metaloom.build.set_learners import build_in_context, build_set_learner
 from metaloom.engine.algorithms.base import Algorithm
 from metaloom.engine.algorithms.custom import Factory, Parts
 from metaloom.engine.algorithms.maml import Maml, MultiStepAnnealing
@@ -33,19 +34,23 @@ from metaloom.engine.unroll import Unroll
 from metaloom.errors import CapabilityError
 from metaloom.recipe import (
     AllSnapshots,
+    AttentionLearnerAlgorithm,
     AutoHypergradient,
     BinomialSnapshots,
+    CNPAlgorithm,
     ConjugateGradientSolver,
     CustomAlgorithm,
     FiniteDifferenceHypergradient,
     FirstOrderHypergradient,
     HostSnapshots,
     ImplicitHypergradient,
+    InContextAlgorithm,
     MAMLAlgorithm,
     MixedModeHypergradient,
     NeumannSolver,
     ProtonetAlgorithm,
     Recipe,
+    RecurrentLearnerAlgorithm,
     RematerializedHypergradient,
     ReptileHypergradient,
     TruncatedHypergradient,
@@ -74,6 +79,10 @@ def build_algorithm(
             return build_maml(recipe, recipe.algorithm, model, choices, device, sharding=sharding)
         case ProtonetAlgorithm():
             return Protonet(build_backbone(recipe, model), num_classes(recipe))
+        case CNPAlgorithm() | AttentionLearnerAlgorithm() | RecurrentLearnerAlgorithm():
+            return build_set_learner(recipe, recipe.algorithm, build_backbone(recipe, model))
+        case InContextAlgorithm():
+            return build_in_context(recipe, model)
         case CustomAlgorithm():
             return build_custom(recipe, recipe.algorithm, model, choices)
 

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, JsonValue, WithJsonSchema
 
-from metaloom.recipe.base import Count, CountOrZero, FloatOrZero, Keys, PositiveFloat, Section
+from metaloom.recipe.base import BelowOne, Count, CountOrZero, FloatOrZero, Keys, PositiveFloat, Section
 
 
 class UnrolledHypergradient(Section):
@@ -195,4 +195,59 @@ class CustomAlgorithm(Section):
     )
 
 
-Algorithm = MAMLAlgorithm | ProtonetAlgorithm | CustomAlgorithm
+class CNPAlgorithm(Section):
+    """A support set encoded as the mean over its examples (Garnelo et al. 2018)."""
+
+    kind: Literal["cnp"] = Field(default="cnp", description="conditional neural processes")
+    width: Count = Field(
+        default=128,
+        description="of what a support set (of classification, a class) is encoded as, and of hidden layers",
+    )
+    num_layers: Count = Field(default=3, description="linear layers of the encoder, and of the decoder")
+    min_std: BelowOne = Field(
+        default=0.1,
+        description="of regression: the least standard deviation that is predicted, in units of the targets",
+    )
+
+
+class AttentionLearnerAlgorithm(Section):
+    """A transformer over examples, which answers queries after attending to the support set."""
+
+    kind: Literal["attention_learner"] = Field(
+        default="attention_learner",
+        description="black box: a transformer that is given the support set and says the queries' labels",
+    )
+    width: Count = Field(default=128, description="width of the residual stream; a multiple of num_heads")
+    num_layers: Count = Field(default=3, description="transformer blocks")
+    num_heads: Count = Field(default=4, description="attention heads per block")
+
+
+class RecurrentLearnerAlgorithm(Section):
+    """An LSTM that reads the support examples one by one (Hochreiter et al. 2001)."""
+
+    kind: Literal["recurrent_learner"] = Field(
+        default="recurrent_learner",
+        description="black box: an LSTM that reads the support set and says the queries' labels",
+    )
+    width: Count = Field(default=128, description="of the LSTM's state")
+    num_layers: Count = Field(default=1, description="LSTM cells, one on top of the other")
+
+
+class InContextAlgorithm(Section):
+    """A language model trained on queries behind their support sequences (MetaICL, Min et al. 2022)."""
+
+    kind: Literal["in_context"] = Field(
+        default="in_context",
+        description="language modelling of queries with the support sequences in front of them",
+    )
+
+
+Algorithm = (
+    MAMLAlgorithm
+    | ProtonetAlgorithm
+    | CNPAlgorithm
+    | AttentionLearnerAlgorithm
+    | RecurrentLearnerAlgorithm
+    | InContextAlgorithm
+    | CustomAlgorithm
+)
