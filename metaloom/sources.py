@@ -196,8 +196,9 @@ def _tasks_of(recipe: Recipe, section: DataSet, index: Index, split: str, *, see
                 inputs=_inputs(recipe, section.inputs),
                 targets=_targets(section.targets),
                 num_support=section.num_support,
-                num_query=section.num_query,
+                num_query=None if section.query_is_support else section.num_query,
                 seed=seed,
+                by_size=section.drawn_by == "sample" and split == "train",
             )
         case DocumentsData():
             return DocumentEpisodes(

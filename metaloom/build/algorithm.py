@@ -8,6 +8,7 @@ from torch import Tensor
 from metaloom.build.adaptation import build_adapter, build_unroll
 from metaloom.build.choices import Choices
 from metaloom.build.model import model_structure, task_output
+from metaloom.build.unlabelled import build_unlabelled
 from metaloom.engine.algorithms.base import Algorithm
 from metaloom.engine.algorithms.maml import Maml
 from metaloom.engine.algorithms.protonet import Protonet
@@ -30,9 +31,12 @@ from metaloom.engine.unroll import Unroll
 from metaloom.errors import CapabilityError
 from metaloom.recipe import (
     AllSnapshots,
+    ARMBNAlgorithm,
+    ARMCMLAlgorithm,
     AutoHypergradient,
     BinomialSnapshots,
     ConjugateGradientSolver,
+    ERMAlgorithm,
     FiniteDifferenceHypergradient,
     FirstOrderHypergradient,
     HostSnapshots,
@@ -70,6 +74,8 @@ def build_algorithm(
             return build_maml(recipe, recipe.algorithm, model, choices, device, sharding=sharding)
         case ProtonetAlgorithm():
             return Protonet(build_backbone(recipe, model), num_classes(recipe))
+        case ERMAlgorithm() | ARMCMLAlgorithm() | ARMBNAlgorithm():
+            return build_unlabelled(recipe, recipe.algorithm, model, device)
 
 
 def build_maml(

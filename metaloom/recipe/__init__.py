@@ -6,6 +6,7 @@ from metaloom.recipe.adaptation import (
     Adaptation,
     FullFast,
     InnerRule,
+    LearnedLoss,
     LoRAFast,
     Rehearsal,
     RMSPropRule,
@@ -13,8 +14,11 @@ from metaloom.recipe.adaptation import (
     SupportLoss,
 )
 from metaloom.recipe.algorithm import (
+    ARMBNAlgorithm,
+    ARMCMLAlgorithm,
     AutoHypergradient,
     ConjugateGradientSolver,
+    ERMAlgorithm,
     FiniteDifferenceHypergradient,
     FirstOrderHypergradient,
     ImplicitHypergradient,
@@ -84,6 +88,8 @@ from metaloom.recipe.views import (
 )
 
 __all__ = [
+    "ARMBNAlgorithm",
+    "ARMCMLAlgorithm",
     "AdamOptimizer",
     "AdamRule",
     "AdamWRule",
@@ -103,6 +109,7 @@ __all__ = [
     "Difference",
     "DocumentsData",
     "DocumentsRehearsal",
+    "ERMAlgorithm",
     "EarlyStopping",
     "EpisodesData",
     "Evaluation",
@@ -115,6 +122,7 @@ __all__ = [
     "ImageInputs",
     "ImplicitHypergradient",
     "InnerRule",
+    "LearnedLoss",
     "LoRAFast",
     "Loading",
     "LocalLauncher",
