@@ -123,6 +123,11 @@ def streams_are_of_groups(recipe: Recipe) -> Broken:
             "evaluation.stream",
             f"true; goes through the inputs of a group, and data.kind is {recipe.data.kind}; set it to false",
         )
+    elif recipe.data.query_is_support and recipe.data.num_support < 2:
+        yield (
+            "evaluation.stream",
+            "true; a stream has at least two inputs, and data.num_support is 1; raise it",
+        )
     if not recipe.adapts_without_labels:
         yield (
             "evaluation.stream",
