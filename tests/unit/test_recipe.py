@@ -95,8 +95,8 @@ def report(load: Load, text: str, *overrides: str) -> list[str]:
 # ---------------------------------------------------------------- the ready recipes
 
 
-def test_there_are_three_recipes() -> None:
-    assert [path.stem for path in RECIPES] == ["glyphs-maml", "smoke", "stdlib-lora"]
+def test_there_are_four_recipes() -> None:
+    assert [path.stem for path in RECIPES] == ["faces-arm", "glyphs-maml", "smoke", "stdlib-lora"]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
