@@ -24,7 +24,7 @@ EPS_ROOT = 1e-12
 
 @dataclasses.dataclass(frozen=True)
 class LearnedLoss:
-    """The loss that ARM-LL adapts by (Zhang et al. 2021, "Adaptive Risk Minimization", section 4.2):
+    """The loss that ARM-LL adapts by (Zhang et al. 2021, "Adaptive Risk Minimization"):
 
         L(z_1 .. z_N) = sqrt(h(z_1)^2 + ... + h(z_N)^2)
 

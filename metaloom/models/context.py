@@ -13,7 +13,7 @@ from metaloom.models.conv4 import norm_layer
 
 class ConvContext(nn.Module):
     """Three convolutions that keep an image's size, the first two with norm and ReLU: the context network of
-    Zhang et al. 2021, "Adaptive Risk Minimization", appendix D, whose kernels are 5 x 5.
+    the code of Zhang et al. 2021, "Adaptive Risk Minimization", whose kernels are 5 x 5.
 
     Args:
         num_channels: of the images.

@@ -1,6 +1,6 @@
 """Adaptive risk minimisation: a task's unlabelled inputs say how its inputs are to be read.
 
-Zhang et al. 2021, "Adaptive Risk Minimization: Learning to Adapt to Domain Shift", equation 3: the weights
+Zhang et al. 2021, "Adaptive Risk Minimization: Learning to Adapt to Domain Shift": the weights
 are learned for the loss *after* adaptation to K unlabelled inputs of a group. Here these inputs are a task's
 support inputs, the *context*; support targets are never read. Adaptation by gradient steps on a learned loss
 (ARM-LL) is `Maml` with `metaloom.engine.learned_loss.LearnedLoss`.
@@ -26,7 +26,7 @@ from metaloom.errors import CapabilityError
 
 @dataclasses.dataclass(frozen=True)
 class ArmCml(FeedForward):
-    """ARM-CML, contextual meta-learning (Zhang et al. 2021, section 4.1):
+    """ARM-CML, contextual meta-learning (Zhang et al. 2021):
 
         c = mean of h(x_s) over the context,    prediction of x_q = g([x_q, c])
 
@@ -68,7 +68,7 @@ class ArmCml(FeedForward):
 
 @dataclasses.dataclass(frozen=True)
 class ArmBn(FeedForward):
-    """ARM-BN (Zhang et al. 2021, section 4.1): batch norm by the statistics of the context, in training and
+    """ARM-BN (Zhang et al. 2021): batch norm by the statistics of the context, in training and
     after it.
 
     Attributes:
