@@ -257,8 +257,9 @@ def _tasks_of(
                 inputs=_inputs(recipe, section.inputs),
                 targets=_targets(section.targets),
                 num_support=section.num_support,
-                num_query=section.num_query,
+                num_query=None if section.query_is_support else section.num_query,
                 seed=seed,
+                by_size=section.drawn_by == "sample" and split == "train",
             )
         case DocumentsData():
             return DocumentEpisodes(

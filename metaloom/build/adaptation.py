@@ -23,6 +23,7 @@ from metaloom.engine.inner_loops.gradient_terms import GradientTerms
 from metaloom.engine.inner_loops.rates import Grain, Rates
 from metaloom.engine.inner_loops.rmsprop import RmsProp
 from metaloom.engine.inner_loops.sgd import Sgd
+from metaloom.engine.learned_loss import LearnedLoss
 from metaloom.engine.learner import Learner, Rehearsal
 from metaloom.engine.losses import SupportLoss
 from metaloom.engine.precision import Precision
@@ -36,6 +37,7 @@ from metaloom.recipe import (
 )
 from metaloom.recipe import InnerRule as InnerRuleSection
 from metaloom.recipe import Rehearsal as RehearsalSection
+from metaloom.recipe.tasks import task_facts
 from metaloom.weights import HeldModel
 
 
@@ -118,11 +120,20 @@ def build_unroll(
             head_chunk=recipe.memory.head_chunk,
             criterion=output.criterion,
             head=output.head,
+            learned_loss=_learned_loss(recipe) if learns_loss else None,
         ),
         rule=build_rule(adaptation.rule),
         rates=Rates(rate, grain, adaptation.num_steps),
         step_weights=step_weights(_step_weights(recipe), adaptation.num_steps),
     )
+
+
+def _learned_loss(recipe: Recipe) -> LearnedLoss | None:
+    section, num_outputs = recipe.adaptation.learned_loss, task_facts(recipe).num_outputs
+    if section is None:
+        return None
+    assert num_outputs is not None, "a rule of the recipe has seen to it"
+    return LearnedLoss(num_outputs, section.width, section.num_layers, recipe.seed)
 
 
 def _rehearsal(recipe: Recipe, section: RehearsalSection) -> Rehearsal:

@@ -11,6 +11,7 @@ from metaloom.build.adaptation import build_adapter, build_unroll
 from metaloom.build.choices import Choices
 from metaloom.build.model import model_structure, task_output
 from metaloom.build.set_learners import build_in_context, build_set_learner
+from metaloom.build.unlabelled import build_unlabelled
 from metaloom.engine.algorithms.base import Algorithm
 from metaloom.engine.algorithms.custom import Factory, Parts
 from metaloom.engine.algorithms.maml import Maml, MultiStepAnnealing
@@ -34,12 +35,15 @@ from metaloom.engine.unroll import Unroll
 from metaloom.errors import CapabilityError
 from metaloom.recipe import (
     AllSnapshots,
+    ARMBNAlgorithm,
+    ARMCMLAlgorithm,
     AttentionLearnerAlgorithm,
     AutoHypergradient,
     BinomialSnapshots,
     CNPAlgorithm,
     ConjugateGradientSolver,
     CustomAlgorithm,
+    ERMAlgorithm,
     FiniteDifferenceHypergradient,
     FirstOrderHypergradient,
     HostSnapshots,
@@ -85,6 +89,8 @@ def build_algorithm(
             return build_in_context(recipe, model)
         case CustomAlgorithm():
             return build_custom(recipe, recipe.algorithm, model, choices)
+        case ERMAlgorithm() | ARMCMLAlgorithm() | ARMBNAlgorithm():
+            return build_unlabelled(recipe, recipe.algorithm, model, device)
 
 
 def build_maml(

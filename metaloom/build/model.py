@@ -19,6 +19,7 @@ from metaloom.models.conv4 import Conv4
 from metaloom.models.gpt import Gpt
 from metaloom.models.mlp import Mlp
 from metaloom.recipe import (
+    ARMCMLAlgorithm,
     Conv4Model,
     DeepSpeedZeroSharding,
     GPTModel,
@@ -71,6 +72,7 @@ def build_model(
 
 def _make_model(recipe: Recipe, num_classes: int | None) -> nn.Module:
     facts, rehearsed = task_facts(recipe), rehearsal_facts(recipe)
+    num_context = recipe.algorithm.num_context if isinstance(recipe.algorithm, ARMCMLAlgorithm) else 0
     num_outputs = num_classes or facts.num_outputs
     own_head = None if rehearsed is None or rehearsed.shares_head else rehearsed.num_outputs
     match recipe.model:
@@ -82,13 +84,13 @@ def _make_model(recipe: Recipe, num_classes: int | None) -> nn.Module:
                 width=width,
                 num_blocks=num_blocks,
                 norm=norm,
-                num_channels=facts.inputs.channels,
+                num_channels=facts.inputs.channels + num_context,
                 num_rehearsal_classes=own_head,
             )
         case MLPModel(width=width, num_layers=num_layers, activation=activation):
             assert num_outputs is not None
             return Mlp(
-                num_inputs=num_inputs(facts.inputs),
+                num_inputs=num_inputs(facts.inputs) + num_context,
                 width=width,
                 num_layers=num_layers,
                 num_outputs=num_outputs,

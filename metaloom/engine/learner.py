@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from metaloom.engine.adapters.base import Adapter
+from metaloom.engine.adapters.model import Readout
 from metaloom.engine.adapters.norms import MetStatistics
 from metaloom.engine.draws import Draws
 from metaloom.engine.examples import Examples, Reading, read
 from metaloom.engine.forward_pass import Derivative, ForwardPass
+from metaloom.engine.learned_loss import LearnedLoss
 from metaloom.engine.losses import Criterion, CrossEntropy, SupportLoss
 from metaloom.engine.precision import Precision
 from metaloom.errors import CapabilityError
@@ -139,9 +141,12 @@ class Learner:
         criterion: the loss of a target.
         head: which output the tasks' are, of a model that has several; None for a model with one.
         met: takes in what batch norms meet; None where nobody asks.
+        learned_loss: what tasks adapt by in place of the criterion, without looking at support targets; None
+            for the criterion.
 
     Raises:
-        CapabilityError: the criterion has no temperature and label smoothing, and they are given.
+        CapabilityError: the criterion has no temperature and label smoothing, and they are given; or a
+            learned loss is to be mixed with another, or computed in chunks.
     """
 
     adapter: Adapter
@@ -154,8 +159,17 @@ class Learner:
     criterion: Criterion = dataclasses.field(default_factory=CrossEntropy)
     head: str | None = None
     met: MetStatistics | None = None
+    learned_loss: LearnedLoss | None = None
 
     def __post_init__(self) -> None:
+        rehearsal = self.rehearsal
+        has_other = self.support_loss != SupportLoss() or (rehearsal is not None and rehearsal.ratio > 0.0)
+        if self.learned_loss is not None and (has_other or self.head_chunk is not None):
+            raise CapabilityError(
+                "a learned loss of the outputs stands in the place of the cross-entropy, its temperature and "
+                "label smoothing, has no rehearsal beside it in the inner loss, and sees all outputs at "
+                "once: leave these and head_chunk out, or the learned loss."
+            )
         if not self.criterion.takes_support_loss and self.support_loss != SupportLoss():
             loss = self.support_loss
             raise CapabilityError(
@@ -209,10 +223,15 @@ class Learner:
         Returns:
             Losses `[T]`, in nats where they are cross-entropies; and the scores, `[T]` each, detached, such
             as `accuracy` (share of right answers). `outer` adds its parts, as `outer_measures` names them.
+            A learned loss has no scores.
         """
         tasks = Reading(self.criterion, self.head, num_ways=batch.num_ways, step=step, objective=objective)
         if objective == "support":
             draws = Draws(self.seed, batch.numbers, step)
+            if self.learned_loss is not None:
+                unlabelled, tasks = batch.support, dataclasses.replace(tasks, draws=draws)
+                outputs = self._readout(meta, fast, unlabelled, tasks, derivative).features
+                return self.learned_loss.of_outputs(meta, outputs, unlabelled.get("weights")), {}
             tasks = dataclasses.replace(tasks, how=self.support_loss.at(meta), draws=draws)
             return self._inner_losses(meta, fast, batch, step, tasks, derivative)
         if objective == "retention":
@@ -283,7 +302,15 @@ class Learner:
         self, meta: Tensors, fast: Tensors, data: Tensors, reading: Reading, derivative: Derivative
     ) -> Examples:
         """What examples cost, by a forward pass of their own."""
-        inputs, weights = data["inputs"], data.get("weights")
+        readout = self._readout(meta, fast, data, reading, derivative)
+        weights, chunk = data.get("weights"), self.head_chunk
+        return read(readout, data["targets"], weights, reading, head_chunk=chunk, derivative=derivative)
+
+    def _readout(
+        self, meta: Tensors, fast: Tensors, data: Tensors, reading: Reading, derivative: Derivative
+    ) -> Readout:
+        """What the model says of examples."""
+        inputs = data["inputs"]
         forward_pass = ForwardPass(
             precision=self.precision,
             device=inputs.device,
@@ -292,15 +319,12 @@ class Learner:
             recompute_blocks=self.recompute_blocks,
             holds_back_head=self.head_chunk is not None,
             head=reading.head,
-            weights=weights,
+            weights=data.get("weights"),
             step=reading.step,
             objective=reading.objective,
             met=self.met,
         )
-        readout = self.adapter.forward(meta, fast, inputs, forward_pass)
-        return read(
-            readout, data["targets"], weights, reading, head_chunk=self.head_chunk, derivative=derivative
-        )
+        return self.adapter.forward(meta, fast, inputs, forward_pass)
 
 
 def _next_stretches(rehearsal: Tensors, step: int, num_samples: int) -> dict[str, Tensor]:

@@ -51,7 +51,8 @@ class Unroll:
         fast = adapter.init({}, 1)
         like = next(iter(fast.values()))
         learned = adapter.meta_parameters(init=init, backbone=backbone) | self.rates.meta_parameters(fast)
-        return learned | self.learner.support_loss.meta_parameters(like)
+        loss = self.learner.learned_loss or self.learner.support_loss
+        return learned | loss.meta_parameters(like)
 
     def start(self, meta: Tensors, num_tasks: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(phi_0, s_0), differentiable in `meta`."""

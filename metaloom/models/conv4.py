@@ -14,13 +14,14 @@ class Conv4(nn.Module):
 
     The Omniglot network of Finn et al. 2017, section 5.2 (strided convolutions in place of
     pooling), here with the mean over positions before the head. Batch norm always uses the
-    statistics of the examples at hand, as MAML does: predictions are transductive.
+    statistics of the examples at hand, as MAML does: predictions are transductive. With layer norm
+    a prediction depends on its own image alone.
 
     Args:
         num_classes: C.
         width: channels of each block.
         num_blocks: each halves the image, rounding up (28 -> 14 -> 7 -> 4 -> 2).
-        norm: `batch` or `none`.
+        norm: `batch`; `layer`, over the channels and positions of one image; or `none`.
         num_channels: of the images, which may have any size.
         num_rehearsal_classes: those of a second head, `rehearsal`; None for none.
 
@@ -65,9 +66,19 @@ class _Block(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, *, norm: str) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1, bias=norm == "none")
-        self.norm: nn.Module = nn.Identity()
-        if norm == "batch":
-            self.norm = nn.BatchNorm2d(out_channels, track_running_stats=False)
+        self.norm = norm_layer(norm, out_channels)
 
     def forward(self, features: Tensor) -> Tensor:
         return F.relu(self.norm(self.conv(features)))
+
+
+def norm_layer(norm: str, num_channels: int) -> nn.Module:
+    """The normalisation of a convolution's channels: `batch`, by the statistics of the examples at hand;
+    `layer`, by those of one example (Ba et al. 2016, "Layer Normalization"), with weights by channel; or
+    `none`."""
+    match norm:
+        case "batch":
+            return nn.BatchNorm2d(num_channels, track_running_stats=False)
+        case "layer":
+            return nn.GroupNorm(1, num_channels)
+    return nn.Identity()

@@ -6,6 +6,7 @@ from metaloom.recipe.adaptation import (
     Adaptation,
     FullFast,
     InnerRule,
+    LearnedLoss,
     LoRAFast,
     Rehearsal,
     RMSPropRule,
@@ -13,11 +14,14 @@ from metaloom.recipe.adaptation import (
     SupportLoss,
 )
 from metaloom.recipe.algorithm import (
+    ARMBNAlgorithm,
+    ARMCMLAlgorithm,
     AttentionLearnerAlgorithm,
     AutoHypergradient,
     CNPAlgorithm,
     ConjugateGradientSolver,
     CustomAlgorithm,
+    ERMAlgorithm,
     FiniteDifferenceHypergradient,
     FirstOrderHypergradient,
     ImplicitHypergradient,
@@ -96,6 +100,8 @@ from metaloom.recipe.views import (
 )
 
 __all__ = [
+    "ARMBNAlgorithm",
+    "ARMCMLAlgorithm",
     "AdamOptimizer",
     "AdamRule",
     "AdamWRule",
@@ -118,6 +124,7 @@ __all__ = [
     "Difference",
     "DocumentsData",
     "DocumentsRehearsal",
+    "ERMAlgorithm",
     "EarlyStopping",
     "EpisodesData",
     "Equivariant1dTask",
@@ -133,6 +140,7 @@ __all__ = [
     "ImplicitHypergradient",
     "InContextAlgorithm",
     "InnerRule",
+    "LearnedLoss",
     "LoRAFast",
     "Loading",
     "LocalLauncher",

@@ -242,6 +242,38 @@ class InContextAlgorithm(Section):
     )
 
 
+class ERMAlgorithm(Section):
+    """The query loss of the model as it is: no adaptation."""
+
+    kind: Literal["erm"] = Field(
+        default="erm", description="empirical risk minimisation: the query loss without adaptation"
+    )
+
+
+class ARMCMLAlgorithm(Section):
+    """The mean over a task's unlabelled inputs of a context network (Zhang et al. 2021)."""
+
+    kind: Literal["arm_cml"] = Field(
+        default="arm_cml",
+        description="adaptive risk minimisation by context: each input is shown beside the mean of what a "
+        "second network says of the task's unlabelled inputs",
+    )
+    num_context: Count = Field(
+        default=12, description="channels of the context beside an image's, or numbers beside an array's"
+    )
+    width: Count = Field(default=64, description="channels, or units, of the context network's layers")
+
+
+class ARMBNAlgorithm(Section):
+    """Batch norm by the statistics of a task's unlabelled inputs (Zhang et al. 2021)."""
+
+    kind: Literal["arm_bn"] = Field(
+        default="arm_bn",
+        description="adaptive risk minimisation by batch norm, whose statistics are those of the task's "
+        "unlabelled inputs",
+    )
+
+
 Algorithm = (
     MAMLAlgorithm
     | ProtonetAlgorithm
@@ -249,5 +281,8 @@ Algorithm = (
     | AttentionLearnerAlgorithm
     | RecurrentLearnerAlgorithm
     | InContextAlgorithm
+    | ERMAlgorithm
+    | ARMCMLAlgorithm
+    | ARMBNAlgorithm
     | CustomAlgorithm
 )

@@ -159,7 +159,19 @@ class GroupsData(Section):
     inputs: Inputs
     targets: Targets
     num_support: Count = Field(description="support examples per task")
-    num_query: Count = Field(description="query examples per task")
+    num_query: Count | None = Field(
+        default=None, description="query examples per task; null with query_is_support"
+    )
+    query_is_support: bool = Field(
+        default=False,
+        description="whether a task's query examples are its support examples: for methods that adapt to the "
+        "inputs that they then predict, without their labels",
+    )
+    drawn_by: Literal["group", "sample"] = Field(
+        default="group",
+        description="which groups training tasks are of: group (each equally often) or sample (as often as a "
+        "group has samples)",
+    )
 
 
 class DocumentsData(Section):

@@ -76,6 +76,11 @@ class Evaluation(Section):
     ordinary: OrdinaryTraining = Field(
         default=OrdinaryTraining(), description="ordinary training of the baselines"
     )
+    stream: bool = Field(
+        default=False,
+        description="whether each test group is also gone through as a stream: its inputs come one after "
+        "another, and each is predicted by what was seen, unlabelled, before it",
+    )
 
 
 class Checkpoint(Section):

@@ -23,8 +23,9 @@ class Conv4Model(Section):
         le=4,
         description="blocks of convolution with stride 2, norm and ReLU, each halving the image",
     )
-    norm: Literal["batch", "none"] = Field(
-        default="batch", description="normalisation in each block: batch (statistics per task) or none"
+    norm: Literal["batch", "layer", "none"] = Field(
+        default="batch",
+        description="normalisation in each block: batch (statistics per task), layer (of each image) or none",
     )
     weights: str | None = Field(default=None, description=WEIGHTS)
 

@@ -136,13 +136,18 @@ def facts_of(data: DataSet) -> TaskFacts:
         case SyntheticData(task=task):
             inputs_of_task = ArrayInputs.model_construct(shape=task.input_shape)
             return TaskFacts("regression", inputs_of_task, task.num_targets, data.num_support, data.num_query)
+    num_query = data.num_query
+    if isinstance(data, GroupsData) and data.query_is_support:
+        num_query = data.num_support
+    if num_query is None:
+        raise UnknownTaskError
     objective, num_outputs = _stated(data.targets)
     return TaskFacts(
         objective,
         data.inputs,
         num_outputs,
         data.num_support,
-        data.num_query,
+        num_query,
         is_ragged=isinstance(data, EpisodesData) and data.ragged,
         has_own_ways=isinstance(data, EpisodesData) and objective == "classification",
     )

@@ -56,7 +56,7 @@ def something_is_learned(recipe: Recipe, maml: MAMLAlgorithm) -> Broken:
         learned.init
         or learned.backbone
         or recipe.adaptation.rule.learned != "none"
-        or recipe.adaptation.loss.learned
+        or recipe.adaptation.learns_loss
     ):
         yield (
             "algorithm.meta_parameters",
@@ -72,7 +72,7 @@ def the_estimator_gives_what_is_learned(recipe: Recipe, maml: MAMLAlgorithm) -> 
         "init": learned.init,
         "backbone": learned.backbone or recipe.adaptation.norms.weights == "per_step",
         "rates": recipe.adaptation.rule.learned != "none",
-        "loss": bool(recipe.adaptation.loss.learned),
+        "loss": recipe.adaptation.learns_loss,
     }
     for refusal in refusals(
         maml.hypergradient.kind,
@@ -149,7 +149,7 @@ def a_difference_is_taken(recipe: Recipe, maml: MAMLAlgorithm) -> Broken:
     if (
         isinstance(estimator, FiniteDifferenceHypergradient)
         and estimator.epsilon != FiniteDifferenceHypergradient().epsilon
-        and not (maml.meta_parameters.backbone or recipe.adaptation.loss.learned)
+        and not (maml.meta_parameters.backbone or recipe.adaptation.learns_loss)
     ):
         yield (
             "algorithm.hypergradient.epsilon",
@@ -214,6 +214,11 @@ def without_steps_nothing_of_them_is_learned(recipe: Recipe) -> Broken:
         value = getattr(adaptation.norms, name)
         if value != default:
             yield f"adaptation.norms.{name}", f"{value}; {because}; set it to {default}"
+    if adaptation.learned_loss is not None:
+        yield (
+            "adaptation.learned_loss",
+            f"given; {because}; set it to null, or take algorithm.kind = maml, which is then ARM-LL",
+        )
     if adaptation.rehearsal is not None:
         yield "adaptation.rehearsal", f"given; {because}; set it to null"
     if memory.snapshots.kind != "all":
