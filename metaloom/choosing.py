@@ -24,7 +24,7 @@ from metaloom.engine.hypergradients.rematerialized import Rematerialized
 from metaloom.engine.learner import TaskBatch
 from metaloom.engine.unroll import Unroll
 from metaloom.job import Job
-from metaloom.recipe import AutoHypergradient, FullFast, Recipe
+from metaloom.recipe import AutoHypergradient, Recipe, WholeFast
 from metaloom.weights import HeldModel
 
 FREE_SHARE = 0.5
@@ -64,13 +64,13 @@ def _is_open(recipe: Recipe) -> bool:
     if recipe.maml is None:
         return False
     fast, estimator = recipe.adaptation.fast, recipe.maml.hypergradient
-    return isinstance(estimator, AutoHypergradient) or (isinstance(fast, FullFast) and fast.tasks == "auto")
+    return isinstance(estimator, AutoHypergradient) or (isinstance(fast, WholeFast) and fast.tasks == "auto")
 
 
 def _tasks(job: Job, model: HeldModel, batch: TaskBatch | None) -> Tasks:
-    """How tasks are put side by side where every weight is fast."""
+    """How tasks are put side by side where every task has whole weights."""
     fast = job.recipe.adaptation.fast
-    if job.recipe.maml is None or not isinstance(fast, FullFast):
+    if job.recipe.maml is None or not isinstance(fast, WholeFast):
         return "loop"
     if fast.tasks != "auto":
         return fast.tasks

@@ -15,8 +15,8 @@ from metaloom.adapting import measured_episodes
 from metaloom.budgets import ordinary_budget
 from metaloom.build import (
     Choices,
-    build_adapter,
     build_algorithm,
+    build_baseline_adapter,
     build_model,
     build_sharding,
     build_unroll,
@@ -178,7 +178,7 @@ def _baseline(job: Job, name: str, newest: Checkpoint) -> Contender:
         num_samples, num_steps = ordinary_budget(job, name, choices, num_outer_steps=newest.step)
         model.load(_ordinarily_trained(job, name, num_steps))
         training = _after_pretraining(job.recipe, f"{num_steps} steps, {num_samples} samples")
-    adapter = build_adapter(job.recipe, model, choices)
+    adapter = build_baseline_adapter(job.recipe, model, choices)
     shown = _SHOWN_NAMES[name]
 
     def unroll_at(rate: float) -> Unroll:

@@ -13,6 +13,7 @@ from metaloom.build.model import (
 from metaloom.engine.adapters.base import Adapter
 from metaloom.engine.adapters.full import FullAdapter
 from metaloom.engine.adapters.lora import LoraAdapter
+from metaloom.engine.adapters.msr import Dense, Kronecker, MsrAdapter
 from metaloom.engine.algorithms.maml import step_weights
 from metaloom.engine.inner_loops.adam import Adam
 from metaloom.engine.inner_loops.base import InnerRule
@@ -26,7 +27,9 @@ from metaloom.engine.precision import Precision
 from metaloom.engine.unroll import Unroll
 from metaloom.recipe import (
     AdamWRule,
+    DenseSymmetry,
     FullFast,
+    MSRFast,
     Recipe,
     RMSPropRule,
     SGDRule,
@@ -42,6 +45,18 @@ def build_adapter(recipe: Recipe, model: HeldModel, choices: Choices) -> Adapter
     structure = model_structure(model.module)
     if isinstance(fast, FullFast):
         return FullAdapter(model.module, structure=structure, tasks=choices.tasks)
+    if isinstance(fast, MSRFast):
+        symmetry = fast.symmetry
+        return MsrAdapter(
+            model.module,
+            symmetry=Dense(symmetry.rank, symmetry.std)
+            if isinstance(symmetry, DenseSymmetry)
+            else Kronecker(),
+            layers=fast.layers,
+            generator=torch.Generator().manual_seed(recipe.seed),
+            structure=structure,
+            tasks=choices.tasks,
+        )
     return LoraAdapter(
         model.module,
         targets=fast.targets,
@@ -51,6 +66,14 @@ def build_adapter(recipe: Recipe, model: HeldModel, choices: Choices) -> Adapter
         structure=structure,
         shards=model.shards,
     )
+
+
+def build_baseline_adapter(recipe: Recipe, model: HeldModel, choices: Choices) -> Adapter:
+    """What is fast in a baseline: what the recipe has, but for a symmetry, which only meta-training learns:
+    every weight then."""
+    if isinstance(recipe.adaptation.fast, MSRFast):
+        return FullAdapter(model.module, structure=model_structure(model.module), tasks=choices.tasks)
+    return build_adapter(recipe, model, choices)
 
 
 def build_rule(section: InnerRuleSection) -> InnerRule:

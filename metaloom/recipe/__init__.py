@@ -4,13 +4,17 @@ from metaloom.recipe.adaptation import (
     AdamRule,
     AdamWRule,
     Adaptation,
+    DenseSymmetry,
     FullFast,
     InnerRule,
+    KroneckerSymmetry,
     LoRAFast,
+    MSRFast,
     Rehearsal,
     RMSPropRule,
     SGDRule,
     SupportLoss,
+    WholeFast,
 )
 from metaloom.recipe.algorithm import (
     AutoHypergradient,
@@ -71,7 +75,16 @@ from metaloom.recipe.machine import (
     ReplicatedSharding,
     ShardedSharding,
 )
-from metaloom.recipe.model import Conv4Model, GPTModel, MLPModel, Pretrain
+from metaloom.recipe.model import (
+    Conv4Model,
+    ConvolutionLayer,
+    GPTModel,
+    LinearLayer,
+    LocallyConnectedLayer,
+    MLPModel,
+    Pretrain,
+    SingleLayerModel,
+)
 from metaloom.recipe.outer import AdamOptimizer, Outer, Schedule, SGDOptimizer
 from metaloom.recipe.schema import Recipe
 from metaloom.recipe.views import (
@@ -99,7 +112,9 @@ __all__ = [
     "ClassesRehearsal",
     "ConjugateGradientSolver",
     "Conv4Model",
+    "ConvolutionLayer",
     "DeepSpeedZeroSharding",
+    "DenseSymmetry",
     "Difference",
     "DocumentsData",
     "DocumentsRehearsal",
@@ -115,12 +130,16 @@ __all__ = [
     "ImageInputs",
     "ImplicitHypergradient",
     "InnerRule",
+    "KroneckerSymmetry",
+    "LinearLayer",
     "LoRAFast",
     "Loading",
     "LocalLauncher",
+    "LocallyConnectedLayer",
     "MAMLAlgorithm",
     "MLPModel",
     "MLflowTracking",
+    "MSRFast",
     "Memory",
     "MetaParameters",
     "MixedModeHypergradient",
@@ -145,6 +164,7 @@ __all__ = [
     "Schedule",
     "Section",
     "ShardedSharding",
+    "SingleLayerModel",
     "SupportLoss",
     "TextInputs",
     "TokenTargets",
@@ -153,6 +173,7 @@ __all__ = [
     "UnrolledHypergradient",
     "Validation",
     "Variable",
+    "WholeFast",
     "Window",
     "differences",
     "dump_recipe",

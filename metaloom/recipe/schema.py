@@ -35,7 +35,7 @@ from metaloom.recipe.machine import (
     ReplicatedSharding,
     ShardedSharding,
 )
-from metaloom.recipe.model import Conv4Model, GPTModel, MLPModel, Pretrain
+from metaloom.recipe.model import Conv4Model, GPTModel, MLPModel, Pretrain, SingleLayerModel
 from metaloom.recipe.outer import Outer
 
 
@@ -50,7 +50,9 @@ class Recipe(Section):
     seed: int = Field(
         default=0, ge=0, le=2**32 - 1, description="every random draw of the run follows from it"
     )
-    model: Conv4Model | MLPModel | GPTModel = Field(discriminator="kind", description="the network")
+    model: Conv4Model | MLPModel | SingleLayerModel | GPTModel = Field(
+        discriminator="kind", description="the network"
+    )
     data: ClassesData | GroupsData | DocumentsData | EpisodesData | MixtureData = Field(
         discriminator="kind", description="where the tasks come from"
     )
