@@ -1,6 +1,6 @@
 """From a recipe to the parts of the engine."""
 
-from metaloom.build.adaptation import build_adapter, build_baseline_adapter, build_rule, build_unroll
+from metaloom.build.adaptation import build_adapter, build_rule, build_unroll
 from metaloom.build.algorithm import (
     build_algorithm,
     build_hypergradient,
@@ -20,7 +20,6 @@ __all__ = [
     "as_tensors",
     "build_adapter",
     "build_algorithm",
-    "build_baseline_adapter",
     "build_hypergradient",
     "build_maml",
     "build_model",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 from metaloom.build.choices import Choices
@@ -14,6 +16,7 @@ from metaloom.engine.adapters.base import Adapter
 from metaloom.engine.adapters.full import FullAdapter
 from metaloom.engine.adapters.lora import LoraAdapter
 from metaloom.engine.adapters.msr import Dense, Kronecker, MsrAdapter
+from metaloom.engine.adapters.norms import PerStepNorms
 from metaloom.engine.algorithms.maml import step_weights
 from metaloom.engine.inner_loops.adam import Adam
 from metaloom.engine.inner_loops.base import InnerRule
@@ -39,13 +42,21 @@ from metaloom.recipe import Rehearsal as RehearsalSection
 from metaloom.weights import HeldModel
 
 
-def build_adapter(recipe: Recipe, model: HeldModel, choices: Choices) -> Adapter:
-    """What is fast in a model."""
+def build_adapter(recipe: Recipe, model: HeldModel, choices: Choices, *, is_learned: bool = True) -> Adapter:
+    """What is fast in a model.
+
+    Args:
+        is_learned: whether the model is meta-trained: what norms learn for each inner step, and
+            symmetries, are not there otherwise.
+    """
     fast = recipe.adaptation.fast
     structure = model_structure(model.module)
     if isinstance(fast, FullFast):
-        return FullAdapter(model.module, structure=structure, tasks=choices.tasks)
+        norms = _per_step_norms(recipe) if is_learned else None
+        return FullAdapter(model.module, structure=structure, tasks=choices.tasks, norms=norms)
     if isinstance(fast, MSRFast):
+        if not is_learned:
+            return FullAdapter(model.module, structure=structure, tasks=choices.tasks)
         symmetry = fast.symmetry
         return MsrAdapter(
             model.module,
@@ -68,12 +79,12 @@ def build_adapter(recipe: Recipe, model: HeldModel, choices: Choices) -> Adapter
     )
 
 
-def build_baseline_adapter(recipe: Recipe, model: HeldModel, choices: Choices) -> Adapter:
-    """What is fast in a baseline: what the recipe has, but for a symmetry, which only meta-training learns:
-    every weight then."""
-    if isinstance(recipe.adaptation.fast, MSRFast):
-        return FullAdapter(model.module, structure=model_structure(model.module), tasks=choices.tasks)
-    return build_adapter(recipe, model, choices)
+def _per_step_norms(recipe: Recipe) -> PerStepNorms | None:
+    norms = recipe.adaptation.norms
+    weights, statistics = norms.weights == "per_step", norms.statistics == "per_step"
+    if not (weights or statistics):
+        return None
+    return PerStepNorms(recipe.adaptation.num_steps, weights, statistics)
 
 
 def build_rule(section: InnerRuleSection) -> InnerRule:
@@ -127,9 +138,7 @@ def build_unroll(
         ),
         rule=build_rule(adaptation.rule),
         rates=Rates(rate, grain, adaptation.num_steps),
-        step_weights=step_weights(
-            "last" if recipe.maml is None else recipe.maml.step_weights, adaptation.num_steps
-        ),
+        step_weights=step_weights(_step_weights(recipe), adaptation.num_steps),
     )
 
 
@@ -142,3 +151,10 @@ def _rehearsal(recipe: Recipe, section: RehearsalSection) -> Rehearsal:
         criterion=output.criterion,
         head=output.head,
     )
+
+
+def _step_weights(recipe: Recipe) -> Literal["last", "uniform"]:
+    """Those at which a training starts."""
+    if recipe.maml is None or recipe.maml.step_weights == "last":
+        return "last"
+    return "uniform"

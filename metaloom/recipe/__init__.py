@@ -87,6 +87,13 @@ from metaloom.recipe.model import (
 )
 from metaloom.recipe.outer import AdamOptimizer, Outer, Schedule, SGDOptimizer
 from metaloom.recipe.schema import Recipe
+from metaloom.recipe.synthetic import (
+    Equivariant1dTask,
+    Equivariant2dTask,
+    NonExclusiveSinusoidTask,
+    SinusoidTask,
+    SyntheticData,
+)
 from metaloom.recipe.views import (
     Difference,
     differences,
@@ -120,6 +127,8 @@ __all__ = [
     "DocumentsRehearsal",
     "EarlyStopping",
     "EpisodesData",
+    "Equivariant1dTask",
+    "Equivariant2dTask",
     "Evaluation",
     "FiniteDifferenceHypergradient",
     "FirstOrderHypergradient",
@@ -146,6 +155,7 @@ __all__ = [
     "MixtureData",
     "NeumannSolver",
     "NoTracking",
+    "NonExclusiveSinusoidTask",
     "NumberTargets",
     "OrdinaryTraining",
     "Outer",
@@ -165,7 +175,9 @@ __all__ = [
     "Section",
     "ShardedSharding",
     "SingleLayerModel",
+    "SinusoidTask",
     "SupportLoss",
+    "SyntheticData",
     "TextInputs",
     "TokenTargets",
     "TruncatedHypergradient",
