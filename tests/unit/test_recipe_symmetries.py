@@ -128,6 +128,12 @@ def test_a_linear_layer_takes_any_shape(tmp_path: Path) -> None:
     load(tmp_path, "model.layer=linear", "data.inputs.shape=[2, 3, 4, 5]", "data.targets.num_targets=7")
 
 
+def test_nothing_is_learned_of_a_symmetry_without_inner_steps() -> None:
+    message = "adaptation.fast.kind: msr; learns no symmetry, since algorithm.kind = protonet; set it to full"
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        load_recipe(SMOKE, ["adaptation.fast={kind: msr, symmetry: kronecker}", "algorithm=protonet"])
+
+
 def test_vmap_recomputes_nothing_under_a_symmetry_either() -> None:
     with pytest.raises(RecipeError, match=re.escape("memory.recompute_blocks: True; adaptation.fast.tasks")):
         load_recipe(
