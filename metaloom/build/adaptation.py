@@ -15,6 +15,7 @@ from metaloom.build.model import (
 from metaloom.engine.adapters.base import Adapter
 from metaloom.engine.adapters.full import FullAdapter
 from metaloom.engine.adapters.lora import LoraAdapter
+from metaloom.engine.adapters.msr import Dense, Kronecker, MsrAdapter
 from metaloom.engine.adapters.norms import PerStepNorms
 from metaloom.engine.algorithms.maml import step_weights
 from metaloom.engine.inner_loops.adam import Adam
@@ -30,7 +31,9 @@ from metaloom.engine.precision import Precision
 from metaloom.engine.unroll import Unroll
 from metaloom.recipe import (
     AdamWRule,
+    DenseSymmetry,
     FullFast,
+    MSRFast,
     Recipe,
     RMSPropRule,
     SGDRule,
@@ -45,14 +48,28 @@ def build_adapter(recipe: Recipe, model: HeldModel, choices: Choices, *, is_lear
     """What is fast in a model.
 
     Args:
-        is_learned: whether the model is meta-trained: what norms learn for each inner step is not there
-            otherwise.
+        is_learned: whether the model is meta-trained: what norms learn for each inner step, and
+            symmetries, are not there otherwise.
     """
     fast = recipe.adaptation.fast
     structure = model_structure(model.module)
     if isinstance(fast, FullFast):
         norms = _per_step_norms(recipe) if is_learned else None
         return FullAdapter(model.module, structure=structure, tasks=choices.tasks, norms=norms)
+    if isinstance(fast, MSRFast):
+        if not is_learned:
+            return FullAdapter(model.module, structure=structure, tasks=choices.tasks)
+        symmetry = fast.symmetry
+        return MsrAdapter(
+            model.module,
+            symmetry=Dense(symmetry.rank, symmetry.std)
+            if isinstance(symmetry, DenseSymmetry)
+            else Kronecker(),
+            layers=fast.layers,
+            generator=torch.Generator().manual_seed(recipe.seed),
+            structure=structure,
+            tasks=choices.tasks,
+        )
     return LoraAdapter(
         model.module,
         targets=fast.targets,

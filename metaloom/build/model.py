@@ -18,18 +18,23 @@ from metaloom.engine.sharding.sharded import Sharded
 from metaloom.models.conv4 import Conv4
 from metaloom.models.gpt import Gpt
 from metaloom.models.mlp import Mlp
+from metaloom.models.single_layer import SingleLayer, convolution, linear, locally_connected
 from metaloom.recipe import (
     ARMCMLAlgorithm,
     Conv4Model,
+    ConvolutionLayer,
     DeepSpeedZeroSharding,
     GPTModel,
     ImageInputs,
+    LinearLayer,
+    LocallyConnectedLayer,
     MLPModel,
     Recipe,
     ReplicatedSharding,
     ShardedSharding,
+    SingleLayerModel,
 )
-from metaloom.recipe.tasks import num_inputs, rehearsal_facts, task_facts
+from metaloom.recipe.tasks import num_inputs, rehearsal_facts, shape_of, task_facts
 from metaloom.weights import HeldModel, hold
 
 
@@ -97,6 +102,16 @@ def _make_model(recipe: Recipe, num_classes: int | None) -> nn.Module:
                 activation=activation,
                 num_rehearsal_outputs=own_head,
             )
+        case SingleLayerModel(layer=layer, bias=bias):
+            assert num_outputs is not None
+            shape = shape_of(facts.inputs)
+            match layer:
+                case LinearLayer():
+                    return linear(shape, num_outputs, bias=bias)
+                case LocallyConnectedLayer(kernel_size=kernel_size):
+                    return locally_connected(shape, num_outputs, kernel_size=kernel_size, bias=bias)
+                case ConvolutionLayer(kernel_size=kernel_size):
+                    return convolution(shape, num_outputs, kernel_size=kernel_size, bias=bias)
         case GPTModel():
             return Gpt(
                 num_layers=recipe.model.num_layers,
@@ -114,7 +129,7 @@ def model_structure(model: nn.Module) -> Structure:
     """Where a model can be taken apart: the built-in ones alike have `blocks` and `heads`."""
     names = [name for name, _ in model.named_modules()]
     blocks = tuple(name for name in names if name.startswith("blocks.") and name.count(".") == 1)
-    assert isinstance(model, Conv4 | Mlp | Gpt)
+    assert isinstance(model, Conv4 | Mlp | SingleLayer | Gpt)
     return Structure(blocks, model.heads)
 
 

@@ -23,19 +23,19 @@ from metaloom.planning.request import DEVICES_PER_NODE, Request
 from metaloom.planning.sample import calibrated
 from metaloom.recipe import (
     DeepSpeedZeroSharding,
-    FullFast,
     HostSnapshots,
     MLflowTracking,
     Recipe,
     ReplicatedSharding,
     ShardedSharding,
+    WholeFast,
     load_recipe,
 )
 from metaloom.recipe.rules import broken_rules
 from metaloom.tracking.console import make_console
 
 RECOMPUTED = "memory.recompute_blocks=true"
-FULL_IN_SHARDS = "since every weight is fast and each task has a whole copy (adaptation.fast: full)"
+WHOLE_IN_SHARDS = "since each task has a whole copy of all weights (adaptation.fast: {})"
 
 
 def main() -> int:
@@ -172,8 +172,8 @@ def _under(recipe: Recipe, layout: Layout) -> Recipe:
 
 def _refusal(recipe: Recipe) -> str:
     """Why a recipe is none; empty where it is one."""
-    if isinstance(recipe.sharding, ShardedSharding) and isinstance(recipe.adaptation.fast, FullFast):
-        return FULL_IN_SHARDS
+    if isinstance(recipe.sharding, ShardedSharding) and isinstance(recipe.adaptation.fast, WholeFast):
+        return WHOLE_IN_SHARDS.format(recipe.adaptation.fast.kind)
     return "; ".join(f"{path}: {text}" for path, text in broken_rules(recipe))
 
 

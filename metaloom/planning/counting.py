@@ -49,15 +49,16 @@ from metaloom.recipe import (
     AutoHypergradient,
     BinomialSnapshots,
     Conv4Model,
-    FullFast,
     GPTModel,
     LoRAFast,
     MLPModel,
     Pretrain,
     Recipe,
     RematerializedHypergradient,
+    SingleLayerModel,
     TextInputs,
     TruncatedHypergradient,
+    WholeFast,
 )
 from metaloom.recipe.rules.model import GPT_BLOCK_LAYERS
 from metaloom.recipe.schema import maml_of
@@ -157,7 +158,7 @@ def _counted(recipe: Recipe, *, with_shards: bool) -> Facts:
 
 def _task_sizes(recipe: Recipe) -> tuple[int, ...]:
     most = min(recipe.outer.tasks_per_step, recipe.outer.micro_batch or recipe.outer.tasks_per_step)
-    if isinstance(recipe.adaptation.fast, FullFast):
+    if isinstance(recipe.adaptation.fast, WholeFast):
         most = min(most, MOST_FULL_TASKS)
     return (1,) if most == 1 else (1, most)
 
@@ -205,6 +206,8 @@ def _num_blocks(recipe: Recipe) -> int:
             return num_blocks
         case GPTModel(num_layers=num_layers) | MLPModel(num_layers=num_layers):
             return num_layers
+        case SingleLayerModel():
+            return 0
 
 
 def _with_blocks(recipe: Recipe, num_blocks: int) -> Recipe:
@@ -256,7 +259,7 @@ def _way(recipe: Recipe, axes: Axes, choice: Choices, name: str) -> Way:
 
 
 def _tasks_of(recipe: Recipe, choice: Choices) -> Tasks | None:
-    return choice.tasks if isinstance(recipe.adaptation.fast, FullFast) else None
+    return choice.tasks if isinstance(recipe.adaptation.fast, WholeFast) else None
 
 
 def _possible(counts: Mapping[str, Callable[[], Counted]]) -> list[Counted]:

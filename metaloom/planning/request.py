@@ -66,8 +66,11 @@ def check_comparison(request: Request, recipe: Recipe) -> None:
     why = None
     if recipe.sharding.kind == "sharded":
         why = "the recipe's own sharding.kind is sharded"
-    elif recipe.adaptation.fast.kind == "full":
-        why = "with adaptation.fast: full every task has a whole copy of all weights, and none are in shards"
+    elif recipe.adaptation.fast.kind in ("full", "msr"):
+        why = (
+            f"with adaptation.fast: {recipe.adaptation.fast.kind} every task has a whole copy of all "
+            "weights, and none are in shards"
+        )
     if why is not None:
         raise RecipeError(
             f"--compare: plans weights in shards too, and has no effect, since {why}; leave it out."

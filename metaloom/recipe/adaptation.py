@@ -9,16 +9,58 @@ from metaloom.recipe.data import (
     RehearsalData,
 )
 
+SideBySide = Annotated[
+    Literal["auto", "loop", "vmap"],
+    Field(
+        description="how one rank's tasks are computed: loop (one after the other), vmap (all in one "
+        "vectorised pass), or auto: what is faster on the first tasks"
+    ),
+]
+
 
 class FullFast(Section):
     """Every weight of the model is adapted, one copy per task."""
 
     kind: Literal["full"] = Field(default="full", description="adapt every weight of the model")
-    tasks: Literal["auto", "loop", "vmap"] = Field(
-        default="auto",
-        description="how one rank's tasks are computed: loop (one after the other), vmap (all in one "
-        "vectorised pass), or auto: what is faster on the first tasks",
+    tasks: SideBySide = "auto"
+
+
+class DenseSymmetry(Section):
+    """U is any matrix: as many rows as a layer has weights, `rank` columns."""
+
+    kind: Literal["dense"] = Field(default="dense", description="any matrix, of so many columns as rank")
+    rank: Count = Field(description="numbers of each layer that a task adapts")
+    std: PositiveFloat = Field(default=0.01, description="standard deviation of the matrix at the start")
+
+
+class KroneckerSymmetry(Section):
+    """U is a Kronecker product over outputs, inputs and places of the filters: for large layers."""
+
+    kind: Literal["kronecker"] = Field(
+        default="kronecker",
+        description="a product of square matrices over a layer's outputs, inputs and places of filters; the "
+        "identity at the start",
     )
+
+
+class MSRFast(Section):
+    """The weights of chosen layers are vec(W) = U v: U is learned and shared by all tasks, v is adapted
+    (Zhou et al. 2021)."""
+
+    kind: Literal["msr"] = Field(
+        default="msr",
+        description="adapt few numbers, of which a learned symmetry makes the weights of layers (MSR, Zhou "
+        "et al. 2021); whatever else the model has is adapted too",
+    )
+    symmetry: DenseSymmetry | KroneckerSymmetry = Field(
+        discriminator="kind", description="how the symmetry U of each layer is kept"
+    )
+    layers: Annotated[tuple[Text, ...], Field(min_length=1)] | Literal["all"] = Field(
+        default="all",
+        description="ends of the names of the linear and convolutional layers that are made so, as a list, "
+        "or all",
+    )
+    tasks: SideBySide = "auto"
 
 
 class LoRAFast(Section):
@@ -35,6 +77,9 @@ class LoRAFast(Section):
         "for all but the output head",
     )
 
+
+# Where every task has whole weights of its own.
+WholeFast = FullFast | MSRFast
 
 InnerRate = Annotated[
     PositiveFloat,
@@ -204,7 +249,7 @@ class LearnedLoss(Section):
 class Adaptation(Section):
     """How a model adapts to one task: what is fast, by which rule, for how many steps."""
 
-    fast: FullFast | LoRAFast = Field(
+    fast: FullFast | LoRAFast | MSRFast = Field(
         discriminator="kind", description="the fast weights: what a task adapts"
     )
     rule: InnerRule = Field(discriminator="kind", description="the inner update rule")

@@ -40,6 +40,47 @@ class MLPModel(Section):
     weights: str | None = Field(default=None, description=WEIGHTS)
 
 
+class LinearLayer(Section):
+    """Every output from every number of the input."""
+
+    kind: Literal["linear"] = Field(default="linear", description="fully connected")
+
+
+KernelSize = Annotated[Count, Field(description="places of a filter along each side; no padding")]
+
+
+class LocallyConnectedLayer(Section):
+    """A convolution whose places have filters of their own."""
+
+    kind: Literal["locally_connected"] = Field(
+        default="locally_connected", description="filters that each place has for itself; of one dimension"
+    )
+    kernel_size: KernelSize = 3
+
+
+class ConvolutionLayer(Section):
+    """A convolution of one or two dimensions."""
+
+    kind: Literal["convolution"] = Field(
+        default="convolution", description="filters that all places share; of one or two dimensions"
+    )
+    kernel_size: KernelSize = 3
+
+
+class SingleLayerModel(Section):
+    """One layer without an activation, for arrays of numbers; as many channels as targets ask for."""
+
+    kind: Literal["single_layer"] = Field(
+        default="single_layer",
+        description="one layer, for regressions that have a symmetry (Zhou et al. 2021)",
+    )
+    layer: LinearLayer | LocallyConnectedLayer | ConvolutionLayer = Field(
+        discriminator="kind", description="which"
+    )
+    bias: bool = Field(default=False, description="whether it has a bias")
+    weights: str | None = Field(default=None, description=WEIGHTS)
+
+
 class GPTModel(Section):
     """A decoder-only transformer over bytes or tokens; for classification with a head on the last token."""
 

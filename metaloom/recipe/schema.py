@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field
 
 from metaloom.errors import CapabilityError
-from metaloom.recipe.adaptation import Adaptation, FullFast
+from metaloom.recipe.adaptation import Adaptation, WholeFast
 from metaloom.recipe.algorithm import (
     Algorithm,
     ARMBNAlgorithm,
@@ -43,7 +43,7 @@ from metaloom.recipe.machine import (
     ReplicatedSharding,
     ShardedSharding,
 )
-from metaloom.recipe.model import Conv4Model, GPTModel, MLPModel, Pretrain
+from metaloom.recipe.model import Conv4Model, GPTModel, MLPModel, Pretrain, SingleLayerModel
 from metaloom.recipe.outer import Outer
 from metaloom.recipe.synthetic import SyntheticData
 
@@ -59,7 +59,9 @@ class Recipe(Section):
     seed: int = Field(
         default=0, ge=0, le=2**32 - 1, description="every random draw of the run follows from it"
     )
-    model: Conv4Model | MLPModel | GPTModel = Field(discriminator="kind", description="the network")
+    model: Conv4Model | MLPModel | SingleLayerModel | GPTModel = Field(
+        discriminator="kind", description="the network"
+    )
     data: ClassesData | GroupsData | DocumentsData | EpisodesData | SyntheticData | MixtureData = Field(
         discriminator="kind", description="where the tasks come from"
     )
@@ -98,9 +100,9 @@ class Recipe(Section):
 
     @property
     def task_ways(self) -> tuple[Literal["loop", "vmap"], ...]:
-        """How tasks may be put side by side where every weight is fast; of several, the faster is taken."""
+        """How tasks may be put side by side where each has whole weights; of several, the faster is taken."""
         fast = self.adaptation.fast
-        if not isinstance(fast, FullFast) or self.maml is None:
+        if not isinstance(fast, WholeFast) or self.maml is None:
             return ("loop",)
         if fast.tasks != "auto":
             return (fast.tasks,)

@@ -88,10 +88,11 @@ def alone(tmp_path: Path) -> Iterator[None]:
         ("algorithm.hypergradient=implicit", "adaptation.rule.proximal=0.5"),
         ("algorithm.hypergradient=finite_difference", "adaptation.loss.learned=[temperature]"),
         ("algorithm.hypergradient=reptile",),
+        ("adaptation.fast={kind: msr, symmetry: kronecker}", "algorithm.meta_parameters.backbone=true"),
     ],
     ids=lambda way: way[0].partition("=")[2],
 )
-def test_what_an_estimator_of_the_end_has_trained_is_evaluated(
+def test_what_was_trained_in_such_a_way_is_evaluated(
     way: tuple[str, ...], tmp_path: Path, glyphs: Path
 ) -> None:
     recipe = load_recipe(SMOKE, (f"data.url={glyphs}", *SHORT, *way))

@@ -66,7 +66,7 @@ def test_a_small_recipe_is_planned_without_its_data_and_leaves_nothing_behind(tm
     assert "memory of a rank at its peak, MiB: replicated" in output
     assert "an outer step: replicated (rematerialized, loop)" in output
     assert "an outer step: deepspeed_zero, stage 2" in output
-    assert "sharded: not possible, since every weight is fast" in output
+    assert "sharded: not possible, since each task has a whole copy of all weights" in output
     assert "8 ranks: 4 of them get no tasks, since outer.tasks_per_step is 4" in output
     assert list(tmp_path.iterdir()) == []
 

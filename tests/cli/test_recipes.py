@@ -22,6 +22,8 @@ SHORT = {
         "model.width=16",
         "outer.tasks_per_step=2",
     ],
+    "msr-conv": ["outer.num_steps=2", "outer.tasks_per_step=2", "data.task.size=6"],
+    "msr-fc": ["outer.num_steps=2", "outer.tasks_per_step=2"],
     "sinusoid-maml": ["outer.num_steps=2", "outer.tasks_per_step=2", "evaluation.num_steps=1"],
     "smoke": [],
 }
@@ -46,7 +48,7 @@ def test_recipe_runs_end_to_end(name: str, tmp_path: Path, glyphs: Path, stdlib:
         data = tmp_path / "faces"
         make_dataset("glyph-faces", data, max_per_split=4)
     pretrain = ["pretrain.warmup_steps=0"] if name.startswith("stdlib") else []
-    url = [] if name.startswith("sinusoid") else [f"data.url={data}"]
+    url = [] if name.startswith(("msr", "sinusoid")) else [f"data.url={data}"]
     overrides = [*url, *ALL, *SHORT[name], *pretrain]
     run_well("train", RECIPES / f"{name}.yaml", *overrides, cwd=tmp_path)
     output = run_well("evaluate", Path("runs") / name, cwd=tmp_path)

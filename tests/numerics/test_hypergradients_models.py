@@ -16,6 +16,7 @@ from metaloom.engine.hypergradients.base import MetaGradient
 from metaloom.engine.inner_loops.sgd import Sgd
 from metaloom.engine.learner import Rehearsal
 from metaloom.engine.unroll import adapt
+from tests.numerics.msr_problems import msr_problem
 from tests.numerics.problems import (
     CLIPPED,
     HEAVY,
@@ -52,6 +53,12 @@ CASES: dict[str, Callable[[], Problem]] = {
     ),
     "gpt, K=3, backbone, clipped, rehearsal": lambda: gpt_problem(
         step_weights=last(3), grain="per_tensor_per_step", rule=CLIPPED, backbone=True, rehearsal=MIXED
+    ),
+    "dense symmetries, K=3, rate per tensor, momentum, uneven": lambda: msr_problem(
+        "dense", step_weights=UNEVEN, rule=HEAVY
+    ),
+    "symmetries as products, K=3, clipped, momentum": lambda: msr_problem(
+        "kronecker", step_weights=last(3), rule=CLIPPED
     ),
     "gpt, K=1": lambda: gpt_problem(step_weights=last(1)),
     "gpt, K=1, backbone, one rate, rehearsal": lambda: gpt_problem(

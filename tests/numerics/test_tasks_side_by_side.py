@@ -13,6 +13,7 @@ from metaloom.engine.hypergradients import HYPERGRADIENTS
 from metaloom.engine.learner import Rehearsal, TaskBatch
 from metaloom.engine.sharding.replicated import Replicated
 from metaloom.engine.unroll import adapt
+from tests.numerics.msr_problems import msr_problem
 from tests.numerics.problems import (
     FOR_EVERYTHING,
     Problem,
@@ -26,6 +27,14 @@ NUM_TASKS = 5
 PROBLEMS: dict[str, Callable[[], Problem]] = {
     "conv4": lambda: conv4_problem(
         step_weights=(0.0, 0.5, 0.5), grain="per_tensor_per_step", num_tasks=NUM_TASKS
+    ),
+    # Not the first layer, whose one input channel has a factor that batch norm takes away again: its gradient
+    # is what is left of larger numbers.
+    "symmetries": lambda: msr_problem(
+        "kronecker",
+        step_weights=(0.0, 0.5, 0.5),
+        num_tasks=NUM_TASKS,
+        layers=("blocks.1.conv", "blocks.2.conv", "head"),
     ),
     "gpt": lambda: gpt_problem(
         step_weights=(0.0, 0.5, 0.5),

@@ -23,6 +23,7 @@ from metaloom.engine.inner_loops.sgd import Sgd
 from metaloom.engine.losses import SupportLoss
 from metaloom.engine.precision import Scales
 from metaloom.engine.snapshots import Binomial
+from tests.numerics.msr_problems import msr_problem
 from tests.numerics.problems import CLIPPED, HEAVY, PLAIN, Problem, conv4_problem, gpt_problem, last
 
 PULLED = Sgd(GradientTerms(proximal=0.3))
@@ -93,6 +94,10 @@ SWEEPS: dict[str, Way] = {
     "rematerialized, proximal": (Rematerialized(), gpt(PULLED)),
     "rematerialized, scaled": (Rematerialized(), with_scales(gpt(Adam()))),
     "rematerialized, every weight fast": (Rematerialized(Binomial(1)), conv4(HEAVY)),
+    "rematerialized, symmetries": (
+        Rematerialized(),
+        lambda num_tasks: msr_problem("dense", step_weights=UNIFORM, num_tasks=num_tasks),
+    ),
     "rematerialized, recomputed": (Rematerialized(), recomputed(gpt())),
     "mixed_mode, recomputed": (MixedMode(), recomputed(gpt())),
     "some graphs": (Rematerialized(num_graph_steps=1), gpt()),

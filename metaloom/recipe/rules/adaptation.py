@@ -1,6 +1,6 @@
 """Rules about the inner loop."""
 
-from metaloom.recipe.adaptation import FullFast, LoRAFast, SGDRule
+from metaloom.recipe.adaptation import DenseSymmetry, FullFast, LoRAFast, MSRFast, SGDRule
 from metaloom.recipe.algorithm import MAMLAlgorithm
 from metaloom.recipe.data import (
     DocumentsData,
@@ -69,6 +69,36 @@ def lora_rank_is_low(recipe: Recipe) -> Broken:
         yield (
             "adaptation.fast.rank",
             f"{fast.rank}; must be at most model.width = {recipe.model.width}",
+        )
+
+
+def msr_layers_differ(recipe: Recipe) -> Broken:
+    fast = recipe.adaptation.fast
+    if isinstance(fast, MSRFast) and isinstance(fast.layers, tuple):
+        yield from repeated("adaptation.fast.layers", fast.layers)
+
+
+@of_maml
+def msr_learns_its_symmetry(recipe: Recipe, maml: MAMLAlgorithm) -> Broken:
+    if isinstance(recipe.adaptation.fast, MSRFast) and not maml.meta_parameters.backbone:
+        yield (
+            "algorithm.meta_parameters.backbone",
+            "false; under adaptation.fast.kind = msr it is the symmetry, which is what msr is there to "
+            "learn; set it to true",
+        )
+
+
+def a_dense_symmetry_makes_the_weights(recipe: Recipe) -> Broken:
+    fast = recipe.adaptation.fast
+    if (
+        isinstance(fast, MSRFast)
+        and isinstance(fast.symmetry, DenseSymmetry)
+        and recipe.model.weights is not None
+    ):
+        yield (
+            "model.weights",
+            "given; adaptation.fast.symmetry = dense makes the weights of layers from random numbers; set it "
+            "to kronecker, which starts at the weights, or model.weights to null",
         )
 
 
@@ -173,6 +203,9 @@ RULES: tuple[Rule, ...] = (
     lora_targets_differ,
     lora_targets_exist,
     lora_rank_is_low,
+    msr_layers_differ,
+    msr_learns_its_symmetry,
+    a_dense_symmetry_makes_the_weights,
     nesterov_needs_momentum,
     proximal_needs_a_second_step,
     norms_have_steps,

@@ -7,7 +7,7 @@ from metaloom.engine.capabilities import (
     refusals,
     step_weights_refusal,
 )
-from metaloom.recipe.adaptation import AdamWRule, FullFast
+from metaloom.recipe.adaptation import AdamWRule, FullFast, MSRFast
 from metaloom.recipe.algorithm import (
     CustomAlgorithm,
     FiniteDifferenceHypergradient,
@@ -208,6 +208,11 @@ def without_steps_nothing_of_them_is_learned(recipe: Recipe) -> Broken:
     because = f"has no effect, since algorithm.kind = {kind} adapts without inner steps"
     if adaptation.rule.learned != "none":
         yield "adaptation.rule.learned", f"{adaptation.rule.learned}; {because}; set it to none"
+    if isinstance(adaptation.fast, MSRFast):
+        yield (
+            "adaptation.fast.kind",
+            f"msr; learns no symmetry, since algorithm.kind = {kind}; set it to full",
+        )
     if adaptation.loss.learned:
         yield "adaptation.loss.learned", f"{', '.join(adaptation.loss.learned)}; {because}; set it to []"
     for name, default in (("weights", "fast"), ("statistics", "batch")):

@@ -9,7 +9,7 @@ from metaloom.recipe.data import (
     Loading,
     TextInputs,
 )
-from metaloom.recipe.model import GPTModel, MLPModel
+from metaloom.recipe.model import GPTModel, MLPModel, SingleLayerModel
 from metaloom.recipe.rules.base import Broken, Rule
 from metaloom.recipe.schema import Recipe
 from metaloom.recipe.synthetic import Equivariant1dTask, Equivariant2dTask, SyntheticData
@@ -21,7 +21,7 @@ from metaloom.recipe.tasks import (
     task_facts,
 )
 
-READS = {"conv4": "image", "mlp": "array", "gpt": "text"}
+READS = {"conv4": "image", "mlp": "array", "single_layer": "array", "gpt": "text"}
 # Keys of `loading` that say how files are read.
 FOR_FILES = ("max_broken", "cache_folder", "cache_gib", "num_connections", "num_attempts", "timeout_s")
 
@@ -156,7 +156,7 @@ def model_reads_the_data(recipe: Recipe) -> Broken:
 
 def models_fit_the_objective(recipe: Recipe) -> Broken:
     objective = task_facts(recipe).objective
-    if objective == "regression" and not isinstance(recipe.model, MLPModel):
+    if objective == "regression" and not isinstance(recipe.model, MLPModel | SingleLayerModel):
         yield (
             "model.kind",
             f"{recipe.model.kind} tells classes apart or models text, and the targets are numbers; set "

@@ -5,7 +5,7 @@ import re
 from metaloom.credentials import without_credentials
 from metaloom.engine.sharding.deepspeed_config import refused_keys
 from metaloom.recipe.adaptation import (
-    FullFast,
+    WholeFast,
 )
 from metaloom.recipe.algorithm import MAMLAlgorithm
 from metaloom.recipe.machine import (
@@ -31,7 +31,7 @@ def snapshots_have_a_use(recipe: Recipe, maml: MAMLAlgorithm) -> Broken:
 
 def vmap_recomputes_nothing(recipe: Recipe) -> Broken:
     fast = recipe.adaptation.fast
-    if not (isinstance(fast, FullFast) and fast.tasks == "vmap"):
+    if not (isinstance(fast, WholeFast) and fast.tasks == "vmap"):
         return
     asked = [name for name in ("recompute_blocks", "head_chunk") if getattr(recipe.memory, name)]
     for name in asked:
@@ -86,11 +86,12 @@ def shards_divide_the_ranks(recipe: Recipe) -> Broken:
 
 
 def shards_are_of_a_shared_backbone(recipe: Recipe) -> Broken:
-    if isinstance(recipe.sharding, ShardedSharding) and isinstance(recipe.adaptation.fast, FullFast):
+    if isinstance(recipe.sharding, ShardedSharding) and isinstance(recipe.adaptation.fast, WholeFast):
         yield (
             "sharding.kind",
-            "sharded divides the weights that tasks share, and with adaptation.fast.kind = full every task "
-            "has a whole copy of all weights; set sharding.kind to replicated, or adaptation.fast to lora",
+            "sharded divides the weights that tasks share, and with adaptation.fast.kind = "
+            f"{recipe.adaptation.fast.kind} every task has a whole copy of all weights; set sharding.kind to "
+            "replicated, or adaptation.fast to lora",
         )
 
 

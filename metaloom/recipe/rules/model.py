@@ -1,11 +1,14 @@
 """Rules about the network and its pre-training."""
 
+import math
+
 from metaloom.recipe.data import (
     DocumentsData,
 )
-from metaloom.recipe.model import GPTModel
+from metaloom.recipe.model import GPTModel, LinearLayer, LocallyConnectedLayer, SingleLayerModel
 from metaloom.recipe.rules.base import Broken, Rule, repeated
 from metaloom.recipe.schema import Recipe
+from metaloom.recipe.tasks import shape_of, task_facts
 
 GPT_BLOCK_LAYERS = ("attention.qkv", "attention.proj", "mlp.fc_in", "mlp.fc_out")
 
@@ -62,10 +65,68 @@ def pretraining_fits_the_context(recipe: Recipe) -> Broken:
         )
 
 
+def single_layers_do_regression(recipe: Recipe) -> Broken:
+    if not isinstance(recipe.model, SingleLayerModel):
+        return
+    objective = task_facts(recipe).objective
+    if objective != "regression":
+        yield (
+            "model.kind",
+            f"single_layer is for targets that are numbers, and the tasks are {objective}; take another, for "
+            "example mlp",
+        )
+    if recipe.adaptation.rehearsal is not None:
+        yield (
+            "adaptation.rehearsal",
+            "given; model.kind = single_layer has one output, that of the tasks; set it to null",
+        )
+    for name in ("recompute_blocks", "head_chunk"):
+        if getattr(recipe.memory, name):
+            yield (
+                f"memory.{name}",
+                f"{getattr(recipe.memory, name)}; has no effect, since model.kind = single_layer has neither "
+                "blocks nor a head apart from them; leave it out",
+            )
+
+
+def single_layers_fit_the_data(recipe: Recipe) -> Broken:
+    model = recipe.model
+    if not isinstance(model, SingleLayerModel) or isinstance(model.layer, LinearLayer):
+        return
+    facts, layer = task_facts(recipe), model.layer
+    shape = list(shape_of(facts.inputs))
+    most = 2 if isinstance(layer, LocallyConnectedLayer) else 3
+    if len(shape) > most:
+        yield (
+            "model.layer.kind",
+            f"{layer.kind} reads inputs of {' or '.join(_SHAPES[:most])}, and the data give {shape}; take "
+            "another",
+        )
+        return
+    sides = shape if len(shape) == 1 else shape[1:]
+    if layer.kernel_size > min(sides):
+        yield (
+            "model.layer.kernel_size",
+            f"{layer.kernel_size}; must be at most the shortest side of the inputs, {min(sides)}",
+        )
+        return
+    num_places = math.prod(side - layer.kernel_size + 1 for side in sides)
+    if facts.num_outputs is not None and facts.num_outputs % num_places:
+        yield (
+            "model.layer.kernel_size",
+            f"{layer.kernel_size}; leaves {num_places} places, and each output channel gives one number for "
+            f"each: targets have {facts.num_outputs}, which is no multiple",
+        )
+
+
+_SHAPES = ("[length]", "[channels, length]", "[channels, height, width]")
+
 RULES: tuple[Rule, ...] = (
     heads_divide_the_width,
     pretrain_needs_gpt,
     pretrain_warmup_ends,
     pretrain_splits_differ,
     pretraining_fits_the_context,
+    single_layers_do_regression,
+    single_layers_fit_the_data,
 )
