@@ -47,12 +47,24 @@ class Draws:
         return inputs * ((kept >= probability).to(inputs.dtype) * scale)
 
     def _uniform(self, shape: tuple[int, ...], number: int, site: str, device: torch.device) -> Tensor:
-        key = f"{self.seed}/{number}/{self.step}/{self.part}{site}".encode()
-        generator = torch.Generator(device)
-        # 63 bits: a generator's seed is a signed number.
-        generator.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1)
+        generator = _generator(f"{self.seed}/{number}/{self.step}/{self.part}{site}", device)
         uniform = torch.empty(shape, device=device)
         for row in uniform:
             # Row by row: on a GPU a number depends on how many are drawn at once.
             row.uniform_(generator=generator)
         return uniform
+
+
+def standard_normal(like: Tensor, *key: object) -> Tensor:
+    """Standard normal numbers shaped like a tensor, in its dtype and on its device: a function of the key."""
+    generator = _generator("/".join(map(str, key)), like.device)
+    return torch.empty_like(like).normal_(generator=generator)
+
+
+def _generator(key: str, device: torch.device) -> torch.Generator:
+    """A generator whose seed is the key's digest."""
+    generator = torch.Generator(device)
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    # 63 bits: a generator's seed is a signed number.
+    generator.manual_seed(int.from_bytes(digest, "big") >> 1)
+    return generator

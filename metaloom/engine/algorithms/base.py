@@ -6,7 +6,8 @@ Shape letters: T tasks, K inner steps.
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -32,6 +33,21 @@ class Algorithm(abc.ABC):
     def meta_parameters(self) -> dict[str, Tensor]:
         """Fresh copies of the initial values of everything that is learned, by name. A name's first part is
         its kind: see `metaloom.engine.capabilities`."""
+
+    def at_step(
+        self,
+        meta: Mapping[str, Tensor],
+        batches: Sequence[TaskBatch],
+        gather: Callable[[list[Any]], list[Any]],
+    ) -> Algorithm:
+        """The algorithm as it is to be used in one outer step, once that step's tasks are known: for
+        meta-losses in which the tasks of all ranks have to do with each other. Every rank must call.
+
+        Args:
+            batches: this rank's micro-batches, none where it has no tasks.
+            gather: all ranks' lists, joined, on every rank.
+        """
+        return self
 
     @abc.abstractmethod
     def meta_gradient(
