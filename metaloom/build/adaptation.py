@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 from metaloom.build.choices import Choices
@@ -104,9 +106,7 @@ def build_unroll(
         ),
         rule=build_rule(adaptation.rule),
         rates=Rates(rate, grain, adaptation.num_steps),
-        step_weights=step_weights(
-            "last" if recipe.maml is None else recipe.maml.step_weights, adaptation.num_steps
-        ),
+        step_weights=step_weights(_step_weights(recipe), adaptation.num_steps),
     )
 
 
@@ -119,3 +119,10 @@ def _rehearsal(recipe: Recipe, section: RehearsalSection) -> Rehearsal:
         criterion=output.criterion,
         head=output.head,
     )
+
+
+def _step_weights(recipe: Recipe) -> Literal["last", "uniform"]:
+    """Those at which a training starts."""
+    if recipe.maml is None or recipe.maml.step_weights == "last":
+        return "last"
+    return "uniform"

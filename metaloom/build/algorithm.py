@@ -9,7 +9,7 @@ from metaloom.build.adaptation import build_adapter, build_unroll
 from metaloom.build.choices import Choices
 from metaloom.build.model import model_structure, task_output
 from metaloom.engine.algorithms.base import Algorithm
-from metaloom.engine.algorithms.maml import Maml
+from metaloom.engine.algorithms.maml import Maml, MultiStepAnnealing
 from metaloom.engine.algorithms.protonet import Protonet
 from metaloom.engine.backbone import Backbone
 from metaloom.engine.choice import EXACT_AND_FLAT
@@ -90,7 +90,16 @@ def build_maml(
         build_hypergradient(recipe, choices, device, sharding=sharding),
         init=learned.init,
         backbone=learned.backbone,
+        annealing=_annealing(recipe, section),
+        first_order=FirstOrder(build_snapshots(recipe, device)) if section.first_order_steps else None,
+        num_first_order=section.first_order_steps,
     )
+
+
+def _annealing(recipe: Recipe, section: MAMLAlgorithm) -> MultiStepAnnealing | None:
+    if section.step_weights != "annealed":
+        return None
+    return MultiStepAnnealing(section.annealing_steps or max(1, recipe.outer.num_steps // 2))
 
 
 def build_backbone(recipe: Recipe, model: HeldModel) -> Backbone:

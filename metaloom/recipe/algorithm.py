@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from metaloom.recipe.base import Count, FloatOrZero, PositiveFloat, Section
+from metaloom.recipe.base import Count, CountOrZero, FloatOrZero, PositiveFloat, Section
 
 
 class UnrolledHypergradient(Section):
@@ -156,9 +156,20 @@ class MAMLAlgorithm(Section):
         discriminator="kind",
         description="how the gradient through the adaptation is computed",
     )
-    step_weights: Literal["last", "uniform"] = Field(
+    step_weights: Literal["last", "uniform", "annealed"] = Field(
         default="last",
-        description="weights of the query losses after each inner step: the last only, or all alike",
+        description="weights of the query losses after each inner step: last (that step's only), uniform "
+        "(all alike), or annealed (all alike at first, then more and more the last: MAML++)",
+    )
+    annealing_steps: Count | None = Field(
+        default=None,
+        description="outer steps after which annealed weights are those of the last step only; null for half "
+        "of outer.num_steps",
+    )
+    first_order_steps: CountOrZero = Field(
+        default=0,
+        description="outer steps at the start that drop second derivatives (derivative-order annealing: "
+        "MAML++)",
     )
     meta_parameters: MetaParameters = Field(
         default=MetaParameters(), description="what the outer loop learns"

@@ -43,6 +43,43 @@ def test_what_has_no_effect_without_steps_is_refused(overrides: Sequence[str], m
         load_recipe(SMOKE, ["algorithm=protonet", *overrides])
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["algorithm.step_weights=annealed"],
+            "algorithm.step_weights: annealed; has no effect, since adaptation.num_steps is 1 and there is "
+            "one query loss; set it to last",
+        ),
+        (
+            ["algorithm.annealing_steps=3"],
+            "algorithm.annealing_steps: 3; has no effect, since algorithm.step_weights is last; leave it out",
+        ),
+        (
+            ["algorithm={first_order_steps: 2, hypergradient: reptile}"],
+            "algorithm.first_order_steps: 2; goes over to exact derivatives, and algorithm.hypergradient = "
+            "reptile is not; set it to 0, or take one of unrolled, rematerialized, mixed_mode, auto",
+        ),
+        (
+            ["algorithm.first_order_steps=6"],
+            "algorithm.first_order_steps: 6; must be less than outer.num_steps = 6; for first order "
+            "throughout take algorithm.hypergradient = first_order",
+        ),
+        (
+            ["algorithm.first_order_steps=2", "adaptation.loss={learned: [temperature]}"],
+            "algorithm.first_order_steps: 2; first_order gives no gradient of loss parameters",
+        ),
+        (
+            ["algorithm={step_weights: annealed, hypergradient: implicit}", "adaptation.num_steps=2"],
+            "algorithm.step_weights: annealed; implicit looks at the fully adapted weights alone",
+        ),
+    ],
+)
+def test_what_changes_in_training_has_an_effect(overrides: Sequence[str], message: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        load_recipe(SMOKE, overrides)
+
+
 def test_an_algorithm_that_classifies_needs_classes() -> None:
     with pytest.raises(RecipeError) as raised:
         load_recipe(STDLIB, ["algorithm=protonet"])

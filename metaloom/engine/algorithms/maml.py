@@ -28,12 +28,20 @@ class Maml(Algorithm):
         hypergradient: the estimator of its gradient.
         init: whether the initialisation is learned.
         backbone: whether the weights that tasks share are learned.
+        annealing: how the weights of the query losses change in the course of training; None where they
+            stay those of the unroll.
+        first_order: the estimator of the first outer steps; None where it is the same throughout.
+        num_first_order: how many outer steps those are (derivative-order annealing of MAML++: Antoniou et al.
+            2019, section 4).
     """
 
     unroll: Unroll
     hypergradient: Hypergradient
     init: bool = True
     backbone: bool = False
+    annealing: MultiStepAnnealing | None = None
+    first_order: Hypergradient | None = None
+    num_first_order: int = 0
 
     @property
     def metric_names(self) -> tuple[str, ...]:
@@ -56,10 +64,47 @@ class Maml(Algorithm):
         on_final: OnGradient | None = None,
     ) -> MetaGradient:
         unroll = self.unroll if scales is None else dataclasses.replace(self.unroll, scales=scales)
-        return self.hypergradient.meta_gradient(unroll, meta, batch, on_final=on_final)
+        if self.annealing is not None:
+            weights = self.annealing.step_weights(unroll.num_steps, outer_step)
+            unroll = dataclasses.replace(unroll, step_weights=weights)
+        return self.estimator_at(outer_step).meta_gradient(unroll, meta, batch, on_final=on_final)
+
+    def estimator_at(self, outer_step: int) -> Hypergradient:
+        """The estimator that an outer step takes."""
+        is_early = self.first_order is not None and outer_step < self.num_first_order
+        return self.first_order if is_early and self.first_order is not None else self.hypergradient
 
     def curve(self, meta: Mapping[str, Tensor], batch: TaskBatch, *, num_steps: int) -> dict[str, Tensor]:
         return adaptation_curve(self.unroll, meta, batch, num_steps=num_steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class MultiStepAnnealing:
+    """The multi-step loss of MAML++, from all inner steps alike to the last alone (Antoniou et al. 2019, "How
+    to Train Your MAML", section 4): with s outer steps done of N,
+
+        c_k = max(1/K - s / (N K), 0.03 / K)    for k = 1 .. K-1
+        c_K = 1 - sum of the others
+
+    and from s = N on c_K = 1 and nothing else. The floor, and the step at N, are those of the authors' code,
+    which anneals once an epoch, here every outer step.
+
+    Attributes:
+        num_outer_steps: N, at least 1.
+    """
+
+    num_outer_steps: int
+
+    def step_weights(self, num_steps: int, outer_step: int) -> tuple[float, ...]:
+        """c_0 .. c_K after `outer_step` outer steps."""
+        if outer_step >= self.num_outer_steps:
+            return step_weights("last", num_steps)
+        done = outer_step / self.num_outer_steps
+        early = max(1.0 - done, _FLOOR) / num_steps
+        return (0.0, *(early,) * (num_steps - 1), 1.0 - early * (num_steps - 1))
+
+
+_FLOOR = 0.03
 
 
 def step_weights(kind: Literal["last", "uniform"], num_steps: int) -> tuple[float, ...]:

@@ -1,6 +1,12 @@
 """Rules about what is learned from adaptations, and how its gradient is computed."""
 
-from metaloom.engine.capabilities import Kind, outer_rehearsal_refusal, refusals, step_weights_refusal
+from metaloom.engine.capabilities import (
+    ESTIMATORS,
+    Kind,
+    outer_rehearsal_refusal,
+    refusals,
+    step_weights_refusal,
+)
 from metaloom.recipe.adaptation import AdamWRule, FullFast
 from metaloom.recipe.algorithm import (
     FiniteDifferenceHypergradient,
@@ -13,6 +19,11 @@ from metaloom.recipe.rules.base import Broken, Rule, of_maml
 from metaloom.recipe.schema import Recipe
 from metaloom.recipe.tasks import task_facts
 
+EXACT_ESTIMATORS = tuple(
+    name
+    for name, row in ESTIMATORS.items()
+    if all(capability.degree == "exact" for capability in row.of.values())
+)
 # The estimators that go back over the inner steps one by one, from fast weights that are kept.
 SWEEPS = ("auto", "rematerialized", "mixed_mode", "first_order", "truncated")
 
@@ -76,6 +87,47 @@ def the_estimator_takes_the_step_weights(recipe: Recipe, maml: MAMLAlgorithm) ->
         refusal = step_weights_refusal(maml.hypergradient.kind)
         if refusal is not None:
             yield "algorithm.step_weights", f"{maml.step_weights}; {refusal}"
+
+
+@of_maml
+def annealed_weights_change(recipe: Recipe, maml: MAMLAlgorithm) -> Broken:
+    if maml.step_weights == "annealed" and recipe.adaptation.num_steps == 1:
+        yield (
+            "algorithm.step_weights",
+            "annealed; has no effect, since adaptation.num_steps is 1 and there is one query loss; set it to "
+            "last",
+        )
+    if maml.annealing_steps is not None and maml.step_weights != "annealed":
+        yield (
+            "algorithm.annealing_steps",
+            f"{maml.annealing_steps}; has no effect, since algorithm.step_weights is {maml.step_weights}; "
+            "leave it out, or set that to annealed",
+        )
+
+
+@of_maml
+def the_first_order_comes_before_another(recipe: Recipe, maml: MAMLAlgorithm) -> Broken:
+    if maml.first_order_steps == 0:
+        return
+    kind = maml.hypergradient.kind
+    if kind not in EXACT_ESTIMATORS:
+        yield (
+            "algorithm.first_order_steps",
+            f"{maml.first_order_steps}; goes over to exact derivatives, and algorithm.hypergradient = {kind} "
+            f"is not; set it to 0, or take one of {', '.join(EXACT_ESTIMATORS)}",
+        )
+    if maml.first_order_steps >= recipe.outer.num_steps:
+        yield (
+            "algorithm.first_order_steps",
+            f"{maml.first_order_steps}; must be less than outer.num_steps = {recipe.outer.num_steps}; for "
+            "first order throughout take algorithm.hypergradient = first_order",
+        )
+    if recipe.adaptation.loss.learned:
+        yield (
+            "algorithm.first_order_steps",
+            f"{maml.first_order_steps}; first_order gives no gradient of loss parameters, which "
+            "adaptation.loss.learned asks for; set it to 0, or learn none",
+        )
 
 
 @of_maml
@@ -180,6 +232,8 @@ RULES: tuple[Rule, ...] = (
     something_is_learned,
     the_estimator_gives_what_is_learned,
     the_estimator_takes_the_step_weights,
+    annealed_weights_change,
+    the_first_order_comes_before_another,
     finite_differences_need_digits,
     a_difference_is_taken,
     implicit_has_no_scales,
