@@ -12,6 +12,7 @@ from metaloom.build.model import (
     rehearsal_output,
     task_output,
 )
+from metaloom.build.regularisation import meta_terms
 from metaloom.engine.adapters.base import Adapter
 from metaloom.engine.adapters.full import FullAdapter
 from metaloom.engine.adapters.lora import LoraAdapter
@@ -107,6 +108,7 @@ def build_unroll(
         rule=build_rule(adaptation.rule),
         rates=Rates(rate, grain, adaptation.num_steps),
         step_weights=step_weights(_step_weights(recipe), adaptation.num_steps),
+        terms=meta_terms(recipe),
     )
 
 

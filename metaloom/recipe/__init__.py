@@ -73,6 +73,11 @@ from metaloom.recipe.machine import (
 )
 from metaloom.recipe.model import Conv4Model, GPTModel, MLPModel, Pretrain
 from metaloom.recipe.outer import AdamOptimizer, Outer, Schedule, SGDOptimizer
+from metaloom.recipe.regularisation import (
+    EntropyRegularisation,
+    InequalityRegularisation,
+    WeightsRegularisation,
+)
 from metaloom.recipe.schema import Recipe
 from metaloom.recipe.views import (
     Difference,
@@ -104,6 +109,7 @@ __all__ = [
     "DocumentsData",
     "DocumentsRehearsal",
     "EarlyStopping",
+    "EntropyRegularisation",
     "EpisodesData",
     "Evaluation",
     "FiniteDifferenceHypergradient",
@@ -114,6 +120,7 @@ __all__ = [
     "HostSnapshots",
     "ImageInputs",
     "ImplicitHypergradient",
+    "InequalityRegularisation",
     "InnerRule",
     "LoRAFast",
     "Loading",
@@ -153,6 +160,7 @@ __all__ = [
     "UnrolledHypergradient",
     "Validation",
     "Variable",
+    "WeightsRegularisation",
     "Window",
     "differences",
     "dump_recipe",
