@@ -26,6 +26,7 @@ from metaloom.datasets import (
     ReadySamples,
     Rehearsed,
     Samples,
+    ShiftedTargets,
     StorageSettings,
     VariableWays,
     Ways,
@@ -190,7 +191,7 @@ def _tasks_of(recipe: Recipe, section: DataSet, index: Index, split: str, *, see
                 seed=seed,
             )
         case GroupsData():
-            return GroupEpisodes(
+            groups = GroupEpisodes(
                 index,
                 split,
                 inputs=_inputs(recipe, section.inputs),
@@ -199,6 +200,7 @@ def _tasks_of(recipe: Recipe, section: DataSet, index: Index, split: str, *, see
                 num_query=section.num_query,
                 seed=seed,
             )
+            return _augmented(groups, section.targets, split, seed=seed)
         case DocumentsData():
             return DocumentEpisodes(
                 index,
@@ -210,7 +212,18 @@ def _tasks_of(recipe: Recipe, section: DataSet, index: Index, split: str, *, see
                 seed=seed,
             )
         case EpisodesData():
-            return _ready(recipe, section, index, split, seed=seed)
+            return _augmented(
+                _ready(recipe, section, index, split, seed=seed), section.targets, split, seed=seed
+            )
+
+
+def _augmented(
+    source: EpisodeSource, targets: ClassTargets | NumberTargets | TokenTargets, split: str, *, seed: int
+) -> EpisodeSource:
+    """Training tasks under what the recipe asks for of their targets; others as they are."""
+    if not isinstance(targets, NumberTargets) or targets.task_noise is None or split != "train":
+        return source
+    return ShiftedTargets(source, std=targets.task_noise, seed=seed, split=split)
 
 
 def _ready(recipe: Recipe, section: EpisodesData, index: Index, split: str, *, seed: int) -> ReadyEpisodes:
