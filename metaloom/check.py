@@ -6,7 +6,6 @@ import sys
 
 from metaloom.build import (
     Choices,
-    Tasks,
     build_maml,
     build_model,
     task_batch,
@@ -21,7 +20,7 @@ from metaloom.engine.choice import EXACT_AND_FLAT, EstimatorChoice
 from metaloom.engine.sharding.replicated import Replicated
 from metaloom.errors import CapabilityError
 from metaloom.job import Place
-from metaloom.recipe import AutoHypergradient, FullFast, Precision, Recipe
+from metaloom.recipe import AutoHypergradient, Precision, Recipe
 from metaloom.recipe.schema import maml_of
 from metaloom.sources import episode_source, open_data
 from metaloom.tracking.console import Console, make_console
@@ -89,11 +88,7 @@ def check(recipe: Recipe, place: Place) -> None:
 
 def _ways(recipe: Recipe) -> dict[str, Choices]:
     """All that a run of the recipe may compute its hypergradient by, by name."""
-    fast, estimator = recipe.adaptation.fast, maml_of(recipe).hypergradient
-    tasks: tuple[Tasks, ...] = ("loop",)
-    if isinstance(fast, FullFast):
-        both: tuple[Tasks, ...] = ("loop", "vmap")
-        tasks = both if fast.tasks == "auto" else (fast.tasks,)
+    estimator, tasks = maml_of(recipe).hypergradient, recipe.task_ways
     kinds = EXACT_AND_FLAT if isinstance(estimator, AutoHypergradient) else (estimator.kind,)
     chosen = {
         kind: EstimatorChoice(kind, 0) if isinstance(estimator, AutoHypergradient) else None for kind in kinds

@@ -29,13 +29,14 @@ from metaloom.confidence import confidence_95
 from metaloom.datasets import EpisodeSource, slice_for_rank
 from metaloom.engine.evaluation import Curve, adaptation_curve
 from metaloom.engine.losses import bits
+from metaloom.engine.outer import COUNTED
 from metaloom.engine.unroll import Unroll
 from metaloom.errors import CheckpointError
 from metaloom.job import Job, Place, open_job, stored_room
 from metaloom.ordinary import finished_weights, train_ordinary
 from metaloom.recipe import Conv4Model, GPTModel, Recipe
-from metaloom.recipe.tasks import data_sets, rehearsal_facts, task_facts
-from metaloom.sources import episode_source, ordinary_samples
+from metaloom.recipe.tasks import rehearsal_facts, task_facts
+from metaloom.sources import data_names, episode_source, ordinary_samples
 from metaloom.tracking import read_metrics
 from metaloom.tracking.report import write_report
 from metaloom.tracking.results import (
@@ -130,6 +131,10 @@ def _meta_trained(job: Job, newest: Checkpoint) -> Contender:
         name: job.sharding.held(checkpoint.tensors[prefix + name]).to(job.place.device)
         for name in algorithm.meta_parameters()
     }
+    meta |= {
+        name: job.sharding.held(checkpoint.tensors[COUNTED + name]).to(job.place.device)
+        for name in algorithm.tracked()
+    }
     tasks = recipe.outer.tasks_per_step
     return Contender(
         name="meta-trained",
@@ -178,7 +183,7 @@ def _baseline(job: Job, name: str, newest: Checkpoint) -> Contender:
         num_samples, num_steps = ordinary_budget(job, name, choices, num_outer_steps=newest.step)
         model.load(_ordinarily_trained(job, name, num_steps))
         training = _after_pretraining(job.recipe, f"{num_steps} steps, {num_samples} samples")
-    adapter = build_adapter(job.recipe, model, choices)
+    adapter = build_adapter(job.recipe, model, choices, is_learned=False)
     shown = _SHOWN_NAMES[name]
 
     def unroll_at(rate: float) -> Unroll:
@@ -283,8 +288,7 @@ def _metric(recipe: Recipe) -> str:
 
 def _data_name(job: Job) -> str:
     """The data sets of the tasks, in words."""
-    names = (job.data.indices[f"{path}.url"].dataset for path in data_sets(job.recipe))
-    return ", ".join(dict.fromkeys(names))
+    return ", ".join(dict.fromkeys(data_names(job.recipe, job.data)))
 
 
 def _test_curves(job: Job, contender: Contender) -> list[EpisodeCurve]:
@@ -388,7 +392,15 @@ def _notes(job: Job) -> tuple[str, ...]:
         notes.append("Forgetting is measured on data of the pre-training kind that were not rehearsed.")
     model = job.recipe.model
     if isinstance(model, Conv4Model) and model.norm == "batch":
-        notes.append("Batch norm sees the query images of an episode together: predictions are transductive.")
+        if job.recipe.adaptation.norms.statistics == "batch":
+            notes.append(
+                "Batch norm sees the query images of an episode together: predictions are transductive."
+            )
+        else:
+            notes.append(
+                "Batch norm of the meta-trained model takes running means of training; that of the baselines "
+                "sees the query images of an episode together, so that their predictions are transductive."
+            )
     return tuple(notes)
 
 

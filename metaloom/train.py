@@ -74,7 +74,12 @@ def train(recipe: Recipe, place: Place) -> None:
         if recipe.pretrain is not None:
             is_resumed = newest is not None
             model.load(_pretrained(job, recipe.pretrain, model, must_be_done=is_resumed))
-        outer = OuterOptimizer(algorithm.meta_parameters(), outer_settings(recipe), job.sharding)
+        outer = OuterOptimizer(
+            algorithm.meta_parameters(),
+            outer_settings(recipe),
+            job.sharding,
+            tracked=algorithm.tracked(),
+        )
         model.hold_once(outer.meta)
         if isinstance(job.sharding, DeepSpeedZero):
             _tell_of_deepspeed(job, job.sharding)

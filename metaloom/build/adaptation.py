@@ -16,6 +16,7 @@ from metaloom.build.regularisation import meta_terms
 from metaloom.engine.adapters.base import Adapter
 from metaloom.engine.adapters.full import FullAdapter
 from metaloom.engine.adapters.lora import LoraAdapter
+from metaloom.engine.adapters.norms import PerStepNorms
 from metaloom.engine.algorithms.maml import step_weights
 from metaloom.engine.inner_loops.adam import Adam
 from metaloom.engine.inner_loops.base import InnerRule
@@ -39,12 +40,18 @@ from metaloom.recipe import Rehearsal as RehearsalSection
 from metaloom.weights import HeldModel
 
 
-def build_adapter(recipe: Recipe, model: HeldModel, choices: Choices) -> Adapter:
-    """What is fast in a model."""
+def build_adapter(recipe: Recipe, model: HeldModel, choices: Choices, *, is_learned: bool = True) -> Adapter:
+    """What is fast in a model.
+
+    Args:
+        is_learned: whether the model is meta-trained: what norms learn for each inner step is not there
+            otherwise.
+    """
     fast = recipe.adaptation.fast
     structure = model_structure(model.module)
     if isinstance(fast, FullFast):
-        return FullAdapter(model.module, structure=structure, tasks=choices.tasks)
+        norms = _per_step_norms(recipe) if is_learned else None
+        return FullAdapter(model.module, structure=structure, tasks=choices.tasks, norms=norms)
     return LoraAdapter(
         model.module,
         targets=fast.targets,
@@ -54,6 +61,14 @@ def build_adapter(recipe: Recipe, model: HeldModel, choices: Choices) -> Adapter
         structure=structure,
         shards=model.shards,
     )
+
+
+def _per_step_norms(recipe: Recipe) -> PerStepNorms | None:
+    norms = recipe.adaptation.norms
+    weights, statistics = norms.weights == "per_step", norms.statistics == "per_step"
+    if not (weights or statistics):
+        return None
+    return PerStepNorms(recipe.adaptation.num_steps, weights, statistics)
 
 
 def build_rule(section: InnerRuleSection) -> InnerRule:

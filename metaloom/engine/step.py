@@ -42,9 +42,10 @@ def outer_step(
             outer.meta, batch, scaler.scales, outer_step=outer.step, on_final=on_final
         )
         combiner.add(part)
+        outer.count(part.tracked)
     combined = combiner.combine(tasks.num_global)  # out of lockstep the one place where ranks meet
     metrics = combined.metrics | scaler.metrics()
     # An overflow that smaller scales may mend is no sign of a broken run.
-    metrics |= outer.update(combined.gradient, is_expected=scaler.can_shrink)
+    metrics |= outer.update(combined.gradient, num_tasks=tasks.num_global, is_expected=scaler.can_shrink)
     scaler.update(is_finite=metrics["skipped"] == 0.0)
     return metrics

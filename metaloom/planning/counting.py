@@ -299,10 +299,7 @@ def _trials(recipe: Recipe, axes: Axes) -> list[Way]:
 
 
 def _tasks(recipe: Recipe) -> tuple[Tasks, ...]:
-    fast = recipe.adaptation.fast
-    if not isinstance(fast, FullFast):
-        return ("loop",)
-    return ("loop", "vmap") if fast.tasks == "auto" else (fast.tasks,)
+    return recipe.task_ways
 
 
 def _step_amounts(recipe: Recipe, choices: Choices, point: Point) -> Amounts:

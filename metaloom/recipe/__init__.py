@@ -79,6 +79,13 @@ from metaloom.recipe.regularisation import (
     WeightsRegularisation,
 )
 from metaloom.recipe.schema import Recipe
+from metaloom.recipe.synthetic import (
+    Equivariant1dTask,
+    Equivariant2dTask,
+    NonExclusiveSinusoidTask,
+    SinusoidTask,
+    SyntheticData,
+)
 from metaloom.recipe.views import (
     Difference,
     differences,
@@ -111,6 +118,8 @@ __all__ = [
     "EarlyStopping",
     "EntropyRegularisation",
     "EpisodesData",
+    "Equivariant1dTask",
+    "Equivariant2dTask",
     "Evaluation",
     "FiniteDifferenceHypergradient",
     "FirstOrderHypergradient",
@@ -134,6 +143,7 @@ __all__ = [
     "MixtureData",
     "NeumannSolver",
     "NoTracking",
+    "NonExclusiveSinusoidTask",
     "NumberTargets",
     "OrdinaryTraining",
     "Outer",
@@ -152,7 +162,9 @@ __all__ = [
     "Schedule",
     "Section",
     "ShardedSharding",
+    "SinusoidTask",
     "SupportLoss",
+    "SyntheticData",
     "TextInputs",
     "TokenTargets",
     "TruncatedHypergradient",

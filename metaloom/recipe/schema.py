@@ -5,10 +5,12 @@ Each section is one class, of the modules beside this one. Where a section comes
 each other is in `rules`, so that every broken rule can be reported at once.
 """
 
+from typing import Literal
+
 from pydantic import Field
 
 from metaloom.errors import CapabilityError
-from metaloom.recipe.adaptation import Adaptation
+from metaloom.recipe.adaptation import Adaptation, FullFast
 from metaloom.recipe.algorithm import Algorithm, MAMLAlgorithm
 from metaloom.recipe.base import Section
 from metaloom.recipe.data import (
@@ -38,6 +40,7 @@ from metaloom.recipe.machine import (
 from metaloom.recipe.model import Conv4Model, GPTModel, MLPModel, Pretrain
 from metaloom.recipe.outer import Outer
 from metaloom.recipe.regularisation import Regularisation
+from metaloom.recipe.synthetic import SyntheticData
 
 
 class Recipe(Section):
@@ -52,7 +55,7 @@ class Recipe(Section):
         default=0, ge=0, le=2**32 - 1, description="every random draw of the run follows from it"
     )
     model: Conv4Model | MLPModel | GPTModel = Field(discriminator="kind", description="the network")
-    data: ClassesData | GroupsData | DocumentsData | EpisodesData | MixtureData = Field(
+    data: ClassesData | GroupsData | DocumentsData | EpisodesData | SyntheticData | MixtureData = Field(
         discriminator="kind", description="where the tasks come from"
     )
     loading: Loading = Field(default=Loading(), description="how data are read")
@@ -92,6 +95,17 @@ class Recipe(Section):
     def maml(self) -> MAMLAlgorithm | None:
         """The algorithm, where it adapts by inner steps; None where it takes none."""
         return self.algorithm if isinstance(self.algorithm, MAMLAlgorithm) else None
+
+    @property
+    def task_ways(self) -> tuple[Literal["loop", "vmap"], ...]:
+        """How tasks may be put side by side where every weight is fast; of several, the faster is taken."""
+        fast = self.adaptation.fast
+        if not isinstance(fast, FullFast) or self.maml is None:
+            return ("loop",)
+        if fast.tasks != "auto":
+            return (fast.tasks,)
+        is_counted = self.adaptation.norms.statistics == "per_step"  # which vmap cannot
+        return ("loop",) if is_counted else ("loop", "vmap")
 
     @property
     def evaluation_num_steps(self) -> int:

@@ -26,9 +26,10 @@ from metaloom.recipe.data import (
     TokenTargets,
 )
 from metaloom.recipe.schema import Recipe
+from metaloom.recipe.synthetic import SyntheticData
 
 ObjectiveName = Literal["classification", "regression", "language_modelling"]
-DataSet = ClassesData | GroupsData | DocumentsData | EpisodesData
+DataSet = ClassesData | GroupsData | DocumentsData | EpisodesData | SyntheticData
 InputSection = ImageInputs | ArrayInputs | TextInputs
 
 
@@ -76,8 +77,12 @@ def data_weights(recipe: Recipe) -> tuple[float, ...]:
 
 
 def data_urls(recipe: Recipe) -> dict[str, str]:
-    """Every URL that data are read from, by its path in the recipe."""
-    urls = {f"{path}.url": data.url for path, data in data_sets(recipe).items()}
+    """Every URL that data are read from, by its path in the recipe; synthetic data have none."""
+    urls = {
+        f"{path}.url": data.url
+        for path, data in data_sets(recipe).items()
+        if not isinstance(data, SyntheticData)
+    }
     rehearsal = recipe.adaptation.rehearsal
     if rehearsal is not None and rehearsal.data is not None:
         urls["adaptation.rehearsal.data.url"] = rehearsal.data.url
@@ -126,6 +131,9 @@ def facts_of(data: DataSet) -> TaskFacts:
         case DocumentsData(sequence_length=length):
             inputs = TextInputs.model_construct(length=length)
             return TaskFacts("language_modelling", inputs, None, data.num_support, data.num_query)
+        case SyntheticData(task=task):
+            inputs_of_task = ArrayInputs.model_construct(shape=task.input_shape)
+            return TaskFacts("regression", inputs_of_task, task.num_targets, data.num_support, data.num_query)
     objective, num_outputs = _stated(data.targets)
     return TaskFacts(
         objective,

@@ -54,6 +54,19 @@ def test_learned_loss_parameters_and_rates_per_element_are_evaluated(tmp_path: P
     assert_evaluated(tmp_path / "runs" / "smoke")
 
 
+def test_every_part_of_maml_plus_plus_is_trained_and_evaluated(tmp_path: Path, glyphs: Path) -> None:
+    parts = (
+        "adaptation.rule.learned=per_tensor_per_step",
+        "adaptation.norms={weights: per_step, statistics: per_step}",
+        "algorithm={hypergradient: rematerialized, step_weights: annealed, annealing_steps: 2, "
+        "first_order_steps: 1}",
+    )
+    run_well("train", SMOKE, f"data.url={glyphs}", *SHORT, *parts, cwd=tmp_path)
+    output = run_well("evaluate", "runs/smoke", cwd=tmp_path)
+    assert "Batch norm of the meta-trained model takes running means of training" in output
+    assert_evaluated(tmp_path / "runs" / "smoke")
+
+
 def test_an_algorithm_without_inner_steps_is_trained_and_evaluated(tmp_path: Path, glyphs: Path) -> None:
     output = run_well("train", SMOKE, f"data.url={glyphs}", *SHORT, "algorithm=protonet", cwd=tmp_path)
     assert "meta-trained for 2 outer steps" in output

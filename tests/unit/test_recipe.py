@@ -95,8 +95,8 @@ def report(load: Load, text: str, *overrides: str) -> list[str]:
 # ---------------------------------------------------------------- the ready recipes
 
 
-def test_there_are_three_recipes() -> None:
-    assert [path.stem for path in RECIPES] == ["glyphs-maml", "smoke", "stdlib-lora"]
+def test_there_are_four_recipes() -> None:
+    assert [path.stem for path in RECIPES] == ["glyphs-maml", "sinusoid-maml", "smoke", "stdlib-lora"]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -348,8 +348,8 @@ def test_a_section_without_a_kind_has_that_of_its_default(load: Load) -> None:
         ("algorithm.hypergradient.kind=mixed", "reptile; did you mean 'mixed_mode'?"),
         (
             "data.kind=clases",
-            "data.kind: 'clases' is not one of classes, groups, documents, episodes, mixture; did you mean "
-            "'classes'?",
+            "data.kind: 'clases' is not one of classes, groups, documents, episodes, synthetic, mixture; did "
+            "you mean 'classes'?",
         ),
         ("tracking=mlfow", "tracking: 'mlfow' is not one of mlflow, none; did you mean 'mlflow'?"),
         (
@@ -389,7 +389,8 @@ def test_missing_keys_are_all_named() -> None:
         "  name: missing; give text made of at most 100 letters, digits, '-', '_' and '.', "
         "the first a letter or digit",
         "  model: missing; give a section with kind: conv4 or mlp or gpt",
-        "  data: missing; give a section with kind: classes or groups or documents or episodes or mixture",
+        "  data: missing; give a section with kind: classes or groups or documents or episodes or synthetic "
+        "or mixture",
         "  adaptation: missing; give a section with fast, rule, num_steps",
         "  outer.num_steps: missing; give a whole number of at least 1",
         "  outer.tasks_per_step: missing; give a whole number of at least 1",
@@ -1364,6 +1365,9 @@ KINDS_OF_DATA = (
     "num_support: 3, num_query: 3}",
     "{kind: mixture, parts: [{data: {kind: documents, url: x}}, {weight: 2, data: {kind: classes, url: x, "
     "n_way: 5, n_shot: 1, n_query: 5}}]}",
+    "{kind: synthetic, task: {kind: equivariant_1d, rank: 2, length: 9, filter_size: 3}, num_test_tasks: 9}",
+    "{kind: synthetic, task: {kind: equivariant_2d, flips: true, size: 9, num_filters: 2, filter_size: 3}, "
+    "num_support: 3}",
 )
 
 

@@ -70,6 +70,31 @@ def test_what_has_no_effect_without_steps_is_refused(overrides: Sequence[str], m
             "algorithm.first_order_steps: 2; first_order gives no gradient of loss parameters",
         ),
         (
+            ["adaptation.norms.weights=per_step", "algorithm.meta_parameters.init=false"],
+            "adaptation.norms.weights: per_step; has no effect, since they are learned with the "
+            "initialisation, and algorithm.meta_parameters.init is false; leave it out",
+        ),
+        (
+            ["adaptation.norms.weights=per_step", "algorithm.hypergradient=reptile"],
+            "algorithm.hypergradient.kind: reptile gives no gradient of the backbone",
+        ),
+        (
+            ["adaptation.norms.weights=per_step", "model.norm=none"],
+            "adaptation.norms.weights: per_step; and model.kind = conv4 has no norm here; leave it out",
+        ),
+        (
+            ["adaptation.norms.statistics=per_step", "model.norm=none"],
+            "adaptation.norms.statistics: per_step; and model.kind = conv4 has no batch norm here; leave it",
+        ),
+        (
+            ["adaptation.norms.statistics=per_step", "adaptation.fast.tasks=vmap"],
+            "adaptation.norms.statistics: per_step; is not counted under adaptation.fast.tasks = vmap; set",
+        ),
+        (
+            ["algorithm=protonet", "adaptation.norms={weights: per_step, statistics: per_step}"],
+            "adaptation.norms.weights: per_step; has no effect, since algorithm.kind = protonet",
+        ),
+        (
             ["algorithm={step_weights: annealed, hypergradient: implicit}", "adaptation.num_steps=2"],
             "algorithm.step_weights: annealed; implicit looks at the fully adapted weights alone",
         ),
@@ -78,6 +103,27 @@ def test_what_has_no_effect_without_steps_is_refused(overrides: Sequence[str], m
 def test_what_changes_in_training_has_an_effect(overrides: Sequence[str], message: str) -> None:
     with pytest.raises(RecipeError, match=re.escape(message)):
         load_recipe(SMOKE, overrides)
+
+
+def test_norms_per_step_are_for_whole_models() -> None:
+    message = "adaptation.norms.weights: per_step; is there for adaptation.fast.kind = full, and that is lora"
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        load_recipe(STDLIB, ["adaptation.norms.weights=per_step"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ways"),
+    [
+        (["adaptation.fast=full"], ("loop", "vmap")),
+        (["adaptation.fast={kind: full, tasks: vmap}"], ("vmap",)),
+        (["adaptation.fast=full", "adaptation.norms.statistics=per_step"], ("loop",)),
+        (["adaptation.fast=full", "algorithm=protonet"], ("loop",)),
+    ],
+)
+def test_tasks_are_put_side_by_side_only_in_ways_that_can_be(
+    overrides: Sequence[str], ways: tuple[str, ...]
+) -> None:
+    assert load_recipe(SMOKE, overrides).task_ways == ways
 
 
 def test_an_algorithm_that_classifies_needs_classes() -> None:

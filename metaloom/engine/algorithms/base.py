@@ -34,6 +34,12 @@ class Algorithm(abc.ABC):
         """Fresh copies of the initial values of everything that is learned, by name. A name's first part is
         its kind: see `metaloom.engine.capabilities`."""
 
+    def tracked(self) -> dict[str, Tensor]:
+        """Initial values of what is counted in training beside what is learned, by name: running means of
+        what `MetaGradient.tracked` reports. `curve` computes by them where they are among the meta-parameters
+        that it is given."""
+        return {}
+
     def at_step(
         self,
         meta: Mapping[str, Tensor],

@@ -56,6 +56,9 @@ class Inequality(Algorithm):
     def meta_parameters(self) -> dict[str, Tensor]:
         return self.inner.meta_parameters()
 
+    def tracked(self) -> dict[str, Tensor]:
+        return self.inner.tracked()
+
     def at_step(
         self,
         meta: Mapping[str, Tensor],

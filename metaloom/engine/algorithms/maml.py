@@ -8,6 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from metaloom.engine.adapters.norms import MetStatistics
 from metaloom.engine.algorithms.base import Algorithm
 from metaloom.engine.evaluation import adaptation_curve
 from metaloom.engine.hypergradients.base import Hypergradient, MetaGradient, OnGradient
@@ -67,7 +68,16 @@ class Maml(Algorithm):
         if self.annealing is not None:
             weights = self.annealing.step_weights(unroll.num_steps, outer_step)
             unroll = dataclasses.replace(unroll, step_weights=weights)
-        return self.estimator_at(outer_step).meta_gradient(unroll, meta, batch, on_final=on_final)
+        estimator, tracked = self.estimator_at(outer_step), self.tracked()
+        if not tracked:
+            return estimator.meta_gradient(unroll, meta, batch, on_final=on_final)
+        met = MetStatistics()
+        unroll = dataclasses.replace(unroll, learner=dataclasses.replace(unroll.learner, met=met))
+        found = estimator.meta_gradient(unroll, meta, batch, on_final=on_final)
+        return dataclasses.replace(found, tracked=met.sums(tracked, batch.weights))
+
+    def tracked(self) -> dict[str, Tensor]:
+        return self.unroll.learner.adapter.tracked()
 
     def estimator_at(self, outer_step: int) -> Hypergradient:
         """The estimator that an outer step takes."""

@@ -92,6 +92,9 @@ class Posterior(Algorithm):
             if name.startswith(self.kinds)
         }
 
+    def tracked(self) -> dict[str, Tensor]:
+        return self.inner.tracked()
+
     def meta_gradient(
         self,
         meta: Tensors,
@@ -119,7 +122,12 @@ class Posterior(Algorithm):
         prices = divergence * counts
         losses = torch.cat([one.losses for one in found])
         metrics = {name: torch.cat([one.metrics[name] for one in found]) for name in found[0].metrics}
-        return MetaGradient(gradient, losses + self.beta * prices.to(losses), metrics | {"kl": prices})
+        tracked: dict[str, Tensor] = {}
+        for one in found:
+            add_(tracked, one.tracked)
+        return MetaGradient(
+            gradient, losses + self.beta * prices.to(losses), metrics | {"kl": prices}, tracked
+        )
 
     def curve(self, meta: Tensors, batch: TaskBatch, *, num_steps: int) -> dict[str, Tensor]:
         return self.inner.curve(_means(meta), batch, num_steps=num_steps)

@@ -69,7 +69,7 @@ def the_estimator_gives_what_is_learned(recipe: Recipe, maml: MAMLAlgorithm) -> 
     learned = maml.meta_parameters
     kinds: dict[Kind, bool] = {
         "init": learned.init,
-        "backbone": learned.backbone,
+        "backbone": learned.backbone or recipe.adaptation.norms.weights == "per_step",
         "rates": recipe.adaptation.rule.learned != "none",
         "loss": bool(recipe.adaptation.loss.learned),
     }
@@ -209,6 +209,10 @@ def without_steps_nothing_of_them_is_learned(recipe: Recipe) -> Broken:
         yield "adaptation.rule.learned", f"{adaptation.rule.learned}; {because}; set it to none"
     if adaptation.loss.learned:
         yield "adaptation.loss.learned", f"{', '.join(adaptation.loss.learned)}; {because}; set it to []"
+    for name, default in (("weights", "fast"), ("statistics", "batch")):
+        value = getattr(adaptation.norms, name)
+        if value != default:
+            yield f"adaptation.norms.{name}", f"{value}; {because}; set it to {default}"
     if adaptation.rehearsal is not None:
         yield "adaptation.rehearsal", f"given; {because}; set it to null"
     if memory.snapshots.kind != "all":
