@@ -12,7 +12,7 @@ from metaloom.build.model import (
     rehearsal_output,
     task_output,
 )
-from metaloom.build.regularisation import meta_terms
+from metaloom.build.regularisation import meta_terms, nat_price
 from metaloom.engine.adapters.base import Adapter
 from metaloom.engine.adapters.full import FullAdapter
 from metaloom.engine.adapters.lora import LoraAdapter
@@ -119,6 +119,7 @@ def build_unroll(
             head_chunk=recipe.memory.head_chunk,
             criterion=output.criterion,
             head=output.head,
+            bottleneck=nat_price(recipe),
         ),
         rule=build_rule(adaptation.rule),
         rates=Rates(rate, grain, adaptation.num_steps),

@@ -19,6 +19,7 @@ from metaloom.models.conv4 import Conv4
 from metaloom.models.gpt import Gpt
 from metaloom.models.mlp import Mlp
 from metaloom.recipe import (
+    ActivationsRegularisation,
     Conv4Model,
     DeepSpeedZeroSharding,
     GPTModel,
@@ -73,6 +74,8 @@ def _make_model(recipe: Recipe, num_classes: int | None) -> nn.Module:
     facts, rehearsed = task_facts(recipe), rehearsal_facts(recipe)
     num_outputs = num_classes or facts.num_outputs
     own_head = None if rehearsed is None or rehearsed.shares_head else rehearsed.num_outputs
+    section = recipe.regularisation
+    stochastic = section if isinstance(section, ActivationsRegularisation) else None
     match recipe.model:
         case Conv4Model(width=width, num_blocks=num_blocks, norm=norm):
             assert isinstance(facts.inputs, ImageInputs)
@@ -84,6 +87,7 @@ def _make_model(recipe: Recipe, num_classes: int | None) -> nn.Module:
                 norm=norm,
                 num_channels=facts.inputs.channels,
                 num_rehearsal_classes=own_head,
+                bottleneck=None if stochastic is None else stochastic.width,
             )
         case MLPModel(width=width, num_layers=num_layers, activation=activation):
             assert num_outputs is not None
@@ -94,6 +98,7 @@ def _make_model(recipe: Recipe, num_classes: int | None) -> nn.Module:
                 num_outputs=num_outputs,
                 activation=activation,
                 num_rehearsal_outputs=own_head,
+                bottleneck=None if stochastic is None else (stochastic.after or num_layers, stochastic.width),
             )
         case GPTModel():
             return Gpt(

@@ -9,6 +9,7 @@ from metaloom.engine.algorithms.posterior import Posterior
 from metaloom.engine.inequality import Measure
 from metaloom.engine.terms import EntropyReduction, MetaTerm
 from metaloom.recipe import (
+    ActivationsRegularisation,
     EntropyRegularisation,
     InequalityRegularisation,
     Recipe,
@@ -34,6 +35,12 @@ def regularised(recipe: Recipe, algorithm: Algorithm) -> Algorithm:
             alpha = 1.0 if section.alpha is None else section.alpha
             return Inequality(algorithm, Measure(section.measure, alpha), section.weight)
     return algorithm
+
+
+def nat_price(recipe: Recipe) -> float | None:
+    """What a nat costs that a stochastic layer tells; None where there is none."""
+    section = recipe.regularisation
+    return section.beta if isinstance(section, ActivationsRegularisation) else None
 
 
 def meta_terms(recipe: Recipe) -> tuple[MetaTerm, ...]:

@@ -17,7 +17,7 @@ from metaloom.engine.adapters.base import Adapter
 from metaloom.engine.adapters.norms import MetStatistics
 from metaloom.engine.draws import Draws
 from metaloom.engine.examples import Examples, Reading, read
-from metaloom.engine.forward_pass import Derivative, ForwardPass
+from metaloom.engine.forward_pass import Bottleneck, Derivative, ForwardPass
 from metaloom.engine.losses import Criterion, CrossEntropy, SupportLoss
 from metaloom.engine.precision import Precision
 from metaloom.errors import CapabilityError
@@ -140,6 +140,11 @@ class Learner:
         head: which output the tasks' are, of a model that has several; None for a model with one.
         met: takes in what batch norms meet; None where nobody asks.
 
+        bottleneck: price of a nat that a stochastic layer of the model tells of a query example, in the
+            meta-loss (Yin et al. 2020, "Meta-Learning without Memorization", section 4.1, equation 4:
+            MR-MAML (A)); None for a model without. The layer draws in the objectives `support` and `outer`,
+            as a function of `seed`, the task and the step, and gives its means in the others.
+
     Raises:
         CapabilityError: the criterion has no temperature and label smoothing, and they are given.
     """
@@ -154,6 +159,7 @@ class Learner:
     criterion: Criterion = dataclasses.field(default_factory=CrossEntropy)
     head: str | None = None
     met: MetStatistics | None = None
+    bottleneck: float | None = None
 
     def __post_init__(self) -> None:
         if not self.criterion.takes_support_loss and self.support_loss != SupportLoss():
@@ -177,7 +183,8 @@ class Learner:
     @property
     def outer_measures(self) -> tuple[str, ...]:
         """Names of what the objective `outer` measures."""
-        return ("loss", *self.scores, *(("rehearsal_loss",) if self.rehearses_outside else ()))
+        rehearsal = ("rehearsal_loss",) if self.rehearses_outside else ()
+        return ("loss", *self.scores, *rehearsal, *(() if self.bottleneck is None else ("kl",)))
 
     def init(self, meta: Tensors, num_tasks: int) -> dict[str, Tensor]:
         """phi_0, differentiable in `meta`: name -> `[T, ...]`."""
@@ -213,17 +220,23 @@ class Learner:
         tasks = Reading(self.criterion, self.head, num_ways=batch.num_ways, step=step, objective=objective)
         if objective == "support":
             draws = Draws(self.seed, batch.numbers, step)
-            tasks = dataclasses.replace(tasks, how=self.support_loss.at(meta), draws=draws)
+            tasks = dataclasses.replace(tasks, how=self.support_loss.at(meta), draws=draws, noise=draws)
             return self._inner_losses(meta, fast, batch, step, tasks, derivative)
         if objective == "retention":
             assert batch.retention is not None, "the retention objective needs data of its own"
             old = self._examples(meta, fast, batch.retention, self._of_rehearsal(tasks), derivative)
             return old.loss(), old.mean_scores()
+        if objective == "outer":
+            tasks = dataclasses.replace(tasks, noise=Draws(self.seed, batch.numbers, step, part="query/"))
         own = self._examples(meta, fast, batch.query, tasks, derivative)
         loss, measures = own.loss(), own.mean_scores()
         if objective == "query":
             return loss, measures
         measures = {"loss": loss.detach().double()} | measures
+        if self.bottleneck is not None:
+            divergence = own.divergence()
+            measures["kl"] = divergence.detach().double()
+            loss = loss + self.bottleneck * divergence
         if self.rehearsal is None or not self.rehearses_outside:
             return loss, measures
         assert batch.outer_rehearsal is not None, "rehearsal in the meta-loss needs data of its own"
@@ -284,6 +297,9 @@ class Learner:
     ) -> Examples:
         """What examples cost, by a forward pass of their own."""
         inputs, weights = data["inputs"], data.get("weights")
+        bottleneck = None
+        if self.bottleneck is not None:
+            bottleneck = Bottleneck(reading.noise, [] if reading.objective == "outer" else None)
         forward_pass = ForwardPass(
             precision=self.precision,
             device=inputs.device,
@@ -296,11 +312,16 @@ class Learner:
             step=reading.step,
             objective=reading.objective,
             met=self.met,
+            bottleneck=bottleneck,
         )
         readout = self.adapter.forward(meta, fast, inputs, forward_pass)
-        return read(
+        examples = read(
             readout, data["targets"], weights, reading, head_chunk=self.head_chunk, derivative=derivative
         )
+        if bottleneck is None or not bottleneck.divergences:
+            return examples
+        found = torch.cat(bottleneck.divergences).view(examples.losses.shape)
+        return dataclasses.replace(examples, divergences=found)
 
 
 def _next_stretches(rehearsal: Tensors, step: int, num_samples: int) -> dict[str, Tensor]:

@@ -74,6 +74,7 @@ from metaloom.recipe.machine import (
 from metaloom.recipe.model import Conv4Model, GPTModel, MLPModel, Pretrain
 from metaloom.recipe.outer import AdamOptimizer, Outer, Schedule, SGDOptimizer
 from metaloom.recipe.regularisation import (
+    ActivationsRegularisation,
     EntropyRegularisation,
     InequalityRegularisation,
     WeightsRegularisation,
@@ -96,6 +97,7 @@ from metaloom.recipe.views import (
 )
 
 __all__ = [
+    "ActivationsRegularisation",
     "AdamOptimizer",
     "AdamRule",
     "AdamWRule",

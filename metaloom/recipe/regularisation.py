@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from metaloom.recipe.base import PositiveFloat, Section
+from metaloom.recipe.base import Count, PositiveFloat, Section
 
 
 class WeightsRegularisation(Section):
@@ -30,6 +30,22 @@ class WeightsRegularisation(Section):
         default="per_step",
         description="per_step: one draw for all tasks of an outer step; per_task: one for each, tasks one "
         "after the other",
+    )
+
+
+class ActivationsRegularisation(Section):
+    """A stochastic layer that pays for what it tells of query inputs (MR-MAML (A): Yin et al. 2020)."""
+
+    kind: Literal["activations"] = Field(
+        default="activations",
+        description="the model (mlp or conv4) has a stochastic layer, and what it tells of a query input has "
+        "its price; what is adapted should lie behind it",
+    )
+    beta: PositiveFloat = Field(default=1e-3, description="price of a nat, per query example")
+    width: Count = Field(default=5, description="units of the stochastic layer")
+    after: Count | None = Field(
+        default=None,
+        description="hidden layers before it (mlp; conv4 has it before the head); null for all of them",
     )
 
 
@@ -60,4 +76,6 @@ class InequalityRegularisation(Section):
     )
 
 
-Regularisation = WeightsRegularisation | EntropyRegularisation | InequalityRegularisation
+Regularisation = (
+    WeightsRegularisation | ActivationsRegularisation | EntropyRegularisation | InequalityRegularisation
+)

@@ -20,7 +20,8 @@ from metaloom.engine.outer import update_rule
 from metaloom.engine.sharding.replicated import Replicated
 from metaloom.engine.terms import EntropyReduction
 from metaloom.errors import RecipeError
-from metaloom.recipe import load_recipe
+from metaloom.models.conv4 import Conv4
+from metaloom.recipe import ActivationsRegularisation, load_recipe
 from tests.commands import RECIPES
 from tests.unit.test_recipe import KINDS_OF_DATA
 
@@ -89,6 +90,43 @@ OVER_INIT = "regularisation={kind: weights, kinds: [init]}"
             ["outer.lr_posterior=0.1"],
             "outer.lr_posterior: 0.1; has no effect, since regularisation is not weights; leave it out",
         ),
+        (
+            SMOKE,
+            ["regularisation=activations"],
+            "regularisation.kind: activations; its layer is one that tasks share, and "
+            "algorithm.meta_parameters.backbone is false; set that to true",
+        ),
+        (
+            SMOKE,
+            ["regularisation={kind: activations, after: 1}"],
+            "regularisation.after: 1; has no effect, since conv4 has the stochastic layer before its head",
+        ),
+        (
+            SMOKE,
+            ["model={kind: mlp, num_layers: 2}", "regularisation={kind: activations, after: 3}"],
+            "regularisation.after: 3; must be at most model.num_layers = 2",
+        ),
+        (
+            SMOKE,
+            ["algorithm=protonet", "regularisation=activations"],
+            "regularisation.kind: activations; is a part of adaptation by inner steps, and algorithm.kind = "
+            "protonet takes none; take weights",
+        ),
+        (
+            STDLIB,
+            ["regularisation=activations", "sharding=sharded"],
+            "regularisation.kind: activations; is a layer of mlp and conv4, and model.kind is gpt; take",
+        ),
+        (
+            STDLIB,
+            ["regularisation=activations", "sharding=sharded"],
+            "sharding.kind: sharded; regularisation = activations computes with whole weights; set it to",
+        ),
+        (
+            STDLIB,
+            ["regularisation=activations"],
+            "adaptation.rehearsal: given; regularisation = activations has none; set it to null",
+        ),
         (SMOKE, ["regularisation=entropy"], "regularisation.weight: missing"),
     ],
 )
@@ -132,6 +170,19 @@ def test_a_recipe_gives_terms_their_weights() -> None:
     found = built("regularisation={kind: inequality, weight: 1.0}")
     assert isinstance(found, Inequality)
     assert found.measure == Measure("theil")
+
+
+def test_a_recipe_gives_a_model_its_stochastic_layer() -> None:
+    section = ActivationsRegularisation(beta=0.5, width=3)
+    recipe = load_recipe(SMOKE).model_copy(update={"regularisation": section})
+    device = torch.device("cpu")
+    network = build_model(recipe, device, Replicated()).module
+    assert isinstance(network, Conv4)
+    assert (network.bottleneck is not None, network.head.in_features) == (True, 3)
+    algorithm = build_algorithm(recipe, build_model(recipe, device, Replicated()), Choices(), device)
+    assert isinstance(algorithm, Maml)
+    assert algorithm.unroll.learner.bottleneck == 0.5
+    assert "kl_after" in algorithm.metric_names
 
 
 def test_without_regularisation_an_algorithm_is_as_it_was() -> None:

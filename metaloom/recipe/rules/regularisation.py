@@ -3,7 +3,9 @@
 from metaloom.engine.capabilities import ESTIMATORS
 from metaloom.recipe.algorithm import MAMLAlgorithm
 from metaloom.recipe.machine import ShardedSharding
+from metaloom.recipe.model import Conv4Model, MLPModel
 from metaloom.recipe.regularisation import (
+    ActivationsRegularisation,
     EntropyRegularisation,
     InequalityRegularisation,
     WeightsRegularisation,
@@ -56,6 +58,54 @@ def what_is_drawn_is_whole(recipe: Recipe) -> Broken:
         yield (
             "sharding.kind",
             "sharded; regularisation.kinds = backbone draws whole weights; set it to replicated or "
+            "deepspeed_zero",
+        )
+
+
+def a_stochastic_layer_has_a_place(recipe: Recipe) -> Broken:
+    section, model = recipe.regularisation, recipe.model
+    if not isinstance(section, ActivationsRegularisation):
+        return
+    if not isinstance(model, MLPModel | Conv4Model):
+        yield (
+            "regularisation.kind",
+            f"activations; is a layer of mlp and conv4, and model.kind is {model.kind}; take another",
+        )
+    if isinstance(model, Conv4Model) and section.after is not None:
+        yield (
+            "regularisation.after",
+            f"{section.after}; has no effect, since conv4 has the stochastic layer before its head; leave it "
+            "out",
+        )
+    if isinstance(model, MLPModel) and section.after is not None and section.after > model.num_layers:
+        yield (
+            "regularisation.after",
+            f"{section.after}; must be at most model.num_layers = {model.num_layers}",
+        )
+    if recipe.adaptation.rehearsal is not None:
+        yield "adaptation.rehearsal", "given; regularisation = activations has none; set it to null"
+
+
+def a_stochastic_layer_is_shared(recipe: Recipe) -> Broken:
+    section = recipe.regularisation
+    if not isinstance(section, ActivationsRegularisation):
+        return
+    if recipe.maml is None:
+        yield (
+            "regularisation.kind",
+            f"activations; is a part of adaptation by inner steps, and algorithm.kind = "
+            f"{recipe.algorithm.kind} takes none; take weights",
+        )
+    elif not recipe.maml.meta_parameters.backbone:
+        yield (
+            "regularisation.kind",
+            "activations; its layer is one that tasks share, and algorithm.meta_parameters.backbone is "
+            "false; set that to true, with an adaptation.fast that leaves weights to share",
+        )
+    if isinstance(recipe.sharding, ShardedSharding):
+        yield (
+            "sharding.kind",
+            "sharded; regularisation = activations computes with whole weights; set it to replicated or "
             "deepspeed_zero",
         )
 
@@ -128,6 +178,8 @@ RULES: tuple[Rule, ...] = (
     what_is_drawn_is_learned,
     what_is_drawn_has_a_gradient,
     what_is_drawn_is_whole,
+    a_stochastic_layer_has_a_place,
+    a_stochastic_layer_is_shared,
     terms_before_adaptation_need_steps,
     the_estimator_takes_terms_before_adaptation,
     entropies_are_of_classes,
