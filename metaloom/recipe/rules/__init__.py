@@ -15,6 +15,7 @@ from metaloom.recipe.rules import (
     model,
     outer,
     regularisation,
+    set_learners,
 )
 from metaloom.recipe.rules.base import Rule, Unreadable, UnreadableValue
 from metaloom.recipe.schema import Recipe
@@ -28,6 +29,7 @@ RULES: tuple[Rule, ...] = (
     *adaptation.RULES,
     *algorithm.RULES,
     *regularisation.RULES,
+    *set_learners.RULES,
     *outer.RULES,
     *machine.RULES,
     *evaluation.RULES,

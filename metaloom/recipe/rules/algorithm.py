@@ -9,6 +9,7 @@ from metaloom.engine.capabilities import (
 )
 from metaloom.recipe.adaptation import AdamWRule, FullFast
 from metaloom.recipe.algorithm import (
+    CustomAlgorithm,
     FiniteDifferenceHypergradient,
     MAMLAlgorithm,
     ProtonetAlgorithm,
@@ -201,7 +202,7 @@ def algorithms_fit_the_objective(recipe: Recipe) -> Broken:
 
 
 def without_steps_nothing_of_them_is_learned(recipe: Recipe) -> Broken:
-    if recipe.maml is not None:
+    if recipe.maml is not None or isinstance(recipe.algorithm, CustomAlgorithm):
         return
     adaptation, memory, kind = recipe.adaptation, recipe.memory, recipe.algorithm.kind
     because = f"has no effect, since algorithm.kind = {kind} adapts without inner steps"
