@@ -27,6 +27,7 @@ from metaloom.datasets import (
     ReadySamples,
     Rehearsed,
     Samples,
+    ShiftedTargets,
     StorageSettings,
     VariableWays,
     Ways,
@@ -251,7 +252,7 @@ def _tasks_of(
                 seed=seed,
             )
         case GroupsData():
-            return GroupEpisodes(
+            groups = GroupEpisodes(
                 index,
                 split,
                 inputs=_inputs(recipe, section.inputs),
@@ -261,6 +262,7 @@ def _tasks_of(
                 seed=seed,
                 by_size=section.drawn_by == "sample" and split == "train",
             )
+            return _augmented(groups, section.targets, split, seed=seed)
         case DocumentsData():
             return DocumentEpisodes(
                 index,
@@ -272,7 +274,18 @@ def _tasks_of(
                 seed=seed,
             )
         case EpisodesData():
-            return _ready(recipe, section, index, split, seed=seed)
+            return _augmented(
+                _ready(recipe, section, index, split, seed=seed), section.targets, split, seed=seed
+            )
+
+
+def _augmented(
+    source: EpisodeSource, targets: ClassTargets | NumberTargets | TokenTargets, split: str, *, seed: int
+) -> EpisodeSource:
+    """Training tasks under what the recipe asks for of their targets; others as they are."""
+    if not isinstance(targets, NumberTargets) or targets.task_noise is None or split != "train":
+        return source
+    return ShiftedTargets(source, std=targets.task_noise, seed=seed, split=split)
 
 
 def _ready(recipe: Recipe, section: EpisodesData, index: Index, split: str, *, seed: int) -> ReadyEpisodes:

@@ -12,6 +12,7 @@ from metaloom.build.model import (
     rehearsal_output,
     task_output,
 )
+from metaloom.build.regularisation import meta_terms, nat_price
 from metaloom.engine.adapters.base import Adapter
 from metaloom.engine.adapters.full import FullAdapter
 from metaloom.engine.adapters.lora import LoraAdapter
@@ -138,10 +139,12 @@ def build_unroll(
             criterion=output.criterion,
             head=output.head,
             learned_loss=_learned_loss(recipe) if learns_loss else None,
+            bottleneck=nat_price(recipe),
         ),
         rule=build_rule(adaptation.rule),
         rates=Rates(rate, grain, adaptation.num_steps),
         step_weights=step_weights(_step_weights(recipe), adaptation.num_steps),
+        terms=meta_terms(recipe),
     )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from metaloom.build.adaptation import build_adapter, build_unroll
 from metaloom.build.choices import Choices
 from metaloom.build.model import model_structure, task_output
+from metaloom.build.regularisation import regularised
 from metaloom.build.set_learners import build_in_context, build_set_learner
 from metaloom.build.unlabelled import build_unlabelled
 from metaloom.engine.algorithms.base import Algorithm
@@ -73,11 +74,22 @@ def build_algorithm(
     *,
     sharding: Sharding | None = None,
 ) -> Algorithm:
-    """The algorithm of a recipe.
+    """The algorithm of a recipe, under its regularisation.
 
     Args:
         sharding: what the ranks that compute together agree by; None for a rank alone.
     """
+    return regularised(recipe, _plain(recipe, model, choices, device, sharding=sharding))
+
+
+def _plain(
+    recipe: Recipe,
+    model: HeldModel,
+    choices: Choices,
+    device: torch.device,
+    *,
+    sharding: Sharding | None,
+) -> Algorithm:
     match recipe.algorithm:
         case MAMLAlgorithm():
             return build_maml(recipe, recipe.algorithm, model, choices, device, sharding=sharding)

@@ -20,6 +20,7 @@ from metaloom.models.gpt import Gpt
 from metaloom.models.mlp import Mlp
 from metaloom.models.single_layer import SingleLayer, convolution, linear, locally_connected
 from metaloom.recipe import (
+    ActivationsRegularisation,
     ARMCMLAlgorithm,
     Conv4Model,
     ConvolutionLayer,
@@ -80,6 +81,8 @@ def _make_model(recipe: Recipe, num_classes: int | None) -> nn.Module:
     num_context = recipe.algorithm.num_context if isinstance(recipe.algorithm, ARMCMLAlgorithm) else 0
     num_outputs = num_classes or facts.num_outputs
     own_head = None if rehearsed is None or rehearsed.shares_head else rehearsed.num_outputs
+    section = recipe.regularisation
+    stochastic = section if isinstance(section, ActivationsRegularisation) else None
     match recipe.model:
         case Conv4Model(width=width, num_blocks=num_blocks, norm=norm):
             assert isinstance(facts.inputs, ImageInputs)
@@ -91,6 +94,7 @@ def _make_model(recipe: Recipe, num_classes: int | None) -> nn.Module:
                 norm=norm,
                 num_channels=facts.inputs.channels + num_context,
                 num_rehearsal_classes=own_head,
+                bottleneck=None if stochastic is None else stochastic.width,
             )
         case MLPModel(width=width, num_layers=num_layers, activation=activation):
             assert num_outputs is not None
@@ -101,6 +105,7 @@ def _make_model(recipe: Recipe, num_classes: int | None) -> nn.Module:
                 num_outputs=num_outputs,
                 activation=activation,
                 num_rehearsal_outputs=own_head,
+                bottleneck=None if stochastic is None else (stochastic.after or num_layers, stochastic.width),
             )
         case SingleLayerModel(layer=layer, bias=bias):
             assert num_outputs is not None

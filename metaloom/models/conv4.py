@@ -8,6 +8,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from metaloom.models.bottleneck import StochasticBottleneck
+
 
 class Conv4(nn.Module):
     """Blocks of 3x3 convolution with stride 2, batch norm and ReLU, then a linear head.
@@ -24,6 +26,7 @@ class Conv4(nn.Module):
         norm: `batch`; `layer`, over the channels and positions of one image; or `none`.
         num_channels: of the images, which may have any size.
         num_rehearsal_classes: those of a second head, `rehearsal`; None for none.
+        bottleneck: width of a stochastic layer before the head; None for none.
 
     Attributes:
         heads: the module that gives each output, by the output's name.
@@ -38,15 +41,17 @@ class Conv4(nn.Module):
         norm: str,
         num_channels: int = 1,
         num_rehearsal_classes: int | None = None,
+        bottleneck: int | None = None,
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
             _Block(num_channels if index == 0 else width, width, norm=norm) for index in range(num_blocks)
         )
-        self.head = nn.Linear(width, num_classes)
+        self.bottleneck = None if bottleneck is None else StochasticBottleneck(width, bottleneck)
+        self.head = nn.Linear(bottleneck or width, num_classes)
         self.heads = {"tasks": "head"}
         if num_rehearsal_classes is not None:
-            self.rehearsal_head = nn.Linear(width, num_rehearsal_classes)
+            self.rehearsal_head = nn.Linear(bottleneck or width, num_rehearsal_classes)
             self.heads["rehearsal"] = "rehearsal_head"
 
     def forward(self, images: Tensor, head: str = "tasks") -> Tensor:
@@ -58,7 +63,10 @@ class Conv4(nn.Module):
         features = images
         for block in self.blocks:
             features = block(features)
-        logits: Tensor = self.get_submodule(self.heads[head])(features.mean(dim=(2, 3)))
+        pooled = features.mean(dim=(2, 3))
+        if self.bottleneck is not None:
+            pooled = self.bottleneck(pooled)
+        logits: Tensor = self.get_submodule(self.heads[head])(pooled)
         return logits
 
 

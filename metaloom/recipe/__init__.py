@@ -95,6 +95,12 @@ from metaloom.recipe.model import (
     SingleLayerModel,
 )
 from metaloom.recipe.outer import AdamOptimizer, Outer, Schedule, SGDOptimizer
+from metaloom.recipe.regularisation import (
+    ActivationsRegularisation,
+    EntropyRegularisation,
+    InequalityRegularisation,
+    WeightsRegularisation,
+)
 from metaloom.recipe.schema import Recipe
 from metaloom.recipe.synthetic import (
     Equivariant1dTask,
@@ -115,6 +121,7 @@ from metaloom.recipe.views import (
 __all__ = [
     "ARMBNAlgorithm",
     "ARMCMLAlgorithm",
+    "ActivationsRegularisation",
     "AdamOptimizer",
     "AdamRule",
     "AdamWRule",
@@ -141,6 +148,7 @@ __all__ = [
     "DocumentsRehearsal",
     "ERMAlgorithm",
     "EarlyStopping",
+    "EntropyRegularisation",
     "EpisodesData",
     "Equivariant1dTask",
     "Equivariant2dTask",
@@ -154,6 +162,7 @@ __all__ = [
     "ImageInputs",
     "ImplicitHypergradient",
     "InContextAlgorithm",
+    "InequalityRegularisation",
     "InnerRule",
     "KroneckerSymmetry",
     "LearnedLoss",
@@ -203,6 +212,7 @@ __all__ = [
     "UnrolledHypergradient",
     "Validation",
     "Variable",
+    "WeightsRegularisation",
     "WholeFast",
     "Window",
     "differences",

@@ -58,6 +58,11 @@ class NumberTargets(Section):
 
     kind: Literal["number"] = Field(default="number", description="numbers: regression by mean squared error")
     num_targets: Count = Field(default=1, description="how many numbers per sample")
+    task_noise: PositiveFloat | None = Field(
+        default=None,
+        description="standard deviation of a random number that is added to all targets of a training task "
+        "(meta-augmentation); null for none",
+    )
 
 
 class TokenTargets(Section):

@@ -45,6 +45,7 @@ from metaloom.recipe.machine import (
 )
 from metaloom.recipe.model import Conv4Model, GPTModel, MLPModel, Pretrain, SingleLayerModel
 from metaloom.recipe.outer import Outer
+from metaloom.recipe.regularisation import Regularisation
 from metaloom.recipe.synthetic import SyntheticData
 
 
@@ -76,6 +77,11 @@ class Recipe(Section):
         discriminator="kind",
         description="how the outer loop learns from tasks; where its adaptation takes no steps, the section "
         "adaptation is for the baselines",
+    )
+    regularisation: Regularisation | None = Field(
+        default=None,
+        discriminator="kind",
+        description="what keeps the training tasks from being learned by heart; null for nothing",
     )
     outer: Outer = Field(description="the outer loop")
     precision: Precision = Field(default=Precision(), description="number formats")

@@ -14,6 +14,7 @@ from metaloom.recipe.rules import (
     machine,
     model,
     outer,
+    regularisation,
     set_learners,
     shift,
 )
@@ -28,6 +29,7 @@ RULES: tuple[Rule, ...] = (
     *model.RULES,
     *adaptation.RULES,
     *algorithm.RULES,
+    *regularisation.RULES,
     *set_learners.RULES,
     *shift.RULES,
     *outer.RULES,
