@@ -7,6 +7,7 @@ from torch import Tensor
 
 from metaloom.build.adaptation import build_adapter, build_unroll
 from metaloom.build.choices import Choices
+from metaloom.build.heads import build_linear_head
 from metaloom.build.model import model_structure, task_output
 from metaloom.engine.algorithms.base import Algorithm
 from metaloom.engine.algorithms.maml import Maml, MultiStepAnnealing
@@ -37,6 +38,7 @@ from metaloom.recipe import (
     FirstOrderHypergradient,
     HostSnapshots,
     ImplicitHypergradient,
+    LogisticAlgorithm,
     MAMLAlgorithm,
     MixedModeHypergradient,
     NeumannSolver,
@@ -44,6 +46,8 @@ from metaloom.recipe import (
     Recipe,
     RematerializedHypergradient,
     ReptileHypergradient,
+    RidgeAlgorithm,
+    SVMAlgorithm,
     TruncatedHypergradient,
     UnrolledHypergradient,
 )
@@ -69,7 +73,11 @@ def build_algorithm(
         case MAMLAlgorithm():
             return build_maml(recipe, recipe.algorithm, model, choices, device, sharding=sharding)
         case ProtonetAlgorithm():
-            return Protonet(build_backbone(recipe, model), num_classes(recipe))
+            backbone = build_backbone(recipe, model, chunk=recipe.algorithm.feature_chunk)
+            return Protonet(backbone, num_classes(recipe))
+        case RidgeAlgorithm() | LogisticAlgorithm() | SVMAlgorithm():
+            backbone = build_backbone(recipe, model, chunk=recipe.algorithm.feature_chunk)
+            return build_linear_head(recipe, recipe.algorithm, backbone)
 
 
 def build_maml(
@@ -102,14 +110,16 @@ def _annealing(recipe: Recipe, section: MAMLAlgorithm) -> MultiStepAnnealing | N
     return MultiStepAnnealing(section.annealing_steps or max(1, recipe.outer.num_steps // 2))
 
 
-def build_backbone(recipe: Recipe, model: HeldModel) -> Backbone:
-    """The model before its head, for algorithms that put something else in the head's place."""
+def build_backbone(recipe: Recipe, model: HeldModel, *, chunk: int | None = None) -> Backbone:
+    """The model before its head, for algorithms that put something else in the head's place; `chunk` as in
+    `Backbone`."""
     return Backbone(
         model.module,
         model_structure(model.module),
         task_output(recipe).head,
         Precision(recipe.precision.compute),
         recompute_blocks=recipe.memory.recompute_blocks,
+        chunk=chunk,
     )
 
 

@@ -92,10 +92,18 @@ def alone(tmp_path: Path) -> Iterator[None]:
         ("algorithm.hypergradient=implicit", "adaptation.rule.proximal=0.5"),
         ("algorithm.hypergradient=finite_difference", "adaptation.loss.learned=[temperature]"),
         ("algorithm.hypergradient=reptile",),
+        ("algorithm=ridge",),
+        ("algorithm=logistic",),
+        ("algorithm={kind: svm, feature_chunk: 2}", "model.norm=none"),
+        (
+            "algorithm={kind: ridge, learned: [regulariser, bias], feature_chunk: 3}",
+            "data={kind: synthetic, task: sinusoid, num_support: 4, num_query: 3}",
+            "model=mlp",
+        ),
     ],
     ids=lambda way: way[0].partition("=")[2],
 )
-def test_what_an_estimator_of_the_end_has_trained_is_evaluated(
+def test_what_an_estimator_of_the_end_or_a_linear_head_has_trained_is_evaluated(
     way: tuple[str, ...], tmp_path: Path, glyphs: Path
 ) -> None:
     # As the worker does it, in this process: the commands around it are tested above.
