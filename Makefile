@@ -46,7 +46,7 @@ test: $(STAMP) ## run the tests
 lint: $(STAMP) ## check style, format and types
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/mypy --strict metaloom tests benchmarks
+	.venv/bin/mypy --strict metaloom tests benchmarks examples
 
 check: lint test ## lint, then test: what a change has to pass
 

@@ -17,6 +17,7 @@ from metaloom.build import (
     Choices,
     build_adapter,
     build_algorithm,
+    build_in_context,
     build_model,
     build_sharding,
     build_unroll,
@@ -34,8 +35,14 @@ from metaloom.engine.unroll import Unroll
 from metaloom.errors import CheckpointError
 from metaloom.job import Job, Place, open_job, stored_room
 from metaloom.ordinary import finished_weights, train_ordinary
-from metaloom.recipe import Conv4Model, GPTModel, Recipe
-from metaloom.recipe.tasks import rehearsal_facts, task_facts
+from metaloom.recipe import Conv4Model, GPTModel, InContextAlgorithm, Recipe
+from metaloom.recipe.tasks import (
+    num_in_context,
+    num_inputs,
+    positions_in_context,
+    rehearsal_facts,
+    task_facts,
+)
 from metaloom.sources import data_names, episode_source, ordinary_samples
 from metaloom.tracking import read_metrics
 from metaloom.tracking.report import write_report
@@ -173,6 +180,8 @@ def _baseline(job: Job, name: str, newest: Checkpoint) -> Contender:
     Args:
         newest: the checkpoint of meta-training, from whose step and choices budgets follow.
     """
+    if name in _IN_CONTEXT:
+        return _in_context(job, name, newest)
     model = build_model(job.recipe, job.place.device, job.sharding)
     choices = Choices.load(newest.scalars["choices"])
     training = "none"
@@ -180,9 +189,8 @@ def _baseline(job: Job, name: str, newest: Checkpoint) -> Contender:
         model.load(_pretrained(job))
         training = _after_pretraining(job.recipe, "")
     elif name.startswith("ordinary_"):
-        num_samples, num_steps = ordinary_budget(job, name, choices, num_outer_steps=newest.step)
-        model.load(_ordinarily_trained(job, name, num_steps))
-        training = _after_pretraining(job.recipe, f"{num_steps} steps, {num_samples} samples")
+        weights, training = _after_ordinary_training(job, name, newest)
+        model.load(weights)
     adapter = build_adapter(job.recipe, model, choices, is_learned=False)
     shown = _SHOWN_NAMES[name]
 
@@ -199,6 +207,39 @@ def _baseline(job: Job, name: str, newest: Checkpoint) -> Contender:
     )
 
 
+def _in_context(job: Job, name: str, newest: Checkpoint) -> Contender:
+    """A language model that has support sequences in front of each query, and does not adapt.
+
+    Args:
+        newest: as for `_baseline`.
+    """
+    recipe = job.recipe
+    model = build_model(recipe, job.place.device, job.sharding)
+    training = "none"
+    ordinary = _IN_CONTEXT[name]
+    if ordinary is not None:
+        weights, training = _after_ordinary_training(job, ordinary, newest)
+        model.load(weights)
+    elif recipe.pretrain is not None:
+        model.load(_pretrained(job))
+        training = _after_pretraining(recipe, "")
+    return Contender(
+        name=_SHOWN_NAMES[name],
+        curve=build_in_context(recipe, model).curve,
+        meta={},
+        inner_rate="no steps",
+        training=training,
+    )
+
+
+def _after_ordinary_training(job: Job, name: str, newest: Checkpoint) -> tuple[MetaTensors, str]:
+    """The weights of a baseline that is ordinarily trained, and what was spent on them, in words."""
+    choices = Choices.load(newest.scalars["choices"])
+    num_samples, num_steps = ordinary_budget(job, name, choices, num_outer_steps=newest.step)
+    weights = _ordinarily_trained(job, name, num_steps)
+    return weights, _after_pretraining(job.recipe, f"{num_steps} steps, {num_samples} samples")
+
+
 def _after_pretraining(recipe: Recipe, training: str) -> str:
     """What was spent on a contender in words, the recipe's pre-training first."""
     if recipe.pretrain is None:
@@ -211,6 +252,15 @@ _SHOWN_NAMES = {
     "ordinary_equal_data": "ordinary, equal data",
     "ordinary_equal_compute": "ordinary, equal compute",
     "pretrained": "pre-trained only",
+    "in_context": "in context",
+    "in_context_equal_data": "in context, equal data",
+    "in_context_equal_compute": "in context, equal compute",
+}
+# The ordinary training that a model in context has had; None for none after the recipe's pre-training.
+_IN_CONTEXT = {
+    "in_context": None,
+    "in_context_equal_data": "ordinary_equal_data",
+    "in_context_equal_compute": "ordinary_equal_compute",
 }
 
 
@@ -382,9 +432,18 @@ def _notes(job: Job) -> tuple[str, ...]:
         "Intervals are 95 %, clustered by task where a task repeats; 'ahead by' is paired by episode.",
         "Each baseline's inner rate was tuned on validation episodes; the meta-trained model uses its own.",
     ]
-    if any(name.startswith("ordinary_") for name in job.recipe.baselines):
+    recipe = job.recipe
+    if isinstance(recipe.algorithm, InContextAlgorithm) or any(
+        name in _IN_CONTEXT for name in recipe.baselines
+    ):
+        num_tokens = positions_in_context(recipe) - num_inputs(task_facts(recipe).inputs)
+        notes.append(
+            f"In context, the last {num_in_context(recipe)} of {task_facts(recipe).num_support} support "
+            f"sequences, {num_tokens} tokens, are in front of each query, whose own tokens alone are judged."
+        )
+    if any("equal" in name for name in job.recipe.baselines):
         notes.append("Ordinary training is judged at its last step, with the recipe's optimizer settings.")
-    if "ordinary_equal_compute" in job.recipe.baselines:
+    if any(name.endswith("equal_compute") for name in job.recipe.baselines):
         notes.append(
             "Equal compute counts the floating-point operations of matrix products and convolutions."
         )

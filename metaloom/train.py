@@ -39,7 +39,7 @@ from metaloom.job import Job, Place, open_job, stored_room
 from metaloom.ordinary import finished_weights, train_ordinary
 from metaloom.recipe import Pretrain, Recipe
 from metaloom.recipe.tasks import tokens_per_task
-from metaloom.sources import episode_source, ordinary_samples
+from metaloom.sources import episode_source, pretraining_samples
 from metaloom.weights import HeldModel
 
 
@@ -156,7 +156,7 @@ def _pretrained(job: Job, pretrain: Pretrain, model: HeldModel, *, must_be_done:
     return train_ordinary(
         job,
         model,
-        ordinary_samples(job.recipe, job.data, pretrain.splits, purpose="pretrain"),
+        pretraining_samples(job.recipe, job.data),
         ordinary_settings(pretrain, num_steps=pretrain.num_steps, warmup_steps=pretrain.warmup_steps),
         batch_size=pretrain.batch_size,
         phase_name="pretrain",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,9 @@ from metaloom.build.adaptation import build_adapter, build_unroll
 from metaloom.build.choices import Choices
 from metaloom.build.heads import build_linear_head
 from metaloom.build.model import model_structure, task_output
+from metaloom.build.set_learners import build_in_context, build_set_learner
 from metaloom.engine.algorithms.base import Algorithm
+from metaloom.engine.algorithms.custom import Factory, Parts
 from metaloom.engine.algorithms.maml import Maml, MultiStepAnnealing
 from metaloom.engine.algorithms.protonet import Protonet
 from metaloom.engine.backbone import Backbone
@@ -31,19 +35,24 @@ from metaloom.engine.unroll import Unroll
 from metaloom.errors import CapabilityError
 from metaloom.recipe import (
     AllSnapshots,
+    AttentionLearnerAlgorithm,
     AutoHypergradient,
     BinomialSnapshots,
+    CNPAlgorithm,
     ConjugateGradientSolver,
+    CustomAlgorithm,
     FiniteDifferenceHypergradient,
     FirstOrderHypergradient,
     HostSnapshots,
     ImplicitHypergradient,
+    InContextAlgorithm,
     LogisticAlgorithm,
     MAMLAlgorithm,
     MixedModeHypergradient,
     NeumannSolver,
     ProtonetAlgorithm,
     Recipe,
+    RecurrentLearnerAlgorithm,
     RematerializedHypergradient,
     ReptileHypergradient,
     RidgeAlgorithm,
@@ -78,6 +87,12 @@ def build_algorithm(
         case RidgeAlgorithm() | LogisticAlgorithm() | SVMAlgorithm():
             backbone = build_backbone(recipe, model, chunk=recipe.algorithm.feature_chunk)
             return build_linear_head(recipe, recipe.algorithm, backbone)
+        case CNPAlgorithm() | AttentionLearnerAlgorithm() | RecurrentLearnerAlgorithm():
+            return build_set_learner(recipe, recipe.algorithm, build_backbone(recipe, model))
+        case InContextAlgorithm():
+            return build_in_context(recipe, model)
+        case CustomAlgorithm():
+            return build_custom(recipe, recipe.algorithm, model, choices)
 
 
 def build_maml(
@@ -108,6 +123,43 @@ def _annealing(recipe: Recipe, section: MAMLAlgorithm) -> MultiStepAnnealing | N
     if section.step_weights != "annealed":
         return None
     return MultiStepAnnealing(section.annealing_steps or max(1, recipe.outer.num_steps // 2))
+
+
+def build_custom(recipe: Recipe, section: CustomAlgorithm, model: HeldModel, choices: Choices) -> Algorithm:
+    """The algorithm that a function outside of metaloom builds.
+
+    Raises:
+        CapabilityError: there is no such function, or what it returns is no algorithm.
+    """
+    factory = _imported(section.factory)
+    rule, facts = recipe.adaptation.rule, task_facts(recipe)
+    adapter = build_adapter(recipe, model, choices)
+    parts = Parts(
+        backbone=build_backbone(recipe, model),
+        unroll=build_unroll(recipe, adapter, rate=rule.lr, grain=rule.learned),
+        num_classes=facts.num_outputs if facts.objective == "classification" else None,
+        seed=recipe.seed,
+        options=section.options,
+    )
+    algorithm = factory(parts)
+    if not isinstance(algorithm, Algorithm):
+        raise CapabilityError(
+            f"algorithm.factory: {section.factory} returned a {type(algorithm).__name__}; it has to return a "
+            "metaloom.engine.algorithms.base.Algorithm."
+        )
+    return algorithm
+
+
+def _imported(path: str) -> Factory:
+    module_name, _, name = path.partition(":")
+    try:
+        factory: Factory = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise CapabilityError(
+            f"algorithm.factory: {path} cannot be imported: {error}. The module is looked for in the working "
+            "folder and among what is installed."
+        ) from error
+    return factory
 
 
 def build_backbone(recipe: Recipe, model: HeldModel, *, chunk: int | None = None) -> Backbone:

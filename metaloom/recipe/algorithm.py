@@ -2,9 +2,10 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, JsonValue, WithJsonSchema
 
-from metaloom.recipe.base import Count, CountOrZero, FloatOrZero, PositiveFloat, Section
+from metaloom.recipe.base import BelowOne, Count, CountOrZero, FloatOrZero, Keys, PositiveFloat, Section
+from metaloom.recipe.heads import FeatureChunk, LogisticAlgorithm, RidgeAlgorithm, SVMAlgorithm
 
 
 class UnrolledHypergradient(Section):
@@ -176,24 +177,6 @@ class MAMLAlgorithm(Section):
     )
 
 
-FeatureChunk = Annotated[
-    Count | None,
-    Field(
-        description="examples of a task whose features are computed at a time, without a graph, and again "
-        "with one when they are differentiated: less memory, more time, the same result; null for all at "
-        "once",
-    ),
-]
-Regulariser = Annotated[
-    PositiveFloat,
-    Field(description="lambda of the head's problem; the starting value where it is learned"),
-]
-Scale = Annotated[
-    PositiveFloat,
-    Field(description="what the head's outputs are multiplied by; the starting value where it is learned"),
-]
-
-
 class ProtonetAlgorithm(Section):
     """Nearest class mean of learned features (Snell et al. 2017)."""
 
@@ -201,63 +184,75 @@ class ProtonetAlgorithm(Section):
     feature_chunk: FeatureChunk = None
 
 
-class RidgeAlgorithm(Section):
-    """Ridge regression on learned features (R2-D2, Bertinetto et al. 2019): classes, or numbers."""
+class CustomAlgorithm(Section):
+    """An algorithm of your own: see docs/extending.md."""
 
-    kind: Literal["ridge"] = Field(
-        default="ridge",
-        description="a head by ridge regression, in closed form, through which features learn",
+    kind: Literal["custom"] = Field(default="custom", description="an algorithm of your own")
+    factory: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")] = Field(
+        description="module and function that build it, as module:function; the module is looked for in the "
+        "working folder and among what is installed"
     )
-    regulariser: Regulariser = 1.0
-    scale: Scale = 1.0
-    bias: float = Field(
-        default=0.0,
-        description="added to the head's outputs (regression only); the starting value where it is learned",
+    options: Annotated[dict[str, JsonValue], AfterValidator(Keys), WithJsonSchema({"type": "object"})] = (
+        Field(default_factory=Keys, description="what the function is given beside the recipe's parts")
     )
-    learned: tuple[Literal["regulariser", "scale", "bias"], ...] = Field(
-        default=("regulariser", "scale"),
-        description="which of these are meta-parameters, beside the weights before the head",
+
+
+class CNPAlgorithm(Section):
+    """A support set encoded as the mean over its examples (Garnelo et al. 2018)."""
+
+    kind: Literal["cnp"] = Field(default="cnp", description="conditional neural processes")
+    width: Count = Field(
+        default=128,
+        description="of what a support set (of classification, a class) is encoded as, and of hidden layers",
     )
-    feature_chunk: FeatureChunk = None
-
-
-class LogisticAlgorithm(Section):
-    """Logistic regressions on learned features, one per class (LR-D2, Bertinetto et al. 2019)."""
-
-    kind: Literal["logistic"] = Field(
-        default="logistic",
-        description="a head by Newton steps on a logistic regression per class, through which features learn",
+    num_layers: Count = Field(default=3, description="linear layers of the encoder, and of the decoder")
+    min_std: BelowOne = Field(
+        default=0.1,
+        description="of regression: the least standard deviation that is predicted, in units of the targets",
     )
-    num_steps: Count = Field(default=5, description="Newton steps")
-    regulariser: Regulariser = 1.0
-    scale: Scale = 1.0
-    learned: tuple[Literal["regulariser", "scale"], ...] = Field(
-        default=("regulariser", "scale"),
-        description="which of these are meta-parameters, beside the weights before the head",
+
+
+class AttentionLearnerAlgorithm(Section):
+    """A transformer over examples, which answers queries after attending to the support set."""
+
+    kind: Literal["attention_learner"] = Field(
+        default="attention_learner",
+        description="black box: a transformer that is given the support set and says the queries' labels",
     )
-    feature_chunk: FeatureChunk = None
+    width: Count = Field(default=128, description="width of the residual stream; a multiple of num_heads")
+    num_layers: Count = Field(default=3, description="transformer blocks")
+    num_heads: Count = Field(default=4, description="attention heads per block")
 
 
-class SVMAlgorithm(Section):
-    """A multi-class support vector machine on learned features (MetaOptNet, Lee et al. 2019)."""
+class RecurrentLearnerAlgorithm(Section):
+    """An LSTM that reads the support examples one by one (Hochreiter et al. 2001)."""
 
-    kind: Literal["svm"] = Field(
-        default="svm", description="a head by a support vector machine, through which features learn"
+    kind: Literal["recurrent_learner"] = Field(
+        default="recurrent_learner",
+        description="black box: an LSTM that reads the support set and says the queries' labels",
     )
-    regulariser: PositiveFloat = Field(
-        default=10.0,
-        description="1 / C, where C is the price of a margin's violation; the starting value where it is "
-        "learned",
+    width: Count = Field(default=128, description="of the LSTM's state")
+    num_layers: Count = Field(default=1, description="LSTM cells, one on top of the other")
+
+
+class InContextAlgorithm(Section):
+    """A language model trained on queries behind their support sequences (MetaICL, Min et al. 2022)."""
+
+    kind: Literal["in_context"] = Field(
+        default="in_context",
+        description="language modelling of queries with the support sequences in front of them",
     )
-    scale: Scale = 1.0
-    learned: tuple[Literal["regulariser", "scale"], ...] = Field(
-        default=("scale",),
-        description="which of these are meta-parameters, beside the weights before the head",
-    )
-    feature_chunk: FeatureChunk = None
 
 
-LINEAR_HEADS = (RidgeAlgorithm, LogisticAlgorithm, SVMAlgorithm)
-OVER_FEATURES = (ProtonetAlgorithm, *LINEAR_HEADS)
-
-Algorithm = MAMLAlgorithm | ProtonetAlgorithm | RidgeAlgorithm | LogisticAlgorithm | SVMAlgorithm
+Algorithm = (
+    MAMLAlgorithm
+    | ProtonetAlgorithm
+    | RidgeAlgorithm
+    | LogisticAlgorithm
+    | SVMAlgorithm
+    | CNPAlgorithm
+    | AttentionLearnerAlgorithm
+    | RecurrentLearnerAlgorithm
+    | InContextAlgorithm
+    | CustomAlgorithm
+)

@@ -31,7 +31,7 @@ class Algorithm(abc.ABC):
     @abc.abstractmethod
     def meta_parameters(self) -> dict[str, Tensor]:
         """Fresh copies of the initial values of everything that is learned, by name. A name's first part is
-        its kind: see `metaloom.engine.capabilities`; `head.` is of algorithms without inner steps alone."""
+        its kind: see `metaloom.engine.capabilities` for those that estimators of a hypergradient know."""
 
     def tracked(self) -> dict[str, Tensor]:
         """Initial values of what is counted in training beside what is learned, by name: running means of

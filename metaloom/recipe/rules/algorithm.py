@@ -9,19 +9,15 @@ from metaloom.engine.capabilities import (
 )
 from metaloom.recipe.adaptation import AdamWRule, FullFast
 from metaloom.recipe.algorithm import (
-    LINEAR_HEADS,
-    OVER_FEATURES,
+    CustomAlgorithm,
     FiniteDifferenceHypergradient,
-    LogisticAlgorithm,
     MAMLAlgorithm,
     ProtonetAlgorithm,
-    RidgeAlgorithm,
-    SVMAlgorithm,
     TruncatedHypergradient,
 )
+from metaloom.recipe.heads import LogisticAlgorithm, RidgeAlgorithm, SVMAlgorithm
 from metaloom.recipe.machine import ShardedSharding
-from metaloom.recipe.model import Conv4Model
-from metaloom.recipe.rules.base import Broken, Rule, of_maml, repeated
+from metaloom.recipe.rules.base import Broken, Rule, of_maml
 from metaloom.recipe.schema import Recipe
 from metaloom.recipe.tasks import task_facts
 
@@ -212,36 +208,8 @@ def algorithms_fit_the_objective(recipe: Recipe) -> Broken:
         )
 
 
-def a_bias_has_an_effect(recipe: Recipe) -> Broken:
-    algorithm = recipe.algorithm
-    if not isinstance(algorithm, RidgeAlgorithm) or task_facts(recipe).objective != "classification":
-        return
-    because = "has no effect, since the same number on all logits changes no probability"
-    if algorithm.bias != 0.0:
-        yield "algorithm.bias", f"{algorithm.bias}; {because}; set it to 0"
-    if "bias" in algorithm.learned:
-        yield "algorithm.learned", f"bias {because}; leave it out"
-
-
-def learned_parameters_of_a_head_are_listed_once(recipe: Recipe) -> Broken:
-    if isinstance(recipe.algorithm, LINEAR_HEADS):
-        yield from repeated("algorithm.learned", recipe.algorithm.learned)
-
-
-def chunks_do_not_change_batch_statistics(recipe: Recipe) -> Broken:
-    algorithm, model = recipe.algorithm, recipe.model
-    if not isinstance(algorithm, OVER_FEATURES) or algorithm.feature_chunk is None:
-        return
-    if isinstance(model, Conv4Model) and model.norm == "batch":
-        yield (
-            "algorithm.feature_chunk",
-            f"{algorithm.feature_chunk}; model.norm = batch normalises by the statistics of all of a "
-            "task's examples, which chunks would change; set it to null, or model.norm to none",
-        )
-
-
 def without_steps_nothing_of_them_is_learned(recipe: Recipe) -> Broken:
-    if recipe.maml is not None:
+    if recipe.maml is not None or isinstance(recipe.algorithm, CustomAlgorithm):
         return
     adaptation, memory, kind = recipe.adaptation, recipe.memory, recipe.algorithm.kind
     because = f"has no effect, since algorithm.kind = {kind} adapts without inner steps"
@@ -284,9 +252,6 @@ RULES: tuple[Rule, ...] = (
     implicit_needs_a_minimum,
     truncation_is_within_adaptation,
     algorithms_fit_the_objective,
-    a_bias_has_an_effect,
-    learned_parameters_of_a_head_are_listed_once,
-    chunks_do_not_change_batch_statistics,
     without_steps_nothing_of_them_is_learned,
     without_steps_weights_are_whole,
 )
