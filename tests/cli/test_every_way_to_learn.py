@@ -8,15 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
 
-from metaloom.evaluate import evaluate
-from metaloom.job import Place, Shutdown
-from metaloom.recipe import Recipe, load_recipe
-from metaloom.run_folder import RunFolder
-from metaloom.train import train
+from metaloom.recipe import load_recipe
 from tests.commands import RECIPES, curve, run_well
+from tests.in_process import trained_and_evaluated
 
 SMOKE = RECIPES / "smoke.yaml"
 SHORT = (
@@ -163,12 +159,3 @@ def test_a_language_model_in_context_is_trained_and_stands_beside_others(
     assert methods["in context, equal data"]["training"].endswith("then 5 steps, 20 samples")
     means = [method["mean"][0] for method in methods.values()]
     assert len(set(means)) == len(means)
-
-
-def trained_and_evaluated(recipe: Recipe, folder: Path) -> Path:
-    """The folder of a run as the worker does it, here in this process: the commands are tested above."""
-    place = Place(RunFolder(folder), torch.device("cpu"), None, Shutdown())
-    place.folder.create()
-    train(recipe, place)
-    evaluate(recipe, place)
-    return place.folder.path
