@@ -9,6 +9,7 @@ from torch import Tensor
 
 from metaloom.build.adaptation import build_adapter, build_unroll
 from metaloom.build.choices import Choices
+from metaloom.build.heads import build_linear_head
 from metaloom.build.model import model_structure, task_output
 from metaloom.build.regularisation import regularised
 from metaloom.build.set_learners import build_in_context, build_set_learner
@@ -50,6 +51,7 @@ from metaloom.recipe import (
     HostSnapshots,
     ImplicitHypergradient,
     InContextAlgorithm,
+    LogisticAlgorithm,
     MAMLAlgorithm,
     MixedModeHypergradient,
     NeumannSolver,
@@ -58,6 +60,8 @@ from metaloom.recipe import (
     RecurrentLearnerAlgorithm,
     RematerializedHypergradient,
     ReptileHypergradient,
+    RidgeAlgorithm,
+    SVMAlgorithm,
     TruncatedHypergradient,
     UnrolledHypergradient,
 )
@@ -94,7 +98,11 @@ def _plain(
         case MAMLAlgorithm():
             return build_maml(recipe, recipe.algorithm, model, choices, device, sharding=sharding)
         case ProtonetAlgorithm():
-            return Protonet(build_backbone(recipe, model), num_classes(recipe))
+            backbone = build_backbone(recipe, model, chunk=recipe.algorithm.feature_chunk)
+            return Protonet(backbone, num_classes(recipe))
+        case RidgeAlgorithm() | LogisticAlgorithm() | SVMAlgorithm():
+            backbone = build_backbone(recipe, model, chunk=recipe.algorithm.feature_chunk)
+            return build_linear_head(recipe, recipe.algorithm, backbone)
         case CNPAlgorithm() | AttentionLearnerAlgorithm() | RecurrentLearnerAlgorithm():
             return build_set_learner(recipe, recipe.algorithm, build_backbone(recipe, model))
         case InContextAlgorithm():
@@ -172,14 +180,16 @@ def _imported(path: str) -> Factory:
     return factory
 
 
-def build_backbone(recipe: Recipe, model: HeldModel) -> Backbone:
-    """The model before its head, for algorithms that put something else in the head's place."""
+def build_backbone(recipe: Recipe, model: HeldModel, *, chunk: int | None = None) -> Backbone:
+    """The model before its head, for algorithms that put something else in the head's place; `chunk` as in
+    `Backbone`."""
     return Backbone(
         model.module,
         model_structure(model.module),
         task_output(recipe).head,
         Precision(recipe.precision.compute),
         recompute_blocks=recipe.memory.recompute_blocks,
+        chunk=chunk,
     )
 
 

@@ -72,6 +72,7 @@ from metaloom.recipe.evaluation import (
     Tuning,
     Validation,
 )
+from metaloom.recipe.heads import LogisticAlgorithm, RidgeAlgorithm, SVMAlgorithm
 from metaloom.recipe.loading import load_recipe, recipe_from_dict
 from metaloom.recipe.machine import (
     AllSnapshots,
@@ -171,6 +172,7 @@ __all__ = [
     "Loading",
     "LocalLauncher",
     "LocallyConnectedLayer",
+    "LogisticAlgorithm",
     "MAMLAlgorithm",
     "MLPModel",
     "MLflowTracking",
@@ -196,8 +198,10 @@ __all__ = [
     "RematerializedHypergradient",
     "ReplicatedSharding",
     "ReptileHypergradient",
+    "RidgeAlgorithm",
     "SGDOptimizer",
     "SGDRule",
+    "SVMAlgorithm",
     "Schedule",
     "Section",
     "ShardedSharding",

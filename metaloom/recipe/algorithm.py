@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, JsonValue, WithJsonSchema
 
 from metaloom.recipe.base import BelowOne, Count, CountOrZero, FloatOrZero, Keys, PositiveFloat, Section
+from metaloom.recipe.heads import FeatureChunk, LogisticAlgorithm, RidgeAlgorithm, SVMAlgorithm
 
 
 class UnrolledHypergradient(Section):
@@ -180,6 +181,7 @@ class ProtonetAlgorithm(Section):
     """Nearest class mean of learned features (Snell et al. 2017)."""
 
     kind: Literal["protonet"] = Field(default="protonet", description="prototypical networks")
+    feature_chunk: FeatureChunk = None
 
 
 class CustomAlgorithm(Section):
@@ -277,6 +279,9 @@ class ARMBNAlgorithm(Section):
 Algorithm = (
     MAMLAlgorithm
     | ProtonetAlgorithm
+    | RidgeAlgorithm
+    | LogisticAlgorithm
+    | SVMAlgorithm
     | CNPAlgorithm
     | AttentionLearnerAlgorithm
     | RecurrentLearnerAlgorithm

@@ -89,6 +89,14 @@ def alone(tmp_path: Path) -> Iterator[None]:
         ("algorithm.hypergradient=finite_difference", "adaptation.loss.learned=[temperature]"),
         ("algorithm.hypergradient=reptile",),
         ("adaptation.fast={kind: msr, symmetry: kronecker}", "algorithm.meta_parameters.backbone=true"),
+        ("algorithm=ridge",),
+        ("algorithm=logistic",),
+        ("algorithm={kind: svm, feature_chunk: 2}", "model.norm=none"),
+        (
+            "algorithm={kind: ridge, learned: [regulariser, bias], feature_chunk: 3}",
+            "data={kind: synthetic, task: sinusoid, num_support: 4, num_query: 3}",
+            "model=mlp",
+        ),
     ],
     ids=lambda way: way[0].partition("=")[2],
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from metaloom.errors import CapabilityError, RecipeError
-from metaloom.recipe import load_recipe
+from metaloom.recipe import RidgeAlgorithm, load_recipe
 from metaloom.recipe.schema import maml_of
 from metaloom.recipe.tasks import num_in_context, positions_in_context, tokens_per_task
 from tests.commands import RECIPES
@@ -134,6 +134,50 @@ def test_an_algorithm_that_classifies_needs_classes() -> None:
     message = str(raised.value)
     assert "algorithm.kind: protonet tells classes apart, and the tasks are language_modelling" in message
     assert "adaptation.rehearsal: given; has no effect" in message
+
+
+REGRESSION = (
+    "data={kind: groups, url: x, inputs: {kind: array, shape: [3]}, targets: {kind: number}, "
+    "num_support: 3, num_query: 2}",
+    "model={kind: mlp}",
+)
+
+
+@pytest.mark.parametrize("kind", ["protonet", "logistic", "svm"])
+def test_an_algorithm_that_classifies_takes_no_numbers(kind: str) -> None:
+    with pytest.raises(RecipeError, match=f"{kind} tells classes apart, and the tasks are regression"):
+        load_recipe(SMOKE, [*REGRESSION, f"algorithm={kind}"])
+
+
+def test_ridge_takes_classes_and_numbers_and_no_tokens() -> None:
+    assert load_recipe(SMOKE, ["algorithm=ridge"]).algorithm == RidgeAlgorithm()
+    of_numbers = load_recipe(SMOKE, [*REGRESSION, "algorithm={kind: ridge, bias: 1.0, learned: [bias]}"])
+    assert of_numbers.algorithm == RidgeAlgorithm(bias=1.0, learned=("bias",))
+    with pytest.raises(RecipeError, match="ridge fits classes or numbers, and the tasks are language"):
+        load_recipe(STDLIB, ["algorithm=ridge"])
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "message"),
+    [
+        (
+            "{kind: ridge, bias: 0.5}",
+            "algorithm.bias: 0.5; has no effect, since the same number on all logits changes no probability; "
+            "set it to 0",
+        ),
+        ("{kind: ridge, learned: [bias]}", "algorithm.learned: bias has no effect, since the same number on"),
+        ("{kind: svm, learned: [scale, scale]}", "algorithm.learned: 'scale' is listed twice; list it once"),
+        ("{kind: logistic, regulariser: 0.0}", "algorithm.regulariser: 0.0; must be greater than 0"),
+        (
+            "{kind: protonet, feature_chunk: 2}",
+            "algorithm.feature_chunk: 2; model.norm = batch normalises by the statistics of all of a task's "
+            "examples, which chunks would change; set it to null, or model.norm to none",
+        ),
+    ],
+)
+def test_options_of_a_head_have_an_effect_and_change_nothing_else(algorithm: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        load_recipe(SMOKE, [f"algorithm={algorithm}"])
 
 
 def test_plan_and_check_name_algorithms_that_they_do_not_follow() -> None:

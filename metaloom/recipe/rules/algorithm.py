@@ -15,6 +15,7 @@ from metaloom.recipe.algorithm import (
     ProtonetAlgorithm,
     TruncatedHypergradient,
 )
+from metaloom.recipe.heads import LogisticAlgorithm, RidgeAlgorithm, SVMAlgorithm
 from metaloom.recipe.machine import ShardedSharding
 from metaloom.recipe.rules.base import Broken, Rule, of_maml
 from metaloom.recipe.schema import Recipe
@@ -192,12 +193,18 @@ def truncation_is_within_adaptation(recipe: Recipe, maml: MAMLAlgorithm) -> Brok
 
 
 def algorithms_fit_the_objective(recipe: Recipe) -> Broken:
-    objective = task_facts(recipe).objective
-    if isinstance(recipe.algorithm, ProtonetAlgorithm) and objective != "classification":
+    objective, algorithm = task_facts(recipe).objective, recipe.algorithm
+    classifies = isinstance(algorithm, ProtonetAlgorithm | LogisticAlgorithm | SVMAlgorithm)
+    if classifies and objective != "classification":
         yield (
             "algorithm.kind",
             f"{recipe.algorithm.kind} tells classes apart, and the tasks are {objective}; take another, for "
             "example maml",
+        )
+    if isinstance(algorithm, RidgeAlgorithm) and objective == "language_modelling":
+        yield (
+            "algorithm.kind",
+            f"ridge fits classes or numbers, and the tasks are {objective}; take another, for example maml",
         )
 
 
