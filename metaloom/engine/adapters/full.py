@@ -84,7 +84,7 @@ class FullAdapter(Adapter):
         interception = Interception(forward_pass, is_vectorized=True)
 
         def one_task(weights: dict[str, Tensor], examples: Tensor, example_weights: Tensor | None) -> Tensor:
-            interception.weights = example_weights
+            interception.weights = None if example_weights is None else example_weights[None]
             arguments = forward_pass.arguments(examples)
             logits: Tensor = functional_call(self._model, weights | buffers, arguments, strict=True)
             return logits
