@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from metaloom.build.choices import Choices
 from metaloom.build.model import (
@@ -13,10 +14,20 @@ from metaloom.build.model import (
 from metaloom.engine.adapters.base import Adapter
 from metaloom.engine.adapters.full import FullAdapter
 from metaloom.engine.adapters.lora import LoraAdapter
+from metaloom.engine.adapters.model import Structure
+from metaloom.engine.adapters.part import PartAdapter
+from metaloom.engine.adapters.selection import (
+    head_parameters,
+    matching_parameters,
+    norm_and_bias_parameters,
+)
+from metaloom.engine.adapters.soft_prompt import SoftPromptAdapter
+from metaloom.engine.adapters.zero_head import ZeroHeadAdapter
 from metaloom.engine.algorithms.maml import step_weights
 from metaloom.engine.inner_loops.adam import Adam
 from metaloom.engine.inner_loops.base import InnerRule
 from metaloom.engine.inner_loops.gradient_terms import GradientTerms
+from metaloom.engine.inner_loops.head_first import HeadFirst
 from metaloom.engine.inner_loops.rates import Grain, Rates
 from metaloom.engine.inner_loops.rmsprop import RmsProp
 from metaloom.engine.inner_loops.sgd import Sgd
@@ -27,9 +38,14 @@ from metaloom.engine.unroll import Unroll
 from metaloom.recipe import (
     AdamWRule,
     FullFast,
+    HeadFast,
+    LoRAFast,
+    NormBiasFast,
+    PartFast,
     Recipe,
     RMSPropRule,
     SGDRule,
+    SoftPromptFast,
 )
 from metaloom.recipe import InnerRule as InnerRuleSection
 from metaloom.recipe import Rehearsal as RehearsalSection
@@ -37,19 +53,66 @@ from metaloom.weights import HeldModel
 
 
 def build_adapter(recipe: Recipe, model: HeldModel, choices: Choices) -> Adapter:
-    """What is fast in a model."""
+    """What is fast in a model. With shards every rank must call.
+
+    Raises:
+        CapabilityError: it cannot be fast in this model.
+    """
+    adapter = _adapter(recipe, model, choices)
+    if recipe.adaptation.head.init == "zero":
+        return ZeroHeadAdapter(adapter, task_output(recipe).head)
+    return adapter
+
+
+def _adapter(recipe: Recipe, model: HeldModel, choices: Choices) -> Adapter:
     fast = recipe.adaptation.fast
-    structure = model_structure(model.module)
-    if isinstance(fast, FullFast):
-        return FullAdapter(model.module, structure=structure, tasks=choices.tasks)
-    return LoraAdapter(
-        model.module,
-        targets=fast.targets,
-        rank=fast.rank,
-        alpha=fast.alpha,
-        generator=torch.Generator().manual_seed(recipe.seed),
-        structure=structure,
-        shards=model.shards,
+    structure, shards = model_structure(model.module), model.shards
+    generator = torch.Generator().manual_seed(recipe.seed)
+    match fast:
+        case FullFast():
+            return FullAdapter(model.module, structure=structure, tasks=choices.tasks)
+        case LoRAFast(targets=targets, rank=rank, alpha=alpha):
+            return LoraAdapter(
+                model.module,
+                targets=targets,
+                rank=rank,
+                alpha=alpha,
+                generator=generator,
+                structure=structure,
+                shards=shards,
+            )
+        case SoftPromptFast(num_tokens=num_tokens, start=start):
+            return SoftPromptAdapter(
+                model.module,
+                num_tokens=num_tokens,
+                start=start,
+                generator=generator,
+                structure=structure,
+                shards=shards,
+            )
+        case HeadFast() | NormBiasFast() | PartFast():
+            return PartAdapter(
+                model.module,
+                names=_fast_parameters(recipe, fast, model.module, structure),
+                tasks=fast.tasks if isinstance(fast, PartFast) else "together",
+                structure=structure,
+                shards=shards,
+            )
+
+
+def _fast_parameters(
+    recipe: Recipe, fast: HeadFast | NormBiasFast | PartFast, model: nn.Module, structure: Structure
+) -> list[str]:
+    """The names of the model's parameters that are fast."""
+    if isinstance(fast, PartFast):
+        return matching_parameters(model, fast.parameters)
+    head: list[str] = []
+    if isinstance(fast, HeadFast) or fast.head:
+        head = head_parameters(model, structure, task_output(recipe).head)
+    if isinstance(fast, HeadFast):
+        return head
+    return list(
+        dict.fromkeys([*norm_and_bias_parameters(model, norms=fast.norms, biases=fast.biases), *head])
     )
 
 
@@ -103,9 +166,24 @@ def build_unroll(
             head=output.head,
         ),
         rule=build_rule(adaptation.rule),
-        rates=Rates(rate, grain, adaptation.num_steps),
+        rates=Rates(
+            rate,
+            grain,
+            adaptation.num_steps,
+            scale=adaptation.rule.rates.scale,
+            spread=adaptation.rule.rates.spread,
+            seed=recipe.seed,
+        ),
         step_weights=step_weights(recipe.algorithm.step_weights, adaptation.num_steps),
+        head_first=_head_first(recipe, adapter),
     )
+
+
+def _head_first(recipe: Recipe, adapter: Adapter) -> HeadFirst | None:
+    num_steps = recipe.adaptation.head.first_steps
+    if num_steps == 0:
+        return None
+    return HeadFirst(frozenset(adapter.head_weights(task_output(recipe).head)), num_steps)
 
 
 def _rehearsal(recipe: Recipe, section: RehearsalSection) -> Rehearsal:

@@ -333,7 +333,7 @@ def test_a_section_without_a_kind_has_that_of_its_default(load: Load) -> None:
         (
             "adaptation.rule={kind: adam, lr: 0.1, momentum: 0.9}",
             "adaptation.rule.momentum: unknown key; (adaptation.rule of kind adam has: kind, lr, betas, eps, "
-            "eps_root, weight_decay, clip_norm, proximal, learned)",
+            "eps_root, weight_decay, clip_norm, proximal, learned, rates)",
         ),
         (
             "adaptation.rule={kind: rmsprop, lr: 0.1, nesterov: true}",
@@ -476,8 +476,8 @@ outer:
         (
             GLYPHS,
             ["adaptation.fast=lora"],
-            "adaptation.fast.kind: lora adapts linear layers of model.kind = gpt, and model.kind is conv4; "
-            "set adaptation.fast to full",
+            "adaptation.fast.targets: all-linear; leaves the output head out, and model.kind = conv4 has no "
+            "other linear layer; set it to [head], or adaptation.fast to full",
         ),
         (
             GLYPHS,

@@ -10,6 +10,7 @@ from torch.func import functional_call, vmap
 
 from metaloom.engine.adapters.base import INIT, Adapter, broadcast_init
 from metaloom.engine.adapters.model import Readout, Structure, nothing_attached, run_model, stacked
+from metaloom.engine.adapters.selection import fast_head
 from metaloom.engine.forward_pass import ForwardPass, Interception
 from metaloom.errors import CapabilityError
 
@@ -71,6 +72,9 @@ class FullAdapter(Adapter):
                 for task in range(inputs.shape[0])
             ]
         )
+
+    def head_weights(self, output: str | None) -> tuple[str, ...]:
+        return fast_head(self._model, self._structure, output, self._initial)
 
     def _vectorized(self, fast: Mapping[str, Tensor], inputs: Tensor, forward_pass: ForwardPass) -> Tensor:
         if forward_pass.recompute_blocks or forward_pass.holds_back_head:

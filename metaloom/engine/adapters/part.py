@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from torch import Tensor, nn
 
 from metaloom.engine.adapters.base import BACKBONE, INIT, Adapter, broadcast_init
 from metaloom.engine.adapters.model import Readout, Shards, Structure, nothing_attached, run_model, stacked
+from metaloom.engine.adapters.selection import CONVOLUTIONS, NORMS, fast_head, uses_of
 from metaloom.engine.adapters.together import (
     backbone_parameters,
     backbone_weights,
@@ -19,15 +19,6 @@ from metaloom.engine.adapters.together import (
 from metaloom.engine.forward_pass import ForwardPass
 from metaloom.errors import CapabilityError
 
-CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-NORMS: tuple[type[nn.Module], ...] = (
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.RMSNorm,
-)
 # What one pass can hold a copy per task of. By the exact type: a subclass may compute with it otherwise.
 TOGETHER: Mapping[type[nn.Module], tuple[str, ...]] = {
     nn.Linear: ("weight", "bias"),
@@ -128,10 +119,13 @@ class PartAdapter(Adapter):
             ]
         )
 
+    def head_weights(self, output: str | None) -> tuple[str, ...]:
+        return fast_head(self._model, self._structure, output, self._initial)
+
 
 def _require_layers_that_run_together(model: nn.Module, names: Sequence[str]) -> None:
     modules = dict(model.named_modules())
-    uses = _uses(model)
+    uses = uses_of(model)
     for name in names:
         owner, _, parameter = name.rpartition(".")
         kind = type(modules[owner])
@@ -147,72 +141,3 @@ def _require_layers_that_run_together(model: nn.Module, names: Sequence[str]) ->
                 "copy per task of the weights and biases of linear layers and norms, and of the biases of "
                 "convolutions: choose among these, or set adaptation.fast to part with tasks: loop."
             )
-
-
-def _uses(model: nn.Module) -> dict[str, list[str]]:
-    """All names of each parameter, by its first."""
-    names: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(name)
-    return {same[0]: same for same in names.values()}
-
-
-# ---------------------------------------------------------------- which parameters
-
-
-def head_parameters(model: nn.Module, structure: Structure, output: str | None) -> list[str]:
-    """The parameters of the module that gives an output, the last on the way to it.
-
-    What is fast in ANIL (Raghu et al. 2020, "Rapid Learning or Feature Reuse?", section 4).
-
-    Raises:
-        CapabilityError: the model has no such module; or a weight of it is another layer's too.
-    """
-    head = structure.head_of(output)
-    if head is None:
-        raise CapabilityError("this model has no head that can be told from the rest.")
-    own = [name for name, _ in model.get_submodule(head).named_parameters(prefix=head)]
-    for name, names in _uses(model).items():
-        shared = [other for other in names if other in own]
-        if shared and len(names) > 1:
-            raise CapabilityError(
-                f"the head's weight {shared[0]} is also {name if name != shared[0] else names[1]}, so that "
-                "the head cannot be apart from the rest: set model.tied_embeddings to false."
-            )
-    return own
-
-
-def norm_and_bias_parameters(model: nn.Module, *, norms: bool, biases: bool) -> list[str]:
-    """The weights and biases of norms, and the biases of linear layers and convolutions.
-
-    Mudrakarta et al. 2019, "K for the Price of 1", section 3 (norms); Ben Zaken et al. 2022, "BitFit",
-    section 3 (biases, of norms too).
-
-    Args:
-        norms: whether to take the weights and biases of norms.
-        biases: whether to take the biases of linear layers and convolutions.
-    """
-    kinds = (*(NORMS if norms else ()), *((nn.Linear, *CONVOLUTIONS) if biases else ()))
-    return [
-        f"{owner}.{name}" if owner else name
-        for owner, module in model.named_modules()
-        if type(module) in kinds
-        for name, _ in module.named_parameters(recurse=False)
-        if name == "bias" or type(module) in NORMS
-    ]
-
-
-def matching_parameters(model: nn.Module, patterns: Collection[str]) -> list[str]:
-    """The parameters whose names match a pattern of `fnmatch` (`*`, `?`, `[...]`), in the model's order.
-
-    Raises:
-        CapabilityError: a pattern matches none; names those that there are.
-    """
-    names = [name for name, _ in model.named_parameters()]
-    for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-            raise CapabilityError(
-                f"adaptation.fast.parameters: {pattern!r} matches no parameter; this model has "
-                f"{', '.join(names)}."
-            )
-    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]

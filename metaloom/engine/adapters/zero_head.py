@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -10,7 +10,6 @@ from torch import Tensor
 from metaloom.engine.adapters.base import INIT, Adapter
 from metaloom.engine.adapters.model import Readout
 from metaloom.engine.forward_pass import ForwardPass
-from metaloom.errors import CapabilityError
 
 
 class ZeroHeadAdapter(Adapter):
@@ -23,16 +22,15 @@ class ZeroHeadAdapter(Adapter):
 
     Args:
         adapter: has the head among its fast weights.
-        names: of the head's fast weights.
+        output: which of the model's the head gives; None for the one that there is.
 
     Raises:
         CapabilityError: the head is not fast.
     """
 
-    def __init__(self, adapter: Adapter, names: Sequence[str]) -> None:
-        require_fast_head(adapter, names)
+    def __init__(self, adapter: Adapter, output: str | None) -> None:
         self._adapter = adapter
-        self._names = frozenset(names)
+        self._names = adapter.head_weights(output)
 
     def meta_parameters(self, *, init: bool, backbone: bool) -> dict[str, Tensor]:
         meta = self._adapter.meta_parameters(init=init, backbone=backbone)
@@ -53,17 +51,5 @@ class ZeroHeadAdapter(Adapter):
     ) -> Readout:
         return self._adapter.forward(meta, fast, inputs, forward_pass)
 
-
-def require_fast_head(adapter: Adapter, names: Sequence[str]) -> None:
-    """Passes where all weights of the head are fast.
-
-    Raises:
-        CapabilityError: they are not.
-    """
-    fast = adapter.init({}, 1)
-    missing = [name for name in names if name not in fast]
-    if missing:
-        raise CapabilityError(
-            f"adaptation.head is about the output head's weights, and {', '.join(missing)} is not fast: "
-            "choose it in adaptation.fast, or leave adaptation.head out."
-        )
+    def head_weights(self, output: str | None) -> tuple[str, ...]:
+        return self._adapter.head_weights(output)

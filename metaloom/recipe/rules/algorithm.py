@@ -1,7 +1,7 @@
 """Rules about what is learned from adaptations, and how its gradient is computed."""
 
 from metaloom.engine.capabilities import Kind, outer_rehearsal_refusal, refusals, step_weights_refusal
-from metaloom.recipe.adaptation import AdamWRule, FullFast
+from metaloom.recipe.adaptation import AdamWRule, FullFast, HeadFast
 from metaloom.recipe.algorithm import FiniteDifferenceHypergradient, TruncatedHypergradient
 from metaloom.recipe.rules.base import Broken, Rule
 from metaloom.recipe.schema import Recipe
@@ -25,6 +25,20 @@ def full_adaptation_has_no_backbone(recipe: Recipe) -> Broken:
             "algorithm.meta_parameters.backbone",
             "true, but adaptation.fast = full adapts every weight and leaves no backbone; "
             "set it to false (init learns all weights)",
+        )
+
+
+def a_head_of_zero_is_not_learned(recipe: Recipe) -> Broken:
+    adaptation = recipe.adaptation
+    if (
+        isinstance(adaptation.fast, HeadFast)
+        and adaptation.head.init == "zero"
+        and recipe.algorithm.meta_parameters.init
+    ):
+        yield (
+            "algorithm.meta_parameters.init",
+            "true; has no effect, since adaptation.fast = head adapts the head alone, which starts at zero "
+            "(adaptation.head.init); set it to false, and backbone to true",
         )
 
 
@@ -124,6 +138,7 @@ def truncation_is_within_adaptation(recipe: Recipe) -> Broken:
 RULES: tuple[Rule, ...] = (
     the_estimator_takes_outer_rehearsal,
     full_adaptation_has_no_backbone,
+    a_head_of_zero_is_not_learned,
     something_is_learned,
     the_estimator_gives_what_is_learned,
     the_estimator_takes_the_step_weights,
