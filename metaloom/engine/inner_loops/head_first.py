@@ -48,9 +48,12 @@ class HeadFirst:
             self._of_head(grads),
             rates,
         )
-        return {name: moved.get(name, value) for name, value in fast.items()}, {
-            name: new_state.get(name, value) for name, value in state.items()
-        }
+        # A view: the next gradient is by what stayed, and not by what the head came from through it.
+        stayed = {name: fast[name].view_as(fast[name]) for name in others}
+        return (
+            {name: moved[name] if name in moved else stayed[name] for name in fast},
+            {name: new_state.get(name, value) for name, value in state.items()},
+        )
 
     def _of_head(self, tensors: Tensors) -> dict[str, Tensor]:
         return {name: value for name, value in tensors.items() if name in self.names}
