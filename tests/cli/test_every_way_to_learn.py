@@ -54,6 +54,19 @@ def test_learned_loss_parameters_and_rates_per_element_are_evaluated(tmp_path: P
     assert_evaluated(tmp_path / "runs" / "smoke")
 
 
+def test_a_head_of_zero_on_learned_features_is_trained_and_evaluated(
+    tmp_path: Path, glyphs: Path
+) -> None:
+    way = (
+        "adaptation.fast=head",
+        "adaptation.head.init=zero",
+        "algorithm.meta_parameters={init: false, backbone: true}",
+    )
+    run_well("train", SMOKE, f"data.url={glyphs}", *SHORT, *way, cwd=tmp_path)
+    run_well("evaluate", "runs/smoke", cwd=tmp_path)
+    assert_evaluated(tmp_path / "runs" / "smoke")
+
+
 @pytest.fixture
 def alone(tmp_path: Path) -> Iterator[None]:
     """A process group of this process, as the worker joins one."""
@@ -76,6 +89,34 @@ def test_what_an_estimator_of_the_end_has_trained_is_evaluated(
     way: tuple[str, ...], tmp_path: Path, glyphs: Path
 ) -> None:
     # As the worker does it, in this process: the commands around it are tested above.
+    recipe = load_recipe(SMOKE, (f"data.url={glyphs}", *SHORT, *way))
+    place = Place(RunFolder(tmp_path / "run"), torch.device("cpu"), None, Shutdown())
+    place.folder.create()
+    train(recipe, place)
+    evaluate(recipe, place)
+    assert_evaluated(place.folder.path)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(
+    "way",
+    [
+        ("adaptation.fast={kind: norm_bias, head: true}", "adaptation.head={init: zero, first_steps: 1}"),
+        (
+            "adaptation.fast={kind: part, parameters: [blocks.1.conv.weight, head.*], tasks: loop}",
+            "algorithm.meta_parameters.backbone=true",
+        ),
+        ("adaptation.fast={kind: lora, targets: [head], rank: 2}", "algorithm.meta_parameters.backbone=true"),
+        (
+            "adaptation.rule.learned=per_element",
+            "adaptation.rule.rates={scale: linear, spread: [0.005, 0.1]}",
+        ),
+    ],
+    ids=["norm_bias", "part", "lora", "meta_sgd"],
+)
+def test_what_is_fast_and_how_fast_is_trained_and_evaluated(
+    way: tuple[str, ...], tmp_path: Path, glyphs: Path
+) -> None:
     recipe = load_recipe(SMOKE, (f"data.url={glyphs}", *SHORT, *way))
     place = Place(RunFolder(tmp_path / "run"), torch.device("cpu"), None, Shutdown())
     place.folder.create()
