@@ -54,9 +54,7 @@ def test_learned_loss_parameters_and_rates_per_element_are_evaluated(tmp_path: P
     assert_evaluated(tmp_path / "runs" / "smoke")
 
 
-def test_a_head_of_zero_on_learned_features_is_trained_and_evaluated(
-    tmp_path: Path, glyphs: Path
-) -> None:
+def test_a_head_of_zero_on_learned_features_is_trained_and_evaluated(tmp_path: Path, glyphs: Path) -> None:
     way = (
         "adaptation.fast=head",
         "adaptation.head.init=zero",
@@ -65,6 +63,22 @@ def test_a_head_of_zero_on_learned_features_is_trained_and_evaluated(
     run_well("train", SMOKE, f"data.url={glyphs}", *SHORT, *way, cwd=tmp_path)
     run_well("evaluate", "runs/smoke", cwd=tmp_path)
     assert_evaluated(tmp_path / "runs" / "smoke")
+
+
+def test_a_soft_prompt_is_planned_checked_trained_and_evaluated(tmp_path: Path, stdlib: Path) -> None:
+    recipe = RECIPES / "stdlib-lora.yaml"
+    small = (
+        f"data.url={stdlib}",
+        "adaptation.fast={kind: soft_prompt, num_tokens: 3}",
+        "model={kind: gpt, num_layers: 1, width: 8, num_heads: 2, context_length: 19}",
+        "data.sequence_length=16",
+        "pretrain=null",
+    )
+    run_well("plan", recipe, *small, cwd=tmp_path)
+    assert "passed: unrolled is exact" in run_well("check", recipe, *small, cwd=tmp_path)
+    run_well("train", recipe, *small, *SHORT, cwd=tmp_path)
+    run_well("evaluate", "runs/stdlib-lora", cwd=tmp_path)
+    assert_evaluated(tmp_path / "runs" / "stdlib-lora")
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -19,18 +21,23 @@ def by_hand(model: Gpt, prompt: Tensor, tokens: Tensor, length: int) -> Tensor:
     vectors = torch.cat([prompt, model.token_embedding.weight[tokens[:length]]])
     hidden = vectors + model.position_embedding.weight[: len(vectors)]
     mask = torch.ones(len(vectors), len(vectors), dtype=torch.bool).tril()
-    for block in model.blocks:
-        normed = block.norm_attention(hidden)
+    for number in range(len(model.blocks)):
+        part = functools.partial(_part, model, f"blocks.{number}")
         query, key, value = (
-            part.view(len(vectors), block.attention.num_heads, -1).transpose(0, 1)
-            for part in block.attention.qkv(normed).chunk(3, dim=-1)
+            projected.view(len(vectors), 2, -1).transpose(0, 1)
+            for projected in part("attention.qkv", part("norm_attention", hidden)).chunk(3, dim=-1)
         )
         scores = query @ key.transpose(1, 2) / query.shape[-1] ** 0.5
         mixed = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ value
-        hidden = hidden + block.attention.proj(mixed.transpose(0, 1).flatten(1))
-        inner = block.mlp.fc_in(block.norm_mlp(hidden))
-        hidden = hidden + block.mlp.fc_out(F.gelu(inner))
-    return model.norm(hidden)[NUM_PROMPT:]
+        hidden = hidden + part("attention.proj", mixed.transpose(0, 1).flatten(1))
+        hidden = hidden + part("mlp.fc_out", F.gelu(part("mlp.fc_in", part("norm_mlp", hidden))))
+    normed: Tensor = model.norm(hidden)
+    return normed[NUM_PROMPT:]
+
+
+def _part(model: Gpt, block: str, name: str, inputs: Tensor) -> Tensor:
+    output: Tensor = model.get_submodule(f"{block}.{name}")(inputs)
+    return output
 
 
 def test_logits_of_tokens_and_classes_are_those_of_a_forward_pass_by_hand() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -38,13 +40,13 @@ def mlp() -> Mlp:
     return Mlp(num_inputs=3, width=4, num_layers=2, num_outputs=2)
 
 
-def prompts(model: nn.Module, structure: Structure, **options: object) -> SoftPromptAdapter:
-    start = options.get("start", "tokens")
-    assert start in ("tokens", "normal")
+def prompts(
+    model: nn.Module, structure: Structure, *, start: Literal["tokens", "normal"] = "tokens"
+) -> SoftPromptAdapter:
     return SoftPromptAdapter(
         model,
         num_tokens=3,
-        start=start,  # type: ignore[arg-type]
+        start=start,
         generator=torch.Generator().manual_seed(0),
         structure=structure,
     )
