@@ -35,6 +35,7 @@ from metaloom.recipe import Conv4Model, GPTModel, Recipe
 from metaloom.recipe.tasks import data_sets, rehearsal_facts, task_facts
 from metaloom.sources import episode_source, ordinary_samples
 from metaloom.tracking import read_metrics
+from metaloom.tracking.cosines import read_cosines
 from metaloom.tracking.report import write_report
 from metaloom.tracking.results import (
     EvaluationSummary,
@@ -404,6 +405,7 @@ def _publish(job: Job, summary: EvaluationSummary) -> None:
         facts=facts,
         curves=read_metrics(folder.path / "metrics.jsonl"),
         evaluation=summary,
+        cosines=read_cosines(folder.cosines),
     )
     for path in (folder.evaluation, folder.report, *pictures):
         job.tracker.artifact(path, "evaluation")

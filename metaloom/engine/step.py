@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from metaloom.engine.algorithms.maml import Maml
-from metaloom.engine.combiners.mean import Mean
+from metaloom.engine.combiners.base import Combiner
 from metaloom.engine.learner import TaskBatch
 from metaloom.engine.outer import OuterOptimizer
 from metaloom.engine.precision import LossScaler
@@ -30,14 +30,15 @@ class StepTasks:
 
 
 def outer_step(
-    tasks: StepTasks, algorithm: Maml, combiner: Mean, outer: OuterOptimizer, scaler: LossScaler
+    tasks: StepTasks, algorithm: Maml, combiner: Combiner, outer: OuterOptimizer, scaler: LossScaler
 ) -> dict[str, float]:
     """Moves the meta-parameters by one step; returns what to log. Every rank must call."""
-    batches = tasks.micro_batches()
-    for index, batch in enumerate(batches):
-        # What the last micro-batch makes final is sent while the rest is computed.
-        on_final = combiner.on_final if index == len(batches) - 1 else None
-        combiner.add(algorithm.meta_gradient(outer.meta, batch, scaler.scales, on_final=on_final))
+    parts = [part for batch in tasks.micro_batches() for part in combiner.parts(batch)]
+    for index, part in enumerate(parts):
+        # What the last part makes final is sent while the rest is computed.
+        on_final = combiner.on_final if index == len(parts) - 1 else None
+        gradient = algorithm.meta_gradient(outer.meta, part, scaler.scales, on_final=on_final)
+        combiner.add(gradient, part)
     combined = combiner.combine(tasks.num_global)  # out of lockstep the one place where ranks meet
     metrics = combined.metrics | scaler.metrics()
     # An overflow that smaller scales may mend is no sign of a broken run.

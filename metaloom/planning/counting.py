@@ -125,7 +125,7 @@ def _counted(recipe: Recipe, *, with_shards: bool) -> Facts:
     one = batch_like(recipe, 1, recipe.adaptation.num_steps)
     return Facts(
         tasks_per_step=recipe.outer.tasks_per_step,
-        micro_batch=recipe.outer.micro_batch,
+        micro_batch=recipe.outer.side_by_side,
         num_steps=recipe.adaptation.num_steps,
         num_swept=_num_swept(recipe),
         num_blocks=_num_blocks(recipe),
@@ -157,7 +157,7 @@ def _counted(recipe: Recipe, *, with_shards: bool) -> Facts:
 
 
 def _task_sizes(recipe: Recipe) -> tuple[int, ...]:
-    most = min(recipe.outer.tasks_per_step, recipe.outer.micro_batch or recipe.outer.tasks_per_step)
+    most = min(recipe.outer.tasks_per_step, recipe.outer.side_by_side or recipe.outer.tasks_per_step)
     if isinstance(recipe.adaptation.fast, FullFast):
         most = min(most, MOST_FULL_TASKS)
     return (1,) if most == 1 else (1, most)
@@ -426,7 +426,7 @@ class _Parts:
 
     def differentiate(self, batch: TaskBatch) -> None:
         """The hypergradient of a micro-batch, added to the sum."""
-        self.combiner.add(self.algorithm.meta_gradient(self.outer.meta, batch, self.scaler.scales))
+        self.combiner.add(self.algorithm.meta_gradient(self.outer.meta, batch, self.scaler.scales), batch)
 
     def update(self) -> None:
         """All of an outer step that is not `differentiate`."""

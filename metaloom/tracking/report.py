@@ -10,9 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from metaloom.tracking.base import MetricRecord
+from metaloom.tracking.cosines import CosineRecord, mean_cosines
 from metaloom.tracking.figures import (
+    MOST_ROWS,
     PAGE_COLOURS,
     draw_adaptation,
+    draw_cosines,
     draw_learning_curve,
     inline_svg,
     save_figure,
@@ -28,6 +31,7 @@ from metaloom.tracking.results import (
 
 LEARNING_CURVE_FILE = "learning_curve.png"
 ADAPTATION_FILE = "adaptation.png"
+COSINES_FILE = "cosines.png"
 
 _CSS = """
 :root { color-scheme: light dark; --page: #ffffff; --ink: #1d2329; --soft: #5b6672; --rule: #d9dee4;
@@ -106,6 +110,13 @@ def _interval_words(summary: EvaluationSummary) -> str:
     )
 
 
+def _cosine_words(shown: CosineRecord) -> str:
+    when = (
+        "mean over the later half of meta-training" if shown.of == "groups" else f"in outer step {shown.step}"
+    )
+    return f"Cosines between the meta-gradients of {shown.of}, {when}; below 0 they conflict"
+
+
 def write_report(
     path_html: Path,
     *,
@@ -113,6 +124,7 @@ def write_report(
     facts: Mapping[str, str],
     curves: Sequence[MetricRecord],
     evaluation: EvaluationSummary,
+    cosines: Sequence[CosineRecord] = (),
 ) -> list[Path]:
     """Writes the page and, beside it, its figures as PNG; returns the paths, the page first.
 
@@ -122,6 +134,7 @@ def write_report(
         facts: what the run was made of, by name.
         curves: records of metrics.jsonl; without any of an outer loop there is no learning curve.
         evaluation: the comparison; its first method is the meta-trained.
+        cosines: between the gradients of tasks or groups; without any there is no heat map.
     """
     path_html.parent.mkdir(parents=True, exist_ok=True)
     written = [path_html]
@@ -143,6 +156,14 @@ def write_report(
         written.append(curve_png)
         svg = inline_svg(on_page, "b", "learning curve")
         figures.append(_figure(svg, "Meta-training: losses and validation over outer steps"))
+
+    shown = mean_cosines(cosines, most=MOST_ROWS)
+    if shown is not None:
+        cosines_png = path_html.parent / COSINES_FILE
+        save_figure(draw_cosines(shown), cosines_png, "png")
+        written.append(cosines_png)
+        svg = inline_svg(draw_cosines(shown, {c: c for c in PAGE_COLOURS}), "c", "cosines of gradients")
+        figures.append(_figure(svg, _cosine_words(shown)))
 
     parts = [
         f"<h1>{html.escape(title)}</h1>",
