@@ -129,8 +129,8 @@ def require_episodes(recipe: Recipe, data: Data) -> None:
             if recipe.outer.combiner.weighs_groups and recipe.data is section and episode.group is None:
                 raise StreamError(
                     f"outer.combiner.kind: {recipe.outer.combiner.kind}; weighs groups of tasks, and "
-                    f"episodes of split {split!r} of {index.dataset} at {index.url} state no group: pack them with "
-                    "one, or take another combiner."
+                    f"episodes of split {split!r} of {index.dataset} at {index.url} state no group: "
+                    "pack them with one, or take another combiner."
                 )
     if recipe.adaptation.rehearsal is not None:
         _rehearsal_samples(recipe, data, seed=recipe.seed).batch(0, 1)
