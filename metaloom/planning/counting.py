@@ -33,6 +33,7 @@ from metaloom.engine.adapters.base import BACKBONE
 from metaloom.engine.algorithms.maml import Maml
 from metaloom.engine.choice import EXACT_AND_FLAT, EstimatorChoice
 from metaloom.engine.combiners.mean import Mean
+from metaloom.engine.combiners.per_task import selected
 from metaloom.engine.hypergradients.base import prefixed, unprefixed
 from metaloom.engine.kernels.attention import CHUNK_GPU, chunks_of
 from metaloom.engine.learner import TaskBatch
@@ -150,6 +151,8 @@ def _counted(recipe: Recipe, *, with_shards: bool) -> Facts:
         pretrain_batch=0 if recipe.pretrain is None else recipe.pretrain.batch_size,
         ways_in_shards=in_shards,
         advance_in_shards=again_in_shards,
+        stored_bytes=sum(held.stored.values()),
+        takes_turns=any(name.startswith(BACKBONE) for name in held.stored),
     )
 
 
@@ -337,6 +340,7 @@ class _Held:
     own: Sizes
     update: Amounts
     state_bytes: int
+    stored: Mapping[str, int]
 
 
 def _held(recipe: Recipe, tasks: Tasks) -> _Held:
@@ -370,7 +374,16 @@ def _held(recipe: Recipe, tasks: Tasks) -> _Held:
             update=update,
             # A proximal term's anchors are phi_0 itself, and kept once.
             state_bytes=_bytes_of(fast) + _extra_bytes(state, fast),
+            stored=_stored(recipe, parts.outer.meta),
         )
+
+
+def _stored(recipe: Recipe, meta: Mapping[str, Tensor]) -> dict[str, int]:
+    """Bytes of what the combiner keeps of each task's gradient, by name."""
+    combiner = recipe.outer.combiner
+    if not combiner.is_per_task:
+        return {}
+    return {name: _bytes(value) for name, value in selected(meta, combiner.combined).items()}
 
 
 def _pretraining(recipe: Recipe, pretrain: Pretrain) -> Samples:

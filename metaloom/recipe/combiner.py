@@ -32,6 +32,16 @@ class CombinerSection(Section):
         """Whether single tasks are differentiated, and their gradients stored."""
         return True
 
+    @property
+    def combined(self) -> tuple[str, ...]:
+        """The kinds and patterns of `of`, where a kind has it; empty for all meta-parameters."""
+        return getattr(self, "of", ())
+
+    @property
+    def measures_cosines(self) -> bool:
+        """Whether cosines are asked for."""
+        return getattr(self, "log_cosines", False)
+
 
 class MeanCombiner(CombinerSection):
     """All tasks alike."""

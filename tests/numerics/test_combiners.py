@@ -86,7 +86,9 @@ def test_cosines_are_between_tasks_where_groups_tell_none_apart(groups: list[str
     gradients = vectors(2)
     found = step_cosines(gradients @ gradients.T, [4, 5], groups)
     assert (found.of, found.labels) == ("tasks", ("4", "5"))
-    assert found.values[0][1] == pytest.approx(float(torch.cosine_similarity(*gradients, dim=0)))
+    assert found.values[0][1] == pytest.approx(
+        float(torch.cosine_similarity(gradients[0], gradients[1], dim=0))
+    )
 
 
 def test_a_gradient_of_zero_has_cosine_zero() -> None:

@@ -72,11 +72,11 @@ def test_adam_with_surgery_reaches_the_minimum_that_adam_with_the_mean_does_not(
     surgical_point, surgical = end_of_training(PCGrad(0), num_steps=10_000, lr=0.02)
     # The mean stays on the far side of the first task's valley, and the second's loss does not fall at all:
     # it starts at 29.4.
-    assert float(plain_point[0]) > 1.0
-    assert float(plain_point[1]) < -1.5
-    assert float(plain[1]) > 30.0
+    assert float(plain_point[0]) > 0.5
+    assert float(plain_point[1]) < -1.0
+    assert float(plain[1]) > 29.4
     # Surgery follows the valley to where both losses fall without end: x near -2, y far up. Which steps it
     # takes there depends on rounding, so the bounds are wide.
     assert -3.0 < float(surgical_point[0]) < -0.5
-    assert float(surgical_point[1]) > 1.0
-    assert float(surgical.max()) < -10.0
+    assert float(surgical_point[1]) > 0.5
+    assert float(surgical.max()) < -5.0

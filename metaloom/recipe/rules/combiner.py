@@ -30,7 +30,7 @@ def there_are_tasks_to_compare(recipe: Recipe) -> Broken:
             f"{combiner.kind}; has no effect, since outer.tasks_per_step is 1 and it compares the tasks of a "
             "step; raise outer.tasks_per_step, or set it to mean",
         )
-    if getattr(combiner, "log_cosines", False):
+    if combiner.measures_cosines:
         yield (
             "outer.combiner.log_cosines",
             "true; has no effect, since outer.tasks_per_step is 1 and a step has no pairs of tasks; "
@@ -60,7 +60,7 @@ def losses_are_compared_in_time(recipe: Recipe) -> Broken:
 
 
 def combined_kinds_are_learned(recipe: Recipe) -> Broken:
-    of: tuple[str, ...] = getattr(recipe.outer.combiner, "of", ())
+    of = recipe.outer.combiner.combined
     yield from repeated("outer.combiner.of", of)
     learned = recipe.algorithm.meta_parameters
     kinds: dict[Kind, bool] = {
