@@ -14,7 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from metaloom.engine.combiners.base import GroupWeights, TaskRecord, TaskRule, weight_metrics
+from metaloom.engine.combiners.base import (
+    Combined,
+    Combiner,
+    GroupWeights,
+    TaskRecord,
+    TaskRule,
+    weight_metrics,
+)
 from metaloom.engine.combiners.cosines import conflict_metrics, step_cosines
 from metaloom.engine.combiners.dwa import DWA
 from metaloom.engine.combiners.even import Even
@@ -23,9 +30,13 @@ from metaloom.engine.combiners.gram import gram_matrix
 from metaloom.engine.combiners.group_dro import GroupDRO
 from metaloom.engine.combiners.mgda import MGDA, shortest
 from metaloom.engine.combiners.pcgrad import PCGrad, surgery
+from metaloom.engine.combiners.per_task import PerTask
 from metaloom.engine.combiners.q_ffl import QFFL
 from metaloom.engine.combiners.uncertainty import Uncertainty
 from metaloom.engine.combiners.upweighting import Upweighting
+from metaloom.engine.combiners.weighted import Weighted
+from metaloom.engine.hypergradients.base import MetaGradient
+from metaloom.engine.learner import TaskBatch
 from metaloom.engine.sharding.replicated import Replicated
 
 
@@ -478,3 +489,42 @@ def test_weights_of_few_groups_are_shown_each_and_of_many_as_a_range() -> None:
     many = {f"user {row}": float(row) for row in range(17)}
     assert weight_metrics(many) == {"weight_smallest": 0.0, "weight_largest": 16.0}
     assert weight_metrics({}) == {}
+
+
+LIKE = {"init.a": torch.zeros(2, dtype=torch.float64)}
+
+
+def step(combiner: Combiner, losses: Sequence[float], groups: str) -> Combined:
+    """An outer step whose task t has the gradient [L_t, 1], or times its weight."""
+    batch = TaskBatch(tuple(range(len(losses))), {}, {}, groups=tuple(groups))
+    for part in combiner.parts(batch):
+        weights = torch.ones(part.num_tasks, dtype=torch.float64) if part.weights is None else part.weights
+        own = torch.tensor([losses[number] for number in part.numbers], dtype=torch.float64)
+        gradient = torch.stack([own, torch.ones_like(own)], 1) * weights[:, None]
+        combiner.add(MetaGradient({"init.a": gradient.sum(0)}, weights * own, {}), part)
+    return combiner.combine(len(losses))
+
+
+@pytest.mark.parametrize("name", [*WEIGHTS, *RULES])
+def test_a_step_that_is_not_finite_is_passed_on_and_leaves_the_weights_as_they_are(name: str) -> None:
+    combiner: Combiner = (
+        Weighted(WEIGHTS[name](), LIKE, Replicated(), metric_names=())
+        if name in WEIGHTS
+        else PerTask(RULES[name](), LIKE, Replicated(), metric_names=())
+    )
+    step(combiner, [1.0, 3.0], "ab")
+    before = reloaded(combiner.scalars())
+    for bad in (math.nan, math.inf):
+        combined = step(combiner, [1.0, bad], "ab")
+        assert not combined.gradient["init.a"].isfinite().all()  # so the outer step is skipped
+        assert combiner.scalars() == before
+    assert step(combiner, [1.0, 2.0], "ab").gradient["init.a"].isfinite().all()
+    assert combiner.scalars() != before
+
+
+def test_inner_products_that_overflow_leave_the_weights_as_they_are() -> None:
+    combiner = PerTask(GradNorm(1.5, 0.1), LIKE, Replicated(), metric_names=())
+    combined = step(combiner, [1.0, 1e200], "ab")
+    assert combined.metrics.keys() == {"meta_loss"}
+    assert combiner.scalars() == {"weights": {}, "first_losses": {}}
+    assert combiner.cosines is None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from metaloom.build import build_combiner, task_batch
+from metaloom.datasets import Episode, EpisodeSource, Mixture
 from metaloom.engine.combiners.base import Combiner
 from metaloom.engine.combiners.mean import Mean
 from metaloom.engine.combiners.per_task import PerTask, selected
@@ -156,6 +157,20 @@ def test_parts_of_a_mixture_are_groups_and_reach_the_batch(glyphs: Path) -> None
     batch = task_batch(recipe, episodes, torch.device("cpu"), num_steps=1)
     assert batch.groups == tuple(episode.group for episode in episodes)
     assert [part.groups for part in batch.split(3)] == [batch.groups[:3], batch.groups[3:6], batch.groups[6:]]
+
+
+def test_groups_of_several_data_sets_are_kept_apart_by_the_names_of_these() -> None:
+    class Own(EpisodeSource):
+        def __init__(self, group: str | None) -> None:
+            self.group = group
+
+        def episode(self, number: int) -> Episode:
+            return Episode(number, "task", {}, {}, group=self.group)
+
+    sources = [Own(None), Own("user 1"), Own("user 1")]
+    mixture = Mixture(sources, [1, 1, 1], seed=0, split="train", names=["plain", "one", "other"])
+    found = {mixture.episode(number).group for number in range(300)}
+    assert found == {"plain", "one/user 1", "other/user 1"}
 
 
 def test_ready_episodes_without_groups_are_refused_before_anything_starts(
