@@ -9,14 +9,13 @@ from torch import Tensor
 
 from metaloom.build import task_batch
 from metaloom.datasets import BrokenSample, Episode, EpisodeSource, drawn_ahead, share_of_rank
-from metaloom.engine.evaluation import adaptation_curve
-from metaloom.engine.unroll import Unroll
+from metaloom.engine.evaluation import Curve
 from metaloom.job import Job
 
 
 def measured_episodes(
     job: Job,
-    unroll: Unroll,
+    curve: Curve,
     meta: Mapping[str, Tensor],
     source: EpisodeSource,
     *,
@@ -29,6 +28,7 @@ def measured_episodes(
     Every rank must call. Dummies are adapted to as well, so that ranks in lockstep do the same, and dropped.
 
     Args:
+        curve: how a task is adapted to and measured.
         num_steps: inner steps.
         step: of the training that they are measured in; None outside of it.
     """
@@ -44,8 +44,8 @@ def measured_episodes(
             episodes = drawn.take(size)
             broken += (each for episode in episodes for each in episode.broken)
             batch = task_batch(recipe, episodes, job.place.device, num_steps=num_steps)
-            curve = adaptation_curve(unroll, meta, batch, num_steps=num_steps)
+            measured = curve(meta, batch, num_steps=num_steps)
             count = min(len(episodes), num_real - start)
             if count > 0:
-                yield episodes[:count], {name: value[:count] for name, value in curve.items()}
+                yield episodes[:count], {name: value[:count] for name, value in measured.items()}
     job.broken.take(broken, step=step)

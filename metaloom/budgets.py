@@ -14,10 +14,8 @@ from torch.utils.flop_counter import flop_registry, shape_wrapper
 from metaloom.build import (
     Choices,
     as_tensors,
-    build_adapter,
     build_algorithm,
     build_model,
-    initial_meta,
     model_structure,
     task_batch,
     task_output,
@@ -28,6 +26,7 @@ from metaloom.engine.ordinary import ordinary_gradient
 from metaloom.engine.precision import Precision
 from metaloom.job import Job
 from metaloom.recipe import Precision as PrecisionSection
+from metaloom.recipe import Recipe
 from metaloom.recipe.tasks import data_sets, num_rehearsed, num_rehearsed_outside, task_facts
 from metaloom.sources import episode_source, ordinary_samples
 
@@ -46,7 +45,8 @@ def ordinary_budget(job: Job, name: str, choices: Choices, *, num_outer_steps: i
         # Counts do not depend on the format, and the counter cannot follow dual numbers under autocast.
         in_float32 = recipe.model_copy(update={"precision": PrecisionSection(compute="float32")})
         job = dataclasses.replace(job, recipe=in_float32)
-        num_steps = num_tasks * _flops_per_task(job, choices) / (_flops_per_sample(job) * batch_size)
+        flops = _flops_per_task(job, choices, num_outer_steps=num_outer_steps)
+        num_steps = num_tasks * flops / (_flops_per_sample(job) * batch_size)
     steps = max(1, math.ceil(num_steps))
     return steps * batch_size, steps
 
@@ -70,20 +70,30 @@ def _first_tasks(job: Job, count: int) -> list[Episode]:
     return [source.episode(number) for number in range(1 if are_alike else count)]
 
 
-def _flops_per_task(job: Job, choices: Choices) -> float:
+def _flops_per_task(job: Job, choices: Choices, *, num_outer_steps: int) -> float:
     """Floating-point operations of one task's hypergradient (matrix products and convolutions); where tasks
     differ, the mean over the first ones."""
     recipe, device = job.recipe, job.place.device
     num_inner = recipe.adaptation.num_steps
-    adapter = build_adapter(recipe, build_model(recipe, device, job.sharding), choices)
-    algorithm = build_algorithm(recipe, adapter, choices, device)
-    meta = initial_meta(recipe, algorithm.unroll)
+    algorithm = build_algorithm(recipe, build_model(recipe, device, job.sharding), choices, device)
+    meta = algorithm.meta_parameters()
 
-    def flops_of(episode: Episode) -> int:
+    def flops_of(episode: Episode, outer_step: int) -> int:
         batch = task_batch(recipe, [episode], device, num_steps=num_inner)
-        return _count_flops(lambda: algorithm.meta_gradient(meta, batch))
+        return _count_flops(lambda: algorithm.meta_gradient(meta, batch, outer_step=outer_step))
 
-    return statistics.fmean(flops_of(episode) for episode in _first_tasks(job, NUM_COUNTED_TASKS))
+    episodes = _first_tasks(job, NUM_COUNTED_TASKS)
+    if len(episodes) == 1 and _changes_in_training(recipe):
+        episodes = episodes * NUM_COUNTED_TASKS
+    # Spread over the training, where what an outer step computes changes in its course.
+    steps = [round((row + 0.5) / len(episodes) * num_outer_steps) for row in range(len(episodes))]
+    return statistics.fmean(map(flops_of, episodes, steps))
+
+
+def _changes_in_training(recipe: Recipe) -> bool:
+    """Whether later outer steps compute something else than the first."""
+    maml = recipe.maml
+    return maml is not None and (maml.step_weights == "annealed" or maml.first_order_steps > 0)
 
 
 def _flops_per_sample(job: Job) -> int:

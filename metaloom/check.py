@@ -6,11 +6,8 @@ import sys
 
 from metaloom.build import (
     Choices,
-    Tasks,
-    build_adapter,
-    build_algorithm,
+    build_maml,
     build_model,
-    initial_meta,
     task_batch,
 )
 from metaloom.engine.capabilities import ESTIMATORS, kind_of
@@ -23,7 +20,8 @@ from metaloom.engine.choice import EXACT_AND_FLAT, EstimatorChoice
 from metaloom.engine.sharding.replicated import Replicated
 from metaloom.errors import CapabilityError
 from metaloom.job import Place
-from metaloom.recipe import AutoHypergradient, FullFast, Precision, Recipe
+from metaloom.recipe import AutoHypergradient, Precision, Recipe
+from metaloom.recipe.schema import maml_of
 from metaloom.sources import episode_source, open_data
 from metaloom.tracking.console import Console, make_console
 
@@ -41,6 +39,7 @@ def check(recipe: Recipe, place: Place) -> None:
         StreamError: the data cannot be used.
     """
     console = make_console(error_stream=sys.stdout)
+    section = maml_of(recipe)
     num_steps = recipe.adaptation.num_steps
     in_float64 = recipe.model_copy(update={"precision": Precision(compute="float64")})
     data = open_data(recipe)
@@ -54,9 +53,8 @@ def check(recipe: Recipe, place: Place) -> None:
     reports: dict[str, CheckReport] = {}
     impossible: list[str] = []
     for name, choices in ways.items():
-        adapter = build_adapter(in_float64, model, choices)
-        algorithm = build_algorithm(in_float64, adapter, choices, place.device)
-        meta = away_from_symmetry(initial_meta(in_float64, algorithm.unroll), seed=recipe.seed)
+        algorithm = build_maml(in_float64, section, model, choices, place.device)
+        meta = away_from_symmetry(algorithm.meta_parameters(), seed=recipe.seed)
         kind = algorithm.hypergradient.name
         kinds = {kind_of(parameter) for parameter in meta}
         with console.phase(f"check {name}", total=len(grouped(meta)), unit="group") as phase:
@@ -90,11 +88,7 @@ def check(recipe: Recipe, place: Place) -> None:
 
 def _ways(recipe: Recipe) -> dict[str, Choices]:
     """All that a run of the recipe may compute its hypergradient by, by name."""
-    fast, estimator = recipe.adaptation.fast, recipe.algorithm.hypergradient
-    tasks: tuple[Tasks, ...] = ("loop",)
-    if isinstance(fast, FullFast):
-        both: tuple[Tasks, ...] = ("loop", "vmap")
-        tasks = both if fast.tasks == "auto" else (fast.tasks,)
+    estimator, tasks = maml_of(recipe).hypergradient, recipe.task_ways
     kinds = EXACT_AND_FLAT if isinstance(estimator, AutoHypergradient) else (estimator.kind,)
     chosen = {
         kind: EstimatorChoice(kind, 0) if isinstance(estimator, AutoHypergradient) else None for kind in kinds

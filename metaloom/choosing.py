@@ -24,7 +24,7 @@ from metaloom.engine.hypergradients.rematerialized import Rematerialized
 from metaloom.engine.learner import TaskBatch
 from metaloom.engine.unroll import Unroll
 from metaloom.job import Job
-from metaloom.recipe import AutoHypergradient, FullFast, Recipe
+from metaloom.recipe import AutoHypergradient, Recipe
 from metaloom.weights import HeldModel
 
 FREE_SHARE = 0.5
@@ -43,7 +43,7 @@ def choose(job: Job, model: HeldModel, source: EpisodeSource) -> Choices:
     # Tasks are drawn only where there is something to measure on them.
     batch = _first_batch(job, source) if _is_open(job.recipe) else None
     choices = Choices(tasks=_tasks(job, model, batch))
-    estimator = job.recipe.algorithm.hypergradient
+    estimator = None if job.recipe.maml is None else job.recipe.maml.hypergradient
     if not isinstance(estimator, AutoHypergradient):
         return choices
     unroll = _unroll(job.recipe, model, choices)
@@ -61,17 +61,16 @@ def choose(job: Job, model: HeldModel, source: EpisodeSource) -> Choices:
 
 def _is_open(recipe: Recipe) -> bool:
     """Whether a recipe leaves anything to be chosen."""
-    fast, estimator = recipe.adaptation.fast, recipe.algorithm.hypergradient
-    return isinstance(estimator, AutoHypergradient) or (isinstance(fast, FullFast) and fast.tasks == "auto")
+    if recipe.maml is None:
+        return False
+    return isinstance(recipe.maml.hypergradient, AutoHypergradient) or len(recipe.task_ways) > 1
 
 
 def _tasks(job: Job, model: HeldModel, batch: TaskBatch | None) -> Tasks:
     """How tasks are put side by side where every weight is fast."""
-    fast = job.recipe.adaptation.fast
-    if not isinstance(fast, FullFast):
-        return "loop"
-    if fast.tasks != "auto":
-        return fast.tasks
+    names = job.recipe.task_ways
+    if len(names) == 1:
+        return names[0]
     estimator = Rematerialized()
 
     def differentiate(tasks: Tasks) -> None:
@@ -79,7 +78,6 @@ def _tasks(job: Job, model: HeldModel, batch: TaskBatch | None) -> Tasks:
             unroll = shortened(_unroll(job.recipe, model, Choices(tasks=tasks)), TIMED_STEPS)
             estimator.meta_gradient(unroll, initial_meta(job.recipe, unroll), batch)
 
-    names: tuple[Tasks, ...] = ("loop", "vmap")
     ways: dict[str, Callable[[], object]] = {name: functools.partial(differentiate, name) for name in names}
     measured = fastest(ways, job.place.device, job.sharding, has_tasks=batch is not None)
     job.console.note(f"tasks side by side: {measured.name} ({measured.in_words()})")

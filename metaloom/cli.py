@@ -414,6 +414,12 @@ def _check_data(recipe: object, *, of_run: RunFolder | None = None) -> str:
     if trained_on != data.digest:
         assert of_run is not None
         urls = data_urls(recipe)
+        if not urls:
+            raise StreamError(
+                f"this version of metaloom computes other synthetic data (digest {data.digest[:12]}) than "
+                f"{of_run.path} was trained on (digest {trained_on[:12]}). Go on with the version that "
+                "trained it, or start a new run."
+            )
         raise StreamError(
             f"{', '.join(dict.fromkeys(urls.values()))} holds other data (digest {data.digest[:12]}) than "
             f"{of_run.path} was trained on (digest {trained_on[:12]}). Point {', '.join(urls)} at the same "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -15,10 +16,11 @@ from metaloom.budgets import ordinary_budget
 from metaloom.build import (
     Choices,
     build_adapter,
+    build_algorithm,
+    build_in_context,
     build_model,
     build_sharding,
     build_unroll,
-    initial_meta,
     model_structure,
     ordinary_settings,
     task_output,
@@ -26,14 +28,22 @@ from metaloom.build import (
 from metaloom.checkpoints import Checkpoint, CheckpointStore
 from metaloom.confidence import confidence_95
 from metaloom.datasets import EpisodeSource, slice_for_rank
+from metaloom.engine.evaluation import Curve, adaptation_curve
 from metaloom.engine.losses import bits
+from metaloom.engine.outer import COUNTED
 from metaloom.engine.unroll import Unroll
 from metaloom.errors import CheckpointError
 from metaloom.job import Job, Place, open_job, stored_room
 from metaloom.ordinary import finished_weights, train_ordinary
-from metaloom.recipe import Conv4Model, GPTModel, Recipe
-from metaloom.recipe.tasks import data_sets, rehearsal_facts, task_facts
-from metaloom.sources import episode_source, ordinary_samples
+from metaloom.recipe import Conv4Model, GPTModel, InContextAlgorithm, Recipe
+from metaloom.recipe.tasks import (
+    num_in_context,
+    num_inputs,
+    positions_in_context,
+    rehearsal_facts,
+    task_facts,
+)
+from metaloom.sources import data_names, episode_source, ordinary_samples
 from metaloom.tracking import read_metrics
 from metaloom.tracking.cosines import read_cosines
 from metaloom.tracking.report import write_report
@@ -57,14 +67,14 @@ class Contender:
 
     Attributes:
         name: in tables and plots.
-        unroll: how it adapts.
+        curve: how it adapts.
         meta: its meta-parameters, trained or not.
         inner_rate: its rates, in words.
         training: what was spent on it, in words.
     """
 
     name: str
-    unroll: Unroll
+    curve: Curve
     meta: MetaTensors
     inner_rate: str
     training: str
@@ -122,22 +132,33 @@ def _meta_trained(job: Job, newest: Checkpoint) -> Contender:
     model = build_model(recipe, job.place.device, job.sharding)
     if recipe.pretrain is not None:
         model.load(_pretrained(job))
-    rule, choices = recipe.adaptation.rule, Choices.load(newest.scalars["choices"])
-    unroll = build_unroll(recipe, build_adapter(recipe, model, choices), rate=rule.lr, grain=rule.learned)
+    choices = Choices.load(newest.scalars["choices"])
+    algorithm = build_algorithm(recipe, model, choices, job.place.device, sharding=job.sharding)
     prefix = "meta/" if recipe.outer.ema is None else "average/"
     meta = {
         name: job.sharding.held(checkpoint.tensors[prefix + name]).to(job.place.device)
-        for name in initial_meta(recipe, unroll)
+        for name in algorithm.meta_parameters()
     }
-    learned = recipe.adaptation.rule.learned
+    meta |= {
+        name: job.sharding.held(checkpoint.tensors[COUNTED + name]).to(job.place.device)
+        for name in algorithm.tracked()
+    }
     tasks = recipe.outer.tasks_per_step
     return Contender(
         name="meta-trained",
-        unroll=unroll,
+        curve=algorithm.curve,
         meta=meta,
-        inner_rate=f"{recipe.adaptation.rule.lr:g}" if learned == "none" else "learned",
+        inner_rate=_own_rate(recipe),
         training=_after_pretraining(recipe, f"{checkpoint.step} outer steps of {tasks} tasks"),
     )
+
+
+def _own_rate(recipe: Recipe) -> str:
+    """The inner rates of what was meta-trained, in words."""
+    if recipe.maml is None:
+        return "no steps"
+    rule = recipe.adaptation.rule
+    return f"{rule.lr:g}" if rule.learned == "none" else "learned"
 
 
 def _newest(job: Job) -> Checkpoint:
@@ -160,6 +181,8 @@ def _baseline(job: Job, name: str, newest: Checkpoint) -> Contender:
     Args:
         newest: the checkpoint of meta-training, from whose step and choices budgets follow.
     """
+    if name in _IN_CONTEXT:
+        return _in_context(job, name, newest)
     model = build_model(job.recipe, job.place.device, job.sharding)
     choices = Choices.load(newest.scalars["choices"])
     training = "none"
@@ -167,10 +190,9 @@ def _baseline(job: Job, name: str, newest: Checkpoint) -> Contender:
         model.load(_pretrained(job))
         training = _after_pretraining(job.recipe, "")
     elif name.startswith("ordinary_"):
-        num_samples, num_steps = ordinary_budget(job, name, choices, num_outer_steps=newest.step)
-        model.load(_ordinarily_trained(job, name, num_steps))
-        training = _after_pretraining(job.recipe, f"{num_steps} steps, {num_samples} samples")
-    adapter = build_adapter(job.recipe, model, choices)
+        weights, training = _after_ordinary_training(job, name, newest)
+        model.load(weights)
+    adapter = build_adapter(job.recipe, model, choices, is_learned=False)
     shown = _SHOWN_NAMES[name]
 
     def unroll_at(rate: float) -> Unroll:
@@ -179,11 +201,44 @@ def _baseline(job: Job, name: str, newest: Checkpoint) -> Contender:
     rate = _tuned_rate(job, shown, unroll_at)
     return Contender(
         name=shown,
-        unroll=unroll_at(rate),
+        curve=functools.partial(adaptation_curve, unroll_at(rate)),
         meta={},
         inner_rate=f"{rate:.3g} (tuned)",
         training=training,
     )
+
+
+def _in_context(job: Job, name: str, newest: Checkpoint) -> Contender:
+    """A language model that has support sequences in front of each query, and does not adapt.
+
+    Args:
+        newest: as for `_baseline`.
+    """
+    recipe = job.recipe
+    model = build_model(recipe, job.place.device, job.sharding)
+    training = "none"
+    ordinary = _IN_CONTEXT[name]
+    if ordinary is not None:
+        weights, training = _after_ordinary_training(job, ordinary, newest)
+        model.load(weights)
+    elif recipe.pretrain is not None:
+        model.load(_pretrained(job))
+        training = _after_pretraining(recipe, "")
+    return Contender(
+        name=_SHOWN_NAMES[name],
+        curve=build_in_context(recipe, model).curve,
+        meta={},
+        inner_rate="no steps",
+        training=training,
+    )
+
+
+def _after_ordinary_training(job: Job, name: str, newest: Checkpoint) -> tuple[MetaTensors, str]:
+    """The weights of a baseline that is ordinarily trained, and what was spent on them, in words."""
+    choices = Choices.load(newest.scalars["choices"])
+    num_samples, num_steps = ordinary_budget(job, name, choices, num_outer_steps=newest.step)
+    weights = _ordinarily_trained(job, name, num_steps)
+    return weights, _after_pretraining(job.recipe, f"{num_steps} steps, {num_samples} samples")
 
 
 def _after_pretraining(recipe: Recipe, training: str) -> str:
@@ -198,6 +253,15 @@ _SHOWN_NAMES = {
     "ordinary_equal_data": "ordinary, equal data",
     "ordinary_equal_compute": "ordinary, equal compute",
     "pretrained": "pre-trained only",
+    "in_context": "in context",
+    "in_context_equal_data": "in context, equal data",
+    "in_context_equal_compute": "in context, equal compute",
+}
+# The ordinary training that a model in context has had; None for none after the recipe's pre-training.
+_IN_CONTEXT = {
+    "in_context": None,
+    "in_context_equal_data": "ordinary_equal_data",
+    "in_context_equal_compute": "ordinary_equal_compute",
 }
 
 
@@ -248,8 +312,8 @@ def _tuned_rate(job: Job, name: str, unroll_at: Callable[[float], Unroll]) -> fl
     with job.console.phase(f"tune {name}", total=None, unit="rate") as phase:
 
         def try_factor(factor: float) -> None:
-            unroll = unroll_at(factor * recipe.adaptation.rule.lr)
-            curves = _curves(job, unroll, {}, source, recipe.evaluation.tuning.num_episodes, metric="loss")
+            curve = functools.partial(adaptation_curve, unroll_at(factor * recipe.adaptation.rule.lr))
+            curves = _curves(job, curve, {}, source, recipe.evaluation.tuning.num_episodes, metric="loss")
             loss = statistics.fmean(curve.metric[-1] for curve in curves)
             losses[factor] = loss if math.isfinite(loss) else math.inf
             phase.advance(1)
@@ -275,8 +339,7 @@ def _metric(recipe: Recipe) -> str:
 
 def _data_name(job: Job) -> str:
     """The data sets of the tasks, in words."""
-    names = (job.data.indices[f"{path}.url"].dataset for path in data_sets(job.recipe))
-    return ", ".join(dict.fromkeys(names))
+    return ", ".join(dict.fromkeys(data_names(job.recipe, job.data)))
 
 
 def _test_curves(job: Job, contender: Contender) -> list[EpisodeCurve]:
@@ -288,7 +351,7 @@ def _test_curves(job: Job, contender: Contender) -> list[EpisodeCurve]:
     with job.console.phase(name, total=num_here, unit="episode") as phase:
         return _curves(
             job,
-            contender.unroll,
+            contender.curve,
             contender.meta,
             _source(job, "test"),
             num_episodes,
@@ -338,7 +401,7 @@ def _source(job: Job, split: str) -> EpisodeSource:
 
 def _curves(
     job: Job,
-    unroll: Unroll,
+    curve: Curve,
     meta: MetaTensors,
     source: EpisodeSource,
     num_episodes: int,
@@ -350,7 +413,7 @@ def _curves(
     curves: list[EpisodeCurve] = []
     num_steps = job.recipe.evaluation_num_steps
     for episodes, measured in measured_episodes(
-        job, unroll, meta, source, num_episodes=num_episodes, num_steps=num_steps, step=None
+        job, curve, meta, source, num_episodes=num_episodes, num_steps=num_steps, step=None
     ):
         values = measured["accuracy" if metric == "accuracy" else "loss"].tolist()
         retention = measured["retention_loss"].tolist() if "retention_loss" in measured else None
@@ -370,9 +433,18 @@ def _notes(job: Job) -> tuple[str, ...]:
         "Intervals are 95 %, clustered by task where a task repeats; 'ahead by' is paired by episode.",
         "Each baseline's inner rate was tuned on validation episodes; the meta-trained model uses its own.",
     ]
-    if any(name.startswith("ordinary_") for name in job.recipe.baselines):
+    recipe = job.recipe
+    if isinstance(recipe.algorithm, InContextAlgorithm) or any(
+        name in _IN_CONTEXT for name in recipe.baselines
+    ):
+        num_tokens = positions_in_context(recipe) - num_inputs(task_facts(recipe).inputs)
+        notes.append(
+            f"In context, the last {num_in_context(recipe)} of {task_facts(recipe).num_support} support "
+            f"sequences, {num_tokens} tokens, are in front of each query, whose own tokens alone are judged."
+        )
+    if any("equal" in name for name in job.recipe.baselines):
         notes.append("Ordinary training is judged at its last step, with the recipe's optimizer settings.")
-    if "ordinary_equal_compute" in job.recipe.baselines:
+    if any(name.endswith("equal_compute") for name in job.recipe.baselines):
         notes.append(
             "Equal compute counts the floating-point operations of matrix products and convolutions."
         )
@@ -380,7 +452,15 @@ def _notes(job: Job) -> tuple[str, ...]:
         notes.append("Forgetting is measured on data of the pre-training kind that were not rehearsed.")
     model = job.recipe.model
     if isinstance(model, Conv4Model) and model.norm == "batch":
-        notes.append("Batch norm sees the query images of an episode together: predictions are transductive.")
+        if job.recipe.adaptation.norms.statistics == "batch":
+            notes.append(
+                "Batch norm sees the query images of an episode together: predictions are transductive."
+            )
+        else:
+            notes.append(
+                "Batch norm of the meta-trained model takes running means of training; that of the baselines "
+                "sees the query images of an episode together, so that their predictions are transductive."
+            )
     return tuple(notes)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from metaloom import datasets
@@ -30,8 +31,10 @@ from metaloom.datasets import (
     VariableWays,
     Ways,
     Window,
+    synthetic,
     verify_sizes,
 )
+from metaloom.datasets.synthetic import SyntheticEpisodes, SyntheticSamples
 from metaloom.errors import StreamError
 from metaloom.recipe import Affine as AffineSection
 from metaloom.recipe import (
@@ -41,12 +44,17 @@ from metaloom.recipe import (
     ClassTargets,
     DocumentsData,
     EpisodesData,
+    Equivariant1dTask,
+    Equivariant2dTask,
     GPTModel,
     GroupsData,
     ImageInputs,
     Loading,
+    NonExclusiveSinusoidTask,
     NumberTargets,
     Recipe,
+    SinusoidTask,
+    SyntheticData,
     TextInputs,
     TokenTargets,
 )
@@ -70,14 +78,16 @@ class Data:
 
     Attributes:
         indices: by the path of their URL in the recipe; one URL is opened once.
+        computed: the identities of synthetic data sets, by their path in the recipe.
     """
 
     indices: Mapping[str, Index]
+    computed: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
         """The identity of all data together: of one data set, its own."""
-        digests = [index.digest for index in self.indices.values()]
+        digests = [*(index.digest for index in self.indices.values()), *self.computed.values()]
         return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
     def close(self) -> None:
@@ -97,7 +107,26 @@ def open_data(recipe: Recipe) -> Data:
     for url in data_urls(recipe).values():
         if url not in by_url:
             by_url[url] = Index.load(url, settings)
-    return Data({path: by_url[url] for path, url in data_urls(recipe).items()})
+    computed = {
+        path: _computed_digest(section)
+        for path, section in data_sets(recipe).items()
+        if isinstance(section, SyntheticData)
+    }
+    return Data({path: by_url[url] for path, url in data_urls(recipe).items()}, computed)
+
+
+def _computed_digest(section: SyntheticData) -> str:
+    """SHA-256 (hexadecimal) of what synthetic tasks follow from, but for the seed: section and generator."""
+    values = {"version": synthetic.GENERATOR_VERSION, "data": section.model_dump(mode="json")}
+    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def data_names(recipe: Recipe, data: Data) -> list[str]:
+    """What the data sets of the tasks are called."""
+    return [
+        section.task.kind if isinstance(section, SyntheticData) else data.indices[f"{path}.url"].dataset
+        for path, section in data_sets(recipe).items()
+    ]
 
 
 def storage_settings(loading: Loading) -> StorageSettings:
@@ -124,18 +153,19 @@ def require_episodes(recipe: Recipe, data: Data) -> None:
         episode_source(recipe, data, split, seed=recipe.seed, num_steps=recipe.adaptation.num_steps)
         # What is wrong with all samples of a data set shows here, and not when the job has started.
         for path, section in data_sets(recipe).items():
-            index = data.indices[f"{path}.url"]
-            episode = _tasks_of(recipe, section, index, split, seed=recipe.seed).episode(0)
+            found = data.indices.get(f"{path}.url")
+            episode = _tasks_of(recipe, section, found, split, seed=recipe.seed).episode(0)
             if recipe.outer.combiner.weighs_groups and recipe.data is section and episode.group is None:
+                assert found is not None, "a rule of the recipe refuses data that are not read"
                 raise StreamError(
                     f"outer.combiner.kind: {recipe.outer.combiner.kind}; weighs groups of tasks, and "
-                    f"episodes of split {split!r} of {index.dataset} at {index.url} state no group: "
+                    f"episodes of split {split!r} of {found.dataset} at {found.url} state no group: "
                     "pack them with one, or take another combiner."
                 )
     if recipe.adaptation.rehearsal is not None:
         _rehearsal_samples(recipe, data, seed=recipe.seed).batch(0, 1)
     if recipe.pretrain is not None:
-        ordinary_samples(recipe, data, recipe.pretrain.splits, purpose="pretrain").batch(0, 1)
+        pretraining_samples(recipe, data).batch(0, 1)
 
 
 def episode_source(recipe: Recipe, data: Data, split: str, *, seed: int, num_steps: int) -> EpisodeSource:
@@ -145,7 +175,7 @@ def episode_source(recipe: Recipe, data: Data, split: str, *, seed: int, num_ste
         num_steps: inner steps, for which there will be enough rehearsal data.
     """
     sources = [
-        _tasks_of(recipe, section, data.indices[f"{path}.url"], split, seed=seed)
+        _tasks_of(recipe, section, data.indices.get(f"{path}.url"), split, seed=seed)
         for path, section in data_sets(recipe).items()
     ]
     weights = data_weights(recipe)
@@ -167,7 +197,10 @@ def episode_source(recipe: Recipe, data: Data, split: str, *, seed: int, num_ste
 
 def _part_names(recipe: Recipe, data: Data) -> list[str]:
     """What the parts of a mixture are called: their data sets; where one is there twice, its place too."""
-    names = [data.indices[f"{path}.url"].dataset for path in data_sets(recipe)]
+    names = []
+    for path, section in data_sets(recipe).items():
+        index = data.indices.get(f"{path}.url")
+        names.append(section.kind if index is None else index.dataset)
     return [name if names.count(name) == 1 else f"{name} {row}" for row, name in enumerate(names)]
 
 
@@ -179,9 +212,9 @@ def ordinary_samples(recipe: Recipe, data: Data, splits: Sequence[str], *, purpo
             is used.
         purpose: other purposes get other draws: a baseline must not see pre-training's batches again.
     """
-    seed = recipe.seed + zlib.crc32(purpose.encode())
+    seed = _seed(recipe, purpose)
     samples = [
-        _samples_of(recipe, section, data.indices[f"{path}.url"], splits, seed=seed)
+        _samples_of(recipe, section, data.indices.get(f"{path}.url"), splits, seed=seed)
         for path, section in data_sets(recipe).items()
     ]
     if len(samples) == 1:
@@ -189,7 +222,39 @@ def ordinary_samples(recipe: Recipe, data: Data, splits: Sequence[str], *, purpo
     return MixedSamples(samples, data_weights(recipe), seed=seed, purpose=purpose)
 
 
-def _tasks_of(recipe: Recipe, section: DataSet, index: Index, split: str, *, seed: int) -> EpisodeSource:
+def _seed(recipe: Recipe, purpose: str) -> int:
+    return recipe.seed + zlib.crc32(purpose.encode())
+
+
+def pretraining_samples(recipe: Recipe, data: Data) -> Samples:
+    """The recipe's ordinary training batches before meta-training."""
+    pretrain, purpose = recipe.pretrain, "pretrain"
+    assert pretrain is not None, "the recipe has no pre-training"
+    if pretrain.sequence_length is None:
+        return ordinary_samples(recipe, data, pretrain.splits, purpose=purpose)
+    return DocumentSamples(
+        data.indices["data.url"],
+        pretrain.splits,
+        sequence_length=pretrain.sequence_length,
+        vocabulary=_vocabulary(recipe),
+        seed=_seed(recipe, purpose),
+        key="pretrain.sequence_length",
+    )
+
+
+def _tasks_of(
+    recipe: Recipe, section: DataSet, index: Index | None, split: str, *, seed: int
+) -> EpisodeSource:
+    if isinstance(section, SyntheticData):
+        return SyntheticEpisodes(
+            _family(section),
+            split,
+            num_support=section.num_support,
+            num_query=section.num_query,
+            num_tasks=_num_computed(section, split),
+            seed=seed,
+        )
+    assert index is not None, "other data have a URL"
     match section:
         case ClassesData():
             window = section.window
@@ -243,8 +308,17 @@ def _ready(recipe: Recipe, section: EpisodesData, index: Index, split: str, *, s
 
 
 def _samples_of(
-    recipe: Recipe, section: DataSet, index: Index, splits: Sequence[str], *, seed: int
+    recipe: Recipe, section: DataSet, index: Index | None, splits: Sequence[str], *, seed: int
 ) -> Samples:
+    if isinstance(section, SyntheticData):
+        return SyntheticSamples(
+            _family(section),
+            "train",
+            num_tasks=section.num_train_tasks,
+            num_examples=section.num_support + section.num_query,
+            seed=seed,
+        )
+    assert index is not None, "other data have a URL"
     match section:
         case ClassesData():
             return ClassSamples(
@@ -269,6 +343,30 @@ def _samples_of(
             num_classes = targets.num_classes if isinstance(targets, ClassTargets) else None
             source = _ready(recipe, section, index, "train", seed=seed)
             return ReadySamples(source, split="train", seed=seed, num_classes=num_classes)
+
+
+def _family(section: SyntheticData) -> synthetic.TaskFamily:
+    match section.task:
+        case SinusoidTask():
+            return synthetic.Sinusoids()
+        case NonExclusiveSinusoidTask(num_amplitudes=num_amplitudes, noise_std=noise_std):
+            return synthetic.NonExclusiveSinusoids(num_amplitudes=num_amplitudes, noise_std=noise_std)
+        case Equivariant1dTask(rank=rank, length=length, filter_size=filter_size):
+            return synthetic.Equivariant1d(rank=rank, length=length, filter_size=filter_size)
+        case Equivariant2dTask(flips=flips, size=size, num_filters=num_filters, filter_size=filter_size):
+            return synthetic.Equivariant2d(
+                flips=flips, size=size, num_filters=num_filters, filter_size=filter_size
+            )
+
+
+def _num_computed(section: SyntheticData, split: str) -> int | None:
+    """Tasks of a split; None for new ones without end."""
+    of_splits = {
+        "train": section.num_train_tasks,
+        "validation": section.num_validation_tasks,
+        "test": section.num_test_tasks,
+    }
+    return of_splits[split]
 
 
 def _rehearsal_samples(recipe: Recipe, data: Data, *, seed: int) -> Samples:

@@ -16,12 +16,10 @@ from torch import Tensor
 from metaloom.adapting import measured_episodes
 from metaloom.build import (
     Choices,
-    build_adapter,
     build_algorithm,
     build_combiner,
     build_model,
     build_sharding,
-    initial_meta,
     ordinary_settings,
     outer_settings,
     task_batch,
@@ -30,7 +28,7 @@ from metaloom.checkpoints import Checkpoint, CheckpointStore
 from metaloom.checkpoints.store import require_same_tensors
 from metaloom.choosing import choose
 from metaloom.datasets import Episode, EpisodeSource, EpisodeStream
-from metaloom.engine.algorithms.maml import Maml
+from metaloom.engine.algorithms.base import Algorithm
 from metaloom.engine.combiners.base import Combiner
 from metaloom.engine.learner import TaskBatch
 from metaloom.engine.outer import OuterOptimizer
@@ -42,7 +40,7 @@ from metaloom.job import Job, Place, open_job, stored_room
 from metaloom.ordinary import finished_weights, train_ordinary
 from metaloom.recipe import Pretrain, Recipe
 from metaloom.recipe.tasks import tokens_per_task
-from metaloom.sources import episode_source, ordinary_samples
+from metaloom.sources import episode_source, pretraining_samples
 from metaloom.tracking.cosines import CosineRecord, add_cosines
 from metaloom.weights import HeldModel
 
@@ -74,12 +72,16 @@ def train(recipe: Recipe, place: Place) -> None:
             choices = Choices.load(newest.scalars["choices"])
         else:
             choices = choose(job, model, _train_source(job))
-        adapter = build_adapter(recipe, model, choices)
-        algorithm = build_algorithm(recipe, adapter, choices, place.device, sharding=job.sharding)
+        algorithm = build_algorithm(recipe, model, choices, place.device, sharding=job.sharding)
         if recipe.pretrain is not None:
             is_resumed = newest is not None
             model.load(_pretrained(job, recipe.pretrain, model, must_be_done=is_resumed))
-        outer = OuterOptimizer(initial_meta(recipe, algorithm.unroll), outer_settings(recipe), job.sharding)
+        outer = OuterOptimizer(
+            algorithm.meta_parameters(),
+            outer_settings(recipe),
+            job.sharding,
+            tracked=algorithm.tracked(),
+        )
         model.hold_once(outer.meta)
         if isinstance(job.sharding, DeepSpeedZero):
             _tell_of_deepspeed(job, job.sharding)
@@ -163,7 +165,7 @@ def _pretrained(job: Job, pretrain: Pretrain, model: HeldModel, *, must_be_done:
     return train_ordinary(
         job,
         model,
-        ordinary_samples(job.recipe, job.data, pretrain.splits, purpose="pretrain"),
+        pretraining_samples(job.recipe, job.data),
         ordinary_settings(pretrain, num_steps=pretrain.num_steps, warmup_steps=pretrain.warmup_steps),
         batch_size=pretrain.batch_size,
         phase_name="pretrain",
@@ -179,7 +181,7 @@ def _tell_of_deepspeed(job: Job, sharding: DeepSpeedZero) -> None:
     job.tracker.artifact(job.place.folder.deepspeed)
 
 
-def _outer_loop(job: Job, algorithm: Maml, state: State, store: CheckpointStore) -> None:
+def _outer_loop(job: Job, algorithm: Algorithm, state: State, store: CheckpointStore) -> None:
     recipe, sharding = job.recipe, job.sharding
     outer, progress = state.outer, state.progress
     num_inner = recipe.adaptation.num_steps
@@ -248,7 +250,7 @@ def _own_tasks(job: Job, episodes: Sequence[Episode], *, num_dummies: int) -> Ta
 
 
 def validate(
-    job: Job, algorithm: Maml, meta: Mapping[str, Tensor], source: EpisodeSource, *, step: int
+    job: Job, algorithm: Algorithm, meta: Mapping[str, Tensor], source: EpisodeSource, *, step: int
 ) -> dict[str, float]:
     """Mean query loss and scores over the recipe's validation episodes, always the same ones.
 
@@ -259,12 +261,12 @@ def validate(
     """
     recipe, sharding = job.recipe, job.sharding
     num_episodes = recipe.validation.num_episodes
-    measures = ("loss", *algorithm.unroll.learner.scores)
+    measures = ("loss", *algorithm.scores)
     names = (*(f"{name}_before" for name in measures), *measures)
     sums = {name: torch.zeros((), dtype=torch.float64) for name in names}
     num_steps = recipe.adaptation.num_steps
     for _, curve in measured_episodes(
-        job, algorithm.unroll, meta, source, num_episodes=num_episodes, num_steps=num_steps, step=step
+        job, algorithm.curve, meta, source, num_episodes=num_episodes, num_steps=num_steps, step=step
     ):
         for name in measures:
             sums[f"{name}_before"] += curve[name][:, 0].sum().cpu()

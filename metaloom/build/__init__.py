@@ -1,11 +1,18 @@
 """From a recipe to the parts of the engine."""
 
 from metaloom.build.adaptation import build_adapter, build_rule, build_unroll
-from metaloom.build.algorithm import build_algorithm, build_hypergradient, build_snapshots, initial_meta
+from metaloom.build.algorithm import (
+    build_algorithm,
+    build_hypergradient,
+    build_maml,
+    build_snapshots,
+    initial_meta,
+)
 from metaloom.build.batches import as_tensors, task_batch
 from metaloom.build.choices import Choices, Tasks
 from metaloom.build.model import Output, build_model, build_sharding, model_structure, task_output
 from metaloom.build.outer import build_combiner, ordinary_settings, outer_settings
+from metaloom.build.set_learners import build_in_context
 
 __all__ = [
     "Choices",
@@ -16,6 +23,8 @@ __all__ = [
     "build_algorithm",
     "build_combiner",
     "build_hypergradient",
+    "build_in_context",
+    "build_maml",
     "build_model",
     "build_rule",
     "build_sharding",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 from metaloom.build.choices import Choices
@@ -13,6 +15,7 @@ from metaloom.build.model import (
 from metaloom.engine.adapters.base import Adapter
 from metaloom.engine.adapters.full import FullAdapter
 from metaloom.engine.adapters.lora import LoraAdapter
+from metaloom.engine.adapters.norms import PerStepNorms
 from metaloom.engine.algorithms.maml import step_weights
 from metaloom.engine.inner_loops.adam import Adam
 from metaloom.engine.inner_loops.base import InnerRule
@@ -36,12 +39,18 @@ from metaloom.recipe import Rehearsal as RehearsalSection
 from metaloom.weights import HeldModel
 
 
-def build_adapter(recipe: Recipe, model: HeldModel, choices: Choices) -> Adapter:
-    """What is fast in a model."""
+def build_adapter(recipe: Recipe, model: HeldModel, choices: Choices, *, is_learned: bool = True) -> Adapter:
+    """What is fast in a model.
+
+    Args:
+        is_learned: whether the model is meta-trained: what norms learn for each inner step is not there
+            otherwise.
+    """
     fast = recipe.adaptation.fast
     structure = model_structure(model.module)
     if isinstance(fast, FullFast):
-        return FullAdapter(model.module, structure=structure, tasks=choices.tasks)
+        norms = _per_step_norms(recipe) if is_learned else None
+        return FullAdapter(model.module, structure=structure, tasks=choices.tasks, norms=norms)
     return LoraAdapter(
         model.module,
         targets=fast.targets,
@@ -51,6 +60,14 @@ def build_adapter(recipe: Recipe, model: HeldModel, choices: Choices) -> Adapter
         structure=structure,
         shards=model.shards,
     )
+
+
+def _per_step_norms(recipe: Recipe) -> PerStepNorms | None:
+    norms = recipe.adaptation.norms
+    weights, statistics = norms.weights == "per_step", norms.statistics == "per_step"
+    if not (weights or statistics):
+        return None
+    return PerStepNorms(recipe.adaptation.num_steps, weights, statistics)
 
 
 def build_rule(section: InnerRuleSection) -> InnerRule:
@@ -104,7 +121,7 @@ def build_unroll(
         ),
         rule=build_rule(adaptation.rule),
         rates=Rates(rate, grain, adaptation.num_steps),
-        step_weights=step_weights(recipe.algorithm.step_weights, adaptation.num_steps),
+        step_weights=step_weights(_step_weights(recipe), adaptation.num_steps),
     )
 
 
@@ -117,3 +134,10 @@ def _rehearsal(recipe: Recipe, section: RehearsalSection) -> Rehearsal:
         criterion=output.criterion,
         head=output.head,
     )
+
+
+def _step_weights(recipe: Recipe) -> Literal["last", "uniform"]:
+    """Those at which a training starts."""
+    if recipe.maml is None or recipe.maml.step_weights == "last":
+        return "last"
+    return "uniform"

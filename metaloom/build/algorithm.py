@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch import Tensor
 
-from metaloom.build.adaptation import build_unroll
+from metaloom.build.adaptation import build_adapter, build_unroll
 from metaloom.build.choices import Choices
-from metaloom.engine.adapters.base import Adapter
-from metaloom.engine.algorithms.maml import Maml
+from metaloom.build.model import model_structure, task_output
+from metaloom.build.set_learners import build_in_context, build_set_learner
+from metaloom.engine.algorithms.base import Algorithm
+from metaloom.engine.algorithms.custom import Factory, Parts
+from metaloom.engine.algorithms.maml import Maml, MultiStepAnnealing
+from metaloom.engine.algorithms.protonet import Protonet
+from metaloom.engine.backbone import Backbone
 from metaloom.engine.choice import EXACT_AND_FLAT
 from metaloom.engine.hypergradients.base import Hypergradient
 from metaloom.engine.hypergradients.finite_difference import FiniteDifference
@@ -20,45 +27,150 @@ from metaloom.engine.hypergradients.reptile import Reptile
 from metaloom.engine.hypergradients.solvers import ConjugateGradient, Neumann, Solver
 from metaloom.engine.hypergradients.truncated import Truncated
 from metaloom.engine.hypergradients.unrolled import Unrolled
+from metaloom.engine.precision import Precision
 from metaloom.engine.sharding.base import Sharding
 from metaloom.engine.snapshots import Binomial, HostMemory, KeepAll, SnapshotPlan
 from metaloom.engine.unroll import Unroll
 from metaloom.errors import CapabilityError
 from metaloom.recipe import (
     AllSnapshots,
+    AttentionLearnerAlgorithm,
     AutoHypergradient,
     BinomialSnapshots,
+    CNPAlgorithm,
     ConjugateGradientSolver,
+    CustomAlgorithm,
     FiniteDifferenceHypergradient,
     FirstOrderHypergradient,
     HostSnapshots,
     ImplicitHypergradient,
+    InContextAlgorithm,
+    MAMLAlgorithm,
     MixedModeHypergradient,
     NeumannSolver,
+    ProtonetAlgorithm,
     Recipe,
+    RecurrentLearnerAlgorithm,
     RematerializedHypergradient,
     ReptileHypergradient,
     TruncatedHypergradient,
     UnrolledHypergradient,
 )
+from metaloom.recipe.schema import maml_of
+from metaloom.recipe.tasks import task_facts
+from metaloom.weights import HeldModel
 
 
 def build_algorithm(
     recipe: Recipe,
-    adapter: Adapter,
+    model: HeldModel,
+    choices: Choices,
+    device: torch.device,
+    *,
+    sharding: Sharding | None = None,
+) -> Algorithm:
+    """The algorithm of a recipe.
+
+    Args:
+        sharding: what the ranks that compute together agree by; None for a rank alone.
+    """
+    match recipe.algorithm:
+        case MAMLAlgorithm():
+            return build_maml(recipe, recipe.algorithm, model, choices, device, sharding=sharding)
+        case ProtonetAlgorithm():
+            return Protonet(build_backbone(recipe, model), num_classes(recipe))
+        case CNPAlgorithm() | AttentionLearnerAlgorithm() | RecurrentLearnerAlgorithm():
+            return build_set_learner(recipe, recipe.algorithm, build_backbone(recipe, model))
+        case InContextAlgorithm():
+            return build_in_context(recipe, model)
+        case CustomAlgorithm():
+            return build_custom(recipe, recipe.algorithm, model, choices)
+
+
+def build_maml(
+    recipe: Recipe,
+    section: MAMLAlgorithm,
+    model: HeldModel,
     choices: Choices,
     device: torch.device,
     *,
     sharding: Sharding | None = None,
 ) -> Maml:
-    """The algorithm with the estimator of its hypergradient.
+    """An algorithm that adapts by inner steps, with the estimator of its hypergradient; `sharding` as in
+    `build_algorithm`."""
+    rule, learned = recipe.adaptation.rule, section.meta_parameters
+    unroll = build_unroll(recipe, build_adapter(recipe, model, choices), rate=rule.lr, grain=rule.learned)
+    return Maml(
+        unroll,
+        build_hypergradient(recipe, choices, device, sharding=sharding),
+        init=learned.init,
+        backbone=learned.backbone,
+        annealing=_annealing(recipe, section),
+        first_order=FirstOrder(build_snapshots(recipe, device)) if section.first_order_steps else None,
+        num_first_order=section.first_order_steps,
+    )
 
-    Args:
-        sharding: what the ranks that compute together agree by; None for a rank alone.
+
+def _annealing(recipe: Recipe, section: MAMLAlgorithm) -> MultiStepAnnealing | None:
+    if section.step_weights != "annealed":
+        return None
+    return MultiStepAnnealing(section.annealing_steps or max(1, recipe.outer.num_steps // 2))
+
+
+def build_custom(recipe: Recipe, section: CustomAlgorithm, model: HeldModel, choices: Choices) -> Algorithm:
+    """The algorithm that a function outside of metaloom builds.
+
+    Raises:
+        CapabilityError: there is no such function, or what it returns is no algorithm.
     """
-    rule = recipe.adaptation.rule
-    unroll = build_unroll(recipe, adapter, rate=rule.lr, grain=rule.learned)
-    return Maml(unroll, build_hypergradient(recipe, choices, device, sharding=sharding))
+    factory = _imported(section.factory)
+    rule, facts = recipe.adaptation.rule, task_facts(recipe)
+    adapter = build_adapter(recipe, model, choices)
+    parts = Parts(
+        backbone=build_backbone(recipe, model),
+        unroll=build_unroll(recipe, adapter, rate=rule.lr, grain=rule.learned),
+        num_classes=facts.num_outputs if facts.objective == "classification" else None,
+        seed=recipe.seed,
+        options=section.options,
+    )
+    algorithm = factory(parts)
+    if not isinstance(algorithm, Algorithm):
+        raise CapabilityError(
+            f"algorithm.factory: {section.factory} returned a {type(algorithm).__name__}; it has to return a "
+            "metaloom.engine.algorithms.base.Algorithm."
+        )
+    return algorithm
+
+
+def _imported(path: str) -> Factory:
+    module_name, _, name = path.partition(":")
+    try:
+        factory: Factory = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise CapabilityError(
+            f"algorithm.factory: {path} cannot be imported: {error}. The module is looked for in the working "
+            "folder and among what is installed."
+        ) from error
+    return factory
+
+
+def build_backbone(recipe: Recipe, model: HeldModel) -> Backbone:
+    """The model before its head, for algorithms that put something else in the head's place."""
+    return Backbone(
+        model.module,
+        model_structure(model.module),
+        task_output(recipe).head,
+        Precision(recipe.precision.compute),
+        recompute_blocks=recipe.memory.recompute_blocks,
+    )
+
+
+def num_classes(recipe: Recipe) -> int:
+    """The classes of a task, at most."""
+    facts = task_facts(recipe)
+    assert facts.objective == "classification", "a rule of the recipe has seen to it"
+    assert facts.num_outputs is not None
+    return facts.num_outputs
 
 
 def build_hypergradient(
@@ -66,7 +178,7 @@ def build_hypergradient(
 ) -> Hypergradient:
     """The estimator with its options; `sharding` as in `build_algorithm`."""
     snapshots = build_snapshots(recipe, device)
-    match recipe.algorithm.hypergradient:
+    match maml_of(recipe).hypergradient:
         case AutoHypergradient():
             assert choices.estimator is not None, "auto is chosen before anything is built with it"
             return choices.estimator.build(snapshots)
@@ -119,9 +231,5 @@ def _build_solver(solver: ConjugateGradientSolver | NeumannSolver, sharding: Sha
 
 def initial_meta(recipe: Recipe, unroll: Unroll) -> dict[str, Tensor]:
     """The meta-parameters that the recipe learns, at their initial values."""
-    learned = recipe.algorithm.meta_parameters
-    adapter = unroll.learner.adapter
-    meta = adapter.meta_parameters(init=learned.init, backbone=learned.backbone)
-    fast = adapter.init({}, 1)
-    like = next(iter(fast.values()))
-    return meta | unroll.rates.meta_parameters(fast) | unroll.learner.support_loss.meta_parameters(like)
+    learned = maml_of(recipe).meta_parameters
+    return unroll.meta_parameters(init=learned.init, backbone=learned.backbone)

@@ -20,6 +20,8 @@ KIND_NAMES: Mapping[Kind, str] = {
     "rates": "learned inner rates",
     "loss": "loss parameters",
 }
+# What is counted in training beside what is learned, and has no gradient.
+TRACKED = "tracked."
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from metaloom.engine.learner import TaskBatch
 from metaloom.engine.unroll import Unroll, adapt, constants
+
+
+class Curve(Protocol):
+    """The losses and scores of tasks over their adaptation: see `Algorithm.curve`."""
+
+    def __call__(
+        self, meta: Mapping[str, Tensor], batch: TaskBatch, *, num_steps: int
+    ) -> dict[str, Tensor]: ...
 
 
 def adaptation_curve(

@@ -28,6 +28,8 @@ class Reading:
         how: temperature and label smoothing.
         num_ways: `[T]`, how many classes each task has; None for all that there are.
         draws: what dropout draws; None: dropout does nothing.
+        step: how many inner steps the fast weights have gone.
+        objective: the loss that they are read for.
     """
 
     criterion: Criterion
@@ -35,6 +37,8 @@ class Reading:
     how: LossTensors = PLAIN
     num_ways: Tensor | None = None
     draws: Draws | None = None
+    step: int = 0
+    objective: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from metaloom.engine import kernels
+from metaloom.engine.adapters.norms import MetStatistics
 from metaloom.engine.draws import Draws
 from metaloom.engine.kernels.attention import refuse_dropout
 from metaloom.engine.precision import Precision
@@ -44,6 +45,9 @@ class ForwardPass:
         head: which output of a model that has several, its second argument; None for a model with one.
         weights: `[T, N]`, 0 for examples that are there as padding: batch statistics are without them. None
             where there are none.
+        step: how many inner steps the fast weights have gone.
+        objective: the loss that it is for.
+        met: takes in what batch norms meet; None where nobody asks.
     """
 
     precision: Precision
@@ -54,6 +58,9 @@ class ForwardPass:
     holds_back_head: bool = False
     head: str | None = None
     weights: Tensor | None = None
+    step: int = 0
+    objective: str = ""
+    met: MetStatistics | None = None
 
     def of_task(self, task: int) -> ForwardPass:
         """The same pass for one of its tasks."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from metaloom.engine.adapters.base import Adapter
+from metaloom.engine.adapters.norms import MetStatistics
 from metaloom.engine.draws import Draws
 from metaloom.engine.examples import Examples, Reading, read
 from metaloom.engine.forward_pass import Derivative, ForwardPass
@@ -142,6 +143,7 @@ class Learner:
             memory is needed for.
         criterion: the loss of a target.
         head: which output the tasks' are, of a model that has several; None for a model with one.
+        met: takes in what batch norms meet; None where nobody asks.
 
     Raises:
         CapabilityError: the criterion has no temperature and label smoothing, and they are given.
@@ -156,6 +158,7 @@ class Learner:
     head_chunk: int | None = None
     criterion: Criterion = dataclasses.field(default_factory=CrossEntropy)
     head: str | None = None
+    met: MetStatistics | None = None
 
     def __post_init__(self) -> None:
         if not self.criterion.takes_support_loss and self.support_loss != SupportLoss():
@@ -212,7 +215,7 @@ class Learner:
             Losses `[T]`, in nats where they are cross-entropies; and the scores, `[T]` each, detached, such
             as `accuracy` (share of right answers). `outer` adds its parts, as `outer_measures` names them.
         """
-        tasks = Reading(self.criterion, self.head, num_ways=batch.num_ways)
+        tasks = Reading(self.criterion, self.head, num_ways=batch.num_ways, step=step, objective=objective)
         if objective == "support":
             draws = Draws(self.seed, batch.numbers, step)
             tasks = dataclasses.replace(tasks, how=self.support_loss.at(meta), draws=draws)
@@ -270,10 +273,16 @@ class Learner:
     def _of_rehearsal(self, tasks: Reading) -> Reading:
         """How rehearsal data is read in a pass of its own, where tasks are read so."""
         draws = None if tasks.draws is None else dataclasses.replace(tasks.draws, part="rehearsal/")
-        rehearsal = self.rehearsal
+        rehearsal, objective = self.rehearsal, f"{tasks.objective}, rehearsal"
         if rehearsal is None or self._rehearses_alike:
-            return dataclasses.replace(tasks, draws=draws)
-        return Reading(rehearsal.criterion or self.criterion, rehearsal.head or self.head, draws=draws)
+            return dataclasses.replace(tasks, draws=draws, objective=objective)
+        return Reading(
+            rehearsal.criterion or self.criterion,
+            rehearsal.head or self.head,
+            draws=draws,
+            step=tasks.step,
+            objective=objective,
+        )
 
     def _examples(
         self, meta: Tensors, fast: Tensors, data: Tensors, reading: Reading, derivative: Derivative
@@ -289,6 +298,9 @@ class Learner:
             holds_back_head=self.head_chunk is not None,
             head=reading.head,
             weights=weights,
+            step=reading.step,
+            objective=reading.objective,
+            met=self.met,
         )
         readout = self.adapter.forward(meta, fast, inputs, forward_pass)
         return read(

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from metaloom.engine.inner_loops.rates import RATES
@@ -16,6 +17,10 @@ from metaloom.engine.sharding.base import Sharding
 from metaloom.errors import MetaloomError
 
 MAX_SKIPPED_IN_A_ROW = 10
+# The share of an outer step in a running mean: that of torch's batch norm.
+TRACKED_SHARE = 0.1
+# What the name of a tracked tensor begins with in a checkpoint.
+COUNTED = "counted/"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,26 +62,44 @@ class OuterOptimizer:
     Args:
         meta: what this rank holds of the meta-parameters, by name; copied.
         sharding: how they lie on the ranks.
+        tracked: initial values of what is counted beside them: see `Algorithm.tracked`.
     """
 
-    def __init__(self, meta: Mapping[str, Tensor], settings: OuterSettings, sharding: Sharding) -> None:
+    def __init__(
+        self,
+        meta: Mapping[str, Tensor],
+        settings: OuterSettings,
+        sharding: Sharding,
+        *,
+        tracked: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.settings = settings
         self._sharding = sharding
         self._optimizer = sharding.optimizer(meta, update_rule(meta, settings))
         self.step = 0
         self._skipped_in_a_row = 0
         self._average = None if settings.ema is None else _copies(self.meta)
+        self._tracked = _copies(tracked or {})
+        self._counted: dict[str, Tensor] = {}
 
     @property
     def meta(self) -> dict[str, Tensor]:
         """What this rank holds of the meta-parameters, by name: the same tensors throughout."""
         return self._optimizer.meta
 
-    def update(self, gradient: Mapping[str, Tensor], *, is_expected: bool = False) -> dict[str, float]:
+    def count(self, sums: Mapping[str, Tensor]) -> None:
+        """Takes in what was counted of some of this rank's tasks of the next step, summed over them."""
+        for name, value in sums.items():
+            self._counted[name] = self._counted[name] + value if name in self._counted else value
+
+    def update(
+        self, gradient: Mapping[str, Tensor], *, num_tasks: int = 1, is_expected: bool = False
+    ) -> dict[str, float]:
         """One outer step, or none where the gradient is not finite. Returns what to log.
         Every rank must call.
 
         Args:
+            num_tasks: over all ranks, for the mean of what was counted.
             is_expected: whether a gradient that is not finite is one of those that half precision brings.
 
         Raises:
@@ -96,6 +119,7 @@ class OuterOptimizer:
                     "adaptation.rule.clip_norm."
                 )
             self._optimizer.discard()
+            self._counted = {}
             return metrics | {"skipped": 1.0}
         self._skipped_in_a_row = 0
         clip = self.settings.clip_norm
@@ -106,7 +130,20 @@ class OuterOptimizer:
             decay = min(self.settings.ema or 0.0, self.step / (self.step + 9.0))
             for name, value in self._average.items():
                 value.lerp_(self.meta[name], 1.0 - decay)
+        self._track(num_tasks)
         return metrics | {"skipped": 0.0}
+
+    def _track(self, num_tasks: int) -> None:
+        """Moves what is tracked towards the mean of what was counted in this step on all ranks."""
+        if not self._tracked:
+            return
+        own = {
+            name: self._counted[name] if name in self._counted else torch.zeros_like(value)
+            for name, value in self._tracked.items()
+        }
+        for name, total in self._sharding.sum_over_ranks(own).items():
+            self._tracked[name].lerp_(total / num_tasks, TRACKED_SHARE)
+        self._counted = {}
 
     def lr_factor(self, step: int) -> float:
         """What the learning rates are multiplied by at outer step `step`, counted from 0."""
@@ -120,8 +157,9 @@ class OuterOptimizer:
         return settings.final_ratio + (1.0 - settings.final_ratio) * cosine
 
     def evaluation_parameters(self) -> dict[str, Tensor]:
-        """The meta-parameters to evaluate and export: the moving average where there is one."""
-        return self.meta if self._average is None else self._average
+        """The meta-parameters to evaluate and export: the moving average where there is one; and what is
+        tracked."""
+        return (self.meta if self._average is None else self._average) | self._tracked
 
     def stored_meta(self) -> dict[str, Tensor]:
         """The meta-parameters as checkpoints hold them."""
@@ -129,13 +167,13 @@ class OuterOptimizer:
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that the next update depends on, as checkpoints hold it, by flat name: `meta/<name>`,
-        `average/<name>` and `optimizer/<name>/<state>`. Every rank must call."""
+        `average/<name>`, `optimizer/<name>/<state>` and `counted/<name>`. Every rank must call."""
         stored = self._sharding.stored
         tensors = {f"meta/{name}": value for name, value in self.stored_meta().items()}
         tensors |= {f"average/{name}": stored(name, value) for name, value in (self._average or {}).items()}
         for name, states in self._optimizer.states().items():
             tensors |= {f"optimizer/{name}/{key}": stored(name, entry) for key, entry in states.items()}
-        return tensors
+        return tensors | {f"{COUNTED}{name}": value for name, value in self._tracked.items()}
 
     def scalars(self) -> dict[str, int]:
         """What the next update depends on besides tensors."""
@@ -156,6 +194,8 @@ class OuterOptimizer:
         self._optimizer.load({name: held(tensors[f"meta/{name}"]) for name in self.meta}, states)
         for name, value in (self._average or {}).items():
             value.copy_(held(tensors[f"average/{name}"]))
+        for name, value in self._tracked.items():
+            value.copy_(held(tensors[f"{COUNTED}{name}"]))
         self.step = int(scalars["step"])
         self._skipped_in_a_row = int(scalars["skipped_in_a_row"])
 

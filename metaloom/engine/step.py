@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from metaloom.engine.algorithms.maml import Maml
+from metaloom.engine.algorithms.base import Algorithm
 from metaloom.engine.combiners.base import Combiner
 from metaloom.engine.learner import TaskBatch
 from metaloom.engine.outer import OuterOptimizer
@@ -30,18 +30,21 @@ class StepTasks:
 
 
 def outer_step(
-    tasks: StepTasks, algorithm: Maml, combiner: Combiner, outer: OuterOptimizer, scaler: LossScaler
+    tasks: StepTasks, algorithm: Algorithm, combiner: Combiner, outer: OuterOptimizer, scaler: LossScaler
 ) -> dict[str, float]:
     """Moves the meta-parameters by one step; returns what to log. Every rank must call."""
     parts = [part for batch in tasks.micro_batches() for part in combiner.parts(batch)]
-    for index, part in enumerate(parts):
+    for index, batch in enumerate(parts):
         # What the last part makes final is sent while the rest is computed.
         on_final = combiner.on_final if index == len(parts) - 1 else None
-        gradient = algorithm.meta_gradient(outer.meta, part, scaler.scales, on_final=on_final)
-        combiner.add(gradient, part)
+        part = algorithm.meta_gradient(
+            outer.meta, batch, scaler.scales, outer_step=outer.step, on_final=on_final
+        )
+        combiner.add(part, batch)
+        outer.count(part.tracked)
     combined = combiner.combine(tasks.num_global)  # out of lockstep the one place where ranks meet
     metrics = combined.metrics | scaler.metrics()
     # An overflow that smaller scales may mend is no sign of a broken run.
-    metrics |= outer.update(combined.gradient, is_expected=scaler.can_shrink)
+    metrics |= outer.update(combined.gradient, num_tasks=tasks.num_global, is_expected=scaler.can_shrink)
     scaler.update(is_finite=metrics["skipped"] == 0.0)
     return metrics

@@ -44,6 +44,15 @@ class Unroll:
     def num_steps(self) -> int:
         return len(self.step_weights) - 1
 
+    def meta_parameters(self, *, init: bool, backbone: bool) -> dict[str, Tensor]:
+        """Fresh copies of the initial values of what is learned: of the adapter's what is asked for, and the
+        rates and loss parameters that are to be."""
+        adapter = self.learner.adapter
+        fast = adapter.init({}, 1)
+        like = next(iter(fast.values()))
+        learned = adapter.meta_parameters(init=init, backbone=backbone) | self.rates.meta_parameters(fast)
+        return learned | self.learner.support_loss.meta_parameters(like)
+
     def start(self, meta: Tensors, num_tasks: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(phi_0, s_0), differentiable in `meta`."""
         fast = self.learner.init(meta, num_tasks)

@@ -15,6 +15,7 @@ from metaloom.recipe import (
     Recipe,
     UnrolledHypergradient,
 )
+from metaloom.recipe.schema import maml_of
 from metaloom.recipe.tasks import num_inputs, task_facts
 
 # The recipe's facts under further key=value; None where that is no recipe, or cannot be computed.
@@ -89,7 +90,7 @@ def _without_idle(
 def settings_to_try(recipe: Recipe, hardware: Hardware) -> list[tuple[str, ...]]:
     """Settings that take less memory and the recipe has not, the cheapest in time first."""
     found: list[tuple[str, ...]] = []
-    estimator, memory = recipe.algorithm.hypergradient, recipe.memory
+    estimator, memory = maml_of(recipe).hypergradient, recipe.memory
     num_tokens = _tokens_of_a_support_set(recipe)
     if num_tokens > HEAD_CHUNK and memory.head_chunk is None:
         found.append((f"memory.head_chunk={HEAD_CHUNK}",))

@@ -19,10 +19,8 @@ from torch import Tensor, nn
 from metaloom.build import (
     Choices,
     Tasks,
-    build_adapter,
-    build_algorithm,
+    build_maml,
     build_model,
-    initial_meta,
     model_structure,
     ordinary_settings,
     outer_settings,
@@ -63,6 +61,7 @@ from metaloom.recipe import (
     TruncatedHypergradient,
 )
 from metaloom.recipe.rules.model import GPT_BLOCK_LAYERS
+from metaloom.recipe.schema import maml_of
 from metaloom.recipe.tasks import (
     InputSection,
     ObjectiveName,
@@ -104,7 +103,7 @@ def count(recipe: Recipe, *, with_shards: bool, on_gpu: bool) -> Facts:
 def _counted(recipe: Recipe, *, with_shards: bool) -> Facts:
     fast, estimator, snapshots = (
         recipe.adaptation.fast,
-        recipe.algorithm.hypergradient,
+        maml_of(recipe).hypergradient,
         recipe.memory.snapshots,
     )
     tasks, steps, blocks, _ = axes = (_task_sizes(recipe), _step_sizes(recipe), _block_sizes(recipe), (1,))
@@ -167,15 +166,15 @@ def _task_sizes(recipe: Recipe) -> tuple[int, ...]:
 
 
 def _step_sizes(recipe: Recipe) -> tuple[int, ...]:
-    num_steps, estimator = recipe.adaptation.num_steps, recipe.algorithm.hypergradient
+    num_steps, estimator = recipe.adaptation.num_steps, maml_of(recipe).hypergradient
     # Truncation passes over the earlier steps: they are what grows with K.
     fewest = estimator.num_steps if isinstance(estimator, TruncatedHypergradient) else 2
     return (num_steps,) if num_steps <= max(MOST_STEPS, fewest) else (fewest, fewest + 1)
 
 
 def _num_swept(recipe: Recipe) -> int:
-    num_steps, estimator = recipe.adaptation.num_steps, recipe.algorithm.hypergradient
-    if isinstance(estimator, TruncatedHypergradient) and recipe.algorithm.step_weights == "last":
+    num_steps, estimator = recipe.adaptation.num_steps, maml_of(recipe).hypergradient
+    if isinstance(estimator, TruncatedHypergradient) and maml_of(recipe).step_weights == "last":
         return min(num_steps, estimator.num_steps)
     return num_steps
 
@@ -238,7 +237,7 @@ def _with_blocks_recomputed(recipe: Recipe) -> Recipe:
 
 def _ways(recipe: Recipe, axes: Axes) -> list[Way]:
     """The ways that a run of the recipe may compute its hypergradient by."""
-    estimator = recipe.algorithm.hypergradient
+    estimator = maml_of(recipe).hypergradient
     choices = [Choices(tasks) for tasks in _tasks(recipe)]
     if isinstance(estimator, AutoHypergradient):
         kinds = [EstimatorChoice(kind, 0) for kind in EXACT_AND_FLAT]
@@ -291,7 +290,7 @@ def _trials(recipe: Recipe, axes: Axes) -> list[Way]:
     """What a run tries before it chooses how tasks are put side by side."""
     if len(_tasks(recipe)) == 1:
         return []
-    algorithm = recipe.algorithm.model_copy(update={"hypergradient": RematerializedHypergradient()})
+    algorithm = maml_of(recipe).model_copy(update={"hypergradient": RematerializedHypergradient()})
     tried = recipe.model_copy(update={"algorithm": algorithm})
     steps = (min(recipe.adaptation.num_steps, TIMED_STEPS),)
     of_trial = (axes[0], steps, axes[2], (1,))
@@ -303,10 +302,7 @@ def _trials(recipe: Recipe, axes: Axes) -> list[Way]:
 
 
 def _tasks(recipe: Recipe) -> tuple[Tasks, ...]:
-    fast = recipe.adaptation.fast
-    if not isinstance(fast, FullFast):
-        return ("loop",)
-    return ("loop", "vmap") if fast.tasks == "auto" else (fast.tasks,)
+    return recipe.task_ways
 
 
 def _step_amounts(recipe: Recipe, choices: Choices, point: Point) -> Amounts:
@@ -457,10 +453,9 @@ def _assembled(recipe: Recipe, choices: Choices, num_shards: int = 1) -> Iterato
     with traced() as trace:
         group = None if num_shards == 1 else _CountedGroup(num_shards)
         model = _held_model(on_meta, group)
-        adapter = build_adapter(recipe, model, choices)
-        algorithm = build_algorithm(recipe, adapter, choices, CPU)
+        algorithm = build_maml(recipe, maml_of(recipe), model, choices, CPU)
         sharding = Replicated()
-        outer = OuterOptimizer(initial_meta(recipe, algorithm.unroll), outer_settings(recipe), sharding)
+        outer = OuterOptimizer(algorithm.meta_parameters(), outer_settings(recipe), sharding)
         model.hold_once(outer.meta)
         combiner = Mean(outer.meta, sharding, metric_names=algorithm.metric_names)
         scaler = LossScaler(Precision(recipe.precision.compute))

@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from metaloom.build import Choices, build_adapter, build_algorithm, build_model, initial_meta
+from metaloom.build import Choices, build_algorithm, build_model
 from metaloom.engine.choice import EXACT_AND_FLAT, EstimatorChoice
 from metaloom.engine.learner import TaskBatch
 from metaloom.engine.precision import LossScaler, Precision
@@ -49,8 +49,8 @@ def seconds_of_a_task(recipe: Recipe, way: Way, device: torch.device) -> float:
     choices = Choices(way.tasks or "loop", estimator)
     unread = recipe.model_copy(update={"model": recipe.model.model_copy(update={"weights": None})})
     model = build_model(unread, device, Replicated())
-    algorithm = build_algorithm(recipe, build_adapter(recipe, model, choices), choices, device)
-    meta = initial_meta(recipe, algorithm.unroll)
+    algorithm = build_algorithm(recipe, model, choices, device)
+    meta = algorithm.meta_parameters()
     scales = LossScaler(Precision(recipe.precision.compute)).scales
     batch = _on(batch_like(recipe, 1, recipe.adaptation.num_steps), device)
     times = []

@@ -140,6 +140,21 @@ class RMSPropRule(Section):
 InnerRule = SGDRule | AdamRule | AdamWRule | RMSPropRule
 
 
+class Norms(Section):
+    """What norms have for each inner step (MAML++, Antoniou et al. 2019)."""
+
+    weights: Literal["fast", "per_step"] = Field(
+        default="fast",
+        description="weights and biases of norms: fast (adapted as all others), or per_step (learned for "
+        "each inner step, shared by the tasks, and not adapted)",
+    )
+    statistics: Literal["batch", "per_step"] = Field(
+        default="batch",
+        description="what batch norm normalises by outside of training: batch (the examples at hand), or "
+        "per_step (running means of training, for each inner step)",
+    )
+
+
 class Rehearsal(Section):
     """Data of the pre-training kind mixed into adaptation, so that the model forgets less."""
 
@@ -187,6 +202,7 @@ class Adaptation(Section):
     )
     rule: InnerRule = Field(discriminator="kind", description="the inner update rule")
     num_steps: Count = Field(description="inner steps K per task")
+    norms: Norms = Field(default=Norms(), description="norms, by inner step")
     loss: SupportLoss = Field(default=SupportLoss(), description="the loss that tasks adapt by")
     rehearsal: Rehearsal | None = Field(
         default=None, description="rehearsal during adaptation; null for none"

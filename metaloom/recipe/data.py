@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from metaloom.recipe.base import BelowOne, Count, CountOrZero, PositiveFloat, Section, Text
+from metaloom.recipe.synthetic import SyntheticData
 
 Url = Annotated[Text, Field(description="folder or fsspec URL of the shards")]
 
@@ -197,7 +198,7 @@ class Part(Section):
     weight: PositiveFloat = Field(
         default=1.0, description="share of the tasks, beside the other parts' weights"
     )
-    data: ClassesData | GroupsData | DocumentsData | EpisodesData = Field(
+    data: ClassesData | GroupsData | DocumentsData | EpisodesData | SyntheticData = Field(
         discriminator="kind", description="the data set"
     )
 

@@ -70,6 +70,10 @@ class Pretrain(Section):
     weight_decay: FloatOrZero = Field(
         default=0.0, description="decoupled weight decay, per unit of learning rate"
     )
+    sequence_length: Annotated[int, Field(ge=2)] | None = Field(
+        default=None,
+        description="tokens per sequence, at most model.context_length; null for data.sequence_length",
+    )
     splits: Annotated[tuple[Literal["train", "rehearsal"], ...], Field(min_length=1)] = Field(
         default=("train", "rehearsal"), description="splits of the data trained on"
     )

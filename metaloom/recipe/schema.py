@@ -5,10 +5,13 @@ Each section is one class, of the modules beside this one. Where a section comes
 each other is in `rules`, so that every broken rule can be reported at once.
 """
 
+from typing import Literal
+
 from pydantic import Field
 
-from metaloom.recipe.adaptation import Adaptation
-from metaloom.recipe.algorithm import MAMLAlgorithm
+from metaloom.errors import CapabilityError
+from metaloom.recipe.adaptation import Adaptation, FullFast
+from metaloom.recipe.algorithm import Algorithm, MAMLAlgorithm
 from metaloom.recipe.base import Section
 from metaloom.recipe.data import (
     ClassesData,
@@ -36,6 +39,7 @@ from metaloom.recipe.machine import (
 )
 from metaloom.recipe.model import Conv4Model, GPTModel, MLPModel, Pretrain
 from metaloom.recipe.outer import Outer
+from metaloom.recipe.synthetic import SyntheticData
 
 
 class Recipe(Section):
@@ -50,7 +54,7 @@ class Recipe(Section):
         default=0, ge=0, le=2**32 - 1, description="every random draw of the run follows from it"
     )
     model: Conv4Model | MLPModel | GPTModel = Field(discriminator="kind", description="the network")
-    data: ClassesData | GroupsData | DocumentsData | EpisodesData | MixtureData = Field(
+    data: ClassesData | GroupsData | DocumentsData | EpisodesData | SyntheticData | MixtureData = Field(
         discriminator="kind", description="where the tasks come from"
     )
     loading: Loading = Field(default=Loading(), description="how data are read")
@@ -59,8 +63,11 @@ class Recipe(Section):
         description="ordinary training of the backbone before meta-training (gpt only); null for none",
     )
     adaptation: Adaptation = Field(description="how the model adapts to one task: the inner loop")
-    algorithm: MAMLAlgorithm = Field(
-        default=MAMLAlgorithm(), description="how the outer loop learns from adaptations"
+    algorithm: Algorithm = Field(
+        default=MAMLAlgorithm(),
+        discriminator="kind",
+        description="how the outer loop learns from tasks; where its adaptation takes no steps, the section "
+        "adaptation is for the baselines",
     )
     outer: Outer = Field(description="the outer loop")
     precision: Precision = Field(default=Precision(), description="number formats")
@@ -79,6 +86,22 @@ class Recipe(Section):
     )
 
     @property
+    def maml(self) -> MAMLAlgorithm | None:
+        """The algorithm, where it adapts by inner steps; None where it takes none."""
+        return self.algorithm if isinstance(self.algorithm, MAMLAlgorithm) else None
+
+    @property
+    def task_ways(self) -> tuple[Literal["loop", "vmap"], ...]:
+        """How tasks may be put side by side where every weight is fast; of several, the faster is taken."""
+        fast = self.adaptation.fast
+        if not isinstance(fast, FullFast) or self.maml is None:
+            return ("loop",)
+        if fast.tasks != "auto":
+            return (fast.tasks,)
+        is_counted = self.adaptation.norms.statistics == "per_step"  # which vmap cannot
+        return ("loop",) if is_counted else ("loop", "vmap")
+
+    @property
     def evaluation_num_steps(self) -> int:
         """Inner steps at evaluation: evaluation.num_steps, or adaptation.num_steps where that is null."""
         return self.evaluation.num_steps or self.adaptation.num_steps
@@ -90,3 +113,18 @@ class Recipe(Section):
             return self.evaluation.baselines
         always: tuple[Baseline, ...] = ("random", "ordinary_equal_data", "ordinary_equal_compute")
         return always if self.pretrain is None else (*always, "pretrained")
+
+
+def maml_of(recipe: Recipe) -> MAMLAlgorithm:
+    """The algorithm of a recipe that adapts by inner steps.
+
+    Raises:
+        CapabilityError: it takes none.
+    """
+    if recipe.maml is None:
+        raise CapabilityError(
+            f"algorithm.kind: {recipe.algorithm.kind} adapts without inner steps, and `metaloom plan` and "
+            "`metaloom check` look at gradients through inner steps: its gradient is plain back-propagation; "
+            "train it with `metaloom train`."
+        )
+    return recipe.maml

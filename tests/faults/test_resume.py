@@ -31,6 +31,10 @@ GLYPHS = (
     "checkpoint.every_steps=4",
     "validation.every_steps=10",
     "model.width=16",
+    # What changes in the course of a run, and what is counted in it.
+    "adaptation.num_steps=2",
+    "algorithm={hypergradient: rematerialized, step_weights: annealed, first_order_steps: 10}",
+    "adaptation.norms={weights: per_step, statistics: per_step}",
 )
 STDLIB = (
     "model.width=16",

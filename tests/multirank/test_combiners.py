@@ -21,7 +21,7 @@ from tests.multirank.combiner_problems import (
 )
 from tests.multirank.processes import run_ranks
 from tests.numerics.problems import assert_gradients_agree
-from tests.numerics.test_combiners import closed_form, records, surgery_on_vectors
+from tests.numerics.test_combiner_rules import closed_form, records, surgery_on_vectors
 
 TASKS = 5
 # In turns, without, with weights within turns, without any: shards are slow on few cores.

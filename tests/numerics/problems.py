@@ -16,6 +16,7 @@ from metaloom.engine.adapters.base import Adapter
 from metaloom.engine.adapters.full import FullAdapter
 from metaloom.engine.adapters.lora import LoraAdapter
 from metaloom.engine.adapters.model import Structure
+from metaloom.engine.adapters.norms import PerStepNorms
 from metaloom.engine.forward_pass import ForwardPass
 from metaloom.engine.inner_loops.base import InnerRule
 from metaloom.engine.inner_loops.gradient_terms import GradientTerms
@@ -71,6 +72,7 @@ def conv4_problem(
     num_tasks: int = 2,
     compute: ComputeFormat = "float64",
     tasks: Literal["loop", "vmap"] = "loop",
+    norms: PerStepNorms | None = None,
 ) -> Problem:
     """Few-shot images, every weight fast."""
     generator = torch.Generator().manual_seed(7)
@@ -85,7 +87,7 @@ def conv4_problem(
         return {"inputs": images.to(precision.storage_dtype), "targets": labels}
 
     batch = TaskBatch(tuple(range(num_tasks)), support=part(6), query=part(5))
-    adapter = FullAdapter(model, structure=structure, tasks=tasks)
+    adapter = FullAdapter(model, structure=structure, tasks=tasks, norms=norms)
     return _problem(adapter, model, batch, precision, step_weights, grain, rule, init, False)
 
 

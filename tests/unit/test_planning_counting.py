@@ -14,10 +14,8 @@ from torch.utils.flop_counter import flop_registry
 from metaloom import choosing
 from metaloom.build import (
     Choices,
-    build_adapter,
-    build_algorithm,
+    build_maml,
     build_model,
-    initial_meta,
     outer_settings,
 )
 from metaloom.engine.combiners.mean import Mean
@@ -32,6 +30,7 @@ from metaloom.planning.counting import count
 from metaloom.planning.estimate import num_advances
 from metaloom.planning.facts import Amounts, Point, Samples, Way
 from metaloom.recipe import Recipe, recipe_from_dict
+from metaloom.recipe.schema import maml_of
 from metaloom.weights import HeldModel
 
 CPU = torch.device("cpu")
@@ -307,9 +306,9 @@ def real_hypergradient(of: Recipe, group: ShardGroup | None = None) -> Any:
     held = build_model(of, CPU, Replicated())
     if group is not None:
         held = HeldModel(held.module, ShardedWeights(held.module, group, rows_in(held.module)))
-    built = build_algorithm(of, build_adapter(of, held, Choices()), Choices(), CPU)
+    built = build_maml(of, maml_of(of), held, Choices(), CPU)
     sharding = Replicated()
-    outer = OuterOptimizer(initial_meta(of, built.unroll), outer_settings(of), sharding)
+    outer = OuterOptimizer(built.meta_parameters(), outer_settings(of), sharding)
     combiner = Mean(outer.meta, sharding, metric_names=built.metric_names)
     scales = LossScaler(Precision(of.precision.compute)).scales
 

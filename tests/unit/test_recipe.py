@@ -37,6 +37,7 @@ from metaloom.recipe import (
     recipe_digest,
     recipe_from_dict,
 )
+from metaloom.recipe.schema import maml_of
 from metaloom.recipe.tasks import data_urls
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -94,8 +95,8 @@ def report(load: Load, text: str, *overrides: str) -> list[str]:
 # ---------------------------------------------------------------- the ready recipes
 
 
-def test_there_are_three_recipes() -> None:
-    assert [path.stem for path in RECIPES] == ["glyphs-maml", "smoke", "stdlib-lora"]
+def test_there_are_four_recipes() -> None:
+    assert [path.stem for path in RECIPES] == ["glyphs-maml", "sinusoid-maml", "smoke", "stdlib-lora"]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -261,7 +262,7 @@ def test_a_list_of_targets_or_all_linear_is_accepted(load: Load) -> None:
 )
 def test_a_section_may_be_given_by_its_kind_alone(load: Load, kind: str) -> None:
     short = load(GLYPHS, f"algorithm.hypergradient={kind}")
-    assert short.algorithm.hypergradient.kind == kind
+    assert maml_of(short).hypergradient.kind == kind
     assert short == load(GLYPHS, f"algorithm.hypergradient={{kind: {kind}}}")
 
 
@@ -286,7 +287,7 @@ def test_a_solver_of_the_implicit_estimator_is_a_section_within_its_section(load
     text = "algorithm.hypergradient={kind: implicit, damping: 0.5, solver: {kind: neumann, num_terms: 3}}"
     recipe = load(GLYPHS, text, "adaptation.rule.proximal=1")
     solver = NeumannSolver(num_terms=3, step_size=0.1)
-    assert recipe.algorithm.hypergradient == ImplicitHypergradient(solver=solver, damping=0.5)
+    assert maml_of(recipe).hypergradient == ImplicitHypergradient(solver=solver, damping=0.5)
     assert load(dump_recipe(recipe)) == recipe
     wrong = "algorithm.hypergradient={kind: implicit, solver: newton}"
     (line,) = report(load, GLYPHS, wrong, "adaptation.rule.proximal=1")
@@ -347,8 +348,8 @@ def test_a_section_without_a_kind_has_that_of_its_default(load: Load) -> None:
         ("algorithm.hypergradient.kind=mixed", "reptile; did you mean 'mixed_mode'?"),
         (
             "data.kind=clases",
-            "data.kind: 'clases' is not one of classes, groups, documents, episodes, mixture; did you mean "
-            "'classes'?",
+            "data.kind: 'clases' is not one of classes, groups, documents, episodes, synthetic, mixture; did "
+            "you mean 'classes'?",
         ),
         ("tracking=mlfow", "tracking: 'mlfow' is not one of mlflow, none; did you mean 'mlflow'?"),
         (
@@ -388,7 +389,8 @@ def test_missing_keys_are_all_named() -> None:
         "  name: missing; give text made of at most 100 letters, digits, '-', '_' and '.', "
         "the first a letter or digit",
         "  model: missing; give a section with kind: conv4 or mlp or gpt",
-        "  data: missing; give a section with kind: classes or groups or documents or episodes or mixture",
+        "  data: missing; give a section with kind: classes or groups or documents or episodes or synthetic "
+        "or mixture",
         "  adaptation: missing; give a section with fast, rule, num_steps",
         "  outer.num_steps: missing; give a whole number of at least 1",
         "  outer.tasks_per_step: missing; give a whole number of at least 1",
@@ -973,7 +975,7 @@ def test_overrides_reach_absent_sections_null_sections_and_list_items(load: Load
     assert recipe.validation.early_stopping.patience == 2
     assert recipe.evaluation.baselines == ("random", "ordinary_equal_compute")
     assert recipe.outer.optimizer == SGDOptimizer(lr=0.5)
-    assert recipe.algorithm.hypergradient == UnrolledHypergradient()
+    assert maml_of(recipe).hypergradient == UnrolledHypergradient()
     assert recipe.tracking == NoTracking()
     assert recipe.outer.num_steps == 8
 
@@ -1363,6 +1365,9 @@ KINDS_OF_DATA = (
     "num_support: 3, num_query: 3}",
     "{kind: mixture, parts: [{data: {kind: documents, url: x}}, {weight: 2, data: {kind: classes, url: x, "
     "n_way: 5, n_shot: 1, n_query: 5}}]}",
+    "{kind: synthetic, task: {kind: equivariant_1d, rank: 2, length: 9, filter_size: 3}, num_test_tasks: 9}",
+    "{kind: synthetic, task: {kind: equivariant_2d, flips: true, size: 9, num_filters: 2, filter_size: 3}, "
+    "num_support: 3}",
 )
 
 

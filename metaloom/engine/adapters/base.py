@@ -26,6 +26,11 @@ class Adapter(abc.ABC):
     def meta_parameters(self, *, init: bool, backbone: bool) -> dict[str, Tensor]:
         """Fresh copies of the initial values of what shall be learned, by name."""
 
+    def tracked(self) -> dict[str, Tensor]:
+        """Initial values of what is counted in training beside what is learned, by name; where they are among
+        the meta-parameters that `forward` is given, it computes by them."""
+        return {}
+
     @abc.abstractmethod
     def init(self, meta: Mapping[str, Tensor], num_tasks: int) -> dict[str, Tensor]:
         """phi_0: fast weights `[T, ...]` by name, differentiable in `meta`."""

@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor
 
-from metaloom.engine.capabilities import KINDS
 from metaloom.engine.combiners.base import (
     Combined,
     Combiner,
@@ -49,8 +48,8 @@ class PerTask(Combiner):
     Args:
         rule: what gives the coefficients.
         like: meta-parameters, for their names and shapes.
-        of: kinds of meta-parameters (`init`, `backbone`, `rates`, `loss`), or patterns of their names
-            (`init.*.A`), that are combined; empty for all.
+        of: kinds of meta-parameters (`init`, `backbone`, `rates`, `loss`), with which their names begin, or
+            patterns of names (`init.*.A`), that are combined; empty for all.
         log_cosines: whether inner products are computed though the rule does not need them.
         metric_names: as of `Mean`.
 
@@ -174,8 +173,7 @@ def selected(like: Tensors, of: Sequence[str]) -> dict[str, Tensor]:
         return dict(like)
     found: set[str] = set()
     for entry in of:
-        pattern = f"{entry}.*" if entry in KINDS else entry
-        matching = fnmatch.filter(like, pattern)
+        matching = fnmatch.filter(like, entry) or fnmatch.filter(like, f"{entry}.*")
         if not matching:
             names = sorted(like)
             shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

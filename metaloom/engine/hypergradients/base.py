@@ -34,11 +34,13 @@ class MetaGradient:
             (`loss_after`, the query loss; `accuracy_after`, where there is one; `rehearsal_loss_after`, where
             the meta-loss has one); `not_finite`, 1 where the task's loss or its share of the gradient is not
             finite; and the estimator's own. All 0 for a dummy.
+        tracked: sums over the tasks of what is counted beside what is learned, by name.
     """
 
     gradient: dict[str, Tensor]
     losses: Tensor
     metrics: dict[str, Tensor]
+    tracked: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
 class Hypergradient(abc.ABC):

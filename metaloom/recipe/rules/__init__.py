@@ -6,7 +6,17 @@ looks at it, and that rule alone is passed over. Rules that need the data's inde
 checked where the data is opened.
 """
 
-from metaloom.recipe.rules import adaptation, algorithm, combiner, data, evaluation, machine, model, outer
+from metaloom.recipe.rules import (
+    adaptation,
+    algorithm,
+    combiner,
+    data,
+    evaluation,
+    machine,
+    model,
+    outer,
+    set_learners,
+)
 from metaloom.recipe.rules.base import Rule, Unreadable, UnreadableValue
 from metaloom.recipe.schema import Recipe
 from metaloom.recipe.tasks import UnknownTaskError
@@ -18,6 +28,7 @@ RULES: tuple[Rule, ...] = (
     *model.RULES,
     *adaptation.RULES,
     *algorithm.RULES,
+    *set_learners.RULES,
     *outer.RULES,
     *combiner.RULES,
     *machine.RULES,

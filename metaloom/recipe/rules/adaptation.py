@@ -1,11 +1,12 @@
 """Rules about the inner loop."""
 
-from metaloom.recipe.adaptation import LoRAFast, SGDRule
+from metaloom.recipe.adaptation import FullFast, LoRAFast, SGDRule
+from metaloom.recipe.algorithm import MAMLAlgorithm
 from metaloom.recipe.data import (
     DocumentsData,
 )
-from metaloom.recipe.model import GPTModel
-from metaloom.recipe.rules.base import Broken, Rule, repeated
+from metaloom.recipe.model import Conv4Model, GPTModel
+from metaloom.recipe.rules.base import Broken, Rule, of_maml, repeated
 from metaloom.recipe.rules.model import GPT_BLOCK_LAYERS
 from metaloom.recipe.schema import Recipe
 from metaloom.recipe.tasks import (
@@ -80,18 +81,57 @@ def nesterov_needs_momentum(recipe: Recipe) -> Broken:
         )
 
 
+def _reads_off_the_end(recipe: Recipe) -> bool:
+    """Whether the estimator reads the proximal term off the end of adaptation."""
+    return recipe.maml is not None and recipe.maml.hypergradient.kind == "implicit"
+
+
 def proximal_needs_a_second_step(recipe: Recipe) -> Broken:
     proximal = recipe.adaptation.rule.proximal
     if (
         proximal != 0.0
         and recipe.adaptation.num_steps == 1
         and recipe.evaluation_num_steps == 1
-        and recipe.algorithm.hypergradient.kind != "implicit"  # which reads it off the end of adaptation
+        and not _reads_off_the_end(recipe)
     ):
         yield (
             "adaptation.rule.proximal",
             f"{proximal}; has no effect, since adaptation.num_steps is 1 and that step starts where it pulls "
             "to; take more steps, or leave it out",
+        )
+
+
+def norms_have_steps(recipe: Recipe) -> Broken:
+    norms, model, fast = recipe.adaptation.norms, recipe.model, recipe.adaptation.fast
+    has_batch_norm = isinstance(model, Conv4Model) and model.norm == "batch"
+    for name, value in (("weights", norms.weights), ("statistics", norms.statistics)):
+        path, is_missing = f"adaptation.norms.{name}", not has_batch_norm
+        if name == "weights":
+            is_missing = is_missing and not isinstance(model, GPTModel)
+        if value != "per_step":
+            continue
+        if not isinstance(fast, FullFast):
+            yield (
+                path,
+                f"per_step; is there for adaptation.fast.kind = full, and that is {fast.kind}; leave it out",
+            )
+        elif is_missing:
+            kind = "batch norm" if name == "statistics" else "norm"
+            yield path, f"per_step; and model.kind = {model.kind} has no {kind} here; leave it out"
+        elif name == "statistics" and fast.tasks == "vmap":
+            yield (
+                path,
+                "per_step; is not counted under adaptation.fast.tasks = vmap; set that to loop or auto",
+            )
+
+
+@of_maml
+def norms_per_step_are_learned(recipe: Recipe, maml: MAMLAlgorithm) -> Broken:
+    if recipe.adaptation.norms.weights == "per_step" and not maml.meta_parameters.init:
+        yield (
+            "adaptation.norms.weights",
+            "per_step; has no effect, since they are learned with the initialisation, and "
+            "algorithm.meta_parameters.init is false; leave it out",
         )
 
 
@@ -135,6 +175,8 @@ RULES: tuple[Rule, ...] = (
     lora_rank_is_low,
     nesterov_needs_momentum,
     proximal_needs_a_second_step,
+    norms_have_steps,
+    norms_per_step_are_learned,
     rehearsal_has_data,
     rehearsal_has_an_effect,
     a_learned_smoothing_starts_above_zero,

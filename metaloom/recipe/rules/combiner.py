@@ -1,9 +1,10 @@
 """Rules about how the meta-gradients of tasks are combined."""
 
 from metaloom.engine.capabilities import KINDS, Kind
+from metaloom.recipe.algorithm import MAMLAlgorithm
 from metaloom.recipe.combiner import DWACombiner, MeanCombiner
 from metaloom.recipe.data import EpisodesData, GroupsData, MixtureData
-from metaloom.recipe.rules.base import Broken, Rule, repeated
+from metaloom.recipe.rules.base import Broken, Rule, of_maml, repeated
 from metaloom.recipe.schema import Recipe
 
 # What looks at single tasks side by side, or at groups side by side: of one there is nothing to compare.
@@ -59,18 +60,21 @@ def losses_are_compared_in_time(recipe: Recipe) -> Broken:
         )
 
 
-def combined_kinds_are_learned(recipe: Recipe) -> Broken:
-    of = recipe.outer.combiner.combined
-    yield from repeated("outer.combiner.of", of)
-    learned = recipe.algorithm.meta_parameters
+def combined_kinds_differ(recipe: Recipe) -> Broken:
+    yield from repeated("outer.combiner.of", recipe.outer.combiner.combined)
+
+
+@of_maml
+def combined_kinds_are_learned(recipe: Recipe, maml: MAMLAlgorithm) -> Broken:
+    learned = maml.meta_parameters
     kinds: dict[Kind, bool] = {
         "init": learned.init,
-        "backbone": learned.backbone,
+        "backbone": learned.backbone or recipe.adaptation.norms.weights == "per_step",
         "rates": recipe.adaptation.rule.learned != "none",
         "loss": bool(recipe.adaptation.loss.learned),
     }
     shown = ", ".join(kind for kind in KINDS if kinds[kind])
-    for position, entry in enumerate(of):
+    for position, entry in enumerate(recipe.outer.combiner.combined):
         kind = entry.partition(".")[0]
         is_pattern = any(sign in kind for sign in "*?[")
         if not is_pattern and not (kind in KINDS and kinds[kind]):
@@ -86,5 +90,6 @@ RULES: tuple[Rule, ...] = (
     there_are_tasks_to_compare,
     single_tasks_are_no_micro_batch,
     losses_are_compared_in_time,
+    combined_kinds_differ,
     combined_kinds_are_learned,
 )

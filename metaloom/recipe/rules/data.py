@@ -6,11 +6,13 @@ from metaloom.recipe.data import (
     ClassesData,
     DocumentsData,
     ImageInputs,
+    Loading,
     TextInputs,
 )
 from metaloom.recipe.model import GPTModel, MLPModel
 from metaloom.recipe.rules.base import Broken, Rule
 from metaloom.recipe.schema import Recipe
+from metaloom.recipe.synthetic import Equivariant1dTask, Equivariant2dTask, SyntheticData
 from metaloom.recipe.tasks import (
     data_sets,
     data_urls,
@@ -20,6 +22,8 @@ from metaloom.recipe.tasks import (
 )
 
 READS = {"conv4": "image", "mlp": "array", "gpt": "text"}
+# Keys of `loading` that say how files are read.
+FOR_FILES = ("max_broken", "cache_folder", "cache_gib", "num_connections", "num_attempts", "timeout_s")
 
 
 def ways_and_shots_are_given(recipe: Recipe) -> Broken:
@@ -185,6 +189,35 @@ def sequences_fit_the_context(recipe: Recipe) -> Broken:
             )
 
 
+def filters_fit_into_inputs(recipe: Recipe) -> Broken:
+    for path, data in data_sets(recipe).items():
+        if not isinstance(data, SyntheticData):
+            continue
+        task = data.task
+        if isinstance(task, Equivariant1dTask | Equivariant2dTask):
+            key = "length" if isinstance(task, Equivariant1dTask) else "size"
+            room = task.input_shape[-1]
+            if task.filter_size > room:
+                yield (
+                    f"{path}.task.filter_size",
+                    f"{task.filter_size}; must be at most {path}.task.{key} = {room}",
+                )
+
+
+def reading_is_for_files(recipe: Recipe) -> Broken:
+    if data_urls(recipe):
+        return
+    plain = Loading()
+    for name in FOR_FILES:
+        value = getattr(recipe.loading, name)
+        if value != getattr(plain, name):
+            yield (
+                f"loading.{name}",
+                f"{value}; has no effect, since synthetic data are computed, and no files are read; leave it "
+                "out",
+            )
+
+
 def data_urls_have_no_secret(recipe: Recipe) -> Broken:
     for path, url in data_urls(recipe).items():
         if has_credentials(url):
@@ -223,5 +256,7 @@ RULES: tuple[Rule, ...] = (
     model_reads_the_data,
     models_fit_the_objective,
     sequences_fit_the_context,
+    filters_fit_into_inputs,
+    reading_is_for_files,
     data_urls_have_no_secret,
 )

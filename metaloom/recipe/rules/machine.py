@@ -7,18 +7,20 @@ from metaloom.engine.sharding.deepspeed_config import refused_keys
 from metaloom.recipe.adaptation import (
     FullFast,
 )
+from metaloom.recipe.algorithm import MAMLAlgorithm
 from metaloom.recipe.machine import (
     DeepSpeedZeroSharding,
     ShardedSharding,
 )
 from metaloom.recipe.model import GPTModel
 from metaloom.recipe.rules.algorithm import SWEEPS
-from metaloom.recipe.rules.base import Broken, Rule
+from metaloom.recipe.rules.base import Broken, Rule, of_maml
 from metaloom.recipe.schema import Recipe
 
 
-def snapshots_have_a_use(recipe: Recipe) -> Broken:
-    kept, estimator = recipe.memory.snapshots.kind, recipe.algorithm.hypergradient.kind
+@of_maml
+def snapshots_have_a_use(recipe: Recipe, maml: MAMLAlgorithm) -> Broken:
+    kept, estimator = recipe.memory.snapshots.kind, maml.hypergradient.kind
     if kept != "all" and estimator not in SWEEPS:
         yield (
             "memory.snapshots.kind",
