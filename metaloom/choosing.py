@@ -97,7 +97,7 @@ def _first_batch(job: Job, source: EpisodeSource) -> TaskBatch | None:
     )
     if not share.positions:
         return None
-    episodes = [source.episode(number) for number in share.positions[: recipe.outer.micro_batch]]
+    episodes = [source.episode(number) for number in share.positions[: recipe.outer.side_by_side]]
     return task_batch(recipe, episodes, job.place.device, num_steps=recipe.adaptation.num_steps)
 
 

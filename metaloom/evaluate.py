@@ -57,6 +57,7 @@ from metaloom.recipe.tasks import (
 )
 from metaloom.sources import data_names, episode_source, ordinary_samples
 from metaloom.tracking import read_metrics
+from metaloom.tracking.cosines import read_cosines
 from metaloom.tracking.groups import group_rows, stream_rows, worst_group
 from metaloom.tracking.report import write_report
 from metaloom.tracking.results import (
@@ -560,6 +561,7 @@ def _publish(job: Job, summary: EvaluationSummary) -> None:
         facts=facts,
         curves=read_metrics(folder.path / "metrics.jsonl"),
         evaluation=summary,
+        cosines=read_cosines(folder.cosines),
     )
     for path in (folder.evaluation, folder.report, *pictures):
         job.tracker.artifact(path, "evaluation")

@@ -5,6 +5,7 @@ run.json             what outlives one process: the tracking run's id, the train
                      of its data
 deepspeed.json       the configuration that DeepSpeed was given, under sharding.kind = deepspeed_zero
 metrics.jsonl        metrics by outer step
+cosines.jsonl        cosines between the gradients of tasks or groups, where the combiner measures them
 broken.jsonl         damaged samples that were passed over
 checkpoints/         pretrain/, meta/, ordinary_*/: one folder of checkpoints each
 logs/                the ranks' standard error
@@ -53,6 +54,11 @@ class RunFolder:
     def broken(self) -> Path:
         """Damaged samples that were passed over."""
         return self.path / "broken.jsonl"
+
+    @property
+    def cosines(self) -> Path:
+        """Cosines between the gradients of tasks or groups, at validations."""
+        return self.path / "cosines.jsonl"
 
     @property
     def evaluation(self) -> Path:

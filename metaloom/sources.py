@@ -154,7 +154,15 @@ def require_episodes(recipe: Recipe, data: Data) -> None:
         episode_source(recipe, data, split, seed=recipe.seed, num_steps=recipe.adaptation.num_steps)
         # What is wrong with all samples of a data set shows here, and not when the job has started.
         for path, section in data_sets(recipe).items():
-            _tasks_of(recipe, section, data.indices.get(f"{path}.url"), split, seed=recipe.seed).episode(0)
+            found = data.indices.get(f"{path}.url")
+            episode = _tasks_of(recipe, section, found, split, seed=recipe.seed).episode(0)
+            if recipe.outer.combiner.weighs_groups and recipe.data is section and episode.group is None:
+                assert found is not None, "a rule of the recipe refuses data that are not read"
+                raise StreamError(
+                    f"outer.combiner.kind: {recipe.outer.combiner.kind}; weighs groups of tasks, and "
+                    f"episodes of split {split!r} of {found.dataset} at {found.url} state no group: "
+                    "pack them with one, or take another combiner."
+                )
     if recipe.adaptation.rehearsal is not None:
         _rehearsal_samples(recipe, data, seed=recipe.seed).batch(0, 1)
     if recipe.pretrain is not None:
@@ -172,7 +180,9 @@ def episode_source(recipe: Recipe, data: Data, split: str, *, seed: int, num_ste
         for path, section in data_sets(recipe).items()
     ]
     weights = data_weights(recipe)
-    source = sources[0] if len(sources) == 1 else Mixture(sources, weights, seed=seed, split=split)
+    source = sources[0]
+    if len(sources) > 1:
+        source = Mixture(sources, weights, seed=seed, split=split, names=_part_names(recipe, data))
     if recipe.adaptation.rehearsal is None:
         return source
     retained = 0 if split == "train" else NUM_RETENTION_SAMPLES
@@ -184,6 +194,15 @@ def episode_source(recipe: Recipe, data: Data, split: str, *, seed: int, num_ste
         seed=seed,
         split=split,
     )
+
+
+def _part_names(recipe: Recipe, data: Data) -> list[str]:
+    """What the parts of a mixture are called: their data sets; where one is there twice, its place too."""
+    names = []
+    for path, section in data_sets(recipe).items():
+        index = data.indices.get(f"{path}.url")
+        names.append(section.kind if index is None else index.dataset)
+    return [name if names.count(name) == 1 else f"{name} {row}" for row, name in enumerate(names)]
 
 
 def ordinary_samples(recipe: Recipe, data: Data, splits: Sequence[str], *, purpose: str) -> Samples:

@@ -17,6 +17,7 @@ from metaloom.adapting import measured_episodes
 from metaloom.build import (
     Choices,
     build_algorithm,
+    build_combiner,
     build_model,
     build_sharding,
     ordinary_settings,
@@ -28,7 +29,7 @@ from metaloom.checkpoints.store import require_same_tensors
 from metaloom.choosing import choose
 from metaloom.datasets import Episode, EpisodeSource, EpisodeStream
 from metaloom.engine.algorithms.base import Algorithm
-from metaloom.engine.combiners.mean import Mean
+from metaloom.engine.combiners.base import Combiner
 from metaloom.engine.learner import TaskBatch
 from metaloom.engine.outer import OuterOptimizer
 from metaloom.engine.precision import LossScaler, Precision
@@ -41,6 +42,7 @@ from metaloom.ordinary import finished_weights, train_ordinary
 from metaloom.recipe import Pretrain, Recipe
 from metaloom.recipe.tasks import tokens_per_task
 from metaloom.sources import episode_source, pretraining_samples
+from metaloom.tracking.cosines import CosineRecord, add_cosines
 from metaloom.weights import HeldModel
 
 
@@ -84,12 +86,15 @@ def train(recipe: Recipe, place: Place) -> None:
         model.hold_once(outer.meta)
         if isinstance(job.sharding, DeepSpeedZero):
             _tell_of_deepspeed(job, job.sharding)
-        state = State(outer, LossScaler(Precision(recipe.precision.compute)), Progress(), choices)
+        combiner = build_combiner(recipe, outer.meta, job.sharding, metric_names=algorithm.metric_names)
+        state = State(outer, combiner, LossScaler(Precision(recipe.precision.compute)), Progress(), choices)
         if newest is not None:
             require_same_tensors(outer.stored_meta(), newest.under("meta/"), source=store.root)
             state.load(newest)
             job.console.note(f"resumed after outer step {outer.step} of {recipe.outer.num_steps}")
         _outer_loop(job, algorithm, state, store)
+        if job.sharding.rank == 0 and job.place.folder.cosines.exists():
+            job.tracker.artifact(job.place.folder.cosines)
         where = job.tracker.describe()
     if job.sharding.rank == 0:
         _say_closing(job, state, where)
@@ -124,6 +129,7 @@ class State:
     """What a run is, apart from its recipe: what a checkpoint holds."""
 
     outer: OuterOptimizer
+    combiner: Combiner
     scaler: LossScaler
     progress: Progress
     choices: Choices
@@ -131,6 +137,7 @@ class State:
     def checkpoint(self) -> Checkpoint:
         """Everything that the next outer step depends on."""
         scalars = self.outer.scalars() | {
+            "combiner": self.combiner.scalars(),
             "progress": dataclasses.asdict(self.progress),
             "scaler": self.scaler.scalars(),
             "choices": self.choices.scalars(),
@@ -140,6 +147,8 @@ class State:
     def load(self, checkpoint: Checkpoint) -> None:
         """Takes over what `checkpoint` returned; the choices are made before."""
         self.outer.load(checkpoint.tensors, checkpoint.scalars)
+        # Before tasks could be combined otherwise, there was nothing to keep.
+        self.combiner.load(checkpoint.scalars.get("combiner", {}))
         self.scaler.load(checkpoint.scalars["scaler"])
         self.progress = Progress(**checkpoint.scalars["progress"])
 
@@ -178,7 +187,6 @@ def _outer_loop(job: Job, algorithm: Algorithm, state: State, store: CheckpointS
     outer, progress = state.outer, state.progress
     num_inner = recipe.adaptation.num_steps
     validation = episode_source(recipe, job.data, "validation", seed=recipe.seed, num_steps=num_inner)
-    combiner = Mean(outer.meta, sharding, metric_names=algorithm.metric_names)
     clock = _Clock(job)
     stream = EpisodeStream(
         _train_source(job),
@@ -203,9 +211,9 @@ def _outer_loop(job: Job, algorithm: Algorithm, state: State, store: CheckpointS
             tasks = StepTasks(
                 _own_tasks(job, episodes, num_dummies=stream.share.num_dummies),
                 recipe.outer.tasks_per_step,
-                recipe.outer.micro_batch or max(1, len(episodes)),
+                recipe.outer.side_by_side or max(1, len(episodes)),
             )
-            metrics = outer_step(tasks, algorithm, combiner, outer, state.scaler)
+            metrics = outer_step(tasks, algorithm, state.combiner, outer, state.scaler)
             metrics |= clock.end_step()
             if job.broken.count:
                 metrics["broken_samples"] = job.broken.count
@@ -218,10 +226,20 @@ def _outer_loop(job: Job, algorithm: Algorithm, state: State, store: CheckpointS
                 is_best = progress.take(outer.step, metrics["validation_loss"], min_delta=min_delta)
             job.tracker.log(metrics, outer.step)
             phase.advance(1, **_shown(metrics))
+            if "validation_loss" in metrics or outer.step == recipe.outer.num_steps:
+                _keep_cosines(job, state)
             is_last = outer.step == recipe.outer.num_steps or _stops_early(recipe, progress)
             if is_best or is_last or clock.is_checkpoint_due(outer.step):
                 _save(store, state)
                 clock.checkpoint_done()
+
+
+def _keep_cosines(job: Job, state: State) -> None:
+    """Writes down the cosines of the step that was just done, where they were measured."""
+    cosines = state.combiner.cosines
+    if cosines is not None and job.sharding.rank == 0:
+        record = CosineRecord(state.outer.step, cosines.of, cosines.labels, cosines.values)
+        add_cosines(job.place.folder.cosines, record)
 
 
 def _own_tasks(job: Job, episodes: Sequence[Episode], *, num_dummies: int) -> TaskBatch | None:

@@ -60,6 +60,7 @@ def task_batch(
         weights=counted,
         num_ways=num_ways,
         outer_rehearsal=outer,
+        groups=tuple(episode.group for episode in episodes),
     )
 
 

@@ -31,7 +31,8 @@ class Episode:
         task: what may come again: the document's name, or the sorted names of the classes.
         num_ways: classes of this task; None where it has all that its data set has, or targets are no
             classes.
-        group: user, domain or corruption, where the data say.
+        group: user, domain or corruption, where the data say; in a mixture the data set, and behind it what
+            the data say.
         rehearsal: data of the pre-training kind for the inner steps, and behind them what retention is
             measured on.
         outer_rehearsal: such data for the meta-loss.

@@ -28,13 +28,22 @@ class Mixture(EpisodeSource):
 
     Args:
         weights: of the sources; need not add up to 1.
+        names: of the sources: they are the groups of episodes that have none, and stand before those of
+            others, since several data sets may have groups of the same names. None where groups are as the
+            sources give them.
 
     Raises:
         StreamError: a source has less than one episode in 256.
     """
 
     def __init__(
-        self, sources: Sequence[EpisodeSource], weights: Sequence[float], *, seed: int, split: str
+        self,
+        sources: Sequence[EpisodeSource],
+        weights: Sequence[float],
+        *,
+        seed: int,
+        split: str,
+        names: Sequence[str] | None = None,
     ) -> None:
         for weight in weights:
             if not weight * BLOCK >= sum(weights):
@@ -43,12 +52,17 @@ class Mixture(EpisodeSource):
                     f"episode in {BLOCK}: raise it, or leave the part out."
                 )
         self._sources = tuple(sources)
+        self._names = None if names is None else tuple(names)
         self._shares = np.asarray(weights, np.float64) / np.sum(weights)
         self._seed, self._split = seed, split
 
     def episode(self, number: int) -> Episode:
         source, own = self.place(number)
-        return dataclasses.replace(self._sources[source].episode(own), number=number)
+        episode = dataclasses.replace(self._sources[source].episode(own), number=number)
+        if self._names is None:
+            return episode
+        name, group = self._names[source], episode.group
+        return dataclasses.replace(episode, group=name if group is None else f"{name}/{group}")
 
     def place(self, number: int) -> tuple[int, int]:
         """(source, its own number) of episode `number`."""

@@ -45,12 +45,14 @@ class TaskBatch:
         rehearsal: the same with the stretches that the inner steps rehearse, or None.
         retention: the same with stretches of that kind that are not rehearsed: what forgetting
             is measured on, or None.
-        weights: what each task's meta-loss is multiplied by, `[T]`: 1, and 0 for a dummy, which is there so
-            that every rank computes as many tasks; None where there are none. A dummy repeats the data of a
-            task, so that it is finite where that is: 0 times infinity would not vanish.
+        weights: what each task's meta-loss is multiplied by, `[T]`; None for 1. It is 0 for a dummy, which is
+            there so that every rank computes as many tasks. A dummy repeats the data of a task, so that it is
+            finite where that is: 0 times infinity would not vanish.
         num_ways: `[T]`, int64, how many of the classes each task has, whose indices come first: the
             others have probability 0. None where all tasks have all.
         outer_rehearsal: the same as `rehearsal` with what the meta-loss rehearses, or None.
+        groups: the group of each task, length T: user, domain, corruption, or data set of a mixture; None for
+            a task that has none. None where no task has one.
     """
 
     numbers: tuple[int, ...]
@@ -61,6 +63,7 @@ class TaskBatch:
     weights: Tensor | None = None
     num_ways: Tensor | None = None
     outer_rehearsal: Tensors | None = None
+    groups: tuple[str | None, ...] | None = None
 
     @property
     def num_tasks(self) -> int:
@@ -72,7 +75,8 @@ class TaskBatch:
 
     def _slice(self, start: int, stop: int) -> TaskBatch:
         cut = self.mapped(lambda tensor: tensor[start:stop])
-        return dataclasses.replace(cut, numbers=self.numbers[start:stop])
+        groups = None if self.groups is None else self.groups[start:stop]
+        return dataclasses.replace(cut, numbers=self.numbers[start:stop], groups=groups)
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> TaskBatch:
         """The batch with a function of each of its tensors in their place."""
@@ -89,6 +93,7 @@ class TaskBatch:
             weights=None if self.weights is None else function(self.weights),
             num_ways=None if self.num_ways is None else function(self.num_ways),
             outer_rehearsal=of_part(self.outer_rehearsal),
+            groups=self.groups,
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from metaloom.engine.algorithms.base import Algorithm
-from metaloom.engine.combiners.mean import Mean
+from metaloom.engine.combiners.base import Combiner
 from metaloom.engine.learner import TaskBatch
 from metaloom.engine.outer import OuterOptimizer
 from metaloom.engine.precision import LossScaler
@@ -30,18 +30,18 @@ class StepTasks:
 
 
 def outer_step(
-    tasks: StepTasks, algorithm: Algorithm, combiner: Mean, outer: OuterOptimizer, scaler: LossScaler
+    tasks: StepTasks, algorithm: Algorithm, combiner: Combiner, outer: OuterOptimizer, scaler: LossScaler
 ) -> dict[str, float]:
     """Moves the meta-parameters by one step; returns what to log. Every rank must call."""
-    batches = tasks.micro_batches()
-    algorithm = algorithm.at_step(outer.meta, batches, outer.sharding.gather)
-    for index, batch in enumerate(batches):
-        # What the last micro-batch makes final is sent while the rest is computed.
-        on_final = combiner.on_final if index == len(batches) - 1 else None
+    parts = [part for batch in tasks.micro_batches() for part in combiner.parts(batch)]
+    algorithm = algorithm.at_step(outer.meta, parts, outer.sharding.gather)
+    for index, batch in enumerate(parts):
+        # What the last part makes final is sent while the rest is computed.
+        on_final = combiner.on_final if index == len(parts) - 1 else None
         part = algorithm.meta_gradient(
             outer.meta, batch, scaler.scales, outer_step=outer.step, on_final=on_final
         )
-        combiner.add(part)
+        combiner.add(part, batch)
         outer.count(part.tracked)
     combined = combiner.combine(tasks.num_global)  # out of lockstep the one place where ranks meet
     metrics = combined.metrics | scaler.metrics()

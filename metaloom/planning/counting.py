@@ -31,6 +31,7 @@ from metaloom.engine.adapters.base import BACKBONE
 from metaloom.engine.algorithms.maml import Maml
 from metaloom.engine.choice import EXACT_AND_FLAT, EstimatorChoice
 from metaloom.engine.combiners.mean import Mean
+from metaloom.engine.combiners.per_task import selected
 from metaloom.engine.hypergradients.base import prefixed, unprefixed
 from metaloom.engine.kernels.attention import CHUNK_GPU, chunks_of
 from metaloom.engine.learner import TaskBatch
@@ -127,7 +128,7 @@ def _counted(recipe: Recipe, *, with_shards: bool) -> Facts:
     one = batch_like(recipe, 1, recipe.adaptation.num_steps)
     return Facts(
         tasks_per_step=recipe.outer.tasks_per_step,
-        micro_batch=recipe.outer.micro_batch,
+        micro_batch=recipe.outer.side_by_side,
         num_steps=recipe.adaptation.num_steps,
         num_swept=_num_swept(recipe),
         num_blocks=_num_blocks(recipe),
@@ -152,6 +153,8 @@ def _counted(recipe: Recipe, *, with_shards: bool) -> Facts:
         pretrain_batch=0 if recipe.pretrain is None else recipe.pretrain.batch_size,
         ways_in_shards=in_shards,
         advance_in_shards=again_in_shards,
+        stored_bytes=sum(held.stored.values()),
+        takes_turns=any(name.startswith(BACKBONE) for name in held.stored),
     )
 
 
@@ -159,7 +162,7 @@ def _counted(recipe: Recipe, *, with_shards: bool) -> Facts:
 
 
 def _task_sizes(recipe: Recipe) -> tuple[int, ...]:
-    most = min(recipe.outer.tasks_per_step, recipe.outer.micro_batch or recipe.outer.tasks_per_step)
+    most = min(recipe.outer.tasks_per_step, recipe.outer.side_by_side or recipe.outer.tasks_per_step)
     if not shares_passes(recipe.adaptation.fast):
         most = min(most, MOST_FULL_TASKS)
     return (1,) if most == 1 else (1, most)
@@ -340,6 +343,7 @@ class _Held:
     own: Sizes
     update: Amounts
     state_bytes: int
+    stored: Mapping[str, int]
 
 
 def _held(recipe: Recipe, tasks: Tasks) -> _Held:
@@ -373,7 +377,16 @@ def _held(recipe: Recipe, tasks: Tasks) -> _Held:
             update=update,
             # A proximal term's anchors are phi_0 itself, and kept once.
             state_bytes=_bytes_of(fast) + _extra_bytes(state, fast),
+            stored=_stored(recipe, parts.outer.meta),
         )
+
+
+def _stored(recipe: Recipe, meta: Mapping[str, Tensor]) -> dict[str, int]:
+    """Bytes of what the combiner keeps of each task's gradient, by name."""
+    combiner = recipe.outer.combiner
+    if not combiner.is_per_task:
+        return {}
+    return {name: _bytes(value) for name, value in selected(meta, combiner.combined).items()}
 
 
 def _pretraining(recipe: Recipe, pretrain: Pretrain) -> Samples:
@@ -429,7 +442,7 @@ class _Parts:
 
     def differentiate(self, batch: TaskBatch) -> None:
         """The hypergradient of a micro-batch, added to the sum."""
-        self.combiner.add(self.algorithm.meta_gradient(self.outer.meta, batch, self.scaler.scales))
+        self.combiner.add(self.algorithm.meta_gradient(self.outer.meta, batch, self.scaler.scales), batch)
 
     def update(self) -> None:
         """All of an outer step that is not `differentiate`."""

@@ -61,7 +61,7 @@ class Memory:
         weights: the model's own values.
         learned: meta-parameters, their moving average among them.
         optimizer: its states.
-        gradients: the sum over tasks.
+        gradients: the sum over tasks, and those of single tasks where the combiner keeps them.
         states: (phi_k, s_k) that are kept.
         working: activations, graphs, and all else that lives at the peak.
         unusable: what the allocator holds beside it.
@@ -136,6 +136,7 @@ def estimate(facts: Facts, hardware: Hardware, layout: Layout, num_ranks: int) -
     rest = tasks_per_rank % micro_batch
     sizes = (micro_batch,) * (tasks_per_rank // micro_batch) + ((rest,) if rest else ())
     group_size = layout.group_size(num_ranks)
+    sizes *= group_size if facts.takes_turns else 1
     held = _held(facts, layout, num_ranks)
     free = hardware.device.memory_bytes - hardware.device.process_bytes - held.total
     ways = _ways(facts, hardware, layout, micro_batch)
@@ -148,9 +149,12 @@ def estimate(facts: Facts, hardware: Hardware, layout: Layout, num_ranks: int) -
     # is sent as it is completed.
     is_sent_early = layout.kind == "replicated" and num_ranks > 1
     summed = held.gradients if len(sizes) > 1 or is_sent_early else 0.0
+    # In turns a rank has the gradients of W times as many tasks, and a W-th of each.
+    stored = facts.stored_bytes * tasks_per_rank
+    summed += stored
     peaks = {
         "outer step": summed + largest.amounts.peak_bytes + batch_bytes,
-        "update": _update_bytes(facts, layout, num_ranks) + batch_bytes,
+        "update": stored + _update_bytes(facts, layout, num_ranks) + batch_bytes,
     }
     for trial in facts.trials:
         amounts = trial.amounts.at(Point(micro_batch, facts.num_steps, facts.num_blocks))
@@ -160,7 +164,7 @@ def estimate(facts: Facts, hardware: Hardware, layout: Layout, num_ranks: int) -
         # What ordinary training holds are other tensors than those of meta-training.
         peaks["pre-training"] = _pretrain_bytes(facts, num_ranks, group_size) - kept
     peak_in = max(peaks, key=lambda name: peaks[name])
-    gradients = {"outer step": summed, "update": held.gradients}.get(peak_in, 0.0)
+    gradients = {"outer step": summed, "update": stored + held.gradients}.get(peak_in, 0.0)
     states = largest.states if peak_in == "outer step" else 0.0
     memory = Memory(
         process=hardware.device.process_bytes,

@@ -191,6 +191,8 @@ class Facts:
         pretrain_batch: samples of such a step over all ranks.
         ways_in_shards: as `ways` with the backbone in shards and blocks recomputed; none where not counted.
         advance_in_shards: as `advance`, likewise.
+        stored_bytes: of one task's gradient, whole, where the combiner keeps those of single tasks; else 0.
+        takes_turns: whether the backbone is among it, so that ranks of a shard group take turns.
     """
 
     tasks_per_step: int
@@ -216,3 +218,5 @@ class Facts:
     pretrain_batch: int
     ways_in_shards: tuple[Way, ...]
     advance_in_shards: Samples | None
+    stored_bytes: float = 0.0
+    takes_turns: bool = False

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from metaloom.recipe.base import BelowOne, Count, CountOrZero, FloatOrZero, PositiveFloat, Section
+from metaloom.recipe.combiner import Combiner, MeanCombiner
 
 
 class AdamOptimizer(Section):
@@ -53,6 +54,11 @@ class Outer(Section):
     micro_batch: Count | None = Field(
         default=None, description="tasks that one rank computes side by side; null for all of its tasks"
     )
+    combiner: Combiner = Field(
+        default=MeanCombiner(),
+        discriminator="kind",
+        description="how the tasks' meta-gradients become one",
+    )
     optimizer: AdamOptimizer | SGDOptimizer = Field(
         default=AdamOptimizer(), discriminator="kind", description="the outer optimizer"
     )
@@ -81,3 +87,8 @@ class Outer(Section):
         lt=1,
         description="decay per outer step of a running average of theta; null for none",
     )
+
+    @property
+    def side_by_side(self) -> int | None:
+        """Most tasks that one rank computes side by side; None for all of its tasks."""
+        return 1 if self.combiner.is_per_task else self.micro_batch

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metaloom.tracking.base import MetricRecord
+from metaloom.tracking.cosines import CosineRecord
 from metaloom.tracking.results import EvaluationSummary, MethodResult
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ _MARKERS = ("o", "s", "^", "D", "v", "P")
 _INK, _RULE = "#010203", "#040506"
 PAGE_COLOURS = {_INK: "currentColor", _RULE: "var(--rule)"}
 PRINT_COLOURS = {_INK: "#1d2329", _RULE: "#d5dae0"}
+
+MOST_ROWS, MOST_NUMBERS = 20, 10  # of a heat map; with numbers in it
 
 _PANELS = (
     ("loss", "loss", 1.0),
@@ -257,6 +260,54 @@ def draw_learning_curve(
     _whole_steps(all_axes[-1])
     _add_legend(figure, handles, labels, colours[_INK])
     return figure
+
+
+def draw_cosines(shown: CosineRecord, colours: Mapping[str, str] = PRINT_COLOURS) -> "Figure":
+    """A heat map: a row and a column per group or task, blue where gradients agree, red where they conflict,
+    empty for pairs that never met; numbers where there are few."""
+    from matplotlib.colors import BoundaryNorm
+    from matplotlib.figure import Figure
+
+    num_rows, ink = len(shown.labels), colours[_INK]
+    figure = Figure(figsize=(5.4, 4.6), layout="constrained")
+    axes = figure.add_subplot()
+    # Few levels: of more the colour bar would be a picture, which has no place in a page's drawing.
+    norm = BoundaryNorm([level / 10 for level in range(-10, 11)], 256)
+    mesh = axes.pcolormesh(shown.values, cmap="RdBu", norm=norm, edgecolors=colours[_RULE], linewidth=0.8)
+    centres = [row + 0.5 for row in range(num_rows)]
+    names = [label if len(label) <= 18 else f"{label[:8]}…{label[-9:]}" for label in shown.labels]
+    is_short = max(map(len, names)) <= 3
+    axes.set_xticks(
+        centres,
+        names,
+        parse_math=False,
+        rotation=0 if is_short else 45,
+        ha="center" if is_short else "right",
+        rotation_mode="default" if is_short else "anchor",
+    )
+    axes.set_yticks(centres, names, parse_math=False)
+    axes.invert_yaxis()
+    axes.set_aspect("equal")
+    axes.tick_params(colors=ink, labelsize=9, length=0)
+    axes.spines[:].set_visible(False)
+    axes.patch.set_visible(False)
+    if num_rows <= MOST_NUMBERS:
+        _write_numbers(axes, shown)
+    bar = figure.colorbar(mesh, ax=axes, ticks=[-1.0, -0.5, 0.0, 0.5, 1.0], shrink=0.8)
+    bar.minorticks_off()
+    bar.set_label("cosine", color=ink, fontsize=10)
+    bar.ax.tick_params(colors=ink, labelsize=9, length=3)
+    bar.ax.spines[:].set_visible(False)
+    return figure
+
+
+def _write_numbers(axes: "Axes", shown: CosineRecord) -> None:
+    for row, values in enumerate(shown.values):
+        for column, value in enumerate(values):
+            if math.isfinite(value):
+                colour = "#ffffff" if abs(value) > 0.6 else "#1d2329"
+                text = f"{value:.2f}".replace("-", "\N{MINUS SIGN}")
+                axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=8, color=colour)
 
 
 def _running_mean(values: Sequence[float], width: int) -> list[float]:

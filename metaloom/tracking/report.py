@@ -10,9 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from metaloom.tracking.base import MetricRecord
+from metaloom.tracking.cosines import CosineRecord, mean_cosines
 from metaloom.tracking.figures import (
+    MOST_ROWS,
     PAGE_COLOURS,
     draw_adaptation,
+    draw_cosines,
     draw_groups,
     draw_learning_curve,
     draw_streams,
@@ -33,6 +36,7 @@ LEARNING_CURVE_FILE = "learning_curve.png"
 ADAPTATION_FILE = "adaptation.png"
 GROUPS_FILE = "groups.png"
 STREAM_FILE = "stream.png"
+COSINES_FILE = "cosines.png"
 
 _CSS = """
 :root { color-scheme: light dark; --page: #ffffff; --ink: #1d2329; --soft: #5b6672; --rule: #d9dee4;
@@ -111,6 +115,13 @@ def _interval_words(summary: EvaluationSummary) -> str:
     )
 
 
+def _cosine_words(shown: CosineRecord) -> str:
+    when = (
+        "mean over the later half of meta-training" if shown.of == "groups" else f"in outer step {shown.step}"
+    )
+    return f"Cosines between the meta-gradients of {shown.of}, {when}; below 0 they conflict"
+
+
 def write_report(
     path_html: Path,
     *,
@@ -118,6 +129,7 @@ def write_report(
     facts: Mapping[str, str],
     curves: Sequence[MetricRecord],
     evaluation: EvaluationSummary,
+    cosines: Sequence[CosineRecord] = (),
 ) -> list[Path]:
     """Writes the page and, beside it, its figures as PNG; returns the paths, the page first.
 
@@ -127,6 +139,7 @@ def write_report(
         facts: what the run was made of, by name.
         curves: records of metrics.jsonl; without any of an outer loop there is no learning curve.
         evaluation: the comparison; its first method is the meta-trained.
+        cosines: between the gradients of tasks or groups; without any there is no heat map.
     """
     path_html.parent.mkdir(parents=True, exist_ok=True)
     written = [path_html]
@@ -160,6 +173,13 @@ def write_report(
             written.append(path_html.parent / file)
             svg = inline_svg(draw(evaluation, {c: c for c in PAGE_COLOURS}), key, caption)
             figures.append(_figure(svg, caption))
+    shown = mean_cosines(cosines, most=MOST_ROWS)
+    if shown is not None:
+        cosines_png = path_html.parent / COSINES_FILE
+        save_figure(draw_cosines(shown), cosines_png, "png")
+        written.append(cosines_png)
+        svg = inline_svg(draw_cosines(shown, {c: c for c in PAGE_COLOURS}), "e", "cosines of gradients")
+        figures.append(_figure(svg, _cosine_words(shown)))
 
     parts = [
         f"<h1>{html.escape(title)}</h1>",

@@ -10,7 +10,14 @@ import pytest
 
 from metaloom.errors import TrackingError
 from metaloom.tracking.base import MetricRecord
-from metaloom.tracking.figures import curve_names, draw_adaptation, draw_learning_curve
+from metaloom.tracking.cosines import CosineRecord, add_cosines, mean_cosines, read_cosines
+from metaloom.tracking.figures import (
+    curve_names,
+    draw_adaptation,
+    draw_cosines,
+    draw_learning_curve,
+    save_figure,
+)
 from metaloom.tracking.report import write_report
 from metaloom.tracking.results import (
     EvaluationSummary,
@@ -299,3 +306,73 @@ def test_numbers_that_are_not_finite_leave_gaps(tmp_path: Path) -> None:
     report(tmp_path, comparison(diverged, EQUAL), curves=curves)
     (axes,) = draw_adaptation(comparison(diverged, EQUAL)).axes
     assert all(math.isfinite(limit) for limit in axes.get_ylim())
+
+
+# ---------------------------------------------------------------- cosines between gradients
+
+
+def cosines(step: int, labels: str, cosine: float, of: str = "groups") -> CosineRecord:
+    rows = tuple(tuple(1.0 if a == b else cosine for b in labels) for a in labels)
+    return CosineRecord(step, of, tuple(labels), rows)
+
+
+def test_cosines_are_averaged_over_the_later_half_and_pairs_that_never_met_are_left_empty() -> None:
+    records = [cosines(1, "ab", 0.9), cosines(2, "ab", -0.2), cosines(3, "abc", -0.4), cosines(4, "ad", 0.1)]
+    shown = mean_cosines(records, most=3)
+    assert shown is not None
+    assert (shown.step, shown.of, shown.labels) == (4, "groups", ("a", "b", "c"))
+    assert shown.values[0][1] == pytest.approx(-0.4)
+    assert shown.values[2] == pytest.approx((-0.4, -0.4, 1.0))
+    shown = mean_cosines(records, most=4)
+    assert shown is not None
+    assert math.isnan(shown.values[1][3])
+    assert mean_cosines([], most=3) is None
+
+
+def test_of_tasks_the_last_steps_cosines_are_shown() -> None:
+    shown = mean_cosines([cosines(1, "12", 0.9, "tasks"), cosines(2, "345", -0.2, "tasks")], most=2)
+    assert shown == cosines(2, "34", -0.2, "tasks")
+
+
+def test_a_resumed_run_writes_its_cosines_over_those_of_a_lost_attempt(tmp_path: Path) -> None:
+    path = tmp_path / "cosines.jsonl"
+    assert read_cosines(path) == []
+    for record in (
+        cosines(2, "ab", 0.1),
+        cosines(4, "ab", 0.2),
+        cosines(6, "ab", 0.3),
+        cosines(4, "ab", 0.4),
+    ):
+        add_cosines(path, record)
+    with path.open("a") as file:
+        file.write('{"step": 6, "of"')  # torn by a killed process
+    assert read_cosines(path) == [cosines(2, "ab", 0.1), cosines(4, "ab", 0.4)]
+
+
+@pytest.mark.parametrize("num_groups", [2, 15])
+def test_the_report_has_a_heat_map_of_cosines_without_pictures_or_addresses(
+    tmp_path: Path, num_groups: int
+) -> None:
+    labels = "abcdefghijklmnopqrstu"[:num_groups]
+    paths = write_report(
+        tmp_path / "report.html",
+        title="a run",
+        facts={},
+        curves=CURVES,
+        evaluation=comparison(OURS, EQUAL),
+        cosines=[cosines(4, labels, -0.25)],
+    )
+    assert tmp_path / "cosines.png" in paths
+    assert all(path.is_file() for path in paths)
+    page = Page(paths[0].read_text(encoding="utf-8"))
+    assert "image" not in page.tags
+    assert all(address.startswith("#") for address in page.addresses)
+    text = " ".join(page.text)
+    assert "Cosines between the meta-gradients of groups, mean over the later half of meta-training" in text
+    assert ("\N{MINUS SIGN}0.25" in text) == (num_groups == 2)
+    save_figure(draw_cosines(cosines(6, "$_", 0.5)), tmp_path / "signs.png", "png")  # mathematics elsewhere
+
+
+def test_a_report_without_cosines_has_no_heat_map(tmp_path: Path) -> None:
+    assert "Cosines" not in report(tmp_path, comparison(OURS, EQUAL))
+    assert not (tmp_path / "cosines.png").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, TypeVar
 
@@ -14,6 +15,22 @@ from metaloom.engine.meta_optimizer import MetaOptimizer, TorchMetaOptimizer, Up
 from metaloom.engine.sharding.gradient_sum import GradientSum, SumAtOnce
 
 Value = TypeVar("Value")
+
+
+@dataclasses.dataclass(frozen=True)
+class Holders:
+    """The ranks that hold the same elements of a meta-parameter, this one among them.
+
+    Attributes:
+        ranks: rising.
+        group: their process group; None for that of all ranks.
+        num_sharing: W: a rank's gradient is the sum over the tasks of W ranks, those of its shard group,
+            which follow each other from a multiple of W on; 1 where it is over its own tasks alone.
+    """
+
+    ranks: tuple[int, ...]
+    group: dist.ProcessGroup | None = None
+    num_sharing: int = 1
 
 
 class Sharding(abc.ABC):
@@ -70,6 +87,10 @@ class Sharding(abc.ABC):
         Args:
             gradients: what `sum_gradients` returned, or a multiple of it.
         """
+
+    def holders(self, name: str) -> Holders:
+        """The ranks that hold what this one holds of a meta-parameter."""
+        return Holders(tuple(range(self.world_size)))
 
     def any_rank(self, flag: bool) -> bool:
         """Whether the flag is set on any rank. Every rank must call."""

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from metaloom.engine import collectives
 from metaloom.engine.adapters.base import BACKBONE
-from metaloom.engine.sharding.base import Sharding, sum_over
+from metaloom.engine.sharding.base import Holders, Sharding, sum_over
 from metaloom.errors import CapabilityError
 
 # torch 2.13 renamed these.
@@ -378,6 +378,13 @@ class Sharded(Sharding):
         # Over all ranks, so that all hold the same sum bit for bit.
         total = self.sum_over_ranks({"squares": parts / self.num_copies})["squares"]
         return math.sqrt(float(whole + total))
+
+    def holders(self, name: str) -> Holders:
+        if self._mesh is None or not _is_sharded(name):
+            return super().holders(name)
+        size = self.group.size
+        ranks = tuple(range(self.group.rank, self.world_size, size))
+        return Holders(ranks, self._mesh.get_group("replicate"), num_sharing=size)
 
     def stored(self, name: str, value: Tensor) -> Tensor:
         if not _is_sharded(name) or value.ndim == 0:

@@ -9,6 +9,7 @@ checked where the data is opened.
 from metaloom.recipe.rules import (
     adaptation,
     algorithm,
+    combiner,
     data,
     evaluation,
     heads,
@@ -35,6 +36,7 @@ RULES: tuple[Rule, ...] = (
     *set_learners.RULES,
     *shift.RULES,
     *outer.RULES,
+    *combiner.RULES,
     *machine.RULES,
     *evaluation.RULES,
 )
