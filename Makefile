@@ -8,6 +8,7 @@
 PYTHON ?=
 INSTALL_ARGS ?=
 PYTEST_ARGS ?=
+REPRODUCE_ARGS ?=
 
 # What `make demo` runs, and key=value overrides of its recipe: shorter phases and two of the baselines,
 # so that it ends within five minutes on two cores.
@@ -26,10 +27,10 @@ MOVED := moved
 endif
 endif
 
-.PHONY: help demo test lint check format clean moved
+.PHONY: help demo test lint check format reproduce clean moved
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
 demo: $(STAMP) ## make data, meta-train, and evaluate beside baselines; into runs/demo
 	@run=runs/demo; number=1; \
@@ -45,13 +46,16 @@ test: $(STAMP) ## run the tests
 lint: $(STAMP) ## check style, format and types
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/mypy --strict metaloom tests benchmarks
+	.venv/bin/mypy --strict metaloom tests benchmarks examples
 
 check: lint test ## lint, then test: what a change has to pass
 
 format: $(STAMP) ## repair style and format
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
+
+reproduce: $(STAMP) ## run what papers report and is not stored yet, and write its tables; hours
+	.venv/bin/python -m benchmarks.reproduce $(REPRODUCE_ARGS)
 
 clean: ## remove .venv and all caches; runs/ and data/ stay
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist metaloom.egg-info

@@ -26,6 +26,7 @@ examples:
 MAKE_EXAMPLES = """\
 examples:
   metaloom data make glyphs data/glyphs
+  metaloom data make glyph-faces data/glyph-faces
   metaloom data make stdlib data/stdlib
   metaloom data make glyphs /tmp/small --max-per-split 30
 """
@@ -73,7 +74,7 @@ def add_data_commands(commands: Commands) -> None:
 
 def _add_make(commands: Commands) -> None:
     make = add_command(commands, "make", "write a built-in data set as webdataset shards", MAKE_EXAMPLES)
-    make.add_argument("name", choices=("glyphs", "stdlib"), help="which data set")
+    make.add_argument("name", choices=("glyphs", "glyph-faces", "stdlib"), help="which data set")
     make.add_argument("directory", metavar="DIR", help="folder for its shards")
     make.add_argument(
         "--max-per-split", type=int, metavar="N", help="at most N classes or modules per split (a small set)"

@@ -17,6 +17,7 @@ from metaloom.build import (
     Choices,
     build_adapter,
     build_algorithm,
+    build_in_context,
     build_model,
     build_sharding,
     build_unroll,
@@ -27,21 +28,41 @@ from metaloom.build import (
 from metaloom.checkpoints import Checkpoint, CheckpointStore
 from metaloom.confidence import confidence_95
 from metaloom.datasets import EpisodeSource, slice_for_rank
+from metaloom.engine.algorithms.arm import ArmBn, ArmCml
+from metaloom.engine.algorithms.base import Algorithm
 from metaloom.engine.evaluation import Curve, adaptation_curve
 from metaloom.engine.losses import bits
 from metaloom.engine.outer import COUNTED
+from metaloom.engine.streams import StreamCurve
 from metaloom.engine.unroll import Unroll
 from metaloom.errors import CheckpointError
+from metaloom.group_measures import group_results
 from metaloom.job import Job, Place, open_job, stored_room
 from metaloom.ordinary import finished_weights, train_ordinary
-from metaloom.recipe import Conv4Model, GPTModel, Recipe
-from metaloom.recipe.tasks import rehearsal_facts, task_facts
+from metaloom.recipe import (
+    ARMBNAlgorithm,
+    ARMCMLAlgorithm,
+    Conv4Model,
+    GPTModel,
+    GroupsData,
+    InContextAlgorithm,
+    Recipe,
+)
+from metaloom.recipe.tasks import (
+    num_in_context,
+    num_inputs,
+    positions_in_context,
+    rehearsal_facts,
+    task_facts,
+)
 from metaloom.sources import data_names, episode_source, ordinary_samples
 from metaloom.tracking import read_metrics
+from metaloom.tracking.groups import group_rows, stream_rows, worst_group
 from metaloom.tracking.report import write_report
 from metaloom.tracking.results import (
     EvaluationSummary,
     MethodResult,
+    StreamResult,
     effort_rows,
     headline,
     summary_rows,
@@ -63,6 +84,7 @@ class Contender:
         meta: its meta-parameters, trained or not.
         inner_rate: its rates, in words.
         training: what was spent on it, in words.
+        stream: how it does over a stream; None where none is asked for.
     """
 
     name: str
@@ -70,6 +92,7 @@ class Contender:
     meta: MetaTensors
     inner_rate: str
     training: str
+    stream: Curve | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,11 +103,13 @@ class EpisodeCurve:
         task: what the episode is clustered by.
         metric: after 0 .. K steps.
         retention: loss on data that was not rehearsed, before and after; None where there is none.
+        group: of the episode; None where it has none.
     """
 
     task: str
     metric: tuple[float, ...]
     retention: tuple[float, float] | None
+    group: str | None = None
 
 
 def evaluate(recipe: Recipe, place: Place) -> None:
@@ -102,7 +127,7 @@ def evaluate(recipe: Recipe, place: Place) -> None:
         newest = _newest(job)
         baselines = [_baseline(job, name, newest) for name in recipe.baselines]
         contenders = [_meta_trained(job, newest), *baselines]
-        curves = [_test_curves(job, contender) for contender in contenders]
+        curves = [_test_curves(job, contender.name, contender) for contender in contenders]
         results = [
             _result(job, contender, own, ours=curves[0])
             for contender, own in zip(contenders, curves, strict=True)
@@ -142,7 +167,16 @@ def _meta_trained(job: Job, newest: Checkpoint) -> Contender:
         meta=meta,
         inner_rate=_own_rate(recipe),
         training=_after_pretraining(recipe, f"{checkpoint.step} outer steps of {tasks} tasks"),
+        stream=_stream(recipe, algorithm) if recipe.evaluation.stream else None,
     )
+
+
+def _stream(recipe: Recipe, algorithm: Algorithm) -> StreamCurve:
+    """A method over a stream, where what is predicted is never a part of the context."""
+    if isinstance(algorithm, ArmBn | ArmCml):
+        algorithm = dataclasses.replace(algorithm, is_own_context=False)
+    assert isinstance(recipe.data, GroupsData), "a rule of the recipe has seen to it"
+    return StreamCurve(algorithm.curve, has_queries=not recipe.data.query_is_support)
 
 
 def _own_rate(recipe: Recipe) -> str:
@@ -173,6 +207,8 @@ def _baseline(job: Job, name: str, newest: Checkpoint) -> Contender:
     Args:
         newest: the checkpoint of meta-training, from whose step and choices budgets follow.
     """
+    if name in _IN_CONTEXT:
+        return _in_context(job, name, newest)
     model = build_model(job.recipe, job.place.device, job.sharding)
     choices = Choices.load(newest.scalars["choices"])
     training = "none"
@@ -180,9 +216,8 @@ def _baseline(job: Job, name: str, newest: Checkpoint) -> Contender:
         model.load(_pretrained(job))
         training = _after_pretraining(job.recipe, "")
     elif name.startswith("ordinary_"):
-        num_samples, num_steps = ordinary_budget(job, name, choices, num_outer_steps=newest.step)
-        model.load(_ordinarily_trained(job, name, num_steps))
-        training = _after_pretraining(job.recipe, f"{num_steps} steps, {num_samples} samples")
+        weights, training = _after_ordinary_training(job, name, newest)
+        model.load(weights)
     adapter = build_adapter(job.recipe, model, choices, is_learned=False)
     shown = _SHOWN_NAMES[name]
 
@@ -199,6 +234,39 @@ def _baseline(job: Job, name: str, newest: Checkpoint) -> Contender:
     )
 
 
+def _in_context(job: Job, name: str, newest: Checkpoint) -> Contender:
+    """A language model that has support sequences in front of each query, and does not adapt.
+
+    Args:
+        newest: as for `_baseline`.
+    """
+    recipe = job.recipe
+    model = build_model(recipe, job.place.device, job.sharding)
+    training = "none"
+    ordinary = _IN_CONTEXT[name]
+    if ordinary is not None:
+        weights, training = _after_ordinary_training(job, ordinary, newest)
+        model.load(weights)
+    elif recipe.pretrain is not None:
+        model.load(_pretrained(job))
+        training = _after_pretraining(recipe, "")
+    return Contender(
+        name=_SHOWN_NAMES[name],
+        curve=build_in_context(recipe, model).curve,
+        meta={},
+        inner_rate="no steps",
+        training=training,
+    )
+
+
+def _after_ordinary_training(job: Job, name: str, newest: Checkpoint) -> tuple[MetaTensors, str]:
+    """The weights of a baseline that is ordinarily trained, and what was spent on them, in words."""
+    choices = Choices.load(newest.scalars["choices"])
+    num_samples, num_steps = ordinary_budget(job, name, choices, num_outer_steps=newest.step)
+    weights = _ordinarily_trained(job, name, num_steps)
+    return weights, _after_pretraining(job.recipe, f"{num_steps} steps, {num_samples} samples")
+
+
 def _after_pretraining(recipe: Recipe, training: str) -> str:
     """What was spent on a contender in words, the recipe's pre-training first."""
     if recipe.pretrain is None:
@@ -211,6 +279,15 @@ _SHOWN_NAMES = {
     "ordinary_equal_data": "ordinary, equal data",
     "ordinary_equal_compute": "ordinary, equal compute",
     "pretrained": "pre-trained only",
+    "in_context": "in context",
+    "in_context_equal_data": "in context, equal data",
+    "in_context_equal_compute": "in context, equal compute",
+}
+# The ordinary training that a model in context has had; None for none after the recipe's pre-training.
+_IN_CONTEXT = {
+    "in_context": None,
+    "in_context_equal_data": "ordinary_equal_data",
+    "in_context_equal_compute": "ordinary_equal_compute",
 }
 
 
@@ -291,11 +368,30 @@ def _data_name(job: Job) -> str:
     return ", ".join(dict.fromkeys(data_names(job.recipe, job.data)))
 
 
-def _test_curves(job: Job, contender: Contender) -> list[EpisodeCurve]:
-    """A contender's curves on the test episodes, the same ones for every contender."""
+def _stream_result(job: Job, contender: Contender) -> StreamResult | None:
+    """How a contender does over the test episodes as streams. Every rank must call."""
+    if contender.stream is None:
+        return None
+    as_stream = dataclasses.replace(contender, curve=contender.stream)
+    curves = _test_curves(job, f"{contender.name} over streams", as_stream)
+    clusters = [curve.task for curve in curves]
+    columns = list(zip(*(curve.metric for curve in curves), strict=True))
+    return StreamResult(
+        tuple(2**place for place in range(len(columns))),
+        tuple(statistics.fmean(column) for column in columns),
+        tuple(confidence_95(column, clusters) for column in columns),
+    )
+
+
+def _test_curves(job: Job, shown: str, contender: Contender) -> list[EpisodeCurve]:
+    """A contender's curves on the test episodes, the same ones for every contender.
+
+    Args:
+        shown: what is evaluated, in words.
+    """
     num_episodes = job.recipe.evaluation.num_episodes
-    name = f"evaluate {contender.name}"
-    job.place.whereabouts.enter(f"the evaluation of {contender.name}")
+    name = f"evaluate {shown}"
+    job.place.whereabouts.enter(f"the evaluation of {shown}")
     num_here = len(slice_for_rank(num_episodes, job.sharding.rank, job.sharding.world_size))
     with job.console.phase(name, total=num_here, unit="episode") as phase:
         return _curves(
@@ -337,6 +433,8 @@ def _result(
         paired_ci95=None
         if curves is ours
         else tuple(confidence_95(column, clusters) for column in zip(*differences, strict=True)),
+        groups=group_results([curve.metric[-1] for curve in curves], [curve.group for curve in curves]),
+        stream=_stream_result(job, contender),
     )
 
 
@@ -369,7 +467,8 @@ def _curves(
         for row, episode in enumerate(episodes):
             unit = bits if metric.startswith("bits") else float
             pair = None if retention is None else (unit(retention[row][0]), unit(retention[row][1]))
-            curves.append(EpisodeCurve(episode.task, tuple(unit(value) for value in values[row]), pair))
+            points = tuple(unit(value) for value in values[row])
+            curves.append(EpisodeCurve(episode.task, points, pair, episode.group))
         on_done(len(episodes))
     return job.sharding.gather(curves)
 
@@ -378,20 +477,33 @@ def _curves(
 
 
 def _notes(job: Job) -> tuple[str, ...]:
-    notes = [
-        "Intervals are 95 %, clustered by task where a task repeats; 'ahead by' is paired by episode.",
-        "Each baseline's inner rate was tuned on validation episodes; the meta-trained model uses its own.",
-    ]
-    if any(name.startswith("ordinary_") for name in job.recipe.baselines):
+    notes = ["Intervals are 95 %, clustered by task where a task repeats; 'ahead by' is paired by episode."]
+    if job.recipe.baselines:
+        notes.append(
+            "Each baseline's inner rate was tuned on validation episodes; the meta-trained model uses its "
+            "own."
+        )
+    if job.recipe.adapts_without_labels:
+        notes.append("The labels of support data have no part in adaptation.")
+    recipe = job.recipe
+    if isinstance(recipe.algorithm, InContextAlgorithm) or any(
+        name in _IN_CONTEXT for name in recipe.baselines
+    ):
+        num_tokens = positions_in_context(recipe) - num_inputs(task_facts(recipe).inputs)
+        notes.append(
+            f"In context, the last {num_in_context(recipe)} of {task_facts(recipe).num_support} support "
+            f"sequences, {num_tokens} tokens, are in front of each query, whose own tokens alone are judged."
+        )
+    if any("equal" in name for name in job.recipe.baselines):
         notes.append("Ordinary training is judged at its last step, with the recipe's optimizer settings.")
-    if "ordinary_equal_compute" in job.recipe.baselines:
+    if any(name.endswith("equal_compute") for name in job.recipe.baselines):
         notes.append(
             "Equal compute counts the floating-point operations of matrix products and convolutions."
         )
     if rehearsal_facts(job.recipe) is not None:
         notes.append("Forgetting is measured on data of the pre-training kind that were not rehearsed.")
     model = job.recipe.model
-    if isinstance(model, Conv4Model) and model.norm == "batch":
+    if isinstance(model, Conv4Model) and model.norm == "batch" and not _has_a_context(job.recipe):
         if job.recipe.adaptation.norms.statistics == "batch":
             notes.append(
                 "Batch norm sees the query images of an episode together: predictions are transductive."
@@ -402,6 +514,29 @@ def _notes(job: Job) -> tuple[str, ...]:
                 "sees the query images of an episode together, so that their predictions are transductive."
             )
     return tuple(notes)
+
+
+def _has_a_context(recipe: Recipe) -> bool:
+    """Whether batch statistics are those of the support inputs alone."""
+    return isinstance(recipe.algorithm, ARMBNAlgorithm | ARMCMLAlgorithm)
+
+
+def _tell_of_groups(job: Job, summary: EvaluationSummary) -> None:
+    """Tables and metrics of groups and of streams, where there are any. Rank 0 calls."""
+    for method in summary.methods:
+        key, name = method.name.replace(",", "").replace(" ", "_"), method.metric.replace(" ", "_")
+        worst = worst_group(method)
+        if worst is not None:
+            job.tracker.log({f"evaluation/{key}/worst_group_{name}": worst.mean}, len(method.mean) - 1)
+        if method.stream is not None:
+            for seen, mean in zip(method.stream.seen, method.stream.mean, strict=True):
+                job.tracker.log({f"evaluation/{key}/stream_{name}": mean}, seen)
+    for title, (columns, rows) in (
+        ("by group", group_rows(summary)),
+        ("over a stream of unlabelled inputs", stream_rows(summary)),
+    ):
+        if rows:
+            job.console.table(f"{summary.dataset}: {summary.methods[0].metric} {title}", columns, rows)
 
 
 def _publish(job: Job, summary: EvaluationSummary) -> None:
@@ -431,6 +566,7 @@ def _publish(job: Job, summary: EvaluationSummary) -> None:
     num_episodes = summary.methods[0].num_episodes
     job.console.table(f"{summary.dataset}: {num_episodes} test episodes", *summary_rows(summary))
     job.console.table(headline(summary), *effort_rows(summary))
+    _tell_of_groups(job, summary)
     for note in summary.notes:
         job.console.note(note)
     job.console.note(f"report: {folder.report}")

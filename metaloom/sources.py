@@ -27,6 +27,7 @@ from metaloom.datasets import (
     ReadySamples,
     Rehearsed,
     Samples,
+    ShiftedTargets,
     StorageSettings,
     VariableWays,
     Ways,
@@ -157,7 +158,7 @@ def require_episodes(recipe: Recipe, data: Data) -> None:
     if recipe.adaptation.rehearsal is not None:
         _rehearsal_samples(recipe, data, seed=recipe.seed).batch(0, 1)
     if recipe.pretrain is not None:
-        ordinary_samples(recipe, data, recipe.pretrain.splits, purpose="pretrain").batch(0, 1)
+        pretraining_samples(recipe, data).batch(0, 1)
 
 
 def episode_source(recipe: Recipe, data: Data, split: str, *, seed: int, num_steps: int) -> EpisodeSource:
@@ -193,7 +194,7 @@ def ordinary_samples(recipe: Recipe, data: Data, splits: Sequence[str], *, purpo
             is used.
         purpose: other purposes get other draws: a baseline must not see pre-training's batches again.
     """
-    seed = recipe.seed + zlib.crc32(purpose.encode())
+    seed = _seed(recipe, purpose)
     samples = [
         _samples_of(recipe, section, data.indices.get(f"{path}.url"), splits, seed=seed)
         for path, section in data_sets(recipe).items()
@@ -201,6 +202,26 @@ def ordinary_samples(recipe: Recipe, data: Data, splits: Sequence[str], *, purpo
     if len(samples) == 1:
         return samples[0]
     return MixedSamples(samples, data_weights(recipe), seed=seed, purpose=purpose)
+
+
+def _seed(recipe: Recipe, purpose: str) -> int:
+    return recipe.seed + zlib.crc32(purpose.encode())
+
+
+def pretraining_samples(recipe: Recipe, data: Data) -> Samples:
+    """The recipe's ordinary training batches before meta-training."""
+    pretrain, purpose = recipe.pretrain, "pretrain"
+    assert pretrain is not None, "the recipe has no pre-training"
+    if pretrain.sequence_length is None:
+        return ordinary_samples(recipe, data, pretrain.splits, purpose=purpose)
+    return DocumentSamples(
+        data.indices["data.url"],
+        pretrain.splits,
+        sequence_length=pretrain.sequence_length,
+        vocabulary=_vocabulary(recipe),
+        seed=_seed(recipe, purpose),
+        key="pretrain.sequence_length",
+    )
 
 
 def _tasks_of(
@@ -231,15 +252,17 @@ def _tasks_of(
                 seed=seed,
             )
         case GroupsData():
-            return GroupEpisodes(
+            groups = GroupEpisodes(
                 index,
                 split,
                 inputs=_inputs(recipe, section.inputs),
                 targets=_targets(section.targets),
                 num_support=section.num_support,
-                num_query=section.num_query,
+                num_query=None if section.query_is_support else section.num_query,
                 seed=seed,
+                by_size=section.drawn_by == "sample" and split == "train",
             )
+            return _augmented(groups, section.targets, split, seed=seed)
         case DocumentsData():
             return DocumentEpisodes(
                 index,
@@ -251,7 +274,18 @@ def _tasks_of(
                 seed=seed,
             )
         case EpisodesData():
-            return _ready(recipe, section, index, split, seed=seed)
+            return _augmented(
+                _ready(recipe, section, index, split, seed=seed), section.targets, split, seed=seed
+            )
+
+
+def _augmented(
+    source: EpisodeSource, targets: ClassTargets | NumberTargets | TokenTargets, split: str, *, seed: int
+) -> EpisodeSource:
+    """Training tasks under what the recipe asks for of their targets; others as they are."""
+    if not isinstance(targets, NumberTargets) or targets.task_noise is None or split != "train":
+        return source
+    return ShiftedTargets(source, std=targets.task_noise, seed=seed, split=split)
 
 
 def _ready(recipe: Recipe, section: EpisodesData, index: Index, split: str, *, seed: int) -> ReadyEpisodes:

@@ -35,11 +35,12 @@ from metaloom.engine.precision import LossScaler, Precision
 from metaloom.engine.sharding.deepspeed_zero import DeepSpeedZero
 from metaloom.engine.step import StepTasks, outer_step
 from metaloom.files import replace_file
+from metaloom.group_measures import worst_of_groups
 from metaloom.job import Job, Place, open_job, stored_room
 from metaloom.ordinary import finished_weights, train_ordinary
 from metaloom.recipe import Pretrain, Recipe
 from metaloom.recipe.tasks import tokens_per_task
-from metaloom.sources import episode_source, ordinary_samples
+from metaloom.sources import episode_source, pretraining_samples
 from metaloom.weights import HeldModel
 
 
@@ -156,7 +157,7 @@ def _pretrained(job: Job, pretrain: Pretrain, model: HeldModel, *, must_be_done:
     return train_ordinary(
         job,
         model,
-        ordinary_samples(job.recipe, job.data, pretrain.splits, purpose="pretrain"),
+        pretraining_samples(job.recipe, job.data),
         ordinary_settings(pretrain, num_steps=pretrain.num_steps, warmup_steps=pretrain.warmup_steps),
         batch_size=pretrain.batch_size,
         phase_name="pretrain",
@@ -234,7 +235,8 @@ def _own_tasks(job: Job, episodes: Sequence[Episode], *, num_dummies: int) -> Ta
 def validate(
     job: Job, algorithm: Algorithm, meta: Mapping[str, Tensor], source: EpisodeSource, *, step: int
 ) -> dict[str, float]:
-    """Mean query loss and scores over the recipe's validation episodes, always the same ones.
+    """Mean query loss and scores over the recipe's validation episodes, always the same ones; and of the
+    worst group, where these have groups.
 
     Every rank must call; each adapts its share.
 
@@ -247,15 +249,22 @@ def validate(
     names = (*(f"{name}_before" for name in measures), *measures)
     sums = {name: torch.zeros((), dtype=torch.float64) for name in names}
     num_steps = recipe.adaptation.num_steps
-    for _, curve in measured_episodes(
+    own: list[tuple[str | None, tuple[float, ...]]] = []  # of each episode here: its group, what is measured
+    for episodes, curve in measured_episodes(
         job, algorithm.curve, meta, source, num_episodes=num_episodes, num_steps=num_steps, step=step
     ):
         for name in measures:
             sums[f"{name}_before"] += curve[name][:, 0].sum().cpu()
             sums[name] += curve[name][:, -1].sum().cpu()
+        after = zip(*(curve[name][:, -1].tolist() for name in measures), strict=True)
+        own += zip((episode.group for episode in episodes), after, strict=True)
     on_device = {name: value.to(job.place.device) for name, value in sums.items()}
     total = sharding.sum_over_ranks(on_device)
-    return {f"validation_{name}": float(value) / num_episodes for name, value in total.items()}
+    means = {name: float(value) / num_episodes for name, value in total.items()}
+    groups, values = zip(*sharding.gather(own), strict=True)
+    of_episodes = dict(zip(measures, zip(*values, strict=True), strict=True))
+    means |= worst_of_groups(of_episodes, groups)
+    return {f"validation_{name}": value for name, value in means.items()}
 
 
 def _save(store: CheckpointStore, state: State) -> None:

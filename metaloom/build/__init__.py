@@ -12,6 +12,7 @@ from metaloom.build.batches import as_tensors, task_batch
 from metaloom.build.choices import Choices, Tasks
 from metaloom.build.model import Output, build_model, build_sharding, model_structure, task_output
 from metaloom.build.outer import ordinary_settings, outer_settings
+from metaloom.build.set_learners import build_in_context
 
 __all__ = [
     "Choices",
@@ -21,6 +22,7 @@ __all__ = [
     "build_adapter",
     "build_algorithm",
     "build_hypergradient",
+    "build_in_context",
     "build_maml",
     "build_model",
     "build_rule",

@@ -12,6 +12,7 @@ from metaloom.build.model import (
     rehearsal_output,
     task_output,
 )
+from metaloom.build.regularisation import meta_terms, nat_price
 from metaloom.engine.adapters.base import Adapter
 from metaloom.engine.adapters.full import FullAdapter
 from metaloom.engine.adapters.lora import LoraAdapter
@@ -24,6 +25,7 @@ from metaloom.engine.inner_loops.gradient_terms import GradientTerms
 from metaloom.engine.inner_loops.rates import Grain, Rates
 from metaloom.engine.inner_loops.rmsprop import RmsProp
 from metaloom.engine.inner_loops.sgd import Sgd
+from metaloom.engine.learned_loss import LearnedLoss
 from metaloom.engine.learner import Learner, Rehearsal
 from metaloom.engine.losses import SupportLoss
 from metaloom.engine.precision import Precision
@@ -39,6 +41,7 @@ from metaloom.recipe import (
 )
 from metaloom.recipe import InnerRule as InnerRuleSection
 from metaloom.recipe import Rehearsal as RehearsalSection
+from metaloom.recipe.tasks import task_facts
 from metaloom.weights import HeldModel
 
 
@@ -135,11 +138,22 @@ def build_unroll(
             head_chunk=recipe.memory.head_chunk,
             criterion=output.criterion,
             head=output.head,
+            learned_loss=_learned_loss(recipe) if learns_loss else None,
+            bottleneck=nat_price(recipe),
         ),
         rule=build_rule(adaptation.rule),
         rates=Rates(rate, grain, adaptation.num_steps),
         step_weights=step_weights(_step_weights(recipe), adaptation.num_steps),
+        terms=meta_terms(recipe),
     )
+
+
+def _learned_loss(recipe: Recipe) -> LearnedLoss | None:
+    section, num_outputs = recipe.adaptation.learned_loss, task_facts(recipe).num_outputs
+    if section is None:
+        return None
+    assert num_outputs is not None, "a rule of the recipe has seen to it"
+    return LearnedLoss(num_outputs, section.width, section.num_layers, recipe.seed)
 
 
 def _rehearsal(recipe: Recipe, section: RehearsalSection) -> Rehearsal:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch import Tensor
 
 from metaloom.build.adaptation import build_adapter, build_unroll
 from metaloom.build.choices import Choices
+from metaloom.build.heads import build_linear_head
 from metaloom.build.model import model_structure, task_output
+from metaloom.build.regularisation import regularised
+from metaloom.build.set_learners import build_in_context, build_set_learner
+from metaloom.build.unlabelled import build_unlabelled
 from metaloom.engine.algorithms.base import Algorithm
+from metaloom.engine.algorithms.custom import Factory, Parts
 from metaloom.engine.algorithms.maml import Maml, MultiStepAnnealing
 from metaloom.engine.algorithms.protonet import Protonet
 from metaloom.engine.backbone import Backbone
@@ -30,20 +37,31 @@ from metaloom.engine.unroll import Unroll
 from metaloom.errors import CapabilityError
 from metaloom.recipe import (
     AllSnapshots,
+    ARMBNAlgorithm,
+    ARMCMLAlgorithm,
+    AttentionLearnerAlgorithm,
     AutoHypergradient,
     BinomialSnapshots,
+    CNPAlgorithm,
     ConjugateGradientSolver,
+    CustomAlgorithm,
+    ERMAlgorithm,
     FiniteDifferenceHypergradient,
     FirstOrderHypergradient,
     HostSnapshots,
     ImplicitHypergradient,
+    InContextAlgorithm,
+    LogisticAlgorithm,
     MAMLAlgorithm,
     MixedModeHypergradient,
     NeumannSolver,
     ProtonetAlgorithm,
     Recipe,
+    RecurrentLearnerAlgorithm,
     RematerializedHypergradient,
     ReptileHypergradient,
+    RidgeAlgorithm,
+    SVMAlgorithm,
     TruncatedHypergradient,
     UnrolledHypergradient,
 )
@@ -60,16 +78,39 @@ def build_algorithm(
     *,
     sharding: Sharding | None = None,
 ) -> Algorithm:
-    """The algorithm of a recipe.
+    """The algorithm of a recipe, under its regularisation.
 
     Args:
         sharding: what the ranks that compute together agree by; None for a rank alone.
     """
+    return regularised(recipe, _plain(recipe, model, choices, device, sharding=sharding))
+
+
+def _plain(
+    recipe: Recipe,
+    model: HeldModel,
+    choices: Choices,
+    device: torch.device,
+    *,
+    sharding: Sharding | None,
+) -> Algorithm:
     match recipe.algorithm:
         case MAMLAlgorithm():
             return build_maml(recipe, recipe.algorithm, model, choices, device, sharding=sharding)
         case ProtonetAlgorithm():
-            return Protonet(build_backbone(recipe, model), num_classes(recipe))
+            backbone = build_backbone(recipe, model, chunk=recipe.algorithm.feature_chunk)
+            return Protonet(backbone, num_classes(recipe))
+        case RidgeAlgorithm() | LogisticAlgorithm() | SVMAlgorithm():
+            backbone = build_backbone(recipe, model, chunk=recipe.algorithm.feature_chunk)
+            return build_linear_head(recipe, recipe.algorithm, backbone)
+        case CNPAlgorithm() | AttentionLearnerAlgorithm() | RecurrentLearnerAlgorithm():
+            return build_set_learner(recipe, recipe.algorithm, build_backbone(recipe, model))
+        case InContextAlgorithm():
+            return build_in_context(recipe, model)
+        case CustomAlgorithm():
+            return build_custom(recipe, recipe.algorithm, model, choices)
+        case ERMAlgorithm() | ARMCMLAlgorithm() | ARMBNAlgorithm():
+            return build_unlabelled(recipe, recipe.algorithm, model, device)
 
 
 def build_maml(
@@ -102,14 +143,53 @@ def _annealing(recipe: Recipe, section: MAMLAlgorithm) -> MultiStepAnnealing | N
     return MultiStepAnnealing(section.annealing_steps or max(1, recipe.outer.num_steps // 2))
 
 
-def build_backbone(recipe: Recipe, model: HeldModel) -> Backbone:
-    """The model before its head, for algorithms that put something else in the head's place."""
+def build_custom(recipe: Recipe, section: CustomAlgorithm, model: HeldModel, choices: Choices) -> Algorithm:
+    """The algorithm that a function outside of metaloom builds.
+
+    Raises:
+        CapabilityError: there is no such function, or what it returns is no algorithm.
+    """
+    factory = _imported(section.factory)
+    rule, facts = recipe.adaptation.rule, task_facts(recipe)
+    adapter = build_adapter(recipe, model, choices)
+    parts = Parts(
+        backbone=build_backbone(recipe, model),
+        unroll=build_unroll(recipe, adapter, rate=rule.lr, grain=rule.learned),
+        num_classes=facts.num_outputs if facts.objective == "classification" else None,
+        seed=recipe.seed,
+        options=section.options,
+    )
+    algorithm = factory(parts)
+    if not isinstance(algorithm, Algorithm):
+        raise CapabilityError(
+            f"algorithm.factory: {section.factory} returned a {type(algorithm).__name__}; it has to return a "
+            "metaloom.engine.algorithms.base.Algorithm."
+        )
+    return algorithm
+
+
+def _imported(path: str) -> Factory:
+    module_name, _, name = path.partition(":")
+    try:
+        factory: Factory = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise CapabilityError(
+            f"algorithm.factory: {path} cannot be imported: {error}. The module is looked for in the working "
+            "folder and among what is installed."
+        ) from error
+    return factory
+
+
+def build_backbone(recipe: Recipe, model: HeldModel, *, chunk: int | None = None) -> Backbone:
+    """The model before its head, for algorithms that put something else in the head's place; `chunk` as in
+    `Backbone`."""
     return Backbone(
         model.module,
         model_structure(model.module),
         task_output(recipe).head,
         Precision(recipe.precision.compute),
         recompute_blocks=recipe.memory.recompute_blocks,
+        chunk=chunk,
     )
 
 

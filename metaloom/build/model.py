@@ -20,6 +20,8 @@ from metaloom.models.gpt import Gpt
 from metaloom.models.mlp import Mlp
 from metaloom.models.single_layer import SingleLayer, convolution, linear, locally_connected
 from metaloom.recipe import (
+    ActivationsRegularisation,
+    ARMCMLAlgorithm,
     Conv4Model,
     ConvolutionLayer,
     DeepSpeedZeroSharding,
@@ -76,8 +78,11 @@ def build_model(
 
 def _make_model(recipe: Recipe, num_classes: int | None) -> nn.Module:
     facts, rehearsed = task_facts(recipe), rehearsal_facts(recipe)
+    num_context = recipe.algorithm.num_context if isinstance(recipe.algorithm, ARMCMLAlgorithm) else 0
     num_outputs = num_classes or facts.num_outputs
     own_head = None if rehearsed is None or rehearsed.shares_head else rehearsed.num_outputs
+    section = recipe.regularisation
+    stochastic = section if isinstance(section, ActivationsRegularisation) else None
     match recipe.model:
         case Conv4Model(width=width, num_blocks=num_blocks, norm=norm):
             assert isinstance(facts.inputs, ImageInputs)
@@ -87,18 +92,20 @@ def _make_model(recipe: Recipe, num_classes: int | None) -> nn.Module:
                 width=width,
                 num_blocks=num_blocks,
                 norm=norm,
-                num_channels=facts.inputs.channels,
+                num_channels=facts.inputs.channels + num_context,
                 num_rehearsal_classes=own_head,
+                bottleneck=None if stochastic is None else stochastic.width,
             )
         case MLPModel(width=width, num_layers=num_layers, activation=activation):
             assert num_outputs is not None
             return Mlp(
-                num_inputs=num_inputs(facts.inputs),
+                num_inputs=num_inputs(facts.inputs) + num_context,
                 width=width,
                 num_layers=num_layers,
                 num_outputs=num_outputs,
                 activation=activation,
                 num_rehearsal_outputs=own_head,
+                bottleneck=None if stochastic is None else (stochastic.after or num_layers, stochastic.width),
             )
         case SingleLayerModel(layer=layer, bias=bias):
             assert num_outputs is not None

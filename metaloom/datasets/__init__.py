@@ -26,6 +26,7 @@ from metaloom.datasets.shards import Sample, SplitSamples, write_shards
 from metaloom.datasets.storage import Storage, StorageSettings
 from metaloom.datasets.stream import EpisodeStream, Share, share_of_rank, slice_for_rank
 from metaloom.datasets.streams import NUM_STREAMS, virtual_stream
+from metaloom.datasets.target_noise import ShiftedTargets
 from metaloom.datasets.verify import verify_sizes
 
 __all__ = [
@@ -62,6 +63,7 @@ __all__ = [
     "Samples",
     "ShardEntry",
     "Share",
+    "ShiftedTargets",
     "SplitSamples",
     "SplitTable",
     "Storage",

@@ -120,6 +120,9 @@ class DocumentSamples(Samples):
 
     `inputs` is int64 [N, L]; `targets` is int64 [N, L], the next token of each.
 
+    Args:
+        key: the recipe's name of `sequence_length`, for messages.
+
     Raises:
         StreamError: no document has L + 1 tokens, or the index is of another layout.
     """
@@ -132,6 +135,7 @@ class DocumentSamples(Samples):
         sequence_length: int,
         seed: int,
         vocabulary: int = VOCABULARY,
+        key: str = "data.sequence_length",
     ) -> None:
         require_counts({"sequence_length": sequence_length})
         self._texts = _Documents(index, splits, vocabulary)
@@ -140,7 +144,7 @@ class DocumentSamples(Samples):
         self._ends = np.cumsum(np.maximum(self._texts.lengths - sequence_length, 0))
         if not len(self._ends) or self._ends[-1] == 0:
             raise StreamError(
-                f"data.sequence_length is {sequence_length}, but no document of {', '.join(splits)} of "
+                f"{key} is {sequence_length}, but no document of {', '.join(splits)} of "
                 f"{index.dataset} at {index.url} has {sequence_length + 1} tokens; lower it."
             )
 

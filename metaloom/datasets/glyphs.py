@@ -48,6 +48,10 @@ class Glyphs:
     characters: tuple[str, ...]
     images: NDArray[np.uint8]
 
+    def rows(self, rows: Sequence[int]) -> Glyphs:
+        """Some of the characters, in the order given."""
+        return Glyphs(self.faces, tuple(self.characters[row] for row in rows), self.images[list(rows)])
+
     def of_split(self, split: str) -> list[int]:
         """Rows of the characters of that split, in order of priority, then of code point."""
         return [row for row, c in enumerate(self.characters) if split_of(c) == split]
@@ -120,6 +124,17 @@ def make_glyphs(*, max_classes_per_split: int | None = None) -> Glyphs:
     pool = candidates()
     if max_classes_per_split is not None:
         pool = _shortlist(pool, 4 * max_classes_per_split)
+    drawn = render_all(pool)
+    kept = without_twins(distances(drawn.images), [split_of(c) for c in drawn.characters])
+    if max_classes_per_split is not None:
+        first = set(_shortlist([drawn.characters[row] for row in kept], max_classes_per_split))
+        kept = [row for row in kept if drawn.characters[row] in first]
+    return drawn.rows(kept)
+
+
+def render_all(pool: Sequence[str]) -> Glyphs:
+    """Those of the characters that every face draws: not blank, not as the box for unknown ones, and not
+    larger than the image."""
     files = face_files()
     fonts = [
         ImageFont.truetype(str(file), FONT_SIZE_PX, layout_engine=ImageFont.Layout.BASIC) for file in files
@@ -135,16 +150,7 @@ def make_glyphs(*, max_classes_per_split: int | None = None) -> Glyphs:
             continue
         characters.append(character)
         images.append(np.stack([image for image in drawn if image is not None]))
-    stack = np.stack(images)
-    kept = without_twins(distances(stack), [split_of(c) for c in characters])
-    if max_classes_per_split is not None:
-        first = set(_shortlist([characters[row] for row in kept], max_classes_per_split))
-        kept = [row for row in kept if characters[row] in first]
-    return Glyphs(
-        faces=tuple(file.stem for file in files),
-        characters=tuple(characters[row] for row in kept),
-        images=stack[kept],
-    )
+    return Glyphs(tuple(file.stem for file in files), tuple(characters), np.stack(images))
 
 
 def render(font: ImageFont.FreeTypeFont, character: str) -> NDArray[np.uint8] | None:
@@ -225,16 +231,19 @@ def split_samples(glyphs: Glyphs) -> dict[str, SplitSamples]:
 
 def source(*, max_classes_per_split: int | None = None) -> dict[str, Any]:
     """What decides the data: rules, versions and options."""
+    return {"rules": RULES, **fonts_and_versions(), "max_classes_per_split": max_classes_per_split}
+
+
+def fonts_and_versions() -> dict[str, Any]:
+    """What decides how a character is drawn."""
     files = face_files()
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     return {
-        "rules": RULES,
         "faces": [file.stem for file in files],
         "fonts_sha256": digest,
         "freetype": features.version("freetype2"),
         "pillow": version("pillow"),
         "unicode": unicodedata.unidata_version,
-        "max_classes_per_split": max_classes_per_split,
     }
 
 
@@ -244,12 +253,13 @@ def _samples(glyphs: Glyphs, split: str) -> Iterator[Sample]:
         for variant, face in enumerate(glyphs.faces):
             yield Sample(
                 key=f"{code}/{face.lower()}",
-                members={"cls": str(number).encode(), "png": _png(glyphs.images[row, variant])},
+                members={"cls": str(number).encode(), "png": encoded(glyphs.images[row, variant])},
                 attributes={"class": number, "variant": variant},
             )
 
 
-def _png(image: NDArray[np.uint8]) -> bytes:
+def encoded(image: NDArray[np.uint8]) -> bytes:
+    """The image as png."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG")
     return buffer.getvalue()

@@ -36,13 +36,19 @@ from metaloom.errors import StreamError
 
 
 class GroupEpisodes(EpisodeSource):
-    """An episode is a group: S and Q of its samples, drawn anew each time, none in both.
+    """An episode is a group: S and Q of its samples, drawn anew each time, none in both; or S of them, which
+    are support and query alike.
 
     `inputs` is `[S, ...]` as `inputs` gives it, `targets` int64 `[S]` or float32 `[S, P]`. Where the index
     has classes, the target of a sample is the place of its class among the sorted names of all splits: a
     class is the same number in each of them, whatever its `cls` holds. Within an epoch of
-    `num_tasks` episodes each group comes once. Groups with fewer than S + Q samples are no tasks. A broken
+    `num_tasks` episodes each group comes once; or, by size, each comes as often as it has samples, drawn for
+    each episode by itself. Groups with fewer than S + Q samples are no tasks. A broken
     sample gives its place to another of its group, and a group that has too few whole ones to another.
+
+    Args:
+        num_query: Q; None where the support examples are the queries.
+        by_size: whether a group comes as often as it has samples.
 
     Raises:
         StreamError: no group is large enough, the samples have no groups, or the index has another number of
@@ -57,28 +63,35 @@ class GroupEpisodes(EpisodeSource):
         inputs: Inputs,
         targets: Targets,
         num_support: int,
-        num_query: int,
+        num_query: int | None,
         seed: int,
+        by_size: bool = False,
     ) -> None:
-        require_counts({"num_support": num_support, "num_query": num_query})
+        counts = {"num_support": num_support}
+        require_counts(counts if num_query is None else counts | {"num_query": num_query})
         self._groups = _groups(index, split)
         self._stated = _Stated(index, split, inputs, targets)
         self._reader = self._stated.reader
         self._num_support, self._num_query = num_support, num_query
         self._num_ways = targets.num_classes if isinstance(targets, ClassTargets) else None
         self._split, self._seed = split, seed
-        needed = num_support + num_query
+        needed = self._num_needed = num_support + (num_query or 0)
+        asked, remedy = f"data.num_support is {num_support}", "lower it"
+        if num_query is not None:
+            asked = f"data.num_support + data.num_query is {num_support} + {num_query} = {needed}"
+            remedy = "lower one of the two"
         sizes = self._groups.sizes
         self._tasks = np.flatnonzero(sizes >= needed)
         if not len(self._tasks):
             raise StreamError(
-                f"data.num_support + data.num_query is {num_support} + {num_query} = {needed}, but the "
-                f"largest group of split {split!r} of {index.dataset} at {index.url} has "
-                f"{int(sizes.max(initial=0))} samples; lower one of the two."
+                f"{asked}, but the largest group of split {split!r} of {index.dataset} at {index.url} has "
+                f"{int(sizes.max(initial=0))} samples; {remedy}."
             )
         self._order = EpochOrder(
             self._groups.num_bytes[self._tasks], purpose="group epoch", seed=seed, split=split
         )
+
+        self._ends = np.cumsum(sizes[self._tasks]) if by_size else None
 
     @property
     def num_tasks(self) -> int:
@@ -88,22 +101,31 @@ class GroupEpisodes(EpisodeSource):
     def episode(self, number: int) -> Episode:
         group, arrays, broken = self._whole(number)
         name = self._groups.names[group]
+        support = {name: array[: self._num_support] for name, array in arrays.items()}
+        query = {name: array[self._num_support :] for name, array in arrays.items()}
         return Episode(
             number=number,
             task=name,
-            support={name: array[: self._num_support] for name, array in arrays.items()},
-            query={name: array[self._num_support :] for name, array in arrays.items()},
+            support=support,
+            query=support if self._num_query is None else query,
             num_ways=self._num_ways,
             group=name,
             broken=broken,
         )
 
+    def _first(self, number: int) -> int:
+        """Which of the tasks an episode is of, where its samples can be read."""
+        if self._ends is None:
+            return self._order.item(number)
+        rng = generator("group by size", self._seed, self._split, number)
+        return int(np.searchsorted(self._ends, rng.integers(self._ends[-1]), side="right"))
+
     def _whole(self, number: int) -> tuple[int, Arrays, tuple[BrokenSample, ...]]:
         """The group of an episode, its support and query in one, and the broken samples that it passed
         over."""
         rng = generator("group episode", self._seed, self._split, number)
-        needed = self._num_support + self._num_query
-        tried, attempt = [self._order.item(number)], 0
+        needed = self._num_needed
+        tried, attempt = [self._first(number)], 0
         broken: list[BrokenSample] = []
         while True:
             group = int(self._tasks[tried[attempt]])

@@ -1,4 +1,4 @@
-"""Making the built-in data sets: `metaloom data make glyphs|stdlib DIR`."""
+"""Making the built-in data sets: `metaloom data make glyphs|glyph-faces|stdlib DIR`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from metaloom.datasets import glyphs, stdlib_code
+from metaloom.datasets import glyph_faces, glyphs, stdlib_code
 from metaloom.datasets.directory import begin, delete_leftovers, holds_index, require_same
 from metaloom.datasets.index import Index
 from metaloom.datasets.shards import SplitSamples, write_shards
 from metaloom.datasets.verify import verify_sizes
 from metaloom.errors import StreamError
 
-DATASETS = ("glyphs", "stdlib")
+LAYOUTS = {"glyphs": "classes", "glyph-faces": "groups", "stdlib": "documents"}
+DATASETS = tuple(LAYOUTS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,10 +47,10 @@ def make_dataset(
     """The built-in data set, made in a local directory unless an identical, complete one is there.
 
     Args:
-        name: glyphs or stdlib.
+        name: glyphs, glyph-faces or stdlib.
         directory: a local directory; it is created if need be. To use the set from elsewhere, copy it.
-        max_per_split: the most classes (glyphs) or modules (stdlib) of each split, for quick tests; None for
-            all.
+        max_per_split: the most classes (glyphs, glyph-faces) or modules (stdlib) of each split, for quick
+            tests; None for all.
         shard_limit_bytes: shards are begun anew when they would exceed this size.
         progress: called with (samples written, samples in all).
 
@@ -81,7 +82,7 @@ def make_dataset(
         path,
         splits,
         dataset=name,
-        layout="classes" if name == "glyphs" else "documents",
+        layout=LAYOUTS[name],
         source=origin,
         shard_limit_bytes=shard_limit_bytes,
         progress=None if progress is None else lambda done: progress(done, total),
@@ -101,6 +102,14 @@ def _plan(
             return glyphs.split_samples(made), len(made.characters) * len(made.faces)
 
         return glyphs.source(max_classes_per_split=max_per_split), build_glyphs
+
+    if name == "glyph-faces":
+
+        def build_faces() -> tuple[dict[str, SplitSamples], int]:
+            made = glyph_faces.make_glyph_faces(max_classes=max_per_split)
+            return glyph_faces.split_samples(made), glyph_faces.num_samples(made)
+
+        return glyph_faces.source(max_classes=max_per_split), build_faces
 
     modules = stdlib_code.make_stdlib(max_modules_per_split=max_per_split)
 

@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
 
 from metaloom.engine.adapters.base import BACKBONE
 from metaloom.engine.adapters.model import Structure, nothing_attached, run_model
 from metaloom.engine.forward_pass import ForwardPass
 from metaloom.engine.precision import Precision
+from metaloom.engine.recomputation import recomputed
 from metaloom.errors import CapabilityError
 
 
@@ -28,9 +33,14 @@ class Backbone:
         head: which of its outputs is left out; None where it has one.
         precision: number format.
         recompute_blocks: keep the inputs of blocks alone, and compute each again when it is differentiated.
+        chunk: examples of a task that are computed at a time, without a graph, and again with one when their
+            features are differentiated: memory of one chunk in place of all examples, for one more forward
+            pass. None for all at once, with a graph. The result is the same, since examples that see each
+            other, through batch statistics, are refused.
 
     Raises:
-        CapabilityError: the model has no head that can be told from the rest.
+        CapabilityError: the model has no head that can be told from the rest; or it has layers whose batch
+            statistics chunks would change.
     """
 
     model: nn.Module
@@ -38,6 +48,7 @@ class Backbone:
     head: str | None
     precision: Precision
     recompute_blocks: bool = False
+    chunk: int | None = None
 
     def __post_init__(self) -> None:
         if self.structure.head_of(self.head) is None:
@@ -45,6 +56,10 @@ class Backbone:
                 "features are what a model's head is given, and this model has no head that can be told from "
                 "the rest: name it in Structure.head."
             )
+        if self.chunk is not None:
+            for name, module in self.model.named_modules():
+                if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+                    raise CapabilityError(_batch_statistics(self.chunk, f"its layer {name!r}"))
 
     def meta_parameters(self) -> dict[str, Tensor]:
         """Fresh copies of the weights before the head, `backbone.<name>`."""
@@ -65,6 +80,9 @@ class Backbone:
         Args:
             meta: `backbone.<name>`; what it lacks stays at the model's own values.
             weights: `[T, N]`, 0 for padding; None where there is none.
+
+        Raises:
+            CapabilityError: with `chunk`, the model calls batch norm itself.
         """
         substituted = {
             name.removeprefix(BACKBONE): value for name, value in meta.items() if name.startswith(BACKBONE)
@@ -75,21 +93,72 @@ class Backbone:
             recompute_blocks=self.recompute_blocks,
             holds_back_head=True,
             head=self.head,
-            weights=weights,
+            weights=weights if self.chunk is None else None,  # for batch statistics alone
         )
-        outputs = [
-            run_model(
-                self.model,
-                self.structure,
-                substituted,
-                inputs[task],
-                forward_pass.of_task(task),
-                attachments={},
-                attach=nothing_attached,
-            )[0]
-            for task in range(inputs.shape[0])
+        of_tasks = self._in_chunks if self.chunk is not None else self._at_once
+        return torch.stack(
+            [of_tasks(substituted, inputs[task], forward_pass.of_task(task)) for task in range(len(inputs))]
+        )
+
+    def _at_once(
+        self, substituted: Mapping[str, Tensor], inputs: Tensor, forward_pass: ForwardPass
+    ) -> Tensor:
+        """The features of examples `[N, ...]`."""
+        return run_model(
+            self.model,
+            self.structure,
+            substituted,
+            inputs,
+            forward_pass,
+            attachments={},
+            attach=nothing_attached,
+        )[0]
+
+    def _in_chunks(
+        self, substituted: Mapping[str, Tensor], inputs: Tensor, forward_pass: ForwardPass
+    ) -> Tensor:
+        """The same, `chunk` examples at a time."""
+        assert self.chunk is not None
+
+        def compute(examples: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+            with _RefuseBatchStatistics(len(examples)):
+                return (self._at_once(dict(zip(substituted, values, strict=True)), examples, forward_pass),)
+
+        # As for two derivatives: the first pass then leaves no graph, not even an empty one.
+        pieces = [
+            recomputed(compute, (examples, *substituted.values()), derivative="reverse")[0]
+            for examples in torch.split(inputs, self.chunk)
         ]
-        return torch.stack(outputs)
+        return torch.cat(pieces)
+
+
+class _RefuseBatchStatistics(TorchFunctionMode):
+    """Refuses batch norm by the statistics of the examples at hand: layers of torch are found before, calls
+    by a model's own forward pass here.
+
+    Args:
+        chunk: how many examples are at hand.
+    """
+
+    def __init__(self, chunk: int) -> None:
+        super().__init__()
+        self._chunk = chunk
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.batch_norm and (args[5] if len(args) > 5 else kwargs.get("training", False)):
+            raise CapabilityError(_batch_statistics(self._chunk, "torch.nn.functional.batch_norm"))
+        return func(*args, **kwargs)
+
+
+def _batch_statistics(chunk: int, what: str) -> str:
+    return (
+        f"features are computed {chunk} examples at a time, and this model normalises by the statistics of "
+        f"all of a task's examples ({what}), which chunks would change: set algorithm.feature_chunk to null, "
+        "or take a norm that looks at one example (group or layer norm)."
+    )
 
 
 def _is_of(name: str, modules: list[str]) -> bool:

@@ -46,13 +46,38 @@ class Draws:
         scale = 0.0 if probability == 1.0 else 1.0 / (1.0 - probability)
         return inputs * ((kept >= probability).to(inputs.dtype) * scale)
 
+    def normal(self, mean: Tensor, std: Tensor, site: str) -> Tensor:
+        """`mean + std * eps`, all `[T * N, ...]`, eps standard normal; examples as in `dropout`."""
+        num_examples = mean.shape[0] // len(self.numbers)
+        noise = torch.empty(mean.shape, device=mean.device)
+        for task, number in enumerate(self.numbers):
+            generator = self._generator(number, site, mean.device)
+            for row in noise[task * num_examples : (task + 1) * num_examples]:
+                row.normal_(generator=generator)
+        return mean + std * noise.to(std.dtype)
+
     def _uniform(self, shape: tuple[int, ...], number: int, site: str, device: torch.device) -> Tensor:
-        key = f"{self.seed}/{number}/{self.step}/{self.part}{site}".encode()
-        generator = torch.Generator(device)
-        # 63 bits: a generator's seed is a signed number.
-        generator.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1)
+        generator = self._generator(number, site, device)
         uniform = torch.empty(shape, device=device)
         for row in uniform:
             # Row by row: on a GPU a number depends on how many are drawn at once.
             row.uniform_(generator=generator)
         return uniform
+
+    def _generator(self, number: int, site: str, device: torch.device) -> torch.Generator:
+        return _generator(f"{self.seed}/{number}/{self.step}/{self.part}{site}", device)
+
+
+def standard_normal(like: Tensor, *key: object) -> Tensor:
+    """Standard normal numbers shaped like a tensor, in its dtype and on its device: a function of the key."""
+    generator = _generator("/".join(map(str, key)), like.device)
+    return torch.empty_like(like).normal_(generator=generator)
+
+
+def _generator(key: str, device: torch.device) -> torch.Generator:
+    """A generator whose seed is the key's digest."""
+    generator = torch.Generator(device)
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    # 63 bits: a generator's seed is a signed number.
+    generator.manual_seed(int.from_bytes(digest, "big") >> 1)
+    return generator

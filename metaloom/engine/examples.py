@@ -28,6 +28,7 @@ class Reading:
         how: temperature and label smoothing.
         num_ways: `[T]`, how many classes each task has; None for all that there are.
         draws: what dropout draws; None: dropout does nothing.
+        noise: what a stochastic layer draws; None: it gives its means.
         step: how many inner steps the fast weights have gone.
         objective: the loss that they are read for.
     """
@@ -37,6 +38,7 @@ class Reading:
     how: LossTensors = PLAIN
     num_ways: Tensor | None = None
     draws: Draws | None = None
+    noise: Draws | None = None
     step: int = 0
     objective: str = ""
 
@@ -50,12 +52,14 @@ class Examples:
         scores: by name, `[T, N]`, likewise, float64.
         is_scored: `[T, N]`, whether a target counts.
         weights: `[T, N]`, 0 for padding; None where there is none.
+        divergences: `[T, N]`, what a stochastic layer tells of each; None where nobody asks.
     """
 
     losses: Tensor
     scores: dict[str, Tensor]
     is_scored: Tensor
     weights: Tensor | None
+    divergences: Tensor | None = None
 
     def rows(self, start: int, stop: int | None) -> Examples:
         """Some examples of each task."""
@@ -69,6 +73,11 @@ class Examples:
     def loss(self) -> Tensor:
         """The mean loss of each task, `[T]`."""
         return task_means(self.losses, self.weights)
+
+    def divergence(self) -> Tensor:
+        """The mean divergence of each task, `[T]`."""
+        assert self.divergences is not None, "it is asked for before the pass"
+        return task_means(self.divergences, self.weights)
 
     def mean_scores(self) -> dict[str, Tensor]:
         """The mean scores of each task by name, `[T]`, over the examples with a target that counts."""

@@ -29,6 +29,24 @@ Derivative = Literal["once", "reverse", "forward"]
 
 
 @dataclasses.dataclass(frozen=True)
+class Bottleneck:
+    """What layers that call `torch.normal(mean, std)` do in a pass.
+
+    Attributes:
+        draws: what they draw; None: they give their means.
+        divergences: takes in KL(N(mean, std^2) || N(0, I)) of each example, task by task or of all at once;
+            None where nobody asks.
+    """
+
+    draws: Draws | None = None
+    divergences: list[Tensor] | None = None
+
+    def of_task(self, task: int) -> Bottleneck:
+        """The same for one of the tasks."""
+        return Bottleneck(None if self.draws is None else self.draws.of_task(task), self.divergences)
+
+
+@dataclasses.dataclass(frozen=True)
 class ForwardPass:
     """One forward pass of T tasks.
 
@@ -48,6 +66,7 @@ class ForwardPass:
         step: how many inner steps the fast weights have gone.
         objective: the loss that it is for.
         met: takes in what batch norms meet; None where nobody asks.
+        bottleneck: what stochastic layers do; None: a model that has one is refused.
     """
 
     precision: Precision
@@ -61,6 +80,7 @@ class ForwardPass:
     step: int = 0
     objective: str = ""
     met: MetStatistics | None = None
+    bottleneck: Bottleneck | None = None
 
     def of_task(self, task: int) -> ForwardPass:
         """The same pass for one of its tasks."""
@@ -68,6 +88,7 @@ class ForwardPass:
             self,
             draws=None if self.draws is None else self.draws.of_task(task),
             weights=None if self.weights is None else self.weights[task : task + 1],
+            bottleneck=None if self.bottleneck is None else self.bottleneck.of_task(task),
         )
 
     def arguments(self, inputs: Tensor) -> tuple[Tensor] | tuple[Tensor, str]:
@@ -150,6 +171,8 @@ class Interception(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.dropout:
             return self._dropout(*args, **kwargs)
+        if func is torch.normal and self._pass.bottleneck is not None:
+            return self._normal(self._pass.bottleneck, *args, **kwargs)
         if func is F.multi_head_attention_forward:
             with _Within(self):
                 return _ATTENTION_OF_SEVERAL_HEADS(*args, **kwargs)
@@ -179,6 +202,17 @@ class Interception(TorchFunctionMode):
             raise CapabilityError("dropout is not drawn inside vmap: set adaptation.fast.tasks to loop.")
         self._num_draws += 1
         return self._pass.draws.dropout(inputs, p, f"{self._site}/{self._num_draws}")
+
+    def _normal(self, bottleneck: Bottleneck, mean: Tensor, std: Tensor) -> Tensor:
+        self._num_draws += 1
+        if bottleneck.divergences is not None:
+            wide = torch.promote_types(mean.dtype, torch.float32)
+            mu, sigma = mean.to(wide), std.to(wide)
+            each = (mu.square() + sigma.square() - 1.0) / 2.0 - sigma.log()
+            bottleneck.divergences.append(each.flatten(1).sum(1))
+        if bottleneck.draws is None:
+            return mean
+        return bottleneck.draws.normal(mean, std, f"{self._site}/{self._num_draws}")
 
 
 class _Within(TorchFunctionMode):

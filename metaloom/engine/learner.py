@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from metaloom.engine.adapters.base import Adapter
+from metaloom.engine.adapters.model import Readout
 from metaloom.engine.adapters.norms import MetStatistics
 from metaloom.engine.draws import Draws
 from metaloom.engine.examples import Examples, Reading, read
-from metaloom.engine.forward_pass import Derivative, ForwardPass
+from metaloom.engine.forward_pass import Bottleneck, Derivative, ForwardPass
+from metaloom.engine.learned_loss import LearnedLoss
 from metaloom.engine.losses import Criterion, CrossEntropy, SupportLoss
 from metaloom.engine.precision import Precision
 from metaloom.errors import CapabilityError
@@ -139,9 +141,16 @@ class Learner:
         criterion: the loss of a target.
         head: which output the tasks' are, of a model that has several; None for a model with one.
         met: takes in what batch norms meet; None where nobody asks.
+        learned_loss: what tasks adapt by in place of the criterion, without looking at support targets; None
+            for the criterion.
+        bottleneck: price of a nat that a stochastic layer of the model tells of a query example, in the
+            meta-loss (Yin et al. 2020, "Meta-Learning without Memorization", section 4.1, equation 4:
+            MR-MAML (A)); None for a model without. The layer draws in the objectives `support` and `outer`,
+            as a function of `seed`, the task and the step, and gives its means in the others.
 
     Raises:
-        CapabilityError: the criterion has no temperature and label smoothing, and they are given.
+        CapabilityError: the criterion has no temperature and label smoothing, and they are given; or a
+            learned loss is to be mixed with another, or computed in chunks.
     """
 
     adapter: Adapter
@@ -154,8 +163,18 @@ class Learner:
     criterion: Criterion = dataclasses.field(default_factory=CrossEntropy)
     head: str | None = None
     met: MetStatistics | None = None
+    learned_loss: LearnedLoss | None = None
+    bottleneck: float | None = None
 
     def __post_init__(self) -> None:
+        rehearsal = self.rehearsal
+        has_other = self.support_loss != SupportLoss() or (rehearsal is not None and rehearsal.ratio > 0.0)
+        if self.learned_loss is not None and (has_other or self.head_chunk is not None):
+            raise CapabilityError(
+                "a learned loss of the outputs stands in the place of the cross-entropy, its temperature and "
+                "label smoothing, has no rehearsal beside it in the inner loss, and sees all outputs at "
+                "once: leave these and head_chunk out, or the learned loss."
+            )
         if not self.criterion.takes_support_loss and self.support_loss != SupportLoss():
             loss = self.support_loss
             raise CapabilityError(
@@ -177,7 +196,8 @@ class Learner:
     @property
     def outer_measures(self) -> tuple[str, ...]:
         """Names of what the objective `outer` measures."""
-        return ("loss", *self.scores, *(("rehearsal_loss",) if self.rehearses_outside else ()))
+        rehearsal = ("rehearsal_loss",) if self.rehearses_outside else ()
+        return ("loss", *self.scores, *rehearsal, *(() if self.bottleneck is None else ("kl",)))
 
     def init(self, meta: Tensors, num_tasks: int) -> dict[str, Tensor]:
         """phi_0, differentiable in `meta`: name -> `[T, ...]`."""
@@ -209,21 +229,33 @@ class Learner:
         Returns:
             Losses `[T]`, in nats where they are cross-entropies; and the scores, `[T]` each, detached, such
             as `accuracy` (share of right answers). `outer` adds its parts, as `outer_measures` names them.
+            A learned loss has no scores.
         """
         tasks = Reading(self.criterion, self.head, num_ways=batch.num_ways, step=step, objective=objective)
         if objective == "support":
             draws = Draws(self.seed, batch.numbers, step)
-            tasks = dataclasses.replace(tasks, how=self.support_loss.at(meta), draws=draws)
+            if self.learned_loss is not None:
+                unlabelled, tasks = batch.support, dataclasses.replace(tasks, draws=draws, noise=draws)
+                bottleneck = self._bottleneck(tasks)
+                outputs = self._readout(meta, fast, unlabelled, tasks, derivative, bottleneck).features
+                return self.learned_loss.of_outputs(meta, outputs, unlabelled.get("weights")), {}
+            tasks = dataclasses.replace(tasks, how=self.support_loss.at(meta), draws=draws, noise=draws)
             return self._inner_losses(meta, fast, batch, step, tasks, derivative)
         if objective == "retention":
             assert batch.retention is not None, "the retention objective needs data of its own"
             old = self._examples(meta, fast, batch.retention, self._of_rehearsal(tasks), derivative)
             return old.loss(), old.mean_scores()
+        if objective == "outer":
+            tasks = dataclasses.replace(tasks, noise=Draws(self.seed, batch.numbers, step, part="query/"))
         own = self._examples(meta, fast, batch.query, tasks, derivative)
         loss, measures = own.loss(), own.mean_scores()
         if objective == "query":
             return loss, measures
         measures = {"loss": loss.detach().double()} | measures
+        if self.bottleneck is not None:
+            divergence = own.divergence()
+            measures["kl"] = divergence.detach().double()
+            loss = loss + self.bottleneck * divergence
         if self.rehearsal is None or not self.rehearses_outside:
             return loss, measures
         assert batch.outer_rehearsal is not None, "rehearsal in the meta-loss needs data of its own"
@@ -283,7 +315,32 @@ class Learner:
         self, meta: Tensors, fast: Tensors, data: Tensors, reading: Reading, derivative: Derivative
     ) -> Examples:
         """What examples cost, by a forward pass of their own."""
-        inputs, weights = data["inputs"], data.get("weights")
+        bottleneck = self._bottleneck(reading)
+        readout = self._readout(meta, fast, data, reading, derivative, bottleneck)
+        weights, chunk = data.get("weights"), self.head_chunk
+        examples = read(readout, data["targets"], weights, reading, head_chunk=chunk, derivative=derivative)
+        if bottleneck is None or not bottleneck.divergences:
+            return examples
+        found = torch.cat(bottleneck.divergences).view(examples.losses.shape)
+        return dataclasses.replace(examples, divergences=found)
+
+    def _bottleneck(self, reading: Reading) -> Bottleneck | None:
+        """What a stochastic layer draws, and where it says what it tells; None for a model without."""
+        if self.bottleneck is None:
+            return None
+        return Bottleneck(reading.noise, [] if reading.objective == "outer" else None)
+
+    def _readout(
+        self,
+        meta: Tensors,
+        fast: Tensors,
+        data: Tensors,
+        reading: Reading,
+        derivative: Derivative,
+        bottleneck: Bottleneck | None,
+    ) -> Readout:
+        """What the model says of examples."""
+        inputs = data["inputs"]
         forward_pass = ForwardPass(
             precision=self.precision,
             device=inputs.device,
@@ -292,15 +349,13 @@ class Learner:
             recompute_blocks=self.recompute_blocks,
             holds_back_head=self.head_chunk is not None,
             head=reading.head,
-            weights=weights,
+            weights=data.get("weights"),
             step=reading.step,
             objective=reading.objective,
             met=self.met,
+            bottleneck=bottleneck,
         )
-        readout = self.adapter.forward(meta, fast, inputs, forward_pass)
-        return read(
-            readout, data["targets"], weights, reading, head_chunk=self.head_chunk, derivative=derivative
-        )
+        return self.adapter.forward(meta, fast, inputs, forward_pass)
 
 
 def _next_stretches(rehearsal: Tensors, step: int, num_samples: int) -> dict[str, Tensor]:

@@ -156,6 +156,31 @@ class MeanSquaredError(Criterion):
         return torch.ones_like(targets, dtype=torch.bool)
 
 
+@dataclasses.dataclass(frozen=True)
+class PredictionEntropy(Criterion):
+    """The entropy of what the model says of a target's class, in nats, whatever the target: outputs and
+    targets as of `CrossEntropy`. 0 where the target is `IGNORE`. There is no score."""
+
+    scores = ()
+    takes_support_loss = False
+    num_target_dims = 0
+
+    def of_targets(
+        self, outputs: Tensor, targets: Tensor, how: LossTensors = PLAIN, num_ways: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        logits = _in_full(outputs)
+        if num_ways is not None:
+            logits = _without_other_classes(logits, num_ways)
+        log_p = logits.log_softmax(-1)
+        p = log_p.exp()
+        if num_ways is not None:
+            log_p = log_p.masked_fill(_is_other_class(logits, num_ways), 0.0)
+        return ((-(p * log_p).sum(-1)).masked_fill(targets == IGNORE, 0.0),)
+
+    def is_counted(self, targets: Tensor) -> Tensor:
+        return targets != IGNORE
+
+
 def token_losses(
     logits: Tensor, targets: Tensor, how: LossTensors = PLAIN, num_ways: Tensor | None = None
 ) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from metaloom.engine.adapters.model import Readout, Shards, Structure, nothing_attached, run_model
 from metaloom.engine.draws import Draws
 from metaloom.engine.examples import Reading, read
-from metaloom.engine.forward_pass import ForwardPass
+from metaloom.engine.forward_pass import Bottleneck, ForwardPass
 from metaloom.engine.losses import Criterion, CrossEntropy
 from metaloom.engine.precision import Precision
 from metaloom.engine.unroll import leaves
@@ -34,7 +34,8 @@ def ordinary_gradient(
     criterion: Criterion | None = None,
     head: str | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The gradient of `scale` times the summed loss of N samples, and the sums of `loss` and the scores.
+    """The gradient of `scale` times the summed loss of N samples, and the sums of `loss` and the scores. A
+    stochastic layer gives its means.
 
     Args:
         weights: all parameters of the model by name; this rank's shards of them with `shards`, whose ranks
@@ -51,7 +52,9 @@ def ordinary_gradient(
     parameters = leaves(weights)
     device = next(iter(parameters.values())).device
     inputs, targets = (precision.on_device(batch[name], device) for name in ("inputs", "targets"))
-    forward_pass = ForwardPass(precision, device, draws=draws, recompute_blocks=recompute_blocks, head=head)
+    forward_pass = ForwardPass(
+        precision, device, draws=draws, recompute_blocks=recompute_blocks, head=head, bottleneck=Bottleneck()
+    )
     with torch.enable_grad():
         output, _, _ = run_model(
             model,

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from metaloom.engine.algorithms.posterior import POSTERIOR
 from metaloom.engine.inner_loops.rates import RATES
 from metaloom.engine.losses import LOSS
 from metaloom.engine.meta_optimizer import States, UpdateRule
@@ -36,6 +37,7 @@ class OuterSettings:
         decay: `cosine` to `final_ratio` at `num_steps`, or `constant`.
         clip_norm: the largest global norm of the gradient, or None.
         ema: decay of the exponential moving average of the meta-parameters, or None.
+        lr_posterior: learning rate of the logarithms of a posterior's standard deviations; None for `lr`.
     """
 
     optimizer: Literal["adam", "sgd"]
@@ -51,6 +53,7 @@ class OuterSettings:
     final_ratio: float
     clip_norm: float | None
     ema: float | None
+    lr_posterior: float | None = None
 
 
 class OuterOptimizer:
@@ -63,6 +66,10 @@ class OuterOptimizer:
         meta: what this rank holds of the meta-parameters, by name; copied.
         sharding: how they lie on the ranks.
         tracked: initial values of what is counted beside them: see `Algorithm.tracked`.
+
+    Attributes:
+        sharding: as given.
+        step: outer steps done.
     """
 
     def __init__(
@@ -74,7 +81,7 @@ class OuterOptimizer:
         tracked: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.settings = settings
-        self._sharding = sharding
+        self.sharding = sharding
         self._optimizer = sharding.optimizer(meta, update_rule(meta, settings))
         self.step = 0
         self._skipped_in_a_row = 0
@@ -106,7 +113,7 @@ class OuterOptimizer:
             MetaloomError: the gradient was not finite ten times in a row, and unexpectedly.
         """
         # The same on every rank, so every rank decides alike.
-        norm = self._sharding.norm(gradient)
+        norm = self.sharding.norm(gradient)
         factor = self.lr_factor(self.step)
         self.step += 1
         metrics = {"gradient_norm": norm, "outer_lr": factor * self.settings.lr}
@@ -141,7 +148,7 @@ class OuterOptimizer:
             name: self._counted[name] if name in self._counted else torch.zeros_like(value)
             for name, value in self._tracked.items()
         }
-        for name, total in self._sharding.sum_over_ranks(own).items():
+        for name, total in self.sharding.sum_over_ranks(own).items():
             self._tracked[name].lerp_(total / num_tasks, TRACKED_SHARE)
         self._counted = {}
 
@@ -163,12 +170,12 @@ class OuterOptimizer:
 
     def stored_meta(self) -> dict[str, Tensor]:
         """The meta-parameters as checkpoints hold them."""
-        return {name: self._sharding.stored(name, value) for name, value in self.meta.items()}
+        return {name: self.sharding.stored(name, value) for name, value in self.meta.items()}
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that the next update depends on, as checkpoints hold it, by flat name: `meta/<name>`,
         `average/<name>`, `optimizer/<name>/<state>` and `counted/<name>`. Every rank must call."""
-        stored = self._sharding.stored
+        stored = self.sharding.stored
         tensors = {f"meta/{name}": value for name, value in self.stored_meta().items()}
         tensors |= {f"average/{name}": stored(name, value) for name, value in (self._average or {}).items()}
         for name, states in self._optimizer.states().items():
@@ -182,7 +189,7 @@ class OuterOptimizer:
     def load(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, int]) -> None:
         """Takes over what `tensors` and `scalars` returned, for the same meta-parameters, on any number of
         ranks. Every rank must call."""
-        held = self._sharding.held
+        held = self.sharding.held
         states: States = {}
         for name in self.meta:
             prefix = f"optimizer/{name}/"
@@ -210,11 +217,13 @@ def update_rule(meta: Mapping[str, Tensor], settings: OuterSettings) -> UpdateRu
     """The optimizer's rule, with the full learning rate and the weight decay of each meta-parameter."""
     lr: dict[str, float] = {}
     weight_decay: dict[str, float] = {}
+    lr_posterior = settings.lr if settings.lr_posterior is None else settings.lr_posterior
     for name, value in meta.items():
-        own = {RATES: settings.lr_rates, LOSS: settings.lr_loss}
+        own = {RATES: settings.lr_rates, LOSS: settings.lr_loss, POSTERIOR: lr_posterior}
         prefix = next((prefix for prefix in own if name.startswith(prefix)), None)
         lr[name] = settings.lr if prefix is None else own[prefix]
-        # A rate's logarithm has no reason to be pulled towards 0, a rate of 1; nor has a loss parameter's.
+        # A rate's logarithm has no reason to be pulled towards 0, a rate of 1; nor has a loss parameter's, or
+        # a standard deviation's.
         weight_decay[name] = 0.0 if prefix is not None or value.ndim < 2 else settings.weight_decay
     return UpdateRule(settings.optimizer, settings.betas, settings.eps, lr, weight_decay)
 

@@ -34,6 +34,7 @@ def outer_step(
 ) -> dict[str, float]:
     """Moves the meta-parameters by one step; returns what to log. Every rank must call."""
     batches = tasks.micro_batches()
+    algorithm = algorithm.at_step(outer.meta, batches, outer.sharding.gather)
     for index, batch in enumerate(batches):
         # What the last micro-batch makes final is sent while the rest is computed.
         on_final = combiner.on_final if index == len(batches) - 1 else None

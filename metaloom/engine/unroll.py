@@ -18,6 +18,7 @@ from metaloom.engine.inner_loops.base import InnerRule
 from metaloom.engine.inner_loops.rates import Rates
 from metaloom.engine.learner import Learner, TaskBatch
 from metaloom.engine.precision import Scales
+from metaloom.engine.terms import MetaTerm
 
 Tensors = Mapping[str, Tensor]
 
@@ -32,6 +33,7 @@ class Unroll:
         rates: its learning rates.
         step_weights: c_0 .. c_K; plain MAML has c_K = 1 and the others 0.
         scales: what losses are multiplied by inside, in half precision.
+        terms: what is added to the meta-loss beside query losses.
     """
 
     learner: Learner
@@ -39,10 +41,19 @@ class Unroll:
     rates: Rates
     step_weights: tuple[float, ...]
     scales: Scales = dataclasses.field(default_factory=Scales)
+    terms: tuple[MetaTerm, ...] = ()
 
     @property
     def num_steps(self) -> int:
         return len(self.step_weights) - 1
+
+    def terms_at(self, step: int) -> list[MetaTerm]:
+        """The terms that have a part of the meta-loss at phi_`step`."""
+        return [term for term in self.terms if step in term.steps(self.num_steps)]
+
+    def has_loss_at(self, step: int) -> bool:
+        """Whether the meta-loss has a part at phi_`step`."""
+        return self.step_weights[step] != 0.0 or bool(self.terms_at(step))
 
     def meta_parameters(self, *, init: bool, backbone: bool) -> dict[str, Tensor]:
         """Fresh copies of the initial values of what is learned: of the adapter's what is asked for, and the
@@ -51,7 +62,8 @@ class Unroll:
         fast = adapter.init({}, 1)
         like = next(iter(fast.values()))
         learned = adapter.meta_parameters(init=init, backbone=backbone) | self.rates.meta_parameters(fast)
-        return learned | self.learner.support_loss.meta_parameters(like)
+        loss = self.learner.learned_loss or self.learner.support_loss
+        return learned | loss.meta_parameters(like)
 
     def start(self, meta: Tensors, num_tasks: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(phi_0, s_0), differentiable in `meta`."""

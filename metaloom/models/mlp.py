@@ -10,6 +10,8 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from metaloom.models.bottleneck import StochasticBottleneck
+
 Activation = Literal["relu", "tanh"]
 
 
@@ -25,6 +27,7 @@ class Mlp(nn.Module):
         num_outputs: C: numbers of a regression's target, or classes.
         activation: `relu` or `tanh`.
         num_rehearsal_outputs: those of a second head, `rehearsal`; None for none.
+        bottleneck: behind how many hidden layers there is a stochastic one, and its width; None for none.
 
     Attributes:
         heads: the module that gives each output, by the output's name.
@@ -39,15 +42,18 @@ class Mlp(nn.Module):
         num_outputs: int,
         activation: Activation = "relu",
         num_rehearsal_outputs: int | None = None,
+        bottleneck: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(
-            _Layer(num_inputs if index == 0 else width, width, activation) for index in range(num_layers)
-        )
-        self.head = nn.Linear(width, num_outputs)
+        after, code = bottleneck or (0, 0)
+        sizes = [num_inputs, *(code if index == after else width for index in range(1, num_layers + 1))]
+        self.blocks = nn.ModuleList(_Layer(size, width, activation) for size in sizes[:-1])
+        self._after = after
+        self.bottleneck = StochasticBottleneck(width, code) if after else None
+        self.head = nn.Linear(sizes[-1], num_outputs)
         self.heads = {"tasks": "head"}
         if num_rehearsal_outputs is not None:
-            self.rehearsal_head = nn.Linear(width, num_rehearsal_outputs)
+            self.rehearsal_head = nn.Linear(sizes[-1], num_rehearsal_outputs)
             self.heads["rehearsal"] = "rehearsal_head"
 
     def forward(self, inputs: Tensor, head: str = "tasks") -> Tensor:
@@ -57,8 +63,10 @@ class Mlp(nn.Module):
             head: `tasks` or `rehearsal`.
         """
         features = inputs.flatten(1)
-        for block in self.blocks:
+        for index, block in enumerate(self.blocks, start=1):
             features = block(features)
+            if self.bottleneck is not None and index == self._after:
+                features = self.bottleneck(features)
         outputs: Tensor = self.get_submodule(self.heads[head])(features)
         return outputs
 

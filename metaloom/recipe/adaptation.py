@@ -239,6 +239,13 @@ class SupportLoss(Section):
     )
 
 
+class LearnedLoss(Section):
+    """A network of a model's outputs that tasks adapt by, without labels (ARM-LL, Zhang et al. 2021)."""
+
+    width: Count = Field(default=32, description="units of each hidden layer")
+    num_layers: Count = Field(default=3, description="hidden layers")
+
+
 class Adaptation(Section):
     """How a model adapts to one task: what is fast, by which rule, for how many steps."""
 
@@ -249,6 +256,16 @@ class Adaptation(Section):
     num_steps: Count = Field(description="inner steps K per task")
     norms: Norms = Field(default=Norms(), description="norms, by inner step")
     loss: SupportLoss = Field(default=SupportLoss(), description="the loss that tasks adapt by")
+    learned_loss: LearnedLoss | None = Field(
+        default=None,
+        description="a network of the outputs whose value tasks adapt by, so that no label of support data "
+        "is read, learned by the outer loop (ARM-LL); null for the loss of the labels",
+    )
     rehearsal: Rehearsal | None = Field(
         default=None, description="rehearsal during adaptation; null for none"
     )
+
+    @property
+    def learns_loss(self) -> bool:
+        """Whether anything of the loss that tasks adapt by is a meta-parameter."""
+        return bool(self.loss.learned) or self.learned_loss is not None

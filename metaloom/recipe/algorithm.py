@@ -1,10 +1,11 @@
 """The sections of a recipe that say how the outer loop learns from adaptations."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, JsonValue, WithJsonSchema
 
-from metaloom.recipe.base import Count, CountOrZero, FloatOrZero, PositiveFloat, Section
+from metaloom.recipe.base import BelowOne, Count, CountOrZero, FloatOrZero, Keys, PositiveFloat, Section
+from metaloom.recipe.heads import FeatureChunk, LogisticAlgorithm, RidgeAlgorithm, SVMAlgorithm
 
 
 class UnrolledHypergradient(Section):
@@ -180,6 +181,113 @@ class ProtonetAlgorithm(Section):
     """Nearest class mean of learned features (Snell et al. 2017)."""
 
     kind: Literal["protonet"] = Field(default="protonet", description="prototypical networks")
+    feature_chunk: FeatureChunk = None
 
 
-Algorithm = MAMLAlgorithm | ProtonetAlgorithm
+class CustomAlgorithm(Section):
+    """An algorithm of your own: see docs/extending.md."""
+
+    kind: Literal["custom"] = Field(default="custom", description="an algorithm of your own")
+    factory: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")] = Field(
+        description="module and function that build it, as module:function; the module is looked for in the "
+        "working folder and among what is installed"
+    )
+    options: Annotated[dict[str, JsonValue], AfterValidator(Keys), WithJsonSchema({"type": "object"})] = (
+        Field(default_factory=Keys, description="what the function is given beside the recipe's parts")
+    )
+
+
+class CNPAlgorithm(Section):
+    """A support set encoded as the mean over its examples (Garnelo et al. 2018)."""
+
+    kind: Literal["cnp"] = Field(default="cnp", description="conditional neural processes")
+    width: Count = Field(
+        default=128,
+        description="of what a support set (of classification, a class) is encoded as, and of hidden layers",
+    )
+    num_layers: Count = Field(default=3, description="linear layers of the encoder, and of the decoder")
+    min_std: BelowOne = Field(
+        default=0.1,
+        description="of regression: the least standard deviation that is predicted, in units of the targets",
+    )
+
+
+class AttentionLearnerAlgorithm(Section):
+    """A transformer over examples, which answers queries after attending to the support set."""
+
+    kind: Literal["attention_learner"] = Field(
+        default="attention_learner",
+        description="black box: a transformer that is given the support set and says the queries' labels",
+    )
+    width: Count = Field(default=128, description="width of the residual stream; a multiple of num_heads")
+    num_layers: Count = Field(default=3, description="transformer blocks")
+    num_heads: Count = Field(default=4, description="attention heads per block")
+
+
+class RecurrentLearnerAlgorithm(Section):
+    """An LSTM that reads the support examples one by one (Hochreiter et al. 2001)."""
+
+    kind: Literal["recurrent_learner"] = Field(
+        default="recurrent_learner",
+        description="black box: an LSTM that reads the support set and says the queries' labels",
+    )
+    width: Count = Field(default=128, description="of the LSTM's state")
+    num_layers: Count = Field(default=1, description="LSTM cells, one on top of the other")
+
+
+class InContextAlgorithm(Section):
+    """A language model trained on queries behind their support sequences (MetaICL, Min et al. 2022)."""
+
+    kind: Literal["in_context"] = Field(
+        default="in_context",
+        description="language modelling of queries with the support sequences in front of them",
+    )
+
+
+class ERMAlgorithm(Section):
+    """The query loss of the model as it is: no adaptation."""
+
+    kind: Literal["erm"] = Field(
+        default="erm", description="empirical risk minimisation: the query loss without adaptation"
+    )
+
+
+class ARMCMLAlgorithm(Section):
+    """The mean over a task's unlabelled inputs of a context network (Zhang et al. 2021)."""
+
+    kind: Literal["arm_cml"] = Field(
+        default="arm_cml",
+        description="adaptive risk minimisation by context: each input is shown beside the mean of what a "
+        "second network says of the task's unlabelled inputs",
+    )
+    num_context: Count = Field(
+        default=12, description="channels of the context beside an image's, or numbers beside an array's"
+    )
+    width: Count = Field(default=64, description="channels, or units, of the context network's layers")
+
+
+class ARMBNAlgorithm(Section):
+    """Batch norm by the statistics of a task's unlabelled inputs (Zhang et al. 2021)."""
+
+    kind: Literal["arm_bn"] = Field(
+        default="arm_bn",
+        description="adaptive risk minimisation by batch norm, whose statistics are those of the task's "
+        "unlabelled inputs",
+    )
+
+
+Algorithm = (
+    MAMLAlgorithm
+    | ProtonetAlgorithm
+    | RidgeAlgorithm
+    | LogisticAlgorithm
+    | SVMAlgorithm
+    | CNPAlgorithm
+    | AttentionLearnerAlgorithm
+    | RecurrentLearnerAlgorithm
+    | InContextAlgorithm
+    | ERMAlgorithm
+    | ARMCMLAlgorithm
+    | ARMBNAlgorithm
+    | CustomAlgorithm
+)

@@ -58,6 +58,11 @@ class NumberTargets(Section):
 
     kind: Literal["number"] = Field(default="number", description="numbers: regression by mean squared error")
     num_targets: Count = Field(default=1, description="how many numbers per sample")
+    task_noise: PositiveFloat | None = Field(
+        default=None,
+        description="standard deviation of a random number that is added to all targets of a training task "
+        "(meta-augmentation); null for none",
+    )
 
 
 class TokenTargets(Section):
@@ -159,7 +164,19 @@ class GroupsData(Section):
     inputs: Inputs
     targets: Targets
     num_support: Count = Field(description="support examples per task")
-    num_query: Count = Field(description="query examples per task")
+    num_query: Count | None = Field(
+        default=None, description="query examples per task; null with query_is_support"
+    )
+    query_is_support: bool = Field(
+        default=False,
+        description="whether a task's query examples are its support examples: for methods that adapt to the "
+        "inputs that they then predict, without their labels",
+    )
+    drawn_by: Literal["group", "sample"] = Field(
+        default="group",
+        description="which groups training tasks are of: group (each equally often) or sample (as often as a "
+        "group has samples)",
+    )
 
 
 class DocumentsData(Section):

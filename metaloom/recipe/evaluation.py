@@ -48,7 +48,15 @@ class OrdinaryTraining(Section):
     )
 
 
-Baseline = Literal["random", "ordinary_equal_data", "ordinary_equal_compute", "pretrained"]
+Baseline = Literal[
+    "random",
+    "ordinary_equal_data",
+    "ordinary_equal_compute",
+    "pretrained",
+    "in_context",
+    "in_context_equal_data",
+    "in_context_equal_compute",
+]
 
 
 class Evaluation(Section):
@@ -61,10 +69,17 @@ class Evaluation(Section):
         default=None,
         description="what to compare with: random (untrained weights), ordinary_equal_data, "
         "ordinary_equal_compute (ordinary training with as much data, or compute), pretrained (before "
-        "meta-training; needs pretrain); null for all that apply, [] for none",
+        "meta-training; needs pretrain); null for all of these that apply, [] for none. Of documents also "
+        "in_context (the weights before meta-training, with support sequences in front of each query and no "
+        "adaptation), in_context_equal_data, in_context_equal_compute (the same after ordinary training)",
     )
     ordinary: OrdinaryTraining = Field(
         default=OrdinaryTraining(), description="ordinary training of the baselines"
+    )
+    stream: bool = Field(
+        default=False,
+        description="whether each test group is also gone through as a stream: its inputs come one after "
+        "another, and each is predicted by what was seen, unlabelled, before it",
     )
 
 

@@ -9,7 +9,8 @@ from pydantic.fields import FieldInfo
 
 from metaloom.errors import RecipeError
 from metaloom.recipe.base import Section
-from metaloom.recipe.reading import COMMAND_LINE, KeyPath, Problem, Source, apply_overrides, dotted, read_yaml
+from metaloom.recipe.extending import read_source
+from metaloom.recipe.reading import COMMAND_LINE, KeyPath, Problem, Source, apply_overrides, dotted
 from metaloom.recipe.rules import UnreadableValue, broken_rules
 from metaloom.recipe.schema import Recipe
 from metaloom.recipe.wording import (
@@ -30,21 +31,12 @@ AnySection = TypeVar("AnySection", bound=Section)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in a YAML file, with `key=value` overrides applied.
+    """The recipe in a YAML file, with that which it extends under it, and `key=value` overrides applied.
 
     Raises:
         RecipeError: the file cannot be read, or holds mistakes; names all of them.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: not text in UTF-8 (byte {error.start})") from None
-    except FileNotFoundError:
-        raise RecipeError(f"{path}: no such file{_similar_file(Path(path))}") from None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise RecipeError(f"{path}: cannot be read: {reason}") from None
-    source = read_yaml(text)
+    source = read_source(Path(path))
     if not source.problems and source.values is None:
         raise RecipeError(f"{path}: empty; a recipe has at least {', '.join(required_keys(Recipe))}")
     if isinstance(source.values, dict):
@@ -215,12 +207,3 @@ def _report(problems: list[Problem], name: str) -> str:
         lines.append(f"  {place}{path}{problem.text}")
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     return "\n".join([f"{name} has {count}:", *lines])
-
-
-def _similar_file(path: Path) -> str:
-    try:
-        names = [file.name for file in path.parent.glob("*.y*ml")]
-    except OSError:
-        names = []
-    meant = close_to(path.name, names)
-    return f"; did you mean {path.parent / meant}?" if meant else ""

@@ -23,8 +23,9 @@ class Conv4Model(Section):
         le=4,
         description="blocks of convolution with stride 2, norm and ReLU, each halving the image",
     )
-    norm: Literal["batch", "none"] = Field(
-        default="batch", description="normalisation in each block: batch (statistics per task) or none"
+    norm: Literal["batch", "layer", "none"] = Field(
+        default="batch",
+        description="normalisation in each block: batch (statistics per task), layer (of each image) or none",
     )
     weights: str | None = Field(default=None, description=WEIGHTS)
 
@@ -110,6 +111,10 @@ class Pretrain(Section):
     warmup_steps: CountOrZero = Field(default=0, description="steps of linear warm-up; fewer than num_steps")
     weight_decay: FloatOrZero = Field(
         default=0.0, description="decoupled weight decay, per unit of learning rate"
+    )
+    sequence_length: Annotated[int, Field(ge=2)] | None = Field(
+        default=None,
+        description="tokens per sequence, at most model.context_length; null for data.sequence_length",
     )
     splits: Annotated[tuple[Literal["train", "rehearsal"], ...], Field(min_length=1)] = Field(
         default=("train", "rehearsal"), description="splits of the data trained on"

@@ -64,6 +64,11 @@ class Outer(Section):
         default=None,
         description="peak learning rate of learned loss parameters; null for optimizer.lr",
     )
+    lr_posterior: PositiveFloat | None = Field(
+        default=None,
+        description="peak learning rate of the logarithms of standard deviations (regularisation = weights); "
+        "null for optimizer.lr",
+    )
     schedule: Schedule = Field(default=Schedule(), description="course of the outer learning rate")
     clip_norm: PositiveFloat | None = Field(
         default=None,

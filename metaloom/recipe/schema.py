@@ -11,7 +11,13 @@ from pydantic import Field
 
 from metaloom.errors import CapabilityError
 from metaloom.recipe.adaptation import Adaptation, WholeFast
-from metaloom.recipe.algorithm import Algorithm, MAMLAlgorithm
+from metaloom.recipe.algorithm import (
+    Algorithm,
+    ARMBNAlgorithm,
+    ARMCMLAlgorithm,
+    ERMAlgorithm,
+    MAMLAlgorithm,
+)
 from metaloom.recipe.base import Section
 from metaloom.recipe.data import (
     ClassesData,
@@ -39,6 +45,7 @@ from metaloom.recipe.machine import (
 )
 from metaloom.recipe.model import Conv4Model, GPTModel, MLPModel, Pretrain, SingleLayerModel
 from metaloom.recipe.outer import Outer
+from metaloom.recipe.regularisation import Regularisation
 from metaloom.recipe.synthetic import SyntheticData
 
 
@@ -70,6 +77,11 @@ class Recipe(Section):
         discriminator="kind",
         description="how the outer loop learns from tasks; where its adaptation takes no steps, the section "
         "adaptation is for the baselines",
+    )
+    regularisation: Regularisation | None = Field(
+        default=None,
+        discriminator="kind",
+        description="what keeps the training tasks from being learned by heart; null for nothing",
     )
     outer: Outer = Field(description="the outer loop")
     precision: Precision = Field(default=Precision(), description="number formats")
@@ -104,15 +116,25 @@ class Recipe(Section):
         return ("loop",) if is_counted else ("loop", "vmap")
 
     @property
+    def adapts_without_labels(self) -> bool:
+        """Whether the labels of support data have no part in adaptation."""
+        if isinstance(self.algorithm, MAMLAlgorithm):
+            return self.adaptation.learned_loss is not None
+        return isinstance(self.algorithm, ERMAlgorithm | ARMCMLAlgorithm | ARMBNAlgorithm)
+
+    @property
     def evaluation_num_steps(self) -> int:
         """Inner steps at evaluation: evaluation.num_steps, or adaptation.num_steps where that is null."""
         return self.evaluation.num_steps or self.adaptation.num_steps
 
     @property
     def baselines(self) -> tuple[Baseline, ...]:
-        """The baselines to evaluate: evaluation.baselines, or all that apply where that is null."""
+        """The baselines to evaluate: evaluation.baselines, or all that apply where that is null. They adapt
+        to labelled support data: where these have no labels, none applies."""
         if self.evaluation.baselines is not None:
             return self.evaluation.baselines
+        if self.adapts_without_labels:
+            return ()
         always: tuple[Baseline, ...] = ("random", "ordinary_equal_data", "ordinary_equal_compute")
         return always if self.pretrain is None else (*always, "pretrained")
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from metaloom.recipe.algorithm import InContextAlgorithm
 from metaloom.recipe.data import (
     ArrayInputs,
     ClassesData,
@@ -25,6 +26,7 @@ from metaloom.recipe.data import (
     TextInputs,
     TokenTargets,
 )
+from metaloom.recipe.model import GPTModel
 from metaloom.recipe.schema import Recipe
 from metaloom.recipe.synthetic import SyntheticData
 
@@ -134,13 +136,18 @@ def facts_of(data: DataSet) -> TaskFacts:
         case SyntheticData(task=task):
             inputs_of_task = ArrayInputs.model_construct(shape=task.input_shape)
             return TaskFacts("regression", inputs_of_task, task.num_targets, data.num_support, data.num_query)
+    num_query = data.num_query
+    if isinstance(data, GroupsData) and data.query_is_support:
+        num_query = data.num_support
+    if num_query is None:
+        raise UnknownTaskError
     objective, num_outputs = _stated(data.targets)
     return TaskFacts(
         objective,
         data.inputs,
         num_outputs,
         data.num_support,
-        data.num_query,
+        num_query,
         is_ragged=isinstance(data, EpisodesData) and data.ragged,
         has_own_ways=isinstance(data, EpisodesData) and objective == "classification",
     )
@@ -197,15 +204,34 @@ def rehearsal_facts(recipe: Recipe) -> RehearsalFacts | None:
 
 
 def tokens_per_task(recipe: Recipe) -> int | None:
-    """Tokens that one task's inner steps and query pass read; None where a model is shown no text."""
+    """Tokens that one task's inner steps and query pass read, or its one pass where there are no steps; None
+    where a model is shown no text."""
     facts, rehearsed = task_facts(recipe), rehearsal_facts(recipe)
-    num_inner = recipe.adaptation.num_steps
+    num_inner = recipe.adaptation.num_steps if recipe.maml is not None else 1
     tokens = 0
+    if isinstance(recipe.algorithm, InContextAlgorithm):
+        return facts.num_query * positions_in_context(recipe)
     if isinstance(facts.inputs, TextInputs):
         tokens += (num_inner * facts.num_support + facts.num_query) * facts.inputs.length
     if rehearsed is not None and isinstance(rehearsed.inputs, TextInputs):
         tokens += (num_rehearsed(recipe, num_inner) + num_rehearsed_outside(recipe)) * rehearsed.inputs.length
     return tokens or None
+
+
+def num_in_context(recipe: Recipe) -> int:
+    """The most support sequences, with the token after each, that fit in front of a query."""
+    facts = task_facts(recipe)
+    if not isinstance(recipe.model, GPTModel) or not isinstance(facts.inputs, TextInputs):
+        return 0
+    length = facts.inputs.length
+    room = (recipe.model.context_length - length) // (length + 1)
+    return max(0, min(facts.num_support, room))
+
+
+def positions_in_context(recipe: Recipe) -> int:
+    """Tokens of the longest prompt and its query."""
+    length = num_inputs(task_facts(recipe).inputs)
+    return num_in_context(recipe) * (length + 1) + length
 
 
 def num_rehearsed(recipe: Recipe, num_steps: int) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from metaloom.recipe.extending import EXTENDS
 from metaloom.recipe.reading import RESOLVERS
 from metaloom.recipe.schema import Recipe
 
@@ -49,9 +50,17 @@ def flatten_recipe(recipe: Recipe) -> dict[str, str]:
     return flat
 
 
+_EXTENDS = {
+    "type": "string",
+    "description": "another recipe's file, beside this one, of which this one says what is changed: sections "
+    "key by key, and a section of another kind as a whole",
+}
+
+
 def json_schema() -> dict[str, Any]:
     """The JSON schema of a recipe, for editors; every property has a description."""
     schema = Recipe.model_json_schema()
+    schema["properties"] = {EXTENDS: _EXTENDS} | schema["properties"]
     for section in (schema, *schema["$defs"].values()):
         for field in section["properties"].values():
             if "discriminator" in field:

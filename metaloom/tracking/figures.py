@@ -129,6 +129,70 @@ def draw_adaptation(summary: EvaluationSummary, colours: Mapping[str, str] = PRI
     return figure
 
 
+def draw_groups(summary: EvaluationSummary, colours: Mapping[str, str] = PRINT_COLOURS) -> "Figure":
+    """The metric of each group with its interval, one row of points per method, the groups that the first
+    method does worst on first."""
+    from matplotlib.figure import Figure
+
+    methods = [method for method in summary.methods if method.groups]
+    ours = methods[0]
+    ranked = sorted(ours.groups, key=lambda group: group.mean, reverse=not ours.higher_is_better)
+    place = {group.name: position for position, group in enumerate(ranked, 1)}
+    figure = Figure(figsize=(5.4, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    scale = 100.0 if ours.metric == "accuracy" else 1.0
+    handles = []
+    for index, method in enumerate(methods):
+        shown = [group for group in method.groups if group.name in place]
+        handles.append(
+            axes.errorbar(
+                [place[group.name] for group in shown],
+                _finite((group.mean for group in shown), scale),
+                yerr=_finite((group.ci95 for group in shown), scale),
+                color=(_OURS, *_OTHERS)[index % (1 + len(_OTHERS))],
+                fmt=_MARKERS[index % len(_MARKERS)],
+                markersize=4.5,
+                linewidth=1.0,
+            )
+        )
+    axes.set_xlabel(f"groups, those that {ours.name} does worst on first")
+    axes.set_ylabel("accuracy on query data [%]" if ours.metric == "accuracy" else ours.metric)
+    _whole_steps(axes)
+    _style(axes, colours)
+    _add_legend(figure, handles, [method.name for method in methods], colours[_INK])
+    return figure
+
+
+def draw_streams(summary: EvaluationSummary, colours: Mapping[str, str] = PRINT_COLOURS) -> "Figure":
+    """The metric of what comes next over the inputs seen before it, on a scale of doublings."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.4, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    metric = summary.methods[0].metric
+    scale = 100.0 if metric == "accuracy" else 1.0
+    handles, labels = [], []
+    for index, method in enumerate(summary.methods):
+        if method.stream is None:
+            continue
+        colour = (_OURS, *_OTHERS)[index % (1 + len(_OTHERS))]
+        seen, mean = method.stream.seen, _finite(method.stream.mean, scale)
+        width = _finite(method.stream.ci95, scale)
+        low = [m - c for m, c in zip(mean, width, strict=True)]
+        high = [m + c for m, c in zip(mean, width, strict=True)]
+        axes.fill_between(seen, low, high, color=colour, alpha=0.2, linewidth=0)
+        handles += axes.plot(seen, mean, color=colour, linewidth=2.0, marker=_MARKERS[index % len(_MARKERS)])
+        labels.append(method.name)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(seen, [f"{each}" for each in seen])
+    axes.set_xlabel("unlabelled inputs of the group seen before")
+    unit = "accuracy [%]" if metric == "accuracy" else metric
+    axes.set_ylabel(f"{unit} of what comes next")
+    _style(axes, colours)
+    _add_legend(figure, handles, labels, colours[_INK])
+    return figure
+
+
 def _is_far_off(summary: EvaluationSummary, method: MethodResult) -> bool:
     """Whether a method's curve lies further from the first one's than that moves, several times over."""
     ours = summary.methods[0]

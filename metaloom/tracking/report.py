@@ -13,10 +13,13 @@ from metaloom.tracking.base import MetricRecord
 from metaloom.tracking.figures import (
     PAGE_COLOURS,
     draw_adaptation,
+    draw_groups,
     draw_learning_curve,
+    draw_streams,
     inline_svg,
     save_figure,
 )
+from metaloom.tracking.groups import group_rows, stream_rows
 from metaloom.tracking.results import (
     EvaluationSummary,
     capitalized,
@@ -28,6 +31,8 @@ from metaloom.tracking.results import (
 
 LEARNING_CURVE_FILE = "learning_curve.png"
 ADAPTATION_FILE = "adaptation.png"
+GROUPS_FILE = "groups.png"
+STREAM_FILE = "stream.png"
 
 _CSS = """
 :root { color-scheme: light dark; --page: #ffffff; --ink: #1d2329; --soft: #5b6672; --rule: #d9dee4;
@@ -144,6 +149,18 @@ def write_report(
         svg = inline_svg(on_page, "b", "learning curve")
         figures.append(_figure(svg, "Meta-training: losses and validation over outer steps"))
 
+    of_groups = f"{metric} of each group, with 95 % intervals"
+    of_streams = f"{metric} over a stream of unlabelled inputs"
+    for is_there, draw, file, key, caption in (
+        (evaluation.has_groups, draw_groups, GROUPS_FILE, "c", of_groups),
+        (evaluation.has_streams, draw_streams, STREAM_FILE, "d", of_streams),
+    ):
+        if is_there:
+            save_figure(draw(evaluation), path_html.parent / file, "png")
+            written.append(path_html.parent / file)
+            svg = inline_svg(draw(evaluation, {c: c for c in PAGE_COLOURS}), key, caption)
+            figures.append(_figure(svg, caption))
+
     parts = [
         f"<h1>{html.escape(title)}</h1>",
         f'<p class="headline">{_unbroken(html.escape(headline(evaluation)))}</p>',
@@ -162,6 +179,7 @@ def write_report(
             '<p class="soft">Loss on data of the pre-training kind, before and after adaptation; '
             "a positive change is forgetting.</p>",
         ]
+    parts += _of_groups(evaluation)
     listed = "".join(
         f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in facts.items()
     )
@@ -178,3 +196,25 @@ def write_report(
     )
     path_html.write_text(page, encoding="utf-8")
     return written
+
+
+def _of_groups(evaluation: EvaluationSummary) -> list[str]:
+    """What the page says of groups and of streams, where there are any."""
+    parts = []
+    columns, rows = group_rows(evaluation)
+    if rows:
+        parts += [
+            "<h2>Groups</h2>",
+            _table(columns, rows),
+            '<p class="soft">The worst of several groups is also the unluckiest: with few episodes of each, '
+            "it looks worse than it is. Intervals are over the episodes of a group.</p>",
+        ]
+    columns, rows = stream_rows(evaluation)
+    if rows:
+        parts += [
+            "<h2>Stream</h2>",
+            _table(columns, rows),
+            '<p class="soft">Inputs of a group come one after another, without labels: those after the first '
+            "n, up to twice as many, are predicted by what the first n say.</p>",
+        ]
+    return parts

@@ -12,6 +12,32 @@ _NUMBERS = ("mean", "ci95", "rehearsal", "paired_ci95")
 
 
 @dataclass(frozen=True)
+class GroupResult:
+    """How well a method does on the episodes of one group, after its last adaptation step.
+
+    The half width is over the group's episodes, each by itself: of a small group these share samples, and the
+    interval is then too narrow. It is infinite for a single episode.
+    """
+
+    name: str
+    mean: float
+    ci95: float
+    num_episodes: int
+
+
+@dataclass(frozen=True)
+class StreamResult:
+    """How well a method predicts what comes next in a group, adapted to the unlabelled inputs before it.
+
+    Means and half widths are by the number of inputs that were seen.
+    """
+
+    seen: tuple[int, ...]
+    mean: tuple[float, ...]
+    ci95: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class MethodResult:
     """How one way of getting initial weights does on held-out tasks.
 
@@ -31,6 +57,8 @@ class MethodResult:
     # Half widths of the intervals of the difference from the first method, which has met the same
     # episodes; None for the first method itself.
     paired_ci95: tuple[float, ...] | None = None
+    groups: tuple[GroupResult, ...] = ()  # in the order of their names; empty where episodes have none
+    stream: StreamResult | None = None
 
     def __post_init__(self) -> None:
         paired = self.ci95 if self.paired_ci95 is None else self.paired_ci95
@@ -68,7 +96,20 @@ class EvaluationSummary:
             for name in _NUMBERS:
                 if method[name] is not None:
                     method[name] = [encode_number(value) for value in method[name]]
+            for group in method["groups"]:
+                group |= {name: encode_number(group[name]) for name in ("mean", "ci95")}
+            if method["stream"] is not None:
+                for name in ("mean", "ci95"):
+                    method["stream"][name] = [encode_number(value) for value in method["stream"][name]]
         return json.dumps(fields, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @property
+    def has_groups(self) -> bool:
+        return any(method.groups for method in self.methods)
+
+    @property
+    def has_streams(self) -> bool:
+        return any(method.stream is not None for method in self.methods)
 
     @classmethod
     def from_json(cls, text: str) -> "EvaluationSummary":
@@ -93,7 +134,15 @@ def _method_from(fields: dict[str, Any]) -> MethodResult:
     numbers = {
         name: None if fields[name] is None else tuple(map(decode_number, fields[name])) for name in _NUMBERS
     }
-    return MethodResult(**(fields | numbers))
+    groups = tuple(
+        GroupResult(**(group | {name: decode_number(group[name]) for name in ("mean", "ci95")}))
+        for group in fields["groups"]
+    )
+    stream = fields["stream"]
+    if stream is not None:
+        means, widths = (tuple(map(decode_number, stream[name])) for name in ("mean", "ci95"))
+        stream = StreamResult(tuple(stream["seen"]), means, widths)
+    return MethodResult(**(fields | numbers | {"groups": groups, "stream": stream}))
 
 
 def format_estimate(metric: str, mean: float, ci95: float) -> str:

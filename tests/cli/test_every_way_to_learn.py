@@ -8,15 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
 
-from metaloom.evaluate import evaluate
-from metaloom.job import Place, Shutdown
 from metaloom.recipe import load_recipe
-from metaloom.run_folder import RunFolder
-from metaloom.train import train
 from tests.commands import RECIPES, curve, run_well
+from tests.in_process import trained_and_evaluated
 
 SMOKE = RECIPES / "smoke.yaml"
 SHORT = (
@@ -93,16 +89,74 @@ def alone(tmp_path: Path) -> Iterator[None]:
         ("algorithm.hypergradient=finite_difference", "adaptation.loss.learned=[temperature]"),
         ("algorithm.hypergradient=reptile",),
         ("adaptation.fast={kind: msr, symmetry: kronecker}", "algorithm.meta_parameters.backbone=true"),
+        ("algorithm=ridge",),
+        ("algorithm=logistic",),
+        ("algorithm={kind: svm, feature_chunk: 2}", "model.norm=none"),
+        (
+            "algorithm={kind: ridge, learned: [regulariser, bias], feature_chunk: 3}",
+            "data={kind: synthetic, task: sinusoid, num_support: 4, num_query: 3}",
+            "model=mlp",
+        ),
     ],
     ids=lambda way: way[0].partition("=")[2],
 )
 def test_what_was_trained_in_such_a_way_is_evaluated(
     way: tuple[str, ...], tmp_path: Path, glyphs: Path
 ) -> None:
-    # As the worker does it, in this process: the commands around it are tested above.
     recipe = load_recipe(SMOKE, (f"data.url={glyphs}", *SHORT, *way))
-    place = Place(RunFolder(tmp_path / "run"), torch.device("cpu"), None, Shutdown())
-    place.folder.create()
-    train(recipe, place)
-    evaluate(recipe, place)
-    assert_evaluated(place.folder.path)
+    assert_evaluated(trained_and_evaluated(recipe, tmp_path / "run"))
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("kind", ["cnp", "attention_learner", "recurrent_learner"])
+def test_what_reads_support_sets_is_trained_and_evaluated(kind: str, tmp_path: Path, glyphs: Path) -> None:
+    section = f"algorithm={{kind: {kind}, width: 8, num_layers: 1}}"
+    more = ("evaluation.baselines=[ordinary_equal_compute]", "validation.every_steps=2")
+    recipe = load_recipe(SMOKE, (f"data.url={glyphs}", *SHORT, *more, section))
+    assert_evaluated(trained_and_evaluated(recipe, tmp_path / "run"))
+
+
+STDLIB = RECIPES / "stdlib-lora.yaml"
+OF_TEXTS = (
+    "model={kind: gpt, num_layers: 1, width: 8, num_heads: 2, context_length: 64}",
+    "data.sequence_length=20",
+    "data.num_support=3",
+    "data.num_query=2",
+    "adaptation.rule.learned=none",
+    "outer.lr_rates=null",
+    "adaptation.rehearsal=null",
+    "pretrain={num_steps: 2, batch_size: 2, lr: 0.01, sequence_length: 64, splits: [train]}",
+    "evaluation.ordinary.batch_size=4",
+)
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_language_model_in_context_is_trained_and_stands_beside_others(
+    tmp_path: Path, stdlib: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    baselines = "[pretrained, in_context, in_context_equal_data, in_context_equal_compute]"
+    overrides = (f"data.url={stdlib}", *SHORT, *OF_TEXTS, f"evaluation.baselines={baselines}")
+    recipe = load_recipe(STDLIB, (*overrides, "algorithm=in_context"))
+    folder = trained_and_evaluated(recipe, tmp_path / "run")
+    shown = capfd.readouterr().out
+    assert "In context, the last 2 of 3 support sequences, 42 tokens, are in front of each query" in shown
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    methods = {method["name"]: method for method in evaluation["methods"]}
+    assert list(methods) == [
+        "meta-trained",
+        "pre-trained only",
+        "in context",
+        "in context, equal data",
+        "in context, equal compute",
+    ]
+    for name, method in methods.items():
+        assert all(math.isfinite(value) for value in method["mean"])
+        if name != "pre-trained only":
+            assert len(set(method["mean"])) == 1
+            assert method["inner_rate"] == "no steps"
+    # The weights before meta-training, before any ordinary training.
+    assert methods["in context"]["training"] == "2 steps of pre-training"
+    # Two outer steps of two tasks, each of 3 + 2 sequences.
+    assert methods["in context, equal data"]["training"].endswith("then 5 steps, 20 samples")
+    means = [method["mean"][0] for method in methods.values()]
+    assert len(set(means)) == len(means)

@@ -54,6 +54,7 @@ tracking: none
 """
 KINDS = {
     "regression by group": [],
+    "regression by a neural process": ["algorithm=cnp"],
     "colour images": [f"model={CONV}", f"data={CLASSES}"],
     "varying ways and shots": [f"model={CONV}", f"data={VARIABLE}"],
     "kept labels": [f"model={CONV}", f"data={CLASSES}", "data.labels=kept"],
@@ -75,6 +76,12 @@ KINDS = {
         f"data={USERS}",
         "adaptation.fast=lora",
         "adaptation.rehearsal={outer_ratio: 0.1, data: {kind: documents, url: books, sequence_length: 16}}",
+    ],
+    "sequence classification by a transformer over texts": [
+        f"model={GPT}",
+        f"data={USERS}",
+        "adaptation.fast=lora",
+        "algorithm={kind: attention_learner, width: 8}",
     ],
     "texts in shards": [
         f"model={GPT}",
@@ -141,7 +148,8 @@ def test_a_kind_of_data_is_packed_and_trained_on(
     train(recipe, Place(folder, torch.device("cpu"), None, Shutdown()))
     metrics = metrics_of(folder)
     assert np.isfinite(metrics["validation_loss"])
-    assert ("accuracy_after" in metrics) is (kind != "regression by group")
+    assert ("accuracy_after" in metrics) is (not kind.startswith("regression"))
+    assert ("validation_log_likelihood" in metrics) is (kind == "regression by a neural process")
     assert ("rehearsal_loss_after" in metrics) is ("rehears" in kind)
 
 

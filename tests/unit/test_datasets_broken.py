@@ -98,8 +98,9 @@ def source_of(kind: str, url: str, settings: StorageSettings | None = None) -> E
             return ClassEpisodes(index("classes"), "train", ways=ways, inputs=IMAGES, seed=3)
         case "groups":
             inputs, targets = ArrayInputs((2,)), NumberTargets(2)
-            counts = {"num_support": 2, "num_query": 1}
-            return GroupEpisodes(index("groups"), "train", inputs=inputs, targets=targets, **counts, seed=3)
+            return GroupEpisodes(
+                index("groups"), "train", inputs=inputs, targets=targets, num_support=2, num_query=1, seed=3
+            )
         case "documents":
             counts = {"num_support": 2, "num_query": 1, "sequence_length": 60}
             return DocumentEpisodes(index("documents"), "train", **counts, seed=3)

@@ -316,6 +316,8 @@ def test_documents_that_are_all_too_short_are_refused_with_the_sum(documents: In
         StreamError, match=r"data\.sequence_length is 4000, but no document of test, rehearsal"
     ):
         DocumentSamples(documents, ["test", "rehearsal"], sequence_length=4000, seed=0)
+    with pytest.raises(StreamError, match=r"pretrain\.sequence_length is 4000, but no document of test"):
+        DocumentSamples(documents, ["test"], sequence_length=4000, seed=0, key="pretrain.sequence_length")
     with pytest.raises(StreamError, match=r"data\.num_support is 0; it must be at least 1"):
         DocumentEpisodes(documents, "test", num_support=0, num_query=4, sequence_length=5, seed=0)
 

@@ -1,12 +1,15 @@
 """The glyphs data set: what is drawn, what is kept, how it is split."""
 
+import io
 import unicodedata
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from metaloom.datasets import glyphs
+from metaloom.datasets import glyph_faces, glyphs, make_dataset
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +123,28 @@ def test_compatibility_characters_and_punctuation_are_no_candidates() -> None:
     assert len(candidates) > 1500
     assert not set("²ﬁ\u2126½.,!") & set(candidates)  # U+2126 is the ohm sign
     assert {unicodedata.category(c)[0] for c in candidates} <= {"L", "N", "S"}
+
+
+def test_groups_of_faces_have_the_same_classes_and_share_no_face_between_splits(tmp_path: Path) -> None:
+    made = make_dataset("glyph-faces", tmp_path, max_per_split=3)
+    assert made.num_classes == {"train": 3, "validation": 3, "test": 3}
+    assert made.num_samples == {"train": 8 * 12 * 3, "validation": 2 * 12 * 3, "test": 2 * 12 * 3}
+    faces = {
+        split: {name.partition(" at ")[0] for name in table.groups}
+        for split, table in made.index.splits.items()
+    }
+    assert [len(names) for names in faces.values()] == [8, 2, 2]
+    assert len(set().union(*faces.values())) == 12
+
+
+def test_an_image_of_a_group_is_turned_by_its_angle() -> None:
+    made = glyph_faces.make_glyph_faces(max_classes=2)
+    samples = list(glyph_faces.split_samples(made)["test"].samples)
+    row = made.faces.index("DejaVuSans-BoldOblique")
+    for sample in samples:
+        face, angle, code = sample.key.split("/")
+        if face != "dejavusans-boldoblique" or int(angle) % 90:
+            continue
+        upright = made.images[made.characters.index(chr(int(code, 16))), row]
+        shown = np.asarray(Image.open(io.BytesIO(sample.members["png"])))
+        np.testing.assert_array_equal(shown, np.rot90(upright, int(angle) // 90))

@@ -87,6 +87,31 @@ def test_each_group_comes_once_per_epoch_with_samples_of_its_own_drawn_anew(user
     assert len(drawn) > 3 * len(large)
 
 
+def test_queries_may_be_the_support_examples_themselves(users: Index) -> None:
+    words: dict[str, Any] = {"inputs": ArrayInputs((2,)), "targets": NumberTargets(2), "seed": 0}
+    source = GroupEpisodes(users, "train", num_support=5, num_query=None, **words)
+    assert source.num_tasks == sum(size >= 5 for size in GROUP_SIZES)
+    for number in range(4):
+        episode = source.episode(number)
+        assert episode.support["inputs"].shape == (5, 2)
+        for name, value in episode.support.items():
+            np.testing.assert_array_equal(value, episode.query[name])
+    with pytest.raises(StreamError, match=r"data\.num_support is 10, but the largest group .*; lower it\."):
+        GroupEpisodes(users, "train", num_support=10, num_query=None, **words)
+
+
+def test_groups_drawn_by_size_come_as_often_as_they_have_samples(users: Index) -> None:
+    words: dict[str, Any] = {"inputs": ArrayInputs((2,)), "targets": NumberTargets(2), "seed": 0}
+    source = GroupEpisodes(users, "train", num_support=3, num_query=2, by_size=True, **words)
+    names = [source.episode(number).task for number in range(2000)]
+    assert source.episode(7).task == names[7]
+    sizes = {f"user {row}": size for row, size in enumerate(GROUP_SIZES) if size >= 5}
+    expected = {name: 2000 * size / sum(sizes.values()) for name, size in sizes.items()}
+    assert set(names) == set(expected)
+    statistic = sum((names.count(name) - count) ** 2 / count for name, count in expected.items())
+    assert statistic < 18.5  # the 99 % quantile of chi square with 7 degrees: there are at most 8 such groups
+
+
 def test_classes_of_groups_mean_the_same_in_all(users: Index) -> None:
     source = group_episodes(users, ClassTargets(3))
     for number in range(6):

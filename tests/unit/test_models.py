@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from metaloom.models.context import ConvContext, MlpContext
 from metaloom.models.conv4 import Conv4
 from metaloom.models.gpt import PAD, VOCABULARY, Gpt
 from metaloom.models.mlp import Mlp
@@ -179,3 +180,21 @@ def test_the_recipes_rules_know_the_linear_layers_of_gpt() -> None:
     layers = {name for name, layer in gpt().named_modules() if isinstance(layer, torch.nn.Linear)}
     blocks = {f"blocks.{block}.{name}" for block in range(2) for name in GPT_BLOCK_LAYERS}
     assert layers == blocks | {"head"}
+
+
+def test_with_layer_norm_an_image_is_normed_by_itself() -> None:
+    model = Conv4(num_classes=3, width=4, num_blocks=1, norm="layer").double()
+    images = torch.randn(5, 1, 8, 8).double()
+    assert torch.equal(model(images)[2], model(images[2:3])[0])
+    block = model.blocks[0]
+    hidden = F.conv2d(images, block.get_submodule("conv").weight, stride=2, padding=1)  # type: ignore[arg-type]
+    centered = hidden - hidden.mean(dim=(1, 2, 3), keepdim=True)
+    scale = (centered.square().mean(dim=(1, 2, 3), keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(block(images), (centered / scale).clamp(min=0.0), rtol=1e-12, atol=1e-14)
+
+
+def test_a_context_has_the_size_of_what_it_describes() -> None:
+    for norm in ("batch", "layer", "none"):
+        network = ConvContext(num_channels=2, num_context=3, width=4, norm=norm)
+        assert network(torch.randn(5, 2, 7, 6)).shape == (5, 3, 7, 6)
+    assert MlpContext(num_inputs=6, num_context=3, width=4)(torch.randn(5, 2, 3)).shape == (5, 3)

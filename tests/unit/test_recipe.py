@@ -95,15 +95,17 @@ def report(load: Load, text: str, *overrides: str) -> list[str]:
 # ---------------------------------------------------------------- the ready recipes
 
 
-def test_there_are_six_recipes() -> None:
-    assert [path.stem for path in RECIPES] == [
+def test_there_are_ready_recipes() -> None:
+    names = {path.stem for path in RECIPES}
+    assert names >= {
+        "faces-arm",
         "glyphs-maml",
         "msr-conv",
         "msr-fc",
         "sinusoid-maml",
         "smoke",
         "stdlib-lora",
-    ]
+    }
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -327,8 +329,8 @@ def test_a_section_without_a_kind_has_that_of_its_default(load: Load) -> None:
             "outer.schedul: unknown key; did you mean 'schedule'? (outer has: num_st",
         ),
         ("outer.zzz=3", "outer.zzz: unknown key; (outer has: num_steps, tasks_per_step"),
-        ("model.norm=bach", "model.norm: 'bach' is not one of batch, none; did you mean 'batch'?"),
-        ("model.norm=null", "model.norm: null is not one of batch, none; choose one of them"),
+        ("model.norm=bach", "model.norm: 'bach' is not one of batch, layer, none; did you mean 'batch'?"),
+        ("model.norm=null", "model.norm: null is not one of batch, layer, none; choose one of them"),
         (
             "adaptation.rule.learned=per_tensr",
             "'per_tensr' is not one of none, shared, per_group, per_tensor, per_tensor_per_step, "

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
 from metaloom.errors import CapabilityError, RecipeError
-from metaloom.recipe import load_recipe
+from metaloom.recipe import RidgeAlgorithm, load_recipe
 from metaloom.recipe.schema import maml_of
+from metaloom.recipe.tasks import num_in_context, positions_in_context, tokens_per_task
 from tests.commands import RECIPES
 
 SMOKE, STDLIB = RECIPES / "smoke.yaml", RECIPES / "stdlib-lora.yaml"
@@ -134,8 +136,169 @@ def test_an_algorithm_that_classifies_needs_classes() -> None:
     assert "adaptation.rehearsal: given; has no effect" in message
 
 
+REGRESSION = (
+    "data={kind: groups, url: x, inputs: {kind: array, shape: [3]}, targets: {kind: number}, "
+    "num_support: 3, num_query: 2}",
+    "model={kind: mlp}",
+)
+
+
+@pytest.mark.parametrize("kind", ["protonet", "logistic", "svm"])
+def test_an_algorithm_that_classifies_takes_no_numbers(kind: str) -> None:
+    with pytest.raises(RecipeError, match=f"{kind} tells classes apart, and the tasks are regression"):
+        load_recipe(SMOKE, [*REGRESSION, f"algorithm={kind}"])
+
+
+def test_ridge_takes_classes_and_numbers_and_no_tokens() -> None:
+    assert load_recipe(SMOKE, ["algorithm=ridge"]).algorithm == RidgeAlgorithm()
+    of_numbers = load_recipe(SMOKE, [*REGRESSION, "algorithm={kind: ridge, bias: 1.0, learned: [bias]}"])
+    assert of_numbers.algorithm == RidgeAlgorithm(bias=1.0, learned=("bias",))
+    with pytest.raises(RecipeError, match="ridge fits classes or numbers, and the tasks are language"):
+        load_recipe(STDLIB, ["algorithm=ridge"])
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "message"),
+    [
+        (
+            "{kind: ridge, bias: 0.5}",
+            "algorithm.bias: 0.5; has no effect, since the same number on all logits changes no probability; "
+            "set it to 0",
+        ),
+        ("{kind: ridge, learned: [bias]}", "algorithm.learned: bias has no effect, since the same number on"),
+        ("{kind: svm, learned: [scale, scale]}", "algorithm.learned: 'scale' is listed twice; list it once"),
+        ("{kind: logistic, regulariser: 0.0}", "algorithm.regulariser: 0.0; must be greater than 0"),
+        (
+            "{kind: protonet, feature_chunk: 2}",
+            "algorithm.feature_chunk: 2; model.norm = batch normalises by the statistics of all of a task's "
+            "examples, which chunks would change; set it to null, or model.norm to none",
+        ),
+    ],
+)
+def test_options_of_a_head_have_an_effect_and_change_nothing_else(algorithm: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        load_recipe(SMOKE, [f"algorithm={algorithm}"])
+
+
 def test_plan_and_check_name_algorithms_that_they_do_not_follow() -> None:
     with pytest.raises(
         CapabilityError, match=re.escape("algorithm.kind: protonet adapts without inner steps")
     ):
         maml_of(load_recipe(SMOKE, ["algorithm=protonet"]))
+
+
+CLASSES_AND_NUMBERS = ("cnp", "attention_learner", "recurrent_learner")
+IN_CONTEXT = (
+    "algorithm=in_context",
+    "adaptation.rule.learned=none",
+    "adaptation.rehearsal=null",
+    "data.sequence_length=20",
+    "outer.lr_rates=null",
+)
+
+
+@pytest.mark.parametrize("kind", CLASSES_AND_NUMBERS)
+def test_a_set_learner_needs_a_label_for_each_example(kind: str) -> None:
+    message = f"algorithm.kind: {kind} reads examples with a label each, and the tasks are language_modelling"
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        load_recipe(STDLIB, [f"algorithm={kind}", *IN_CONTEXT[1:]])
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        (
+            "{kind: attention_learner, width: 10, num_heads: 4}",
+            "algorithm.width: 10; must be a multiple of algorithm.num_heads = 4, for example 8",
+        ),
+        (
+            "{kind: cnp, min_std: 0.2}",
+            "algorithm.min_std: 0.2; has no effect, since the tasks are classification",
+        ),
+    ],
+)
+def test_values_of_a_set_learner_fit(section: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        load_recipe(SMOKE, [f"algorithm={section}"])
+
+
+def test_as_many_support_sequences_are_in_context_as_fit() -> None:
+    recipe = load_recipe(STDLIB, IN_CONTEXT)
+    assert num_in_context(recipe) == 2  # 2 * 21 + 20 = 62 of 64 positions
+    assert positions_in_context(recipe) == 62
+    assert tokens_per_task(recipe) == 4 * 62
+    assert num_in_context(load_recipe(STDLIB, [*IN_CONTEXT, "data.num_support=1"])) == 1
+    assert num_in_context(load_recipe(STDLIB, [*IN_CONTEXT, "model.context_length=61"])) == 1
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "message"),
+    [
+        (
+            STDLIB,
+            [*IN_CONTEXT, "data.sequence_length=32"],
+            "model.context_length: 64; 'in_context' (algorithm.kind) needs room for a support sequence and "
+            "the token after it, 33 tokens, in front of a query of 32; raise it to 65 or more",
+        ),
+        (
+            STDLIB,
+            ["evaluation.baselines=[random, in_context]"],
+            "model.context_length: 64; 'in_context' (evaluation.baselines) needs room for",
+        ),
+        (
+            SMOKE,
+            ["algorithm=in_context"],
+            "algorithm.kind: 'in_context' puts the text before a query in front of it, which data.kind = "
+            "documents alone has, and data.kind is classes; take another",
+        ),
+        (
+            SMOKE,
+            ["evaluation.baselines=[in_context_equal_data]"],
+            "evaluation.baselines: 'in_context_equal_data' puts the text before a query in front of it",
+        ),
+        (
+            STDLIB,
+            ["evaluation.baselines=[in_context]", "data.sequence_length=20", "pretrain=null"],
+            "evaluation.baselines: 'in_context' reads 62 tokens at once, and no training before has seen so "
+            "many; give model.weights or pretrain",
+        ),
+        (
+            STDLIB,
+            ["evaluation.baselines=[in_context_equal_compute]", "data.sequence_length=20"],
+            "pretrain.sequence_length: null; pre-training sees 20 tokens at once, and "
+            "'in_context_equal_compute' (evaluation.baselines) reads 62; set it to 62 or more",
+        ),
+        (
+            STDLIB,
+            [
+                "evaluation.baselines=[in_context]",
+                "data.sequence_length=20",
+                "pretrain.sequence_length=62",
+                "sharding=sharded",
+            ],
+            "evaluation.baselines: 'in_context' computes with whole weights, and sharding.kind is sharded",
+        ),
+        (
+            STDLIB,
+            ["pretrain.sequence_length=65"],
+            "pretrain.sequence_length: 65; must be at most model.context_length = 64",
+        ),
+    ],
+)
+def test_what_cannot_be_in_context_is_refused(recipe: Path, overrides: Sequence[str], message: str) -> None:
+    with pytest.raises(RecipeError) as raised:
+        load_recipe(recipe, overrides)
+    assert message in str(raised.value)
+
+
+def test_given_weights_may_know_the_positions_in_context() -> None:
+    recipe = load_recipe(
+        STDLIB,
+        [
+            "evaluation.baselines=[in_context]",
+            "data.sequence_length=20",
+            "pretrain=null",
+            "model.weights=weights.safetensors",
+        ],
+    )
+    assert recipe.baselines == ("in_context",)

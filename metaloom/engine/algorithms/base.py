@@ -6,7 +6,8 @@ Shape letters: T tasks, K inner steps.
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -31,13 +32,28 @@ class Algorithm(abc.ABC):
     @abc.abstractmethod
     def meta_parameters(self) -> dict[str, Tensor]:
         """Fresh copies of the initial values of everything that is learned, by name. A name's first part is
-        its kind: see `metaloom.engine.capabilities`."""
+        its kind: see `metaloom.engine.capabilities` for those that estimators of a hypergradient know."""
 
     def tracked(self) -> dict[str, Tensor]:
         """Initial values of what is counted in training beside what is learned, by name: running means of
         what `MetaGradient.tracked` reports. `curve` computes by them where they are among the meta-parameters
         that it is given."""
         return {}
+
+    def at_step(
+        self,
+        meta: Mapping[str, Tensor],
+        batches: Sequence[TaskBatch],
+        gather: Callable[[list[Any]], list[Any]],
+    ) -> Algorithm:
+        """The algorithm as it is to be used in one outer step, once that step's tasks are known: for
+        meta-losses in which the tasks of all ranks have to do with each other. Every rank must call.
+
+        Args:
+            batches: this rank's micro-batches, none where it has no tasks.
+            gather: all ranks' lists, joined, on every rank.
+        """
+        return self
 
     @abc.abstractmethod
     def meta_gradient(

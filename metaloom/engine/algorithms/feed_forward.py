@@ -29,7 +29,8 @@ Tensors = Mapping[str, Tensor]
 
 
 class FeedForward(Algorithm):
-    """The meta-loss is `losses`, and its gradient plain back-propagation."""
+    """The meta-loss is `losses`, or `objective` where another is learned from than is measured; its gradient
+    is plain back-propagation."""
 
     @abc.abstractmethod
     def losses(
@@ -41,6 +42,13 @@ class FeedForward(Algorithm):
         Args:
             outer_step: as in `meta_gradient`; None where nothing is learned from the tasks.
         """
+
+    def objective(
+        self, meta: Tensors, batch: TaskBatch, *, outer_step: int | None
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """What is minimised for each task, `[T]`, differentiable in `meta`; then what `losses` returns."""
+        losses, scores = self.losses(meta, batch, outer_step=outer_step)
+        return losses, losses, scores
 
     def penalty(self, meta: Tensors, *, outer_step: int) -> Tensor | None:
         """A term of the meta-loss that belongs to no task, differentiable in `meta`; None for none."""
@@ -62,9 +70,9 @@ class FeedForward(Algorithm):
         scale = 1.0 if scales is None else scales.tangent
         theta = leaves(meta)
         with torch.enable_grad():
-            losses, scores = self.losses(theta, batch, outer_step=outer_step)
-            counts = torch.ones_like(losses) if batch.weights is None else batch.weights
-            total = losses.double() * counts
+            minimised, losses, scores = self.objective(theta, batch, outer_step=outer_step)
+            counts = torch.ones_like(minimised) if batch.weights is None else batch.weights
+            total = minimised.double() * counts
             penalty = self.penalty(theta, outer_step=outer_step)
             if penalty is not None:
                 total = total + penalty.double() * counts
@@ -73,7 +81,7 @@ class FeedForward(Algorithm):
                 prefixed("theta/", theta),
                 on_gradient=finishing(on_final, lambda name, value: unscaled({name: value}, scale)[name]),
             )
-        metrics = {"loss_after": losses.detach().double(), "not_finite": not_finite(losses.detach(), ())}
+        metrics = {"loss_after": losses.detach().double(), "not_finite": not_finite(minimised.detach(), ())}
         metrics |= {f"{name}_after": value for name, value in scores.items()}
         if batch.weights is not None:
             metrics = {name: value.masked_fill(batch.weights == 0, 0.0) for name, value in metrics.items()}

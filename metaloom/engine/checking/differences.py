@@ -39,7 +39,7 @@ class MetaLoss:
             with torch.no_grad():
                 losses, _ = query_losses(self._unroll, meta, at.fast, self._batch, step)
             if losses is not None:
-                total += self._unroll.step_weights[step] * float(losses.double().sum())
+                total += float(losses.sum())
         return total
 
 

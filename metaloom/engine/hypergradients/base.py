@@ -72,7 +72,7 @@ class Hypergradient(abc.ABC):
             self.name,
             meta,
             has_proximal=unroll.rule.penalties.proximal > 0.0,
-            end_only=not any(unroll.step_weights[:-1]),
+            end_only=not any(map(unroll.has_loss_at, range(unroll.num_steps))),
             rehearses_outside=unroll.learner.rehearses_outside,
         )
         try:
@@ -240,25 +240,33 @@ def meta_losses(
         losses, at_step = query_losses(unroll, theta, fast, batch, step)
         metrics |= at_step
         if losses is not None:
-            total = total + unroll.step_weights[step] * losses.double()
+            total = total + losses
     return total, metrics
 
 
 def query_losses(
     unroll: Unroll, meta: Tensors, fast: Tensors, batch: TaskBatch, step: int
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """Lq at phi_`step`, with the meta-loss's rehearsal, times the tasks' weights, `[T]`, None where c_k is 0;
-    and the metrics of the last step."""
-    is_last = step == unroll.num_steps
-    is_counted = unroll.step_weights[step] != 0.0
-    if not is_counted and not is_last:
-        return None, {}
-    with torch.set_grad_enabled(is_counted and torch.is_grad_enabled()):
-        losses, measures = unroll.learner.losses("outer", meta, fast, batch, step)
-    metrics = {f"{name}_after": value for name, value in measures.items()}
-    if batch.weights is not None:
-        losses = losses * batch.weights
-    return (losses if is_counted else None), (metrics if is_last else {})
+    """`c_k Lq` at phi_`step`, with the meta-loss's rehearsal, and its further terms there, times the tasks'
+    weights, `[T]`, float64, None where there are none; and the metrics of the last step."""
+    weight, is_last = unroll.step_weights[step], step == unroll.num_steps
+    parts: list[Tensor] = []
+    metrics: dict[str, Tensor] = {}
+    if weight != 0.0 or is_last:
+        with torch.set_grad_enabled(weight != 0.0 and torch.is_grad_enabled()):
+            losses, measures = unroll.learner.losses("outer", meta, fast, batch, step)
+        if weight != 0.0:
+            parts.append(weight * losses.double())
+        if is_last:
+            metrics = {f"{name}_after": value for name, value in measures.items()}
+    parts += [
+        term.losses(unroll.learner, meta, fast, batch, step, num_steps=unroll.num_steps).double()
+        for term in unroll.terms_at(step)
+    ]
+    if not parts:
+        return None, metrics
+    total = functools.reduce(torch.add, parts)
+    return (total if batch.weights is None else total * batch.weights), metrics
 
 
 def weighted(weights: Tensor, tensor: Tensor) -> Tensor:

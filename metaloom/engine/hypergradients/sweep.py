@@ -112,7 +112,7 @@ class AdjointSweep(Hypergradient):
         add_(d_theta, share)
         for step in range(top - 1, first - 1, -1):
             at = next(states)
-            is_last_pass = step == first and unroll.step_weights[step] == 0.0
+            is_last_pass = step == first and not unroll.has_loss_at(step)
             on_complete = end.take if on_final is not None and is_last_pass else None
             adjoint, share = self.pull_back(unroll, theta, batch, step, at, adjoint, on_complete)
             add_(d_theta, share)
@@ -239,17 +239,16 @@ class _Query:
 def _query_gradient(
     unroll: Unroll, theta: Tensors, batch: TaskBatch, step: int, fast_values: Tensors
 ) -> _Query:
-    """`c_k Lq` at phi_k, and its derivatives by phi and theta; no losses where c_k is 0."""
+    """The meta-loss's part at phi_k, and its derivatives by phi and theta; no losses where it has none."""
     fast = leaves(fast_values)
     with torch.enable_grad():
         losses, metrics = query_losses(unroll, theta, fast, batch, step)
         if losses is None:
             return _Query(None, metrics, {}, {})
-        weighted = unroll.step_weights[step] * losses.double()
         grads = gradient_if_any(
-            [unroll.scales.tangent * weighted.sum()], prefixed("fast/", fast) | prefixed("theta/", theta)
+            [unroll.scales.tangent * losses.sum()], prefixed("fast/", fast) | prefixed("theta/", theta)
         )
-    return _Query(weighted.detach(), metrics, unprefixed("fast/", grads), unprefixed("theta/", grads))
+    return _Query(losses.detach(), metrics, unprefixed("fast/", grads), unprefixed("theta/", grads))
 
 
 def rule_vjp(

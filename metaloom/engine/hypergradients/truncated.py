@@ -42,7 +42,7 @@ class Truncated(AdjointSweep):
     def num_passed_over(self, unroll: Unroll) -> int:
         count = max(0, unroll.num_steps - self.num_steps)
         # A query loss at an earlier step is differentiated there.
-        return 0 if any(unroll.step_weights[:count]) else count
+        return 0 if any(map(unroll.has_loss_at, range(count))) else count
 
     def pull_back(
         self,

@@ -6,7 +6,19 @@ looks at it, and that rule alone is passed over. Rules that need the data's inde
 checked where the data is opened.
 """
 
-from metaloom.recipe.rules import adaptation, algorithm, data, evaluation, machine, model, outer
+from metaloom.recipe.rules import (
+    adaptation,
+    algorithm,
+    data,
+    evaluation,
+    heads,
+    machine,
+    model,
+    outer,
+    regularisation,
+    set_learners,
+    shift,
+)
 from metaloom.recipe.rules.base import Rule, Unreadable, UnreadableValue
 from metaloom.recipe.schema import Recipe
 from metaloom.recipe.tasks import UnknownTaskError
@@ -18,6 +30,10 @@ RULES: tuple[Rule, ...] = (
     *model.RULES,
     *adaptation.RULES,
     *algorithm.RULES,
+    *regularisation.RULES,
+    *heads.RULES,
+    *set_learners.RULES,
+    *shift.RULES,
     *outer.RULES,
     *machine.RULES,
     *evaluation.RULES,

@@ -9,11 +9,13 @@ from metaloom.engine.capabilities import (
 )
 from metaloom.recipe.adaptation import AdamWRule, FullFast, MSRFast
 from metaloom.recipe.algorithm import (
+    CustomAlgorithm,
     FiniteDifferenceHypergradient,
     MAMLAlgorithm,
     ProtonetAlgorithm,
     TruncatedHypergradient,
 )
+from metaloom.recipe.heads import LogisticAlgorithm, RidgeAlgorithm, SVMAlgorithm
 from metaloom.recipe.machine import ShardedSharding
 from metaloom.recipe.rules.base import Broken, Rule, of_maml
 from metaloom.recipe.schema import Recipe
@@ -55,7 +57,7 @@ def something_is_learned(recipe: Recipe, maml: MAMLAlgorithm) -> Broken:
         learned.init
         or learned.backbone
         or recipe.adaptation.rule.learned != "none"
-        or recipe.adaptation.loss.learned
+        or recipe.adaptation.learns_loss
     ):
         yield (
             "algorithm.meta_parameters",
@@ -71,7 +73,7 @@ def the_estimator_gives_what_is_learned(recipe: Recipe, maml: MAMLAlgorithm) -> 
         "init": learned.init,
         "backbone": learned.backbone or recipe.adaptation.norms.weights == "per_step",
         "rates": recipe.adaptation.rule.learned != "none",
-        "loss": bool(recipe.adaptation.loss.learned),
+        "loss": recipe.adaptation.learns_loss,
     }
     for refusal in refusals(
         maml.hypergradient.kind,
@@ -148,7 +150,7 @@ def a_difference_is_taken(recipe: Recipe, maml: MAMLAlgorithm) -> Broken:
     if (
         isinstance(estimator, FiniteDifferenceHypergradient)
         and estimator.epsilon != FiniteDifferenceHypergradient().epsilon
-        and not (maml.meta_parameters.backbone or recipe.adaptation.loss.learned)
+        and not (maml.meta_parameters.backbone or recipe.adaptation.learns_loss)
     ):
         yield (
             "algorithm.hypergradient.epsilon",
@@ -191,17 +193,23 @@ def truncation_is_within_adaptation(recipe: Recipe, maml: MAMLAlgorithm) -> Brok
 
 
 def algorithms_fit_the_objective(recipe: Recipe) -> Broken:
-    objective = task_facts(recipe).objective
-    if isinstance(recipe.algorithm, ProtonetAlgorithm) and objective != "classification":
+    objective, algorithm = task_facts(recipe).objective, recipe.algorithm
+    classifies = isinstance(algorithm, ProtonetAlgorithm | LogisticAlgorithm | SVMAlgorithm)
+    if classifies and objective != "classification":
         yield (
             "algorithm.kind",
             f"{recipe.algorithm.kind} tells classes apart, and the tasks are {objective}; take another, for "
             "example maml",
         )
+    if isinstance(algorithm, RidgeAlgorithm) and objective == "language_modelling":
+        yield (
+            "algorithm.kind",
+            f"ridge fits classes or numbers, and the tasks are {objective}; take another, for example maml",
+        )
 
 
 def without_steps_nothing_of_them_is_learned(recipe: Recipe) -> Broken:
-    if recipe.maml is not None:
+    if recipe.maml is not None or isinstance(recipe.algorithm, CustomAlgorithm):
         return
     adaptation, memory, kind = recipe.adaptation, recipe.memory, recipe.algorithm.kind
     because = f"has no effect, since algorithm.kind = {kind} adapts without inner steps"
@@ -218,6 +226,11 @@ def without_steps_nothing_of_them_is_learned(recipe: Recipe) -> Broken:
         value = getattr(adaptation.norms, name)
         if value != default:
             yield f"adaptation.norms.{name}", f"{value}; {because}; set it to {default}"
+    if adaptation.learned_loss is not None:
+        yield (
+            "adaptation.learned_loss",
+            f"given; {because}; set it to null, or take algorithm.kind = maml, which is then ARM-LL",
+        )
     if adaptation.rehearsal is not None:
         yield "adaptation.rehearsal", f"given; {because}; set it to null"
     if memory.snapshots.kind != "all":

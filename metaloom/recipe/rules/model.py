@@ -54,6 +54,17 @@ def pretrain_splits_differ(recipe: Recipe) -> Broken:
         yield from repeated("pretrain.splits", recipe.pretrain.splits)
 
 
+def pretraining_fits_the_context(recipe: Recipe) -> Broken:
+    pretrain, model = recipe.pretrain, recipe.model
+    if pretrain is None or pretrain.sequence_length is None or not isinstance(model, GPTModel):
+        return
+    if pretrain.sequence_length > model.context_length:
+        yield (
+            "pretrain.sequence_length",
+            f"{pretrain.sequence_length}; must be at most model.context_length = {model.context_length}",
+        )
+
+
 def single_layers_do_regression(recipe: Recipe) -> Broken:
     if not isinstance(recipe.model, SingleLayerModel):
         return
@@ -115,6 +126,7 @@ RULES: tuple[Rule, ...] = (
     pretrain_needs_gpt,
     pretrain_warmup_ends,
     pretrain_splits_differ,
+    pretraining_fits_the_context,
     single_layers_do_regression,
     single_layers_fit_the_data,
 )

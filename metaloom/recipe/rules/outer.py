@@ -13,7 +13,7 @@ def rates_are_learned(recipe: Recipe) -> Broken:
 
 
 def loss_parameters_are_learned(recipe: Recipe) -> Broken:
-    if recipe.outer.lr_loss is not None and not recipe.adaptation.loss.learned:
+    if recipe.outer.lr_loss is not None and not recipe.adaptation.learns_loss:
         yield (
             "outer.lr_loss",
             f"{recipe.outer.lr_loss}; has no effect, since adaptation.loss.learned is empty; leave it out",

@@ -1,0 +1,1 @@
+"""What papers report of their methods, beside what the same methods do here."""

@@ -1,0 +1,92 @@
+"""The experiments, as `experiments.yaml` lists them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+HERE = Path(__file__).parent
+Measure = Literal["metric", "worst_group", "forgetting"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """A row of the table: one of the contenders of a run.
+
+    Attributes:
+        method: in words.
+        contender: its name in the run's evaluation.
+        step: adaptation steps after which it is read; -1 for the last.
+        measure: what is read: the evaluation's own metric, that of the worst group, or by how much the loss
+            on data of the pre-training kind rises.
+        published: the paper's figure, in words; empty where it has none.
+    """
+
+    method: str
+    contender: str = "meta-trained"
+    step: int = -1
+    measure: Measure = "metric"
+    published: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """A recipe that is trained and evaluated once for each seed.
+
+    Attributes:
+        name: among those of its experiment.
+        recipe: path of the recipe, from the root of the repository.
+        overrides: of the recipe.
+        seeds: of the recipe.
+        rows: what is shown of it.
+    """
+
+    name: str
+    recipe: str
+    overrides: tuple[str, ...]
+    seeds: tuple[int, ...]
+    rows: tuple[Shown, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Trainings that belong into one table.
+
+    Attributes:
+        name: of its file of results.
+        title: in words.
+        paper: which, and where in it.
+        metric: what the figures are.
+        data: the built-in data set that has to be made first; None for none.
+        trainings: its runs.
+    """
+
+    name: str
+    title: str
+    paper: str
+    metric: str
+    data: str | None
+    trainings: tuple[Training, ...]
+
+
+def read_experiments(path: Path = HERE / "experiments.yaml") -> list[Experiment]:
+    """All experiments, in the order of the file."""
+    listed = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return [_experiment(name, values) for name, values in listed.items()]
+
+
+def _experiment(name: str, values: Mapping[str, Any]) -> Experiment:
+    common = tuple(values.get("overrides", ()))
+    seeds = tuple(values.get("seeds", (0,)))
+    trainings = []
+    for own_name, own in values["trainings"].items():
+        rows = tuple(Shown(**({"method": own_name} | row)) for row in own.get("rows", [{}]))
+        overrides = (*common, *own.get("overrides", ()))
+        trainings.append(Training(own_name, own["recipe"], overrides, tuple(own.get("seeds", seeds)), rows))
+    return Experiment(
+        name, values["title"], values["paper"], values["metric"], values.get("data"), tuple(trainings)
+    )

@@ -1,0 +1,54 @@
+"""Empirical risk minimisation: no adaptation.
+
+Shape letters: T tasks, Q query examples, C outputs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import Tensor
+
+from metaloom.engine.adapters.model import Readout
+from metaloom.engine.algorithms.feed_forward import FeedForward, Tensors
+from metaloom.engine.examples import Reading, read
+from metaloom.engine.learner import TaskBatch
+from metaloom.engine.losses import Criterion
+from metaloom.engine.whole_model import WholeModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Erm(FeedForward):
+    """The query loss of a model as it is: what adaptation has to be better than. Support data are not read.
+
+    The mean over tasks weighs groups as often as they are drawn: see `GroupEpisodes`.
+
+    Attributes:
+        model: its weights are what is learned.
+        criterion: the loss of a target.
+    """
+
+    model: WholeModel
+    criterion: Criterion
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        return self.criterion.scores
+
+    def meta_parameters(self) -> dict[str, Tensor]:
+        return self.model.meta_parameters()
+
+    def losses(
+        self, meta: Tensors, batch: TaskBatch, *, outer_step: int | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        query = batch.query
+        return judged(self.model.outputs(meta, query["inputs"], query.get("weights")), batch, self.criterion)
+
+
+def judged(outputs: Tensor, batch: TaskBatch, criterion: Criterion) -> tuple[Tensor, dict[str, Tensor]]:
+    """The query loss of each task, `[T]`, and its scores, of outputs `[T, Q, ..., C]`."""
+    query, reading = batch.query, Reading(criterion, None, num_ways=batch.num_ways)
+    examples = read(
+        Readout(outputs), query["targets"], query.get("weights"), reading, head_chunk=None, derivative="once"
+    )
+    return examples.loss(), examples.mean_scores()
