@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from torch import nn
 
 from metaloom.build.choices import Choices
 from metaloom.build.model import (
@@ -16,12 +17,22 @@ from metaloom.build.regularisation import meta_terms, nat_price
 from metaloom.engine.adapters.base import Adapter
 from metaloom.engine.adapters.full import FullAdapter
 from metaloom.engine.adapters.lora import LoraAdapter
+from metaloom.engine.adapters.model import Structure
 from metaloom.engine.adapters.msr import Dense, Kronecker, MsrAdapter
 from metaloom.engine.adapters.norms import PerStepNorms
+from metaloom.engine.adapters.part import PartAdapter
+from metaloom.engine.adapters.selection import (
+    head_parameters,
+    matching_parameters,
+    norm_and_bias_parameters,
+)
+from metaloom.engine.adapters.soft_prompt import SoftPromptAdapter
+from metaloom.engine.adapters.zero_head import ZeroHeadAdapter
 from metaloom.engine.algorithms.maml import step_weights
 from metaloom.engine.inner_loops.adam import Adam
 from metaloom.engine.inner_loops.base import InnerRule
 from metaloom.engine.inner_loops.gradient_terms import GradientTerms
+from metaloom.engine.inner_loops.head_first import HeadFirst
 from metaloom.engine.inner_loops.rates import Grain, Rates
 from metaloom.engine.inner_loops.rmsprop import RmsProp
 from metaloom.engine.inner_loops.sgd import Sgd
@@ -34,10 +45,15 @@ from metaloom.recipe import (
     AdamWRule,
     DenseSymmetry,
     FullFast,
+    HeadFast,
+    LoRAFast,
     MSRFast,
+    NormBiasFast,
+    PartFast,
     Recipe,
     RMSPropRule,
     SGDRule,
+    SoftPromptFast,
 )
 from metaloom.recipe import InnerRule as InnerRuleSection
 from metaloom.recipe import Rehearsal as RehearsalSection
@@ -46,39 +62,84 @@ from metaloom.weights import HeldModel
 
 
 def build_adapter(recipe: Recipe, model: HeldModel, choices: Choices, *, is_learned: bool = True) -> Adapter:
-    """What is fast in a model.
+    """What is fast in a model. With shards every rank must call.
 
     Args:
         is_learned: whether the model is meta-trained: what norms learn for each inner step, and
             symmetries, are not there otherwise.
+
+    Raises:
+        CapabilityError: it cannot be fast in this model.
     """
+    adapter = _adapter(recipe, model, choices, is_learned=is_learned)
+    if recipe.adaptation.head.init == "zero":
+        return ZeroHeadAdapter(adapter, task_output(recipe).head)
+    return adapter
+
+
+def _adapter(recipe: Recipe, model: HeldModel, choices: Choices, *, is_learned: bool) -> Adapter:
     fast = recipe.adaptation.fast
-    structure = model_structure(model.module)
-    if isinstance(fast, FullFast):
-        norms = _per_step_norms(recipe) if is_learned else None
-        return FullAdapter(model.module, structure=structure, tasks=choices.tasks, norms=norms)
-    if isinstance(fast, MSRFast):
-        if not is_learned:
+    structure, shards = model_structure(model.module), model.shards
+    generator = torch.Generator().manual_seed(recipe.seed)
+    match fast:
+        case FullFast():
+            norms = _per_step_norms(recipe) if is_learned else None
+            return FullAdapter(model.module, structure=structure, tasks=choices.tasks, norms=norms)
+        case MSRFast() if not is_learned:
             return FullAdapter(model.module, structure=structure, tasks=choices.tasks)
-        symmetry = fast.symmetry
-        return MsrAdapter(
-            model.module,
-            symmetry=Dense(symmetry.rank, symmetry.std)
-            if isinstance(symmetry, DenseSymmetry)
-            else Kronecker(),
-            layers=fast.layers,
-            generator=torch.Generator().manual_seed(recipe.seed),
-            structure=structure,
-            tasks=choices.tasks,
-        )
-    return LoraAdapter(
-        model.module,
-        targets=fast.targets,
-        rank=fast.rank,
-        alpha=fast.alpha,
-        generator=torch.Generator().manual_seed(recipe.seed),
-        structure=structure,
-        shards=model.shards,
+        case MSRFast(symmetry=symmetry, layers=layers):
+            return MsrAdapter(
+                model.module,
+                symmetry=Dense(symmetry.rank, symmetry.std)
+                if isinstance(symmetry, DenseSymmetry)
+                else Kronecker(),
+                layers=layers,
+                generator=generator,
+                structure=structure,
+                tasks=choices.tasks,
+            )
+        case LoRAFast(targets=targets, rank=rank, alpha=alpha):
+            return LoraAdapter(
+                model.module,
+                targets=targets,
+                rank=rank,
+                alpha=alpha,
+                generator=generator,
+                structure=structure,
+                shards=shards,
+            )
+        case SoftPromptFast(num_tokens=num_tokens, start=start):
+            return SoftPromptAdapter(
+                model.module,
+                num_tokens=num_tokens,
+                start=start,
+                generator=generator,
+                structure=structure,
+                shards=shards,
+            )
+        case HeadFast() | NormBiasFast() | PartFast():
+            return PartAdapter(
+                model.module,
+                names=_fast_parameters(recipe, fast, model.module, structure),
+                tasks=fast.tasks if isinstance(fast, PartFast) else "together",
+                structure=structure,
+                shards=shards,
+            )
+
+
+def _fast_parameters(
+    recipe: Recipe, fast: HeadFast | NormBiasFast | PartFast, model: nn.Module, structure: Structure
+) -> list[str]:
+    """The names of the model's parameters that are fast."""
+    if isinstance(fast, PartFast):
+        return matching_parameters(model, fast.parameters)
+    head: list[str] = []
+    if isinstance(fast, HeadFast) or fast.head:
+        head = head_parameters(model, structure, task_output(recipe).head)
+    if isinstance(fast, HeadFast):
+        return head
+    return list(
+        dict.fromkeys([*norm_and_bias_parameters(model, norms=fast.norms, biases=fast.biases), *head])
     )
 
 
@@ -142,10 +203,25 @@ def build_unroll(
             bottleneck=nat_price(recipe),
         ),
         rule=build_rule(adaptation.rule),
-        rates=Rates(rate, grain, adaptation.num_steps),
+        rates=Rates(
+            rate,
+            grain,
+            adaptation.num_steps,
+            scale=adaptation.rule.rates.scale,
+            spread=adaptation.rule.rates.spread,
+            seed=recipe.seed,
+        ),
         step_weights=step_weights(_step_weights(recipe), adaptation.num_steps),
         terms=meta_terms(recipe),
+        head_first=_head_first(recipe, adapter),
     )
+
+
+def _head_first(recipe: Recipe, adapter: Adapter) -> HeadFirst | None:
+    num_steps = recipe.adaptation.head.first_steps
+    if num_steps == 0:
+        return None
+    return HeadFirst(frozenset(adapter.head_weights(task_output(recipe).head)), num_steps)
 
 
 def _learned_loss(recipe: Recipe) -> LearnedLoss | None:

@@ -135,7 +135,7 @@ def model_structure(model: nn.Module) -> Structure:
     names = [name for name, _ in model.named_modules()]
     blocks = tuple(name for name in names if name.startswith("blocks.") and name.count(".") == 1)
     assert isinstance(model, Conv4 | Mlp | SingleLayer | Gpt)
-    return Structure(blocks, model.heads)
+    return Structure(blocks, model.heads, "token_embedding" if isinstance(model, Gpt) else None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -67,6 +67,7 @@ class ForwardPass:
         objective: the loss that it is for.
         met: takes in what batch norms meet; None where nobody asks.
         bottleneck: what stochastic layers do; None: a model that has one is refused.
+        num_tasks: T, where the model is called once with the examples of all tasks, `[T * N, ...]`.
     """
 
     precision: Precision
@@ -81,6 +82,7 @@ class ForwardPass:
     objective: str = ""
     met: MetStatistics | None = None
     bottleneck: Bottleneck | None = None
+    num_tasks: int = 1
 
     def of_task(self, task: int) -> ForwardPass:
         """The same pass for one of its tasks."""
@@ -90,6 +92,10 @@ class ForwardPass:
             weights=None if self.weights is None else self.weights[task : task + 1],
             bottleneck=None if self.bottleneck is None else self.bottleneck.of_task(task),
         )
+
+    def together(self, num_tasks: int) -> ForwardPass:
+        """The same pass where one call of the model is that of all tasks."""
+        return dataclasses.replace(self, num_tasks=num_tasks)
 
     def arguments(self, inputs: Tensor) -> tuple[Tensor] | tuple[Tensor, str]:
         """What the model is called with."""
@@ -104,7 +110,7 @@ class Interception(TorchFunctionMode):
         is_vectorized: whether the pass runs inside `torch.func.vmap`, where kernels are written out.
 
     Attributes:
-        weights: of the examples that the model is called with, `[N]`; None where all count.
+        weights: of the examples of each task that the model is called with, `[T, N]`; None where all count.
     """
 
     def __init__(self, forward_pass: ForwardPass, *, is_vectorized: bool = False) -> None:
@@ -118,7 +124,7 @@ class Interception(TorchFunctionMode):
         self._is_vectorized = is_vectorized
         self._is_entered = False
         self._site, self._num_draws = "", 0
-        self.weights = None if forward_pass.weights is None else forward_pass.weights.flatten()
+        self.weights = forward_pass.weights
 
     @property
     def position(self) -> tuple[str, int]:
@@ -178,13 +184,16 @@ class Interception(TorchFunctionMode):
                 return _ATTENTION_OF_SEVERAL_HEADS(*args, **kwargs)
         if func in (F.batch_norm, F.instance_norm):
             _refuse_running_statistics(func, *args, **kwargs)
-            if func is F.batch_norm and self.weights is not None:
-                return _batch_norm_without_padding(self.weights, *args, **kwargs)
+            if func is F.batch_norm:
+                return _batch_norm(self._pass.num_tasks, self.weights, *args, **kwargs)
         if func is F.scaled_dot_product_attention:
             refuse_dropout(args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0))
-        replacement = self._replacements.get(func)
-        if replacement is not None:
-            return replacement(*args, **kwargs)
+        kernel = self._replacements.get(func, func)
+        of_tasks = _PER_TASK.get(func)
+        if of_tasks is not None:
+            return of_tasks(kernel, *args, **kwargs)
+        if kernel is not func:
+            return kernel(*args, **kwargs)
         if func in _RANDOM:
             raise CapabilityError(
                 f"the model calls {resolve_name(func)}, whose draws cannot be repeated when a step is "
@@ -267,8 +276,9 @@ def _refuse_running_statistics(
         )
 
 
-def _batch_norm_without_padding(
-    example_weights: Tensor,
+def _batch_norm(
+    num_tasks: int,
+    example_weights: Tensor | None,
     inputs: Tensor,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
@@ -278,16 +288,22 @@ def _batch_norm_without_padding(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Batch norm whose statistics are those of the examples that count."""
-    if not training:
-        return F.batch_norm(inputs, running_mean, running_var, weight, bias, training, momentum, eps)
-    if len(inputs) != len(example_weights):
-        raise CapabilityError(
-            f"the model normalises a batch of {len(inputs)} where it was called with {len(example_weights)} "
-            "examples, so those that are padding cannot be told from the others: keep examples in the first "
-            "dim, or take a norm that looks at one example (group or layer norm)."
+    """Batch norm whose statistics are those of each task's examples that count."""
+    if training and example_weights is not None:
+        if len(inputs) != example_weights.numel():
+            raise CapabilityError(
+                f"the model normalises a batch of {len(inputs)} where it was called with "
+                f"{example_weights.numel()} examples, so those that are padding cannot be told from the "
+                "others: keep examples in the first dim, or take a norm that looks at one example (group or "
+                "layer norm)."
+            )
+        return kernels.weighted_batch_norm(inputs, example_weights, weight, bias, eps)
+    is_per_task = any(value is not None and value.ndim == 2 for value in (weight, bias))
+    if is_per_task or (training and num_tasks > 1):
+        return kernels.batch_norm_per_task(
+            inputs, num_tasks, running_mean, running_var, weight, bias, training, momentum, eps
         )
-    return kernels.weighted_batch_norm(inputs, example_weights, weight, bias, eps)
+    return F.batch_norm(inputs, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
 def _generator_state(device: torch.device) -> Tensor:
@@ -310,6 +326,16 @@ _WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
 _FORWARD: dict[Any, Callable[..., Any]] = {
     F.group_norm: kernels.written_out_group_norm,
     F.mish: kernels.written_out_mish,
+}
+# Layers that may have a weight or bias per task.
+_PER_TASK: dict[Any, Callable[..., Any]] = {
+    F.linear: kernels.linear_per_task,
+    F.layer_norm: kernels.layer_norm_per_task,
+    F.rms_norm: kernels.rms_norm_per_task,
+    F.group_norm: kernels.group_norm_per_task,
+    F.conv1d: kernels.conv_per_task,
+    F.conv2d: kernels.conv_per_task,
+    F.conv3d: kernels.conv_per_task,
 }
 _RANDOM = frozenset(
     {

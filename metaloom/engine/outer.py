@@ -31,7 +31,7 @@ class OuterSettings:
     Attributes:
         optimizer: `adam` is AdamW (decoupled weight decay); `sgd` has momentum `betas[0]`.
         lr: learning rate of initialisations and backbone.
-        lr_rates: learning rate of the logarithms of learned inner rates.
+        lr_rates: learning rate of learned inner rates, or of their logarithms: what is learned of them.
         lr_loss: learning rate of learned loss parameters.
         warmup_steps: outer steps over which the learning rates rise linearly from 0.
         decay: `cosine` to `final_ratio` at `num_steps`, or `constant`.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from metaloom.engine.forward_pass import Derivative
 from metaloom.engine.inner_loops.base import InnerRule
+from metaloom.engine.inner_loops.head_first import HeadFirst
 from metaloom.engine.inner_loops.rates import Rates
 from metaloom.engine.learner import Learner, TaskBatch
 from metaloom.engine.precision import Scales
@@ -34,6 +35,7 @@ class Unroll:
         step_weights: c_0 .. c_K; plain MAML has c_K = 1 and the others 0.
         scales: what losses are multiplied by inside, in half precision.
         terms: what is added to the meta-loss beside query losses.
+        head_first: the steps that move the head alone; None for none.
     """
 
     learner: Learner
@@ -42,6 +44,7 @@ class Unroll:
     step_weights: tuple[float, ...]
     scales: Scales = dataclasses.field(default_factory=Scales)
     terms: tuple[MetaTerm, ...] = ()
+    head_first: HeadFirst | None = None
 
     @property
     def num_steps(self) -> int:
@@ -104,7 +107,16 @@ class Unroll:
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(phi_{k+1}, s_{k+1}) from (phi_k, s_k)."""
         grads = self.support_gradient(meta, fast, batch, step, create_graph=create_graph)
-        return self.rule.update(fast, state, grads, self.rates.at(meta, fast, step))
+        return self.update(meta, fast, state, grads, step)
+
+    def update(
+        self, meta: Tensors, fast: Tensors, state: Tensors, grads: Tensors, step: int
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """(phi_{k+1}, s_{k+1}) from (phi_k, s_k) and g_k, a pure function; `meta` has the learned rates."""
+        rates = self.rates.at(meta, fast, step)
+        if self.head_first is not None:
+            return self.head_first.update(self.rule, fast, state, grads, rates, step)
+        return self.rule.update(fast, state, grads, rates)
 
 
 def entered(tensors: Tensors, scale: float) -> dict[str, Tensor]:
@@ -185,7 +197,7 @@ def advance(unroll: Unroll, meta: Tensors, batch: TaskBatch, at: Snapshot, step:
     with torch.enable_grad():
         grads = unroll.support_gradient(fixed, leaves(at.fast), batch, step, create_graph=False)
     with torch.no_grad():
-        return Snapshot(*unroll.rule.update(at.fast, at.state, grads, unroll.rates.at(fixed, at.fast, step)))
+        return Snapshot(*unroll.update(fixed, at.fast, at.state, grads, step))
 
 
 def adapt(unroll: Unroll, meta: Tensors, batch: TaskBatch, *, num_steps: int) -> Iterator[Snapshot]:

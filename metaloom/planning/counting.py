@@ -52,6 +52,7 @@ from metaloom.recipe import (
     GPTModel,
     LoRAFast,
     MLPModel,
+    PartFast,
     Pretrain,
     Recipe,
     RematerializedHypergradient,
@@ -59,6 +60,7 @@ from metaloom.recipe import (
     TextInputs,
     TruncatedHypergradient,
     WholeFast,
+    shares_passes,
 )
 from metaloom.recipe.rules.model import GPT_BLOCK_LAYERS
 from metaloom.recipe.schema import maml_of
@@ -115,7 +117,7 @@ def _counted(recipe: Recipe, *, with_shards: bool) -> Facts:
     is_again = isinstance(snapshots, BinomialSnapshots)
     if is_again:
         again = sampled((tasks, (1,), blocks, (1,)), functools.partial(_advance_amounts, recipe))
-    if with_shards and isinstance(fast, LoRAFast):
+    if with_shards and shares_passes(fast):
         recomputed = _with_blocks_recomputed(recipe)
         in_shards = tuple(_ways(recomputed, (tasks, steps, blocks, SHARD_SIZES)))
         if is_again:
@@ -158,7 +160,7 @@ def _counted(recipe: Recipe, *, with_shards: bool) -> Facts:
 
 def _task_sizes(recipe: Recipe) -> tuple[int, ...]:
     most = min(recipe.outer.tasks_per_step, recipe.outer.micro_batch or recipe.outer.tasks_per_step)
-    if isinstance(recipe.adaptation.fast, WholeFast):
+    if not shares_passes(recipe.adaptation.fast):
         most = min(most, MOST_FULL_TASKS)
     return (1,) if most == 1 else (1, most)
 
@@ -188,6 +190,8 @@ def _are_adapted_alike(recipe: Recipe) -> bool:
     """Whether the same layers of every block are adapted; `blocks.5.attention.qkv` names one of a single
     block."""
     fast = recipe.adaptation.fast
+    if isinstance(fast, PartFast):
+        return not any(character.isdigit() for pattern in fast.parameters for character in pattern)
     if not isinstance(fast, LoRAFast) or fast.targets == "all-linear":
         return True
     adapted = {

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from metaloom.recipe.base import BelowOne, Count, FloatOrZero, PositiveFloat, Section, Text
+from metaloom.recipe.base import BelowOne, Count, CountOrZero, FloatOrZero, PositiveFloat, Section, Text
 from metaloom.recipe.data import (
     RehearsalData,
 )
@@ -78,8 +78,77 @@ class LoRAFast(Section):
     )
 
 
+class HeadFast(Section):
+    """The output head alone is adapted; all before it is shared by all tasks (ANIL: Raghu et al. 2020)."""
+
+    kind: Literal["head"] = Field(default="head", description="adapt the output head alone")
+
+
+class NormBiasFast(Section):
+    """Norms and biases are adapted; other weights are shared by all tasks (BitFit: Ben Zaken et al. 2022)."""
+
+    kind: Literal["norm_bias"] = Field(default="norm_bias", description="adapt norms and biases")
+    norms: bool = Field(default=True, description="whether weights and biases of norms are adapted")
+    biases: bool = Field(
+        default=True, description="whether biases of linear layers and convolutions are adapted"
+    )
+    head: bool = Field(default=False, description="whether the output head is adapted as well")
+
+
+class PartFast(Section):
+    """Named parameters of the model are adapted; all others are shared by all tasks."""
+
+    kind: Literal["part"] = Field(default="part", description="adapt some of the model's parameters, by name")
+    parameters: Annotated[tuple[Text, ...], Field(min_length=1)] = Field(
+        description="patterns of names of parameters, such as blocks.1.* or *.bias"
+    )
+    tasks: Literal["together", "loop"] = Field(
+        default="together",
+        description="how one rank's tasks are computed: together (one pass; for weights and biases of linear "
+        "layers and norms, and biases of convolutions), or loop (one after the other; for any)",
+    )
+
+
+class SoftPromptFast(Section):
+    """Vectors in front of each text are adapted; the model is shared by all tasks (Lester et al. 2021)."""
+
+    kind: Literal["soft_prompt"] = Field(
+        default="soft_prompt", description="adapt vectors in front of a text's tokens"
+    )
+    num_tokens: Count = Field(
+        default=8, description="vectors; with the text's tokens at most model.context_length"
+    )
+    start: Literal["tokens", "normal"] = Field(
+        default="tokens",
+        description="where the vectors start: tokens (embeddings of tokens drawn from the seed) or normal "
+        "(numbers of standard deviation 0.02, drawn from the seed)",
+    )
+
+
+Fast = FullFast | LoRAFast | HeadFast | NormBiasFast | PartFast | SoftPromptFast | MSRFast
 # Where every task has whole weights of its own.
 WholeFast = FullFast | MSRFast
+
+
+def shares_passes(fast: Fast) -> bool:
+    """Whether all tasks go through a backbone that they share in one pass."""
+    return not isinstance(fast, WholeFast) and not (isinstance(fast, PartFast) and fast.tasks == "loop")
+
+
+class Head(Section):
+    """How the output head adapts, where it is among what is adapted."""
+
+    init: Literal["learned", "zero"] = Field(
+        default="learned",
+        description="where the head starts: learned (with all that is adapted) or zero, in every task (Kao "
+        "et al. 2022)",
+    )
+    first_steps: CountOrZero = Field(
+        default=0,
+        description="inner steps that move the head alone, before all that is adapted moves (Kumar et al. "
+        "2022); fewer than num_steps",
+    )
+
 
 InnerRate = Annotated[
     PositiveFloat,
@@ -109,6 +178,26 @@ LearnedRates = Annotated[
         "per_element (one for each number of each fast weight)"
     ),
 ]
+
+
+class LearnedRateValues(Section):
+    """What is learned of the inner rates, and where it starts."""
+
+    scale: Literal["log", "linear"] = Field(
+        default="log",
+        description="what the outer loop moves: log, the logarithms of the rates, which stay positive, or "
+        "linear, the rates themselves, which may become negative (Meta-SGD: Li et al. 2017)",
+    )
+    spread: tuple[PositiveFloat, PositiveFloat] | None = Field(
+        default=None,
+        description="the lowest and highest of the rates to start with, drawn evenly from the seed, such as "
+        "[0.005, 0.1]; null for all at lr",
+    )
+
+
+RateValues = Annotated[
+    LearnedRateValues, Field(description="what is learned of the inner rates, and where it starts")
+]
 Betas = tuple[BelowOne, BelowOne]
 EpsRoot = Annotated[
     PositiveFloat,
@@ -132,6 +221,7 @@ class SGDRule(Section):
     clip_norm: InnerClipNorm = None
     proximal: Proximal = 0.0
     learned: LearnedRates = "none"
+    rates: RateValues = LearnedRateValues()
 
 
 class AdamRule(Section):
@@ -146,6 +236,7 @@ class AdamRule(Section):
     clip_norm: InnerClipNorm = None
     proximal: Proximal = 0.0
     learned: LearnedRates = "none"
+    rates: RateValues = LearnedRateValues()
 
 
 class AdamWRule(Section):
@@ -162,6 +253,7 @@ class AdamWRule(Section):
     clip_norm: InnerClipNorm = None
     proximal: Proximal = 0.0
     learned: LearnedRates = "none"
+    rates: RateValues = LearnedRateValues()
 
 
 class RMSPropRule(Section):
@@ -180,6 +272,7 @@ class RMSPropRule(Section):
     clip_norm: InnerClipNorm = None
     proximal: Proximal = 0.0
     learned: LearnedRates = "none"
+    rates: RateValues = LearnedRateValues()
 
 
 InnerRule = SGDRule | AdamRule | AdamWRule | RMSPropRule
@@ -249,9 +342,8 @@ class LearnedLoss(Section):
 class Adaptation(Section):
     """How a model adapts to one task: what is fast, by which rule, for how many steps."""
 
-    fast: FullFast | LoRAFast | MSRFast = Field(
-        discriminator="kind", description="the fast weights: what a task adapts"
-    )
+    fast: Fast = Field(discriminator="kind", description="the fast weights: what a task adapts")
+    head: Head = Field(default=Head(), description="how the output head adapts, where it is among them")
     rule: InnerRule = Field(discriminator="kind", description="the inner update rule")
     num_steps: Count = Field(description="inner steps K per task")
     norms: Norms = Field(default=Norms(), description="norms, by inner step")

@@ -58,7 +58,8 @@ class Outer(Section):
     )
     lr_rates: PositiveFloat | None = Field(
         default=None,
-        description="peak learning rate of the logarithms of learned inner rates; null for optimizer.lr",
+        description="peak learning rate of learned inner rates, or of their logarithms, as "
+        "adaptation.rule.rates.scale has it; null for optimizer.lr",
     )
     lr_loss: PositiveFloat | None = Field(
         default=None,

@@ -73,6 +73,33 @@ def test_an_algorithm_without_inner_steps_is_trained_and_evaluated(tmp_path: Pat
     assert len(set(ours["mean"])) == 1
 
 
+def test_a_head_of_zero_on_learned_features_is_trained_and_evaluated(tmp_path: Path, glyphs: Path) -> None:
+    way = (
+        "adaptation.fast=head",
+        "adaptation.head.init=zero",
+        "algorithm.meta_parameters={init: false, backbone: true}",
+    )
+    run_well("train", SMOKE, f"data.url={glyphs}", *SHORT, *way, cwd=tmp_path)
+    run_well("evaluate", "runs/smoke", cwd=tmp_path)
+    assert_evaluated(tmp_path / "runs" / "smoke")
+
+
+def test_a_soft_prompt_is_planned_checked_trained_and_evaluated(tmp_path: Path, stdlib: Path) -> None:
+    recipe = RECIPES / "stdlib-lora.yaml"
+    small = (
+        f"data.url={stdlib}",
+        "adaptation.fast={kind: soft_prompt, num_tokens: 3}",
+        "model={kind: gpt, num_layers: 1, width: 8, num_heads: 2, context_length: 19}",
+        "data.sequence_length=16",
+        "pretrain=null",
+    )
+    run_well("plan", recipe, *small, cwd=tmp_path)
+    assert "passed: unrolled is exact" in run_well("check", recipe, *small, cwd=tmp_path)
+    run_well("train", recipe, *small, *SHORT, cwd=tmp_path)
+    run_well("evaluate", "runs/stdlib-lora", cwd=tmp_path)
+    assert_evaluated(tmp_path / "runs" / "stdlib-lora")
+
+
 @pytest.fixture
 def alone(tmp_path: Path) -> Iterator[None]:
     """A process group of this process, as the worker joins one."""
@@ -160,3 +187,27 @@ def test_a_language_model_in_context_is_trained_and_stands_beside_others(
     assert methods["in context, equal data"]["training"].endswith("then 5 steps, 20 samples")
     means = [method["mean"][0] for method in methods.values()]
     assert len(set(means)) == len(means)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(
+    "way",
+    [
+        ("adaptation.fast={kind: norm_bias, head: true}", "adaptation.head={init: zero, first_steps: 1}"),
+        (
+            "adaptation.fast={kind: part, parameters: [blocks.1.conv.weight, head.*], tasks: loop}",
+            "algorithm.meta_parameters.backbone=true",
+        ),
+        ("adaptation.fast={kind: lora, targets: [head], rank: 2}", "algorithm.meta_parameters.backbone=true"),
+        (
+            "adaptation.rule.learned=per_element",
+            "adaptation.rule.rates={scale: linear, spread: [0.005, 0.1]}",
+        ),
+    ],
+    ids=["norm_bias", "part", "lora", "meta_sgd"],
+)
+def test_what_is_fast_and_how_fast_is_trained_and_evaluated(
+    way: tuple[str, ...], tmp_path: Path, glyphs: Path
+) -> None:
+    recipe = load_recipe(SMOKE, (f"data.url={glyphs}", *SHORT, *way))
+    assert_evaluated(trained_and_evaluated(recipe, tmp_path / "run"))

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from metaloom.engine.adapters.base import BACKBONE
+from metaloom.engine.adapters.base import BACKBONE, Adapter
 from metaloom.engine.adapters.lora import LoraAdapter
-from metaloom.engine.adapters.model import Structure
+from metaloom.engine.adapters.model import Shards, Structure
 from metaloom.engine.hypergradients.base import Hypergradient
 from metaloom.engine.sharding.sharded import Sharded, rows_in
 from metaloom.weights import drop_parameters
@@ -50,25 +50,32 @@ def in_shards(
     *,
     targets: Sequence[str] | Literal["all-linear"] = ("qkv", "proj", "fc_in", "fc_out"),
     structure: Structure | None = None,
+    adapt: Callable[[Structure, Shards], Adapter] | None = None,
 ) -> Problem:
     """The same problem, the backbone in shards.
 
     Args:
         targets: what LoRA adapts.
         structure: of the model; of a transformer with one output where None.
+        adapt: makes the adapter; LoRA where None.
     """
     problem.model.requires_grad_(False)
     shards = sharding.divide(problem.model, rows_in(problem.model))
     drop_parameters(problem.model)
-    adapter = LoraAdapter(
-        problem.model,
-        targets=targets,
-        rank=RANK,
-        alpha=6.0,
-        generator=torch.Generator().manual_seed(3),
-        structure=structure or Structure(tuple(f"blocks.{block}" for block in range(NUM_LAYERS)), "head"),
-        shards=shards,
-    )
+    structure = structure or Structure(tuple(f"blocks.{block}" for block in range(NUM_LAYERS)), "head")
+    adapter: Adapter
+    if adapt is not None:
+        adapter = adapt(structure, shards)
+    else:
+        adapter = LoraAdapter(
+            problem.model,
+            targets=targets,
+            rank=RANK,
+            alpha=6.0,
+            generator=torch.Generator().manual_seed(3),
+            structure=structure,
+            shards=shards,
+        )
     meta = {}
     for name, value in problem.meta.items():
         if name.startswith(BACKBONE):

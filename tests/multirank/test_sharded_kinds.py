@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 from torch import Tensor
@@ -13,7 +14,15 @@ from metaloom.engine.hypergradients.rematerialized import Rematerialized
 from metaloom.engine.sharding.sharded import Event, Sharded
 from tests.multirank.processes import run_ranks
 from tests.multirank.sharded_problems import full, in_shards
-from tests.numerics.kinds_of_tasks import ALIKE, LEARNED_LOSS, MODELLING, Setting, model_of, problem_of
+from tests.numerics.kinds_of_tasks import (
+    ALIKE,
+    LEARNED_LOSS,
+    MODELLING,
+    Setting,
+    adapter_of,
+    model_of,
+    problem_of,
+)
 from tests.numerics.problems import relative_error
 
 NUMBERS = (3, 8)
@@ -22,6 +31,9 @@ CASES: tuple[tuple[Hypergradient, Setting], ...] = (
     (Rematerialized(), SEQUENCES),
     (MixedMode(), dataclasses.replace(SEQUENCES, head_chunk=3)),
     (MixedMode(), Setting("tokens", "lora", ALIKE, dropout=0.2)),
+    (MixedMode(), Setting("sequences", "norm_bias", MODELLING, has_ways=True)),
+    (Rematerialized(), Setting("tokens", "head", ALIKE, head_chunk=3)),
+    (MixedMode(), Setting("tokens", "soft_prompt", ALIKE)),
 )
 
 
@@ -35,7 +47,8 @@ def differentiated() -> list[tuple[dict[str, Tensor], list[Event]]]:
         # Each rank's task has another number of examples, and no padding.
         whole = problem_of(setting, (NUMBERS[sharding.rank],), is_padded=False)
         structure = model_of(setting)[1]
-        problem = in_shards(whole, sharding, targets="all-linear", structure=structure)
+        adapt = functools.partial(adapter_of, setting, whole.model)
+        problem = in_shards(whole, sharding, structure=structure, adapt=adapt)
         found = estimator.meta_gradient(problem.unroll, problem.meta, problem.batch)
         collectives = [event for event in events if event.kind != "release"]
         gradient = sharding.sum_gradients(found.gradient)

@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from metaloom.engine.adapters.base import Adapter
 from metaloom.engine.adapters.full import FullAdapter
 from metaloom.engine.adapters.lora import LoraAdapter
-from metaloom.engine.adapters.model import Structure
+from metaloom.engine.adapters.model import Shards, Structure
+from metaloom.engine.adapters.part import PartAdapter
+from metaloom.engine.adapters.selection import head_parameters, norm_and_bias_parameters
+from metaloom.engine.adapters.soft_prompt import SoftPromptAdapter
 from metaloom.engine.inner_loops.base import InnerRule
 from metaloom.engine.inner_loops.gradient_terms import GradientTerms
 from metaloom.engine.inner_loops.rates import Grain, Rates
@@ -30,7 +33,7 @@ from metaloom.models.mlp import Mlp
 from tests.numerics.problems import Problem, perturbed
 
 Kind = Literal["images", "numbers", "regression", "tokens", "sequences"]
-Fast = Literal["lora", "loop", "vmap"]
+Fast = Literal["lora", "loop", "vmap", "head", "norm_bias", "norm_bias, loop", "soft_prompt"]
 # Examples of a task's parts, by its number: no two tasks, and no two parts, have as many.
 SIZES: Mapping[int, Mapping[str, int]] = {
     3: {"support": 5, "query": 4, "rehearsal": 2, "outer_rehearsal": 3},
@@ -40,6 +43,7 @@ SIZES: Mapping[int, Mapping[str, int]] = {
 NUMBERS = tuple(SIZES)
 WAYS = {3: 4, 8: 2, 9: 3}
 NUM_CLASSES, NUM_OLD_CLASSES, NUM_INPUTS, TOKENS, VOCABULARY, IMAGE = 5, 3, 4, 6, 11, 7
+NUM_PROMPT = 2
 RULE = Sgd(GradientTerms(weight_decay=0.03, clip_norm=0.2), momentum=0.6)
 STEP_WEIGHTS = (0.0, 0.4, 0.9)
 LEARNED_LOSS = SupportLoss(1.3, 0.1, ("temperature", "label_smoothing"))
@@ -79,7 +83,7 @@ def problem_of(setting: Setting, numbers: Sequence[int], *, is_padded: bool) -> 
             more; tasks of different sizes have to be.
     """
     model, structure = model_of(setting)
-    adapter = _adapter(setting, model, structure)
+    adapter = adapter_of(setting, model, structure)
     learner = Learner(
         adapter,
         Precision("float64"),
@@ -89,11 +93,11 @@ def problem_of(setting: Setting, numbers: Sequence[int], *, is_padded: bool) -> 
         recompute_blocks=setting.recompute_blocks,
         head_chunk=setting.head_chunk,
         criterion=MeanSquaredError() if setting.kind == "regression" else CrossEntropy(),
-        head={"sequences": "classification", "tokens": "language_modelling"}.get(setting.kind, "tasks"),
+        head=_output(setting),
     )
     rates = Rates(0.2, setting.grain, len(setting.step_weights) - 1)
     unroll = Unroll(learner, setting.rule, rates, setting.step_weights)
-    meta = adapter.meta_parameters(init=True, backbone=setting.fast == "lora")
+    meta = adapter.meta_parameters(init=True, backbone=setting.fast not in ("loop", "vmap"))
     meta |= rates.meta_parameters(adapter.init({}, 1))
     meta |= setting.support_loss.meta_parameters(torch.empty(0, dtype=torch.float64))
     parts = {
@@ -125,13 +129,14 @@ def model_of(setting: Setting) -> tuple[nn.Module, Structure]:
         ),
         "numbers": lambda: _mlp(NUM_CLASSES),
         "regression": lambda: _mlp(2),
-        "tokens": lambda: _gpt(setting.dropout),
-        "sequences": lambda: _gpt(setting.dropout),
+        "tokens": lambda: _gpt(setting),
+        "sequences": lambda: _gpt(setting),
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         model = make[setting.kind]()
-    return model.double(), Structure(tuple(f"blocks.{block}" for block in range(2)), model.heads)
+    embedding = "token_embedding" if isinstance(model, Gpt) else None
+    return model.double(), Structure(tuple(f"blocks.{block}" for block in range(2)), model.heads, embedding)
 
 
 def _mlp(num_outputs: int) -> Mlp:
@@ -145,26 +150,57 @@ def _mlp(num_outputs: int) -> Mlp:
     )
 
 
-def _gpt(dropout: float) -> Gpt:
+def _gpt(setting: Setting) -> Gpt:
     return Gpt(
         num_layers=2,
         width=8,
         num_heads=2,
-        context_length=TOKENS,
+        context_length=TOKENS + (NUM_PROMPT if setting.fast == "soft_prompt" else 0),
         tied_embeddings=False,
-        dropout=dropout,
+        dropout=setting.dropout,
         vocabulary=VOCABULARY,
         num_classes=NUM_CLASSES,
     )
 
 
-def _adapter(setting: Setting, model: nn.Module, structure: Structure) -> Adapter:
-    if setting.fast != "lora":
-        return FullAdapter(model, structure=structure, tasks=setting.fast)
+def _output(setting: Setting) -> str:
+    return {"sequences": "classification", "tokens": "language_modelling"}.get(setting.kind, "tasks")
+
+
+def adapter_of(
+    setting: Setting, model: nn.Module, structure: Structure, shards: Shards | None = None
+) -> Adapter:
+    """What is fast in a model, of which this rank may have shards."""
     generator = torch.Generator().manual_seed(3)
-    return LoraAdapter(
-        model, targets="all-linear", rank=2, alpha=6.0, generator=generator, structure=structure
-    )
+    match setting.fast:
+        case "loop" | "vmap":
+            return FullAdapter(model, structure=structure, tasks=setting.fast)
+        case "head":
+            names = head_parameters(model, structure, _output(setting))
+            return PartAdapter(model, names=names, structure=structure, shards=shards)
+        case "norm_bias" | "norm_bias, loop":
+            names = norm_and_bias_parameters(model, norms=True, biases=True)
+            tasks: Literal["together", "loop"] = "together" if setting.fast == "norm_bias" else "loop"
+            return PartAdapter(model, names=names, tasks=tasks, structure=structure, shards=shards)
+        case "soft_prompt":
+            return SoftPromptAdapter(
+                model,
+                num_tokens=NUM_PROMPT,
+                start="tokens",
+                generator=generator,
+                structure=structure,
+                shards=shards,
+            )
+        case "lora":
+            return LoraAdapter(
+                model,
+                targets="all-linear",
+                rank=2,
+                alpha=6.0,
+                generator=generator,
+                structure=structure,
+                shards=shards,
+            )
 
 
 def _examples(setting: Setting, number: int, part: str) -> dict[str, Tensor]:

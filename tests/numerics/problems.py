@@ -136,6 +136,7 @@ def small_gpt(
     dtype: torch.dtype = torch.float64,
     num_layers: int = 1,
     dropout: float = 0.0,
+    context_length: int = TOKENS,
 ) -> Gpt:
     """Width 8."""
     precision = Precision("float64" if dtype == torch.float64 else "float32")
@@ -144,7 +145,7 @@ def small_gpt(
             num_layers=num_layers,
             width=8,
             num_heads=2,
-            context_length=TOKENS,
+            context_length=context_length,
             tied_embeddings=tied_embeddings,
             dropout=dropout,
         ),

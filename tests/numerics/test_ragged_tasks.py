@@ -59,6 +59,17 @@ SETTINGS = {
     ),
     "tokens, loop": Setting("tokens", "loop", dropout=0.3),
     "sequences, lora": Setting("sequences", "lora", MODELLING, has_ways=True, dropout=0.3),
+    "images, head": Setting("images", "head", CLASSIFYING, has_ways=True),
+    "images, norm_bias, recomputed": Setting(
+        "images", "norm_bias", CLASSIFYING, has_ways=True, recompute_blocks=True
+    ),
+    "regression, head": Setting("regression", "head", ALIKE),
+    "tokens, head, recomputed": Setting("tokens", "head", ALIKE, recompute_blocks=True, head_chunk=4),
+    "sequences, norm_bias": Setting("sequences", "norm_bias", MODELLING, has_ways=True, dropout=0.3),
+    "tokens, soft_prompt, recomputed": Setting(
+        "tokens", "soft_prompt", ALIKE, dropout=0.3, recompute_blocks=True, head_chunk=4
+    ),
+    "sequences, soft_prompt": Setting("sequences", "soft_prompt", MODELLING, has_ways=True, dropout=0.3),
     "sequences, vmap": Setting("sequences", "vmap", MODELLING, has_ways=True),
 }
 

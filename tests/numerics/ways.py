@@ -5,6 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+import torch
+
+from metaloom.engine.adapters.base import Adapter
+from metaloom.engine.adapters.model import Structure
+from metaloom.engine.adapters.part import PartAdapter
+from metaloom.engine.adapters.selection import head_parameters, norm_and_bias_parameters
+from metaloom.engine.adapters.soft_prompt import SoftPromptAdapter
 from metaloom.engine.hypergradients.base import Hypergradient
 from metaloom.engine.hypergradients.finite_difference import FiniteDifference
 from metaloom.engine.hypergradients.first_order import FirstOrder
@@ -24,7 +31,18 @@ from metaloom.engine.losses import SupportLoss
 from metaloom.engine.precision import Scales
 from metaloom.engine.snapshots import Binomial
 from tests.numerics.msr_problems import msr_problem
-from tests.numerics.problems import CLIPPED, HEAVY, PLAIN, Problem, conv4_problem, gpt_problem, last
+from tests.numerics.problems import (
+    CLIPPED,
+    HEAVY,
+    PLAIN,
+    TOKENS,
+    Problem,
+    conv4_problem,
+    gpt_problem,
+    last,
+    perturbed,
+    small_gpt,
+)
 
 PULLED = Sgd(GradientTerms(proximal=0.3))
 UNIFORM = (0.0, 0.5, 0.5)
@@ -49,6 +67,45 @@ def conv4(rule: InnerRule = PLAIN) -> Callable[[int], Problem]:
     return lambda num_tasks: conv4_problem(
         step_weights=UNIFORM, rule=rule, grain="per_element", num_tasks=num_tasks
     )
+
+
+def part(rule: InnerRule = PLAIN, *, norms: bool = False) -> Callable[[int], Problem]:
+    """The head of images' network, with norms and biases or alone."""
+
+    def made(num_tasks: int) -> Problem:
+        problem = conv4_problem(
+            step_weights=UNIFORM, rule=rule, grain="per_element", num_tasks=num_tasks, norm="batch"
+        )
+        structure = Structure(tuple(f"blocks.{block}" for block in range(3)), "head")
+        names = head_parameters(problem.model, structure, None)
+        if norms:
+            names = [*norm_and_bias_parameters(problem.model, norms=True, biases=False), *names]
+        return with_adapter(problem, PartAdapter(problem.model, names=names, structure=structure))
+
+    return made
+
+
+def soft_prompt(rule: InnerRule = PLAIN) -> Callable[[int], Problem]:
+    def made(num_tasks: int) -> Problem:
+        problem = gpt(rule)(num_tasks)
+        model = small_gpt(tied_embeddings=True, num_layers=2, context_length=TOKENS + 2)
+        generator = torch.Generator().manual_seed(3)
+        structure = Structure(("blocks.0", "blocks.1"), "head", "token_embedding")
+        adapter = SoftPromptAdapter(
+            model, num_tokens=2, start="tokens", generator=generator, structure=structure
+        )
+        return with_adapter(dataclasses.replace(problem, model=model), adapter)
+
+    return made
+
+
+def with_adapter(problem: Problem, adapter: Adapter) -> Problem:
+    """The same tasks with something else fast."""
+    learner = dataclasses.replace(problem.unroll.learner, adapter=adapter)
+    unroll = dataclasses.replace(problem.unroll, learner=learner)
+    meta = adapter.meta_parameters(init=True, backbone=True)
+    meta |= unroll.rates.meta_parameters(adapter.init({}, 1))
+    return dataclasses.replace(problem, unroll=unroll, meta=perturbed(meta, scale=0.1))
 
 
 def with_a_learned_loss(make: Callable[[int], Problem]) -> Callable[[int], Problem]:
@@ -105,6 +162,9 @@ SWEEPS: dict[str, Way] = {
     "mixed_mode": (MixedMode(), with_a_learned_loss(gpt(HEAVY))),
     "mixed_mode, clipped": (MixedMode(), with_scales(gpt(CLIPPED))),
     "mixed_mode, every weight fast": (MixedMode(), conv4(PULLED)),
+    "rematerialized, head fast": (Rematerialized(), part(HEAVY)),
+    "mixed_mode, norms and head fast": (MixedMode(), part(norms=True)),
+    "mixed_mode, soft prompt": (MixedMode(), soft_prompt(HEAVY)),
     "truncated": (Truncated(num_steps=1, exact=MixedMode()), gpt()),
     "truncated, with earlier losses": (Truncated(num_steps=1, exact=Rematerialized()), conv4()),
     "first_order": (FirstOrder(), gpt(HEAVY)),

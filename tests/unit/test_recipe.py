@@ -343,7 +343,7 @@ def test_a_section_without_a_kind_has_that_of_its_default(load: Load) -> None:
         (
             "adaptation.rule={kind: adam, lr: 0.1, momentum: 0.9}",
             "adaptation.rule.momentum: unknown key; (adaptation.rule of kind adam has: kind, lr, betas, eps, "
-            "eps_root, weight_decay, clip_norm, proximal, learned)",
+            "eps_root, weight_decay, clip_norm, proximal, learned, rates)",
         ),
         (
             "adaptation.rule={kind: rmsprop, lr: 0.1, nesterov: true}",
@@ -487,8 +487,8 @@ outer:
         (
             GLYPHS,
             ["adaptation.fast=lora"],
-            "adaptation.fast.kind: lora adapts linear layers of model.kind = gpt, and model.kind is conv4; "
-            "set adaptation.fast to full",
+            "adaptation.fast.targets: all-linear; leaves the output head out, and model.kind = conv4 has no "
+            "other linear layer; set it to [head], or adaptation.fast to full",
         ),
         (
             GLYPHS,
@@ -527,6 +527,91 @@ outer:
             STDLIB,
             ["adaptation.fast={kind: lora, rank: 100000}"],
             "adaptation.fast.rank: 100000; must be at most model.width",
+        ),
+        (
+            GLYPHS,
+            ["adaptation.fast={kind: part, parameters: ['*.bias', '*.bias']}"],
+            "adaptation.fast.parameters: '*.bias' is listed twice; list it once",
+        ),
+        (
+            GLYPHS,
+            ["adaptation.fast={kind: norm_bias, norms: false, biases: false}"],
+            "adaptation.fast.kind: norm_bias, and norms and biases are both false; set one of them",
+        ),
+        (
+            GLYPHS,
+            ["adaptation.fast=norm_bias", "model.norm=none"],
+            "adaptation.fast.norms: true; has no effect, since this model (conv4) has no norms; set it to "
+            "false",
+        ),
+        (
+            GLYPHS,
+            ["adaptation.fast=soft_prompt"],
+            "adaptation.fast.kind: soft_prompt adapts vectors in front of a text for model.kind = gpt, and",
+        ),
+        (
+            STDLIB,
+            ["adaptation.fast={kind: soft_prompt, num_tokens: 1}", "data.sequence_length=128"],
+            "data.sequence_length: 128; must be at most model.context_length = 128 - "
+            "adaptation.fast.num_tokens = 1; shorten",
+        ),
+        (
+            STDLIB,
+            ["adaptation.fast=head"],
+            "adaptation.fast.kind: head; the head's weight is the embedding's too; set model.tied_embeddings",
+        ),
+        (
+            STDLIB,
+            ["adaptation.fast={kind: norm_bias, head: true}"],
+            "adaptation.fast.head: true; the head's weight is the embedding's too; set model.tied_embeddings",
+        ),
+        (
+            STDLIB,
+            ["adaptation.fast=full", "adaptation.head.init=zero", "algorithm.meta_parameters.backbone=false"],
+            "adaptation.head: is about the head alone, whose weight is the embedding's too; set "
+            "model.tied_em",
+        ),
+        (
+            GLYPHS,
+            ["adaptation.fast=norm_bias", "adaptation.head.init=zero"],
+            "adaptation.head: has no effect, since adaptation.fast = norm_bias does not adapt the head's own "
+            "weights; leave it out",
+        ),
+        (
+            GLYPHS,
+            ["adaptation.fast=head", "adaptation.head.first_steps=1"],
+            "adaptation.head.first_steps: 1; has no effect, since adaptation.fast = head adapts nothing else",
+        ),
+        (
+            GLYPHS,
+            ["adaptation.num_steps=3", "adaptation.head.first_steps=3"],
+            "adaptation.head.first_steps: 3; must be less than adaptation.num_steps = 3, so that the rest ad",
+        ),
+        (
+            GLYPHS,
+            ["adaptation.fast=head", "adaptation.head.init=zero"],
+            "algorithm.meta_parameters.init: true; has no effect, since adaptation.fast = head adapts the "
+            "head alone, which starts at zero",
+        ),
+        (
+            GLYPHS,
+            ["adaptation.rule.rates.scale=linear", "adaptation.rule.learned=none"],
+            "adaptation.rule.rates: has no effect, since adaptation.rule.learned is none; set that, or leave",
+        ),
+        (
+            GLYPHS,
+            ["adaptation.rule.rates.spread=[0.1, 0.005]", "adaptation.rule.learned=per_element"],
+            "adaptation.rule.rates.spread: [0.1, 0.005]; the first must be less than the second",
+        ),
+        (
+            GLYPHS,
+            [
+                "adaptation.fast={kind: part, parameters: [head.*], tasks: loop}",
+                "sharding=sharded",
+                "memory.recompute_blocks=true",
+            ],
+            "adaptation.fast.tasks: loop; sharding.kind = sharded gathers every weight for each pass, and "
+            "this",
         ),
         (
             GLYPHS,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from metaloom.engine.adapters.model import Readout
 from metaloom.engine.forward_pass import ForwardPass
+from metaloom.errors import CapabilityError
 
 INIT = "init."
 BACKBONE = "backbone."
@@ -51,6 +52,20 @@ class Adapter(abc.ABC):
             inputs: `[T, N, ...]`.
             forward_pass: how to run it.
         """
+
+    def head_weights(self, output: str | None) -> tuple[str, ...]:
+        """The names of the fast weights that are the head's: those of the module that gives an output.
+
+        Args:
+            output: which of the model's; None for the one that there is.
+
+        Raises:
+            CapabilityError: the head's own weights are not all fast, or not the head's alone.
+        """
+        raise CapabilityError(
+            "adaptation.head is about the head's own weights, which are not fast here: leave it out, or set "
+            "adaptation.fast to head, part or full."
+        )
 
 
 def broadcast_init(

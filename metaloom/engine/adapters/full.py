@@ -18,6 +18,7 @@ from metaloom.engine.adapters.model import (
     stacked,
 )
 from metaloom.engine.adapters.norms import PerStepNorms, Site, collecting, normalising, rows_of, sites
+from metaloom.engine.adapters.selection import fast_head
 from metaloom.engine.forward_pass import ForwardPass, Interception
 from metaloom.errors import CapabilityError
 
@@ -110,6 +111,9 @@ class FullAdapter(Adapter):
             )
         return stacked(runs)
 
+    def head_weights(self, output: str | None) -> tuple[str, ...]:
+        return fast_head(self._model, self._structure, output, self._initial)
+
     def _shared(self, meta: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
         """The weights of norms at an inner step, where they have some per step."""
         if self._norms is None:
@@ -151,7 +155,7 @@ class FullAdapter(Adapter):
         interception = Interception(forward_pass, is_vectorized=True)
 
         def one_task(weights: dict[str, Tensor], examples: Tensor, example_weights: Tensor | None) -> Tensor:
-            interception.weights = example_weights
+            interception.weights = None if example_weights is None else example_weights[None]
             arguments = forward_pass.arguments(examples)
             logits: Tensor = functional_call(self._model, weights | others, arguments, strict=True)
             return logits

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from metaloom.engine.adapters.base import BACKBONE, INIT, Adapter, broadcast_init
-from metaloom.engine.adapters.model import Readout, Shards, Structure, Tensors, run_model
+from metaloom.engine.adapters.model import Readout, Shards, Structure, Tensors
+from metaloom.engine.adapters.together import backbone_parameters, run_together
 from metaloom.engine.forward_pass import ForwardPass
 from metaloom.engine.kernels import low_rank_update
 from metaloom.errors import CapabilityError
@@ -71,8 +72,8 @@ class LoraAdapter(Adapter):
     def meta_parameters(self, *, init: bool, backbone: bool) -> dict[str, Tensor]:
         meta = {INIT + name: value.clone() for name, value in self._initial.items()} if init else {}
         if backbone:
-            values = dict(self._model.named_parameters()) if self._shards is None else self._shards.values
-            meta |= {BACKBONE + name: value.detach().clone() for name, value in values.items()}
+            values = backbone_parameters(self._model, self._shards)
+            meta |= {BACKBONE + name: value.clone() for name, value in values.items()}
         return meta
 
     def init(self, meta: Mapping[str, Tensor], num_tasks: int) -> dict[str, Tensor]:
@@ -85,25 +86,16 @@ class LoraAdapter(Adapter):
         inputs: Tensor,
         forward_pass: ForwardPass,
     ) -> Readout:
-        num_tasks, num_examples = inputs.shape[:2]
-        backbone = {} if self._shards is None else dict(self._shards.values)
-        backbone |= {
-            # A view is no leaf: see `kernels.wanted`.
-            name.removeprefix(BACKBONE): value.view_as(value)
-            for name, value in meta.items()
-            if name.startswith(BACKBONE)
-        }
-        features, head, tensors = run_model(
+        return run_together(
             self._model,
             self._structure,
-            backbone,
-            inputs.flatten(0, 1),
+            meta,
+            inputs,
             forward_pass,
             attachments=fast,
             attach=self._attached,
             shards=self._shards,
         )
-        return Readout(features.view(num_tasks, num_examples, *features.shape[1:]), head, tensors)
 
     @contextlib.contextmanager
     def _attached(self, fast: Tensors) -> Iterator[None]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -46,10 +46,13 @@ class Structure:
         blocks: names of the modules whose activations may be recomputed, one at a time; none inside another.
         head: name of the last module, a linear layer over the vocabulary; None where there is no such. Of a
             model with several outputs, that of each by the output's name.
+        embedding: name of the module that turns a sequence's tokens into vectors, `[N, L]` into `[N, L, D]`;
+            None where there is no such.
     """
 
     blocks: tuple[str, ...] = ()
     head: str | Mapping[str, str] | None = None
+    embedding: str | None = None
 
     def head_of(self, output: str | None) -> str | None:
         """The name of the last module on the way to one of the model's outputs; None where there is no such.
@@ -104,6 +107,7 @@ def run_model(
     attachments: Tensors,
     attach: Attach,
     shards: Shards | None = None,
+    whole: Collection[str] = (),
 ) -> tuple[Tensor, Callable[..., Tensor] | None, tuple[Tensor, ...]]:
     """The model's output at substituted weights; where the head is held back its input, the head, and its
     weights.
@@ -123,6 +127,7 @@ def run_model(
         attachments: tensors that hooks add to layers, by `<module>.<tensor>`.
         attach: puts hooks for such tensors on the model while its context lasts.
         shards: makes them whole, where `weights` are this rank's shards.
+        whole: names of weights that are no shards all the same.
 
     Raises:
         CapabilityError: the head cannot be held back; the model has no output of the name that is asked for;
@@ -135,7 +140,7 @@ def run_model(
     head_name = own_head if forward_pass.holds_back_head else None
     parts = [*structure.blocks, *([] if head_name is None else [head_name])]
     outside = {name: value for name, value in attachments.items() if not any(_is_in(name, p) for p in parts)}
-    divided = None if shards is None else _Divided(model, weights, shards)
+    divided = None if shards is None else _Divided(model, weights, shards, whole)
     with contextlib.ExitStack() as stack:
         for position, name in enumerate(structure.blocks):
             inside = {key: value for key, value in attachments.items() if _is_in(key, name)}
@@ -290,10 +295,12 @@ class _Divided:
 
     Args:
         weights: the shards, by name; of tied ones by the first.
+        whole: names of weights that are no shards.
     """
 
-    def __init__(self, model: nn.Module, weights: Tensors, shards: Shards) -> None:
+    def __init__(self, model: nn.Module, weights: Tensors, shards: Shards, whole: Collection[str]) -> None:
         self._shards = shards
+        self._no_shards = frozenset(whole)
         values = {parameter: weights[name] for name, parameter in model.named_parameters()}
         self._by_name = {
             name: values[parameter] for name, parameter in model.named_parameters(remove_duplicate=False)
@@ -305,12 +312,13 @@ class _Divided:
 
     def whole_of_module(self, module: str, weights: Tensors) -> dict[str, Tensor]:
         """The whole weights of a module from their shards, by their names in it."""
-        whole = self._shards.whole({f"{module}.{name}": value for name, value in weights.items()})
+        whole = self.whole({f"{module}.{name}": value for name, value in weights.items()})
         return {name: whole[f"{module}.{name}"] for name in weights}
 
     def whole(self, weights: Tensors) -> dict[str, Tensor]:
         """The whole weights from their shards, by their names in the model."""
-        return self._shards.whole(weights) if weights else {}
+        shards = {name: value for name, value in weights.items() if name not in self._no_shards}
+        return {**weights, **(self._shards.whole(shards) if shards else {})}
 
 
 class _RefuseUseOutside(TorchFunctionMode):

@@ -100,9 +100,8 @@ def _task_quantities(
         losses, _ = unroll.learner.losses("support", meta, at, batch, 0)
         grads = torch.autograd.grad(losses.sum(), list(at.values()), materialize_grads=True)
     with torch.no_grad():
-        rates = unroll.rates.at(meta, fast, 0)
         named = dict(zip(fast, grads, strict=True))
-        stepped, _ = unroll.rule.update(fast, unroll.rule.init_state(fast), named, rates)
+        stepped, _ = unroll.update(meta, fast, unroll.rule.init_state(fast), named, 0)
     after = leaves(stepped)
     with torch.enable_grad():
         query, _ = unroll.learner.losses("outer", meta, after, batch, 0)

@@ -58,7 +58,7 @@ def adapt_to_end(unroll: Unroll, meta: Tensors, batch: TaskBatch) -> Path:
     with torch.enable_grad():
         grads = unroll.support_gradient(fixed, leaves(at.fast), batch, last, create_graph=False)
     with torch.no_grad():
-        end, _ = unroll.rule.update(at.fast, at.state, grads, unroll.rates.at(fixed, at.fast, last))
+        end, _ = unroll.update(fixed, at.fast, at.state, grads, last)
     return Path(start, at, grads, end)
 
 

@@ -33,7 +33,7 @@ from metaloom.engine.hypergradients.endpoint import (
 )
 from metaloom.engine.learner import TaskBatch
 from metaloom.engine.precision import HALF
-from metaloom.engine.unroll import Unroll, leaves
+from metaloom.engine.unroll import Unroll, constants, leaves
 from metaloom.errors import CapabilityError
 
 
@@ -125,8 +125,6 @@ def _gradient_adjoint(unroll: Unroll, theta: Tensors, path: Path, adjoint: Tenso
     """g_bar: v applied to the derivative of the last inner step's update by its gradient."""
     fast, state = path.before.fast, path.before.state
     grads = leaves(path.grads)
-    with torch.no_grad():
-        rates = unroll.rates.at(theta, fast, unroll.num_steps - 1)
     with torch.enable_grad():
-        after, _ = unroll.rule.update(fast, state, grads, rates)
+        after, _ = unroll.update(constants(theta), fast, state, grads, unroll.num_steps - 1)
         return gradient_of(list(after.values()), grads, [adjoint[name] for name in after])

@@ -271,7 +271,7 @@ def rule_vjp(
     """
     fast, state, inner = leaves(at.fast), leaves(at.state), leaves(grads)
     with torch.enable_grad():
-        after_fast, after_state = unroll.rule.update(fast, state, inner, unroll.rates.at(theta, fast, step))
+        after_fast, after_state = unroll.update(theta, fast, state, inner, step)
     outputs = [*after_fast.values(), *after_state.values()]
     cotangents = [
         *(adjoint.fast[name] for name in after_fast),

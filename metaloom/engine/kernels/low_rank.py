@@ -1,4 +1,5 @@
-"""The thin products of task-batched LoRA, in the shapes that matrix libraries are fast at.
+"""The thin products of task-batched LoRA, and those of a layer per task, in the shapes that matrix libraries
+are fast at.
 
 Shape letters: T tasks, M rows (examples, tokens), D input width, D' output width, R rank.
 """
@@ -31,6 +32,12 @@ def low_rank_update(output: Tensor, inputs: Tensor, lora_a: Tensor, lora_b: Tens
         output, low_rank, lora_b.transpose(1, 2)
     )
     return updated
+
+
+def product_per_task(inputs: Tensor, weights: Tensor) -> Tensor:
+    """x W^T, task by task: `[T, M, D']` for x `[T, M, D]` and W `[T, D', D]`."""
+    product: Tensor = _Project.apply(*as_autocast(inputs, weights))  # type: ignore[no-untyped-call]
+    return product
 
 
 class _Project(torch.autograd.Function):

@@ -1,6 +1,6 @@
 """Norms in forms that can be differentiated in forward mode over reverse, or leave examples out.
 
-Shape letters: N examples, C channels, G groups of them.
+Shape letters: T tasks, N examples, C channels, G groups of them.
 """
 
 from __future__ import annotations
@@ -39,22 +39,33 @@ def weighted_batch_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """`torch.nn.functional.batch_norm` of `[N, C, ...]` by the statistics of its examples, weighted, from
-    elementary functions: one of weight 0 has no part in them. They are taken in at least float32.
+    """`torch.nn.functional.batch_norm` of `[T * N, C, ...]` by the statistics of each task's examples,
+    weighted, from elementary functions: one of weight 0 has no part in them. They are taken in at least
+    float32.
 
     Args:
-        example_weights: `[N]`.
+        example_weights: `[T, N]`.
+        weight: `[C]`, or one per task `[T, C]`; so is the bias.
     """
     wide = torch.promote_types(inputs.dtype, torch.float32)
-    values, shares = inputs.to(wide), example_weights.to(wide)
-    total = shares.sum()
+    num_behind = inputs.ndim - 2
+    values, shares = (
+        inputs.reshape(*example_weights.shape, *inputs.shape[1:]).to(wide),
+        example_weights.to(wide),
+    )
+    total = shares.sum(1, keepdim=True)
     shares = shares / torch.where(total == 0.0, 1.0, total)
-    shares = shares.view(-1, *(1,) * (inputs.ndim - 1)) / inputs[0, 0].numel()
-    dims = [dim for dim in range(inputs.ndim) if dim != 1]
+    shares = shares.view(*shares.shape, *(1,) * (num_behind + 1)) / inputs[0, 0].numel()
+    dims = [dim for dim in range(1, values.ndim) if dim != 2]
     centered = values - (values * shares).sum(dims, keepdim=True)
     scale = ((centered.square() * shares).sum(dims, keepdim=True) + eps).rsqrt()
-    normed = (centered * scale).to(inputs.dtype)
-    of_channels = (1, -1, *(1,) * (inputs.ndim - 2))
+    normed = (centered * scale).to(inputs.dtype)  # [T, N, C, ...]
+
+    def of_channels(value: Tensor) -> Tensor:
+        return value.view(-1, 1, inputs.shape[1], *(1,) * num_behind)
+
     if weight is not None:
-        normed = normed * weight.view(of_channels)
-    return normed if bias is None else normed + bias.view(of_channels)
+        normed = normed * of_channels(weight)
+    if bias is not None:
+        normed = normed + of_channels(bias)
+    return normed.view(inputs.shape)

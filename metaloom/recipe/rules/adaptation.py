@@ -1,13 +1,25 @@
 """Rules about the inner loop."""
 
-from metaloom.recipe.adaptation import DenseSymmetry, FullFast, LoRAFast, MSRFast, SGDRule
+from metaloom.recipe.adaptation import (
+    DenseSymmetry,
+    FullFast,
+    Head,
+    HeadFast,
+    LearnedRateValues,
+    LoRAFast,
+    MSRFast,
+    NormBiasFast,
+    PartFast,
+    SGDRule,
+    SoftPromptFast,
+)
 from metaloom.recipe.algorithm import MAMLAlgorithm
 from metaloom.recipe.data import (
     DocumentsData,
 )
-from metaloom.recipe.model import Conv4Model, GPTModel
+from metaloom.recipe.model import Conv4Model, GPTModel, SingleLayerModel
 from metaloom.recipe.rules.base import Broken, Rule, of_maml, repeated
-from metaloom.recipe.rules.model import GPT_BLOCK_LAYERS
+from metaloom.recipe.rules.model import linear_layers
 from metaloom.recipe.schema import Recipe
 from metaloom.recipe.tasks import (
     task_facts,
@@ -28,15 +40,6 @@ def regression_has_no_classes(recipe: Recipe) -> Broken:
             )
 
 
-def lora_needs_gpt(recipe: Recipe) -> Broken:
-    if isinstance(recipe.adaptation.fast, LoRAFast) and not isinstance(recipe.model, GPTModel):
-        yield (
-            "adaptation.fast.kind",
-            f"lora adapts linear layers of model.kind = gpt, and model.kind is {recipe.model.kind}; "
-            "set adaptation.fast to full",
-        )
-
-
 def lora_targets_differ(recipe: Recipe) -> Broken:
     fast = recipe.adaptation.fast
     if isinstance(fast, LoRAFast) and isinstance(fast.targets, tuple):
@@ -45,15 +48,23 @@ def lora_targets_differ(recipe: Recipe) -> Broken:
 
 def lora_targets_exist(recipe: Recipe) -> Broken:
     fast = recipe.adaptation.fast
-    if (
-        not (isinstance(recipe.model, GPTModel) and isinstance(fast, LoRAFast))
-        or fast.targets == "all-linear"
-    ):
+    if not isinstance(fast, LoRAFast):
         return
-    layers = [
-        f"blocks.{block}.{name}" for block in range(recipe.model.num_layers) for name in GPT_BLOCK_LAYERS
-    ]
-    layers.append("head")
+    layers = linear_layers(recipe)
+    if not layers:
+        yield (
+            "adaptation.fast.kind",
+            f"lora; adapts linear layers, and model.kind = {recipe.model.kind} has none here; set it to full",
+        )
+        return
+    if fast.targets == "all-linear":
+        if layers == ["head"]:
+            yield (
+                "adaptation.fast.targets",
+                f"all-linear; leaves the output head out, and model.kind = {recipe.model.kind} has no other "
+                "linear layer; set it to [head], or adaptation.fast to full",
+            )
+        return
     endings = ", ".join(dict.fromkeys(layer.rpartition(".")[2] for layer in layers))
     for position, target in enumerate(fast.targets):
         if not any(layer == target or layer.endswith(f".{target}") for layer in layers):
@@ -64,11 +75,13 @@ def lora_targets_exist(recipe: Recipe) -> Broken:
 
 
 def lora_rank_is_low(recipe: Recipe) -> Broken:
-    fast = recipe.adaptation.fast
-    if isinstance(recipe.model, GPTModel) and isinstance(fast, LoRAFast) and fast.rank > recipe.model.width:
+    fast, model = recipe.adaptation.fast, recipe.model
+    if isinstance(model, SingleLayerModel):
+        return
+    if isinstance(fast, LoRAFast) and fast.rank > model.width:
         yield (
             "adaptation.fast.rank",
-            f"{fast.rank}; must be at most model.width = {recipe.model.width}",
+            f"{fast.rank}; must be at most model.width = {model.width}",
         )
 
 
@@ -100,6 +113,98 @@ def a_dense_symmetry_makes_the_weights(recipe: Recipe) -> Broken:
             "given; adaptation.fast.symmetry = dense makes the weights of layers from random numbers; set it "
             "to kronecker, which starts at the weights, or model.weights to null",
         )
+
+
+def patterns_differ(recipe: Recipe) -> Broken:
+    fast = recipe.adaptation.fast
+    if isinstance(fast, PartFast):
+        yield from repeated("adaptation.fast.parameters", fast.parameters)
+
+
+def norms_and_biases_are_there(recipe: Recipe) -> Broken:
+    fast, model = recipe.adaptation.fast, recipe.model
+    if not isinstance(fast, NormBiasFast):
+        return
+    has_norms = isinstance(model, GPTModel) or (isinstance(model, Conv4Model) and model.norm != "none")
+    if not (fast.norms or fast.biases):
+        yield (
+            "adaptation.fast.kind",
+            "norm_bias, and norms and biases are both false; set one of them, or adaptation.fast to head",
+        )
+    elif fast.norms and not has_norms:
+        yield (
+            "adaptation.fast.norms",
+            f"true; has no effect, since this model ({model.kind}) has no norms; set it to false",
+        )
+
+
+def soft_prompts_need_gpt(recipe: Recipe) -> Broken:
+    if isinstance(recipe.adaptation.fast, SoftPromptFast) and not isinstance(recipe.model, GPTModel):
+        yield (
+            "adaptation.fast.kind",
+            f"soft_prompt adapts vectors in front of a text for model.kind = gpt, and model.kind is "
+            f"{recipe.model.kind}; set adaptation.fast to full, head, norm_bias or lora",
+        )
+
+
+def the_head_is_apart(recipe: Recipe) -> Broken:
+    fast, head, model = recipe.adaptation.fast, recipe.adaptation.head, recipe.model
+    if not (
+        isinstance(model, GPTModel)
+        and model.tied_embeddings
+        and task_facts(recipe).objective == "language_modelling"
+    ):
+        return
+    if isinstance(fast, HeadFast) or (isinstance(fast, NormBiasFast) and fast.head):
+        where = "adaptation.fast.kind" if isinstance(fast, HeadFast) else "adaptation.fast.head"
+        what = "head" if isinstance(fast, HeadFast) else "true"
+        yield where, f"{what}; the head's weight is the embedding's too; set model.tied_embeddings to false"
+    elif isinstance(fast, FullFast) and head != Head():
+        yield (
+            "adaptation.head",
+            "is about the head alone, whose weight is the embedding's too; set model.tied_embeddings to "
+            "false",
+        )
+
+
+def the_head_is_fast(recipe: Recipe) -> Broken:
+    fast, head = recipe.adaptation.fast, recipe.adaptation.head
+    is_fast = isinstance(fast, FullFast | HeadFast | PartFast) or (
+        isinstance(fast, NormBiasFast) and fast.head
+    )
+    if head != Head() and not is_fast:
+        yield (
+            "adaptation.head",
+            f"has no effect, since adaptation.fast = {fast.kind} does not adapt the head's own weights; "
+            "leave it out",
+        )
+
+
+def other_steps_follow_the_heads(recipe: Recipe) -> Broken:
+    first_steps, num_steps = recipe.adaptation.head.first_steps, recipe.adaptation.num_steps
+    if first_steps and isinstance(recipe.adaptation.fast, HeadFast):
+        yield (
+            "adaptation.head.first_steps",
+            f"{first_steps}; has no effect, since adaptation.fast = head adapts nothing else; leave it out",
+        )
+    elif first_steps >= num_steps:
+        yield (
+            "adaptation.head.first_steps",
+            f"{first_steps}; must be less than adaptation.num_steps = {num_steps}, so that the rest adapts "
+            "too; lower it, or set adaptation.fast to head",
+        )
+
+
+def rate_values_are_learned(recipe: Recipe) -> Broken:
+    rule = recipe.adaptation.rule
+    if rule.rates != LearnedRateValues() and rule.learned == "none":
+        yield (
+            "adaptation.rule.rates",
+            "has no effect, since adaptation.rule.learned is none; set that, or leave rates out",
+        )
+    if rule.rates.spread is not None and rule.rates.spread[0] >= rule.rates.spread[1]:
+        low, high = rule.rates.spread
+        yield "adaptation.rule.rates.spread", f"[{low}, {high}]; the first must be less than the second"
 
 
 def nesterov_needs_momentum(recipe: Recipe) -> Broken:
@@ -199,13 +304,19 @@ def a_learned_smoothing_starts_above_zero(recipe: Recipe) -> Broken:
 
 RULES: tuple[Rule, ...] = (
     regression_has_no_classes,
-    lora_needs_gpt,
     lora_targets_differ,
     lora_targets_exist,
     lora_rank_is_low,
     msr_layers_differ,
     msr_learns_its_symmetry,
     a_dense_symmetry_makes_the_weights,
+    patterns_differ,
+    norms_and_biases_are_there,
+    soft_prompts_need_gpt,
+    the_head_is_apart,
+    the_head_is_fast,
+    other_steps_follow_the_heads,
+    rate_values_are_learned,
     nesterov_needs_momentum,
     proximal_needs_a_second_step,
     norms_have_steps,

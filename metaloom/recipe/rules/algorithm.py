@@ -7,7 +7,7 @@ from metaloom.engine.capabilities import (
     refusals,
     step_weights_refusal,
 )
-from metaloom.recipe.adaptation import AdamWRule, FullFast, MSRFast
+from metaloom.recipe.adaptation import AdamWRule, FullFast, HeadFast, MSRFast
 from metaloom.recipe.algorithm import (
     CustomAlgorithm,
     FiniteDifferenceHypergradient,
@@ -47,6 +47,17 @@ def full_adaptation_has_no_backbone(recipe: Recipe, maml: MAMLAlgorithm) -> Brok
             "algorithm.meta_parameters.backbone",
             "true, but adaptation.fast = full adapts every weight and leaves no backbone; "
             "set it to false (init learns all weights)",
+        )
+
+
+@of_maml
+def a_head_of_zero_is_not_learned(recipe: Recipe, maml: MAMLAlgorithm) -> Broken:
+    adaptation = recipe.adaptation
+    if isinstance(adaptation.fast, HeadFast) and adaptation.head.init == "zero" and maml.meta_parameters.init:
+        yield (
+            "algorithm.meta_parameters.init",
+            "true; has no effect, since adaptation.fast = head adapts the head alone, which starts at zero "
+            "(adaptation.head.init); set it to false, and backbone to true",
         )
 
 
@@ -251,6 +262,7 @@ def without_steps_weights_are_whole(recipe: Recipe) -> Broken:
 RULES: tuple[Rule, ...] = (
     the_estimator_takes_outer_rehearsal,
     full_adaptation_has_no_backbone,
+    a_head_of_zero_is_not_learned,
     something_is_learned,
     the_estimator_gives_what_is_learned,
     the_estimator_takes_the_step_weights,

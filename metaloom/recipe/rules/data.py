@@ -1,6 +1,7 @@
 """Rules about tasks and data, and the models that read them."""
 
 from metaloom.credentials import has_credentials
+from metaloom.recipe.adaptation import SoftPromptFast
 from metaloom.recipe.data import (
     ArrayInputs,
     ClassesData,
@@ -180,12 +181,15 @@ def sequences_fit_the_context(recipe: Recipe) -> Broken:
         is_document = rehearsed.objective == "language_modelling"
         key = "sequence_length" if is_document else "inputs.length"
         lengths[f"adaptation.rehearsal.data.{key}"] = rehearsed.inputs.length
+    fast = recipe.adaptation.fast
+    num_prompt = fast.num_tokens if isinstance(fast, SoftPromptFast) else 0
+    behind = f" - adaptation.fast.num_tokens = {num_prompt}" if num_prompt else ""
     for path, length in lengths.items():
-        if length > model.context_length:
+        if length + num_prompt > model.context_length:
             yield (
                 path,
                 f"{length}; must be at most model.context_length = "
-                f"{model.context_length}; shorten the sequences or raise model.context_length",
+                f"{model.context_length}{behind}; shorten the sequences or raise model.context_length",
             )
 
 

@@ -5,7 +5,9 @@ import re
 from metaloom.credentials import without_credentials
 from metaloom.engine.sharding.deepspeed_config import refused_keys
 from metaloom.recipe.adaptation import (
+    PartFast,
     WholeFast,
+    shares_passes,
 )
 from metaloom.recipe.algorithm import MAMLAlgorithm
 from metaloom.recipe.machine import (
@@ -95,6 +97,20 @@ def shards_are_of_a_shared_backbone(recipe: Recipe) -> Broken:
         )
 
 
+def shards_are_gathered_for_all_tasks(recipe: Recipe) -> Broken:
+    fast = recipe.adaptation.fast
+    if (
+        isinstance(recipe.sharding, ShardedSharding)
+        and isinstance(fast, PartFast)
+        and not shares_passes(fast)
+    ):
+        yield (
+            "adaptation.fast.tasks",
+            f"{fast.tasks}; sharding.kind = sharded gathers every weight for each pass, and this would be "
+            "one for each task; set it to together, or sharding.kind to replicated",
+        )
+
+
 def shards_are_gathered_again(recipe: Recipe) -> Broken:
     if isinstance(recipe.sharding, ShardedSharding) and not recipe.memory.recompute_blocks:
         yield (
@@ -135,6 +151,7 @@ RULES: tuple[Rule, ...] = (
     extra_keys_are_left_open,
     shards_divide_the_ranks,
     shards_are_of_a_shared_backbone,
+    shards_are_gathered_for_all_tasks,
     shards_are_gathered_again,
     fewer_hosts_are_not_more,
     hosts_meet_at_one_of_them,

@@ -5,12 +5,36 @@ import math
 from metaloom.recipe.data import (
     DocumentsData,
 )
-from metaloom.recipe.model import GPTModel, LinearLayer, LocallyConnectedLayer, SingleLayerModel
-from metaloom.recipe.rules.base import Broken, Rule, repeated
+from metaloom.recipe.model import (
+    Conv4Model,
+    GPTModel,
+    LinearLayer,
+    LocallyConnectedLayer,
+    MLPModel,
+    SingleLayerModel,
+)
+from metaloom.recipe.rules.base import Broken, Rule, Unreadable, repeated
 from metaloom.recipe.schema import Recipe
 from metaloom.recipe.tasks import shape_of, task_facts
 
 GPT_BLOCK_LAYERS = ("attention.qkv", "attention.proj", "mlp.fc_in", "mlp.fc_out")
+
+
+def linear_layers(recipe: Recipe) -> list[str]:
+    """The names of the linear layers of a recipe's model."""
+    match recipe.model:
+        case GPTModel(num_layers=num_layers):
+            layers = [f"blocks.{block}.{name}" for block in range(num_layers) for name in GPT_BLOCK_LAYERS]
+            is_classifier = task_facts(recipe).objective == "classification"
+            return [*layers, "head", *(["classifier"] if is_classifier else [])]
+        case MLPModel(num_layers=num_layers):
+            return [*(f"blocks.{block}.linear" for block in range(num_layers)), "head"]
+        case Conv4Model():
+            return ["head"]
+        case SingleLayerModel(layer=layer):
+            return ["layer"] if isinstance(layer, LinearLayer) else []
+        case _:  # of a recipe with mistakes
+            raise Unreadable
 
 
 def heads_divide_the_width(recipe: Recipe) -> Broken:

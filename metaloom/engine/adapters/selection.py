@@ -1,0 +1,105 @@
+"""Which parameters of a model are fast, by what they are there."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Collection
+
+from torch import nn
+
+from metaloom.engine.adapters.model import Structure
+from metaloom.errors import CapabilityError
+
+CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+NORMS: tuple[type[nn.Module], ...] = (
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.RMSNorm,
+)
+
+
+def head_parameters(model: nn.Module, structure: Structure, output: str | None) -> list[str]:
+    """The parameters of the module that gives an output, the last on the way to it.
+
+    What is fast in ANIL (Raghu et al. 2020, "Rapid Learning or Feature Reuse?", section 4).
+
+    Raises:
+        CapabilityError: the model has no such module; or a weight of it is another layer's too.
+    """
+    head = structure.head_of(output)
+    if head is None:
+        raise CapabilityError("this model has no head that can be told from the rest.")
+    own = [name for name, _ in model.get_submodule(head).named_parameters(prefix=head)]
+    for name, names in uses_of(model).items():
+        shared = [other for other in names if other in own]
+        if shared and len(names) > 1:
+            raise CapabilityError(
+                f"the head's weight {shared[0]} is also {name if name != shared[0] else names[1]}, so that "
+                "the head cannot be apart from the rest: set model.tied_embeddings to false."
+            )
+    return own
+
+
+def norm_and_bias_parameters(model: nn.Module, *, norms: bool, biases: bool) -> list[str]:
+    """The weights and biases of norms, and the biases of linear layers and convolutions.
+
+    Mudrakarta et al. 2019, "K for the Price of 1", section 3 (norms); Ben Zaken et al. 2022, "BitFit",
+    section 3 (biases, of norms too).
+
+    Args:
+        norms: whether to take the weights and biases of norms.
+        biases: whether to take the biases of linear layers and convolutions.
+    """
+    kinds = (*(NORMS if norms else ()), *((nn.Linear, *CONVOLUTIONS) if biases else ()))
+    return [
+        f"{owner}.{name}" if owner else name
+        for owner, module in model.named_modules()
+        if type(module) in kinds
+        for name, _ in module.named_parameters(recurse=False)
+        if name == "bias" or type(module) in NORMS
+    ]
+
+
+def matching_parameters(model: nn.Module, patterns: Collection[str]) -> list[str]:
+    """The parameters whose names match a pattern of `fnmatch` (`*`, `?`, `[...]`), in the model's order.
+
+    Raises:
+        CapabilityError: a pattern matches none; names those that there are.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            raise CapabilityError(
+                f"adaptation.fast.parameters: {pattern!r} matches no parameter; this model has "
+                f"{', '.join(names)}."
+            )
+    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def fast_head(
+    model: nn.Module, structure: Structure, output: str | None, fast: Collection[str]
+) -> tuple[str, ...]:
+    """`head_parameters`, all of which have to be among the fast ones.
+
+    Raises:
+        CapabilityError: one is not.
+    """
+    names = head_parameters(model, structure, output)
+    missing = [name for name in names if name not in fast]
+    if missing:
+        raise CapabilityError(
+            f"adaptation.head is about the head's own weights, and {', '.join(missing)} is not fast: choose "
+            "it in adaptation.fast, or leave adaptation.head out."
+        )
+    return tuple(names)
+
+
+def uses_of(model: nn.Module) -> dict[str, list[str]]:
+    """All names of each parameter, by its first."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return {same[0]: same for same in names.values()}

@@ -1,0 +1,166 @@
+"""Layers with a weight or bias per task, of T tasks in one pass: activations are `[T * N, ...]`, task after
+task.
+
+Each takes the kernel that runs the layer where its weights are shared, and runs it once for all tasks; what
+is per task comes after it.
+
+Shape letters: T tasks, N examples, C channels, D input width, D' output width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from metaloom.engine.kernels.low_rank import product_per_task
+from metaloom.errors import CapabilityError
+
+Kernel = Callable[..., Tensor]
+
+
+def linear_per_task(kernel: Kernel, inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b, W `[T, D', D]` or shared `[D', D]`, b `[T, D']`, shared or None; inputs `[T * N, ..., D]`,
+    or `[T, M, D]`."""
+    if _are_shared((weight, 2), (bias, 1)):
+        return kernel(inputs, weight, bias)
+    if weight.ndim == 2:
+        output = kernel(inputs, weight)
+    else:
+        rows = _of_tasks(inputs, len(weight))
+        output = product_per_task(rows.flatten(1, -2), weight).view(*inputs.shape[:-1], weight.shape[1])
+    return _affine(output, None, bias, num_dims=1)
+
+
+def conv_per_task(
+    kernel: Kernel, inputs: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
+) -> Tensor:
+    """A convolution of `[T * N, C, ...]` with a bias `[T, C']`, shared or None; its weight is shared."""
+    if _are_shared((bias, 1)):
+        return kernel(inputs, weight, bias, *args, **kwargs)
+    output = kernel(inputs, weight, None, *args, **kwargs)
+    return _affine(output, None, bias, num_dims=1, num_behind=inputs.ndim - 2)
+
+
+def layer_norm_per_task(
+    kernel: Kernel,
+    inputs: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Layer norm, its weight and bias `[T, *normalized_shape]`, shared or None."""
+    if _are_shared((weight, len(normalized_shape)), (bias, len(normalized_shape))):
+        return kernel(inputs, normalized_shape, weight, bias, eps)
+    normed = kernel(inputs, normalized_shape, None, None, eps)
+    return _affine(normed, weight, bias, num_dims=len(normalized_shape))
+
+
+def rms_norm_per_task(
+    kernel: Kernel,
+    inputs: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    """RMS norm, its weight `[T, *normalized_shape]`, shared or None."""
+    if _are_shared((weight, len(normalized_shape))):
+        return kernel(inputs, normalized_shape, weight, eps)
+    return _affine(kernel(inputs, normalized_shape, None, eps), weight, None, num_dims=len(normalized_shape))
+
+
+def group_norm_per_task(
+    kernel: Kernel,
+    inputs: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Group norm of `[T * N, C, ...]`, its weight and bias `[T, C]`, shared or None."""
+    if _are_shared((weight, 1), (bias, 1)):
+        return kernel(inputs, num_groups, weight, bias, eps)
+    normed = kernel(inputs, num_groups, None, None, eps)
+    return _affine(normed, weight, bias, num_dims=1, num_behind=inputs.ndim - 2)
+
+
+def batch_norm_per_task(
+    inputs: Tensor,
+    num_tasks: int,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Batch norm of `[T * N, C, ...]` by the statistics of each task's examples: those of T * C channels.
+
+    Args:
+        weight: `[T, C]`, shared `[C]` or None; so is the bias.
+    """
+    of_tasks = _of_tasks(inputs, num_tasks)  # [T, N, C, ...]
+    folded = of_tasks.transpose(0, 1).flatten(1, 2)  # [N, T * C, ...]
+
+    def of_channels(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value.expand(num_tasks, inputs.shape[1]).flatten()
+
+    normed = F.batch_norm(
+        folded,
+        of_channels(running_mean),
+        of_channels(running_var),
+        of_channels(weight),
+        of_channels(bias),
+        training,
+        momentum,
+        eps,
+    )
+    unfolded = normed.view(normed.shape[0], num_tasks, *inputs.shape[1:]).transpose(0, 1)
+    return unfolded.reshape(inputs.shape)
+
+
+def _are_shared(*of_dims: tuple[Tensor | None, int]) -> bool:
+    """Whether no tensor has a dim of tasks in front of so many of its own."""
+    return all(value is None or value.ndim <= num_dims for value, num_dims in of_dims)
+
+
+def _affine(
+    normed: Tensor, weight: Tensor | None, bias: Tensor | None, *, num_dims: int, num_behind: int = 0
+) -> Tensor:
+    """`normed * weight + bias`, each over `num_dims` dims, with the tasks in front or shared by them,
+    `num_behind` dims from the end."""
+
+    def beside(value: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        value = value.to(values.dtype)
+        if value.ndim == num_dims:
+            return values, value.view(*value.shape, *(1,) * num_behind)
+        of_tasks = _of_tasks(values, len(value))
+        between = of_tasks.ndim - 1 - num_dims - num_behind
+        return of_tasks, value.view(len(value), *(1,) * between, *value.shape[1:], *(1,) * num_behind)
+
+    result = normed
+    if weight is not None:
+        values, factors = beside(weight, result)
+        result = (values * factors).view(normed.shape)
+    if bias is not None:
+        values, terms = beside(bias, result)
+        result = (values + terms).view(normed.shape)
+    return result
+
+
+def _of_tasks(inputs: Tensor, num_tasks: int) -> Tensor:
+    """`[T * N, ...]` as `[T, N, ...]`.
+
+    Raises:
+        CapabilityError: the rows are not as many for each task.
+    """
+    if len(inputs) % num_tasks:
+        raise CapabilityError(
+            f"a layer of the model is given {len(inputs)} rows in its first dim for {num_tasks} tasks: keep "
+            "examples in the first dim, or set adaptation.fast to full, which runs one task at a time."
+        )
+    return inputs.reshape(num_tasks, len(inputs) // num_tasks, *inputs.shape[1:])
