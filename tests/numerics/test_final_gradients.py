@@ -27,6 +27,7 @@ TOLD: dict[str, set[Kind]] = {
     "mixed_mode, recomputed": {"init", "backbone"},
     "some graphs": {"init", "backbone"},
     "all graphs": {"init", "backbone", "rates", "loss"},
+    "rematerialized, symmetries": {"init", "backbone"},
     "mixed_mode": {"init", "backbone", "loss"},
     "mixed_mode, clipped": {"init", "backbone"},
     "mixed_mode, every weight fast": {"init"},
