@@ -15,6 +15,8 @@ from metaloom.build import (
     task_batch,
 )
 from metaloom.datasets import Episode
+from metaloom.engine.inner_loops.head_first import HeadFirst
+from metaloom.engine.inner_loops.rates import Rates
 from metaloom.engine.losses import LossTensors
 from metaloom.engine.sharding.replicated import Replicated
 from metaloom.engine.snapshots import HostMemory
@@ -34,6 +36,23 @@ def test_what_learns_no_loss_adapts_by_the_loss_that_the_recipe_starts_from() ->
     assert unroll.learner.support_loss.at({}) == LossTensors(1.5, None)
     learned = build_unroll(recipe, adapter, rate=0.1, grain="none")
     assert "loss.temperature" in initial_meta(recipe, learned)
+
+
+def test_rates_and_the_heads_own_steps_reach_the_unroll() -> None:
+    recipe = load_recipe(
+        RECIPES / "smoke.yaml",
+        (
+            "seed=3",
+            "adaptation.num_steps=4",
+            "adaptation.rule.learned=per_element",
+            "adaptation.rule.rates={scale: linear, spread: [0.005, 0.1]}",
+            "adaptation.head.first_steps=2",
+        ),
+    )
+    adapter = build_adapter(recipe, build_model(recipe, torch.device("cpu"), Replicated()), Choices())
+    unroll = build_unroll(recipe, adapter, rate=0.1, grain="per_element")
+    assert unroll.rates == Rates(0.1, "per_element", 4, scale="linear", spread=(0.005, 0.1), seed=3)
+    assert unroll.head_first == HeadFirst(frozenset({"head.weight", "head.bias"}), 2)
 
 
 def test_snapshots_in_the_hosts_memory_are_refused_where_the_weights_are_there_already() -> None:
