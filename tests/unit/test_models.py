@@ -198,3 +198,14 @@ def test_a_context_has_the_size_of_what_it_describes() -> None:
         network = ConvContext(num_channels=2, num_context=3, width=4, norm=norm)
         assert network(torch.randn(5, 2, 7, 6)).shape == (5, 3, 7, 6)
     assert MlpContext(num_inputs=6, num_context=3, width=4)(torch.randn(5, 2, 3)).shape == (5, 3)
+
+
+def test_layers_of_unequal_widths_follow_each_other() -> None:
+    model = Mlp(num_inputs=3, width=9, num_layers=2, num_outputs=4, widths=[5, 2]).double()
+    inputs = torch.randn(6, 3, dtype=torch.float64)
+    first, second = (block.linear for block in model.blocks)
+    assert (first.weight.shape, second.weight.shape, model.head.weight.shape) == ((5, 3), (2, 5), (4, 2))
+    hidden = (inputs @ first.weight.T + first.bias).relu()
+    hidden = (hidden @ second.weight.T + second.bias).relu()
+    expected = hidden @ model.head.weight.T + model.head.bias
+    assert torch.allclose(model(inputs), expected, rtol=1e-12)
