@@ -150,12 +150,6 @@ REGRESSION = (
 
 
 @pytest.mark.parametrize("kind", ["protonet", "logistic", "svm"])
-def test_there_is_a_width_for_each_layer() -> None:
-    message = "model.widths: [40]; must have one width for each of model.num_layers = 2"
-    with pytest.raises(RecipeError, match=re.escape(message)):
-        load_recipe(RECIPES / "sinusoid-maml.yaml", ["model.widths=[40]"])
-
-
 def test_an_algorithm_that_classifies_takes_no_numbers(kind: str) -> None:
     with pytest.raises(RecipeError, match=f"{kind} tells classes apart, and the tasks are regression"):
         load_recipe(SMOKE, [*REGRESSION, f"algorithm={kind}"])
