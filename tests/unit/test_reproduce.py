@@ -32,7 +32,8 @@ def result(mean: float, seed: int = 0) -> Result:
         "mean": [9.0, mean],
         "ci95": [1.0, 0.25],
         "rehearsal": [1.0, 1.5],
-        "worst_group": {"mean": 0.5, "ci95": 0.1},
+        "higher_is_better": False,
+        "groups": [{"name": "a", "mean": 0.25, "ci95": 0.2}, {"name": "b", "mean": 0.5, "ci95": 0.1}],
     }
     return Result("MAML", seed, ("metaloom train x",), "abc", "2026-11-29", 3600.0, (method,))
 
