@@ -152,13 +152,21 @@ class _Noisy:
         return torch.tanh(x) * (1.0 + 1e-4 * self._random.random())
 
 
+class _NormOfAll(nn.Module):
+    """Batch norm written out, by statistics of all examples at hand."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        centred = inputs - inputs.mean(0)
+        return centred / (centred.square().mean(0) + 1e-5).sqrt()
+
+
 class _Net(nn.Module):
     """Two linear layers with an operation between them; logits `[N, C]` of inputs `[N, D]`."""
 
-    def __init__(self, operation: Callable[[Tensor], Tensor], *, norm: bool = False) -> None:
+    def __init__(self, operation: Callable[[Tensor], Tensor], *, norm: nn.Module | None = None) -> None:
         super().__init__()
         self.first = nn.Linear(WIDTH, WIDTH)
-        self.norm: nn.Module = nn.BatchNorm1d(WIDTH, track_running_stats=False) if norm else nn.Identity()
+        self.norm = norm or nn.Identity()
         self.operation = operation
         self.last = nn.Linear(WIDTH, CLASSES)
 
@@ -180,7 +188,7 @@ def net_problem(
     rule: InnerRule | None = None,
     grain: Grain = "none",
     lora: bool = False,
-    norm: bool = False,
+    norm: nn.Module | None = None,
     centers: bool = False,
     num_tasks: int = 3,
 ) -> Problem:
@@ -452,8 +460,8 @@ class _ClipsTogether(Sgd):
         return super().update(fast, state, {name: grad / norm for name, grad in grads.items()}, rates)
 
 
-def test_batch_norm_over_all_tasks_is_found_as_coupling() -> None:
-    report = checked(net_problem(lora=True, norm=True), "unrolled")
+def test_a_norm_over_all_tasks_is_found_as_coupling() -> None:
+    report = checked(net_problem(lora=True, norm=_NormOfAll()), "unrolled")
     assert {coupling.changed for coupling in report.couplings} == {0, 1, 2}
     assert all(coupling.moved != coupling.changed for coupling in report.couplings)
     assert {coupling.quantity for coupling in report.couplings} == {"inner loss"}
@@ -462,8 +470,10 @@ def test_batch_norm_over_all_tasks_is_found_as_coupling() -> None:
     assert not report.passed
 
 
-def test_batch_norm_of_each_task_is_no_coupling() -> None:
-    assert checked(net_problem(norm=True), "unrolled").couplings == ()
+@pytest.mark.parametrize("lora", [False, True])
+def test_batch_norm_is_of_each_task_and_no_coupling(lora: bool) -> None:
+    norm = nn.BatchNorm1d(WIDTH, track_running_stats=False)
+    assert checked(net_problem(lora=lora, norm=norm), "unrolled").couplings == ()
 
 
 def test_a_rule_that_clips_tasks_together_is_found_as_coupling() -> None:
@@ -472,7 +482,7 @@ def test_a_rule_that_clips_tasks_together_is_found_as_coupling() -> None:
 
 
 def test_coupling_of_tasks_with_equal_data_is_found_by_their_fast_weights() -> None:
-    problem = net_problem(lora=True, norm=True, num_tasks=2)
+    problem = net_problem(lora=True, norm=_NormOfAll(), num_tasks=2)
 
     def equal(part: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: value[:1].expand_as(value).clone() for name, value in part.items()}
@@ -490,7 +500,7 @@ def test_coupling_by_data_alone_is_found() -> None:
 
 
 def test_one_task_alone_has_no_coupling_to_show() -> None:
-    report = checked(net_problem(lora=True, norm=True, num_tasks=1), "unrolled")
+    report = checked(net_problem(lora=True, norm=_NormOfAll(), num_tasks=1), "unrolled")
     assert (report.couplings, report.num_tasks) == ((), 1)
 
 

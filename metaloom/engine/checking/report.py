@@ -154,9 +154,9 @@ class CheckReport:
         )
         return (
             f"tasks are coupled: {each} (at most {COUPLING_TOLERANCE:g} is rounding). What adapts to one "
-            "task must not see another's data: replace what mixes examples of different tasks (batch norm "
-            "over all of them, in-batch losses) by layer or group norm and losses per example, or set "
-            "adaptation.fast to full, which runs one task at a time."
+            "task must not see another's data: replace what mixes examples of different tasks (a norm "
+            "over all of them that is not torch's batch norm, in-batch losses) by torch's norms and losses "
+            "per example, or set adaptation.fast to full, which runs one task at a time."
         )
 
     def _leaking(self) -> str:
