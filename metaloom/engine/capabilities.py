@@ -20,6 +20,8 @@ KIND_NAMES: Mapping[Kind, str] = {
     "rates": "learned inner rates",
     "loss": "loss parameters",
 }
+# Norms of each inner step, of kind backbone: tasks share them.
+PER_STEP = "backbone.per_step."
 # What is counted in training beside what is learned, and has no gradient.
 TRACKED = "tracked."
 

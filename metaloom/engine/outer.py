@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from metaloom.engine.algorithms.posterior import POSTERIOR
+from metaloom.engine.capabilities import PER_STEP
 from metaloom.engine.inner_loops.rates import RATES
 from metaloom.engine.losses import LOSS
 from metaloom.engine.meta_optimizer import States, UpdateRule
@@ -223,8 +224,9 @@ def update_rule(meta: Mapping[str, Tensor], settings: OuterSettings) -> UpdateRu
         prefix = next((prefix for prefix in own if name.startswith(prefix)), None)
         lr[name] = settings.lr if prefix is None else own[prefix]
         # A rate's logarithm has no reason to be pulled towards 0, a rate of 1; nor has a loss parameter's, or
-        # a standard deviation's.
-        weight_decay[name] = 0.0 if prefix is not None or value.ndim < 2 else settings.weight_decay
+        # a standard deviation's. Nor have norms and biases: those of each inner step are rows of a matrix.
+        is_free = prefix is not None or value.ndim < 2 or name.startswith(PER_STEP)
+        weight_decay[name] = 0.0 if is_free else settings.weight_decay
     return UpdateRule(settings.optimizer, settings.betas, settings.eps, lr, weight_decay)
 
 

@@ -15,9 +15,11 @@ from torch.nn import functional as F
 
 from metaloom.engine.adapters.full import FullAdapter
 from metaloom.engine.adapters.norms import PerStepNorms
+from metaloom.engine.adapters.zero_head import ZeroHeadAdapter
 from metaloom.engine.algorithms.maml import Maml
+from metaloom.engine.capabilities import PER_STEP
 from metaloom.engine.hypergradients import HYPERGRADIENTS
-from metaloom.engine.outer import OuterOptimizer
+from metaloom.engine.outer import OuterOptimizer, update_rule
 from metaloom.engine.sharding.replicated import Replicated
 from metaloom.errors import CapabilityError
 from tests.numerics.problems import RATE, Problem, conv4_problem
@@ -77,9 +79,7 @@ def losses_by_hand(
 ) -> tuple[list[Tensor], list[Statistics]]:
     """The query loss of a task after 0 .. K steps of gradient descent, and what norms met at each step."""
     initial = {name.removeprefix("init."): value for name, value in meta.items() if name.startswith("init.")}
-    shared = {
-        name.removeprefix("backbone."): value for name, value in meta.items() if name.startswith("backbone.")
-    }
+    shared = {name.removeprefix(PER_STEP): value for name, value in meta.items() if name.startswith(PER_STEP)}
     fast, losses = dict(initial), []
     met: list[Statistics] = []
     for step in range(K + 1):
@@ -110,7 +110,7 @@ def test_hypergradients_of_rows_equal_those_of_a_network_by_hand(estimator: str,
     )
     assert isinstance(total, Tensor)
     expected = torch.autograd.grad(total, list(meta.values()))
-    assert any(name.startswith("backbone.blocks.0.norm") for name in meta)
+    assert any(name.startswith(f"{PER_STEP}blocks.0.norm") for name in meta)
     for name, value in zip(meta, expected, strict=True):
         assert torch.allclose(found[name], value, rtol=1e-9, atol=1e-11), name
 
@@ -250,6 +250,19 @@ def test_running_means_move_by_a_tenth_and_survive_a_checkpoint() -> None:
     assert torch.equal(
         other.evaluation_parameters()["tracked.norm"], outer.evaluation_parameters()["tracked.norm"]
     )
+
+
+def test_a_head_from_zero_leaves_what_is_counted() -> None:
+    problem = conv4_problem(step_weights=UNIFORM, norms=BOTH)
+    adapter = problem.unroll.learner.adapter
+    assert ZeroHeadAdapter(adapter, None).tracked().keys() == adapter.tracked().keys() != set()
+
+
+def test_rows_of_norms_are_not_decayed_as_norms_are_not() -> None:
+    meta = conv4_problem(step_weights=UNIFORM, norms=WEIGHTS).meta
+    rule = update_rule(meta, dataclasses.replace(SETTINGS, weight_decay=0.1))
+    decayed = {name for name in meta if rule.weight_decay[name] != 0.0}
+    assert decayed == {f"init.blocks.{block}.conv.weight" for block in range(3)} | {"init.head.weight"}
 
 
 def test_models_without_such_norms_and_vmap_are_refused() -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -185,6 +185,28 @@ def test_adaptation_for_its_own_sake_starts_at_the_means() -> None:
     measured = algorithm.curve(meta, data, num_steps=1)
     for task in range(T):
         assert float(measured["loss"][task, 1]) == pytest.approx(closed_form(data, task, meta[NAME][0])[0])
+
+
+def test_what_needs_all_tasks_of_a_step_is_told_of_them_at_the_means() -> None:
+    told: list[tuple[set[str], int]] = []
+
+    class Looking(Maml):
+        def at_step(
+            self,
+            meta: Tensors,
+            batches: Sequence[TaskBatch],
+            gather: Callable[[list[Any]], list[Any]],
+        ) -> Looking:
+            told.append((set(meta), len(batches)))
+            return self
+
+    inner = linear_maml()
+    looking = Looking(inner.unroll, inner.hypergradient)
+    algorithm = dataclasses.replace(over_the_start(), inner=looking)
+    meta, data = somewhere(over_the_start()), regression()
+    found = algorithm.at_step(meta, data.split(1), list)
+    assert isinstance(found, Posterior)
+    assert told == [(set(inner.meta_parameters()), data.num_tasks)]
 
 
 def test_standard_deviations_start_where_they_are_told_to() -> None:

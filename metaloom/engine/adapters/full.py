@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from metaloom.engine.adapters.base import BACKBONE, INIT, Adapter, broadcast_init
+from metaloom.engine.adapters.base import INIT, Adapter, broadcast_init
 from metaloom.engine.adapters.model import (
     Attach,
     Readout,
@@ -19,6 +19,7 @@ from metaloom.engine.adapters.model import (
 )
 from metaloom.engine.adapters.norms import PerStepNorms, Site, collecting, normalising, rows_of, sites
 from metaloom.engine.adapters.selection import fast_head
+from metaloom.engine.capabilities import PER_STEP
 from metaloom.engine.forward_pass import ForwardPass, Interception
 from metaloom.errors import CapabilityError
 
@@ -74,7 +75,7 @@ class FullAdapter(Adapter):
         if not init:
             return {}
         meta = {INIT + name: value.clone() for name, value in self._initial.items()}
-        return meta | {BACKBONE + name: value.clone() for name, value in self._rows.items()}
+        return meta | {PER_STEP + name: value.clone() for name, value in self._rows.items()}
 
     def tracked(self) -> dict[str, Tensor]:
         return {name: value.clone() for name, value in self._statistics.items()}
@@ -119,7 +120,7 @@ class FullAdapter(Adapter):
         if self._norms is None:
             return {}
         row = self._norms.row(step)
-        return {name: meta.get(BACKBONE + name, value)[row] for name, value in self._rows.items()}
+        return {name: meta.get(PER_STEP + name, value)[row] for name, value in self._rows.items()}
 
     def _statistics_of(
         self, meta: Mapping[str, Tensor], of_task: ForwardPass, task: int

@@ -36,6 +36,9 @@ class ZeroHeadAdapter(Adapter):
         meta = self._adapter.meta_parameters(init=init, backbone=backbone)
         return {name: value for name, value in meta.items() if name.removeprefix(INIT) not in self._names}
 
+    def tracked(self) -> dict[str, Tensor]:
+        return self._adapter.tracked()
+
     def init(self, meta: Mapping[str, Tensor], num_tasks: int) -> dict[str, Tensor]:
         fast = self._adapter.init(meta, num_tasks)
         return {

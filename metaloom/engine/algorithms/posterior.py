@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
-from typing import Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -94,6 +94,12 @@ class Posterior(Algorithm):
 
     def tracked(self) -> dict[str, Tensor]:
         return self.inner.tracked()
+
+    def at_step(
+        self, meta: Tensors, batches: Sequence[TaskBatch], gather: Callable[[list[Any]], list[Any]]
+    ) -> Posterior:
+        """With what the other algorithm learns of all tasks, at the means: draws come after it."""
+        return dataclasses.replace(self, inner=self.inner.at_step(_means(meta), batches, gather))
 
     def meta_gradient(
         self,
