@@ -34,7 +34,7 @@ from metaloom.engine.unroll import Unroll
 from metaloom.errors import CheckpointError
 from metaloom.job import Job, stored_room
 from metaloom.ordinary import finished_weights, train_ordinary
-from metaloom.recipe import GroupsData, Recipe
+from metaloom.recipe import FullFast, GroupsData, HeadFast, Recipe
 from metaloom.recipe.tasks import task_facts
 from metaloom.sources import ordinary_samples
 
@@ -46,10 +46,14 @@ _SHOWN_NAMES = {
     "ordinary_equal_data": "ordinary, equal data",
     "ordinary_equal_compute": "ordinary, equal compute",
     "pretrained": "pre-trained only",
+    "linear_probe": "linear probe",
+    "fine_tuned": "fine-tuned",
     "in_context": "in context",
     "in_context_equal_data": "in context, equal data",
     "in_context_equal_compute": "in context, equal compute",
 }
+# They adapt in ways of their own what another baseline has learned: `Recipe.transferred`.
+TRANSFERRED = ("linear_probe", "fine_tuned")
 # The ordinary training that a model in context has had; None for none after the recipe's pre-training.
 IN_CONTEXT = {
     "in_context": None,
@@ -150,18 +154,20 @@ def baseline(job: Job, name: str, newest: Checkpoint) -> Contender:
         return _in_context(job, name, newest)
     model = build_model(job.recipe, job.place.device, job.sharding)
     choices = Choices.load(newest.scalars["choices"])
+    start = job.recipe.transferred if name in TRANSFERRED else name
     training = "none"
-    if name == "pretrained":
+    if start == "pretrained":
         model.load(_pretrained(job))
         training = _after_pretraining(job.recipe, "")
-    elif name.startswith("ordinary_"):
-        weights, training = _after_ordinary_training(job, name, newest)
+    elif start.startswith("ordinary_"):
+        weights, training = _after_ordinary_training(job, start, newest)
         model.load(weights)
-    adapter = build_adapter(job.recipe, model, choices, is_learned=False)
+    recipe = _adapting(job.recipe, name)
+    adapter = build_adapter(recipe, model, choices, is_learned=False)
     shown = _SHOWN_NAMES[name]
 
     def unroll_at(rate: float) -> Unroll:
-        return build_unroll(job.recipe, adapter, rate=rate, grain="none", learns_loss=False)
+        return build_unroll(recipe, adapter, rate=rate, grain="none", learns_loss=False)
 
     rate = _tuned_rate(job, shown, unroll_at)
     return Contender(
@@ -171,6 +177,24 @@ def baseline(job: Job, name: str, newest: Checkpoint) -> Contender:
         inner_rate=f"{rate:.3g} (tuned)",
         training=training,
     )
+
+
+def _adapting(recipe: Recipe, name: str) -> Recipe:
+    """The recipe by whose inner loop a baseline adapts: its own, but for what is fast.
+
+    Of `linear_probe` the head alone, on what ordinary training has made of the layers before: Chen et al.
+    2019, "A Closer Look at Few-shot Classification" (their Baseline), and Tian et al. 2020, "Rethinking
+    Few-Shot Image Classification: a Good Embedding Is All You Need?". Of `fine_tuned` all weights: Dhillon et
+    al. 2020, "A Baseline for Few-Shot Image Classification".
+    """
+    adaptation = recipe.adaptation
+    if name == "linear_probe":
+        # Steps of the head alone come before no others.
+        head = adaptation.head.model_copy(update={"first_steps": 0})
+        adaptation = adaptation.model_copy(update={"fast": HeadFast(), "head": head})
+    elif name == "fine_tuned":
+        adaptation = adaptation.model_copy(update={"fast": FullFast()})
+    return recipe.model_copy(update={"adaptation": adaptation})
 
 
 def _in_context(job: Job, name: str, newest: Checkpoint) -> Contender:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from metaloom.adapting import EpisodeCurve, episode_curves, evaluation_source
 from metaloom.build import build_sharding
 from metaloom.confidence import confidence_95
-from metaloom.contenders import IN_CONTEXT, Contender, baseline, meta_trained, newest_checkpoint
+from metaloom.contenders import IN_CONTEXT, TRANSFERRED, Contender, baseline, meta_trained, newest_checkpoint
 from metaloom.datasets import slice_for_rank
 from metaloom.group_measures import group_results
 from metaloom.job import Job, Place, open_job
@@ -170,7 +170,8 @@ def _notes(job: Job) -> tuple[str, ...]:
             f"In context, the last {num_in_context(recipe)} of {task_facts(recipe).num_support} support "
             f"sequences, {num_tokens} tokens, are in front of each query, whose own tokens alone are judged."
         )
-    if any("equal" in name for name in job.recipe.baselines):
+    trained = [recipe.transferred if name in TRANSFERRED else name for name in recipe.baselines]
+    if any("equal" in name for name in trained):
         notes.append("Ordinary training is judged at its last step, with the recipe's optimizer settings.")
     if any(name.endswith("equal_compute") for name in job.recipe.baselines):
         notes.append(
