@@ -46,7 +46,9 @@ def _value(result: Result, shown: Shown) -> tuple[float, float | None] | None:
         before, after = found["rehearsal"]
         return after - before, None
     if shown.measure == "worst_group":
-        return found["worst_group"]["mean"], found["worst_group"]["ci95"]
+        sign = 1.0 if found["higher_is_better"] else -1.0
+        worst = min(found["groups"], key=lambda group: sign * float(group["mean"]))
+        return float(worst["mean"]), float(worst["ci95"])
     return found["mean"][shown.step], found["ci95"][shown.step]
 
 

@@ -105,6 +105,7 @@ def _make_model(recipe: Recipe, num_classes: int | None) -> nn.Module:
                 num_outputs=num_outputs,
                 activation=activation,
                 num_rehearsal_outputs=own_head,
+                widths=recipe.model.widths,
                 bottleneck=None if stochastic is None else (stochastic.after or num_layers, stochastic.width),
             )
         case SingleLayerModel(layer=layer, bias=bias):

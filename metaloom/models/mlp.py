@@ -5,6 +5,7 @@ Shape letters: N examples, P numbers of an example, D width, C outputs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ Activation = Literal["relu", "tanh"]
 
 
 class Mlp(nn.Module):
-    """Hidden layers of one width, then a linear head.
+    """Hidden layers, then a linear head.
 
     The sine regression of Finn et al. 2017, section 5.1, has width 40, two layers and ReLU.
 
@@ -24,6 +25,7 @@ class Mlp(nn.Module):
         num_inputs: P.
         width: D, of each hidden layer.
         num_layers: hidden layers, at least 1.
+        widths: of each hidden layer where they differ, as many as there are; None for `width` throughout.
         num_outputs: C: numbers of a regression's target, or classes.
         activation: `relu` or `tanh`.
         num_rehearsal_outputs: those of a second head, `rehearsal`; None for none.
@@ -42,14 +44,18 @@ class Mlp(nn.Module):
         num_outputs: int,
         activation: Activation = "relu",
         num_rehearsal_outputs: int | None = None,
+        widths: Sequence[int] | None = None,
         bottleneck: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         after, code = bottleneck or (0, 0)
-        sizes = [num_inputs, *(code if index == after else width for index in range(1, num_layers + 1))]
-        self.blocks = nn.ModuleList(_Layer(size, width, activation) for size in sizes[:-1])
+        of_layers = [width] * num_layers if widths is None else list(widths)
+        sizes = [num_inputs, *(code if row == after else own for row, own in enumerate(of_layers, start=1))]
+        self.blocks = nn.ModuleList(
+            _Layer(size, own, activation) for size, own in zip(sizes[:-1], of_layers, strict=True)
+        )
         self._after = after
-        self.bottleneck = StochasticBottleneck(width, code) if after else None
+        self.bottleneck = StochasticBottleneck(of_layers[after - 1], code) if after else None
         self.head = nn.Linear(sizes[-1], num_outputs)
         self.heads = {"tasks": "head"}
         if num_rehearsal_outputs is not None:

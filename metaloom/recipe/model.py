@@ -36,6 +36,10 @@ class MLPModel(Section):
     kind: Literal["mlp"] = Field(default="mlp", description="fully connected network for arrays of numbers")
     width: Count = Field(default=40, description="units of each hidden layer")
     num_layers: Count = Field(default=2, description="hidden layers")
+    widths: Annotated[tuple[Count, ...], Field(min_length=1)] | None = Field(
+        default=None,
+        description="units of each hidden layer where they differ, num_layers of them; null for width",
+    )
     activation: Literal["relu", "tanh"] = Field(default="relu", description="after each hidden layer")
     weights: str | None = Field(default=None, description=WEIGHTS)
 

@@ -10,7 +10,15 @@ from metaloom.cli import main
 from metaloom.recipe import load_recipe
 from tests.commands import REPOSITORY, run_well
 
-PAGES = ["README.md", "docs/operations.md", "docs/data.md", "docs/scaling.md", "CONTRIBUTING.md"]
+PAGES = [
+    "README.md",
+    "docs/algorithms.md",
+    "docs/extending.md",
+    "docs/operations.md",
+    "docs/data.md",
+    "docs/scaling.md",
+    "CONTRIBUTING.md",
+]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 

@@ -198,3 +198,17 @@ def test_a_context_has_the_size_of_what_it_describes() -> None:
         network = ConvContext(num_channels=2, num_context=3, width=4, norm=norm)
         assert network(torch.randn(5, 2, 7, 6)).shape == (5, 3, 7, 6)
     assert MlpContext(num_inputs=6, num_context=3, width=4)(torch.randn(5, 2, 3)).shape == (5, 3)
+
+
+def test_layers_of_unequal_widths_follow_each_other() -> None:
+    model = Mlp(num_inputs=3, width=9, num_layers=2, num_outputs=4, widths=[5, 2]).double()
+    inputs = torch.randn(6, 3, dtype=torch.float64)
+    weights = dict(model.named_parameters())
+    shapes = [tuple(value.shape) for name, value in weights.items() if name.endswith("weight")]
+    assert shapes == [(5, 3), (2, 5), (4, 2)]
+    hidden = inputs
+    for block in ("blocks.0", "blocks.1"):
+        hidden = hidden @ weights[f"{block}.linear.weight"].T + weights[f"{block}.linear.bias"]
+        hidden = hidden.relu()
+    expected = hidden @ model.head.weight.T + model.head.bias
+    assert torch.allclose(model(inputs), expected, rtol=1e-12)

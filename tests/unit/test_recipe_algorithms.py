@@ -128,6 +128,12 @@ def test_tasks_are_put_side_by_side_only_in_ways_that_can_be(
     assert load_recipe(SMOKE, overrides).task_ways == ways
 
 
+def test_there_is_a_width_for_each_layer() -> None:
+    message = "model.widths: [40]; must have one width for each of model.num_layers = 2"
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        load_recipe(RECIPES / "sinusoid-maml.yaml", ["model.widths=[40]"])
+
+
 def test_an_algorithm_that_classifies_needs_classes() -> None:
     with pytest.raises(RecipeError) as raised:
         load_recipe(STDLIB, ["algorithm=protonet"])

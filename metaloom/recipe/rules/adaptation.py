@@ -17,7 +17,7 @@ from metaloom.recipe.algorithm import MAMLAlgorithm
 from metaloom.recipe.data import (
     DocumentsData,
 )
-from metaloom.recipe.model import Conv4Model, GPTModel, SingleLayerModel
+from metaloom.recipe.model import Conv4Model, GPTModel, MLPModel, SingleLayerModel
 from metaloom.recipe.rules.base import Broken, Rule, of_maml, repeated
 from metaloom.recipe.rules.model import has_tied_head, linear_layers
 from metaloom.recipe.schema import Recipe
@@ -78,10 +78,13 @@ def lora_rank_is_low(recipe: Recipe) -> Broken:
     fast, model = recipe.adaptation.fast, recipe.model
     if isinstance(model, SingleLayerModel):
         return
-    if isinstance(fast, LoRAFast) and fast.rank > model.width:
+    most, key = model.width, "width"
+    if isinstance(model, MLPModel) and model.widths is not None:
+        most, key = min(model.widths), "widths"
+    if isinstance(fast, LoRAFast) and fast.rank > most:
         yield (
             "adaptation.fast.rank",
-            f"{fast.rank}; must be at most model.width = {model.width}",
+            f"{fast.rank}; must be at most model.{key} = {most}",
         )
 
 

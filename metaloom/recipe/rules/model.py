@@ -55,6 +55,17 @@ def heads_divide_the_width(recipe: Recipe) -> Broken:
         )
 
 
+def widths_are_of_the_layers(recipe: Recipe) -> Broken:
+    model = recipe.model
+    if not isinstance(model, MLPModel) or model.widths is None:
+        return
+    if len(model.widths) != model.num_layers:
+        yield (
+            "model.widths",
+            f"{list(model.widths)}; must have one width for each of model.num_layers = {model.num_layers}",
+        )
+
+
 def pretrain_needs_gpt(recipe: Recipe) -> Broken:
     if recipe.pretrain is None:
         return
@@ -155,6 +166,7 @@ _SHAPES = ("[length]", "[channels, length]", "[channels, height, width]")
 
 RULES: tuple[Rule, ...] = (
     heads_divide_the_width,
+    widths_are_of_the_layers,
     pretrain_needs_gpt,
     pretrain_warmup_ends,
     pretrain_splits_differ,
