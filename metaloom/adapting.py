@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from torch import Tensor
 
 from metaloom.build import task_batch
 from metaloom.datasets import BrokenSample, Episode, EpisodeSource, drawn_ahead, share_of_rank
 from metaloom.engine.evaluation import Curve
+from metaloom.engine.losses import bits
 from metaloom.job import Job
+from metaloom.sources import episode_source
+
+
+@dataclasses.dataclass(frozen=True)
+class EpisodeCurve:
+    """What adaptation did on one episode.
+
+    Attributes:
+        task: what the episode is clustered by.
+        metric: after 0 .. K steps.
+        retention: loss on data that was not rehearsed, before and after; None where there is none.
+        group: of the episode; None where it has none.
+    """
+
+    task: str
+    metric: tuple[float, ...]
+    retention: tuple[float, float] | None
+    group: str | None = None
 
 
 def measured_episodes(
@@ -49,3 +69,44 @@ def measured_episodes(
             if count > 0:
                 yield episodes[:count], {name: value[:count] for name, value in measured.items()}
     job.broken.take(broken, step=step)
+
+
+def evaluation_source(job: Job, split: str) -> EpisodeSource:
+    """The episodes of an evaluation, of the split `validation` to tune by or `test` to judge by."""
+    # Another seed than training's and validation's: the tuning must not see the test's draws.
+    recipe = job.recipe
+    return episode_source(
+        recipe, job.data, split, seed=recipe.seed + 1, num_steps=recipe.evaluation_num_steps
+    )
+
+
+def episode_curves(
+    job: Job,
+    curve: Curve,
+    meta: Mapping[str, Tensor],
+    source: EpisodeSource,
+    num_episodes: int,
+    *,
+    metric: str,
+    on_done: Callable[[int], None] = lambda count: None,
+) -> list[EpisodeCurve]:
+    """The curves of episodes 0 .. `num_episodes` - 1 of an evaluation, on every rank. Every rank must call.
+
+    Args:
+        metric: `accuracy`; else the loss, in bits where its name says so.
+        on_done: is told how many episodes were measured, some at a time.
+    """
+    curves: list[EpisodeCurve] = []
+    num_steps = job.recipe.evaluation_num_steps
+    for episodes, measured in measured_episodes(
+        job, curve, meta, source, num_episodes=num_episodes, num_steps=num_steps, step=None
+    ):
+        values = measured["accuracy" if metric == "accuracy" else "loss"].tolist()
+        retention = measured["retention_loss"].tolist() if "retention_loss" in measured else None
+        for row, episode in enumerate(episodes):
+            unit = bits if metric.startswith("bits") else float
+            pair = None if retention is None else (unit(retention[row][0]), unit(retention[row][1]))
+            points = tuple(unit(value) for value in values[row])
+            curves.append(EpisodeCurve(episode.task, points, pair, episode.group))
+        on_done(len(episodes))
+    return job.sharding.gather(curves)

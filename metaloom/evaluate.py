@@ -3,51 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
-from metaloom.adapting import measured_episodes
-from metaloom.budgets import ordinary_budget
-from metaloom.build import (
-    Choices,
-    build_adapter,
-    build_algorithm,
-    build_in_context,
-    build_model,
-    build_sharding,
-    build_unroll,
-    model_structure,
-    ordinary_settings,
-    task_output,
-)
-from metaloom.checkpoints import Checkpoint, CheckpointStore
+from metaloom.adapting import EpisodeCurve, episode_curves, evaluation_source
+from metaloom.build import build_sharding
 from metaloom.confidence import confidence_95
-from metaloom.datasets import EpisodeSource, slice_for_rank
-from metaloom.engine.algorithms.arm import ArmBn, ArmCml
-from metaloom.engine.algorithms.base import Algorithm
-from metaloom.engine.evaluation import Curve, adaptation_curve
-from metaloom.engine.losses import bits
-from metaloom.engine.outer import COUNTED
-from metaloom.engine.streams import StreamCurve
-from metaloom.engine.unroll import Unroll
-from metaloom.errors import CheckpointError
+from metaloom.contenders import IN_CONTEXT, TRANSFERRED, Contender, baseline, meta_trained, newest_checkpoint
+from metaloom.datasets import slice_for_rank
 from metaloom.group_measures import group_results
-from metaloom.job import Job, Place, open_job, stored_room
-from metaloom.ordinary import finished_weights, train_ordinary
-from metaloom.recipe import (
-    ARMBNAlgorithm,
-    ARMCMLAlgorithm,
-    Conv4Model,
-    GPTModel,
-    GroupsData,
-    InContextAlgorithm,
-    Recipe,
-)
+from metaloom.job import Job, Place, open_job
+from metaloom.recipe import ARMBNAlgorithm, ARMCMLAlgorithm, Conv4Model, GPTModel, InContextAlgorithm, Recipe
 from metaloom.recipe.tasks import (
     num_in_context,
     num_inputs,
@@ -55,7 +21,7 @@ from metaloom.recipe.tasks import (
     rehearsal_facts,
     task_facts,
 )
-from metaloom.sources import data_names, episode_source, ordinary_samples
+from metaloom.sources import data_names
 from metaloom.tracking import read_metrics
 from metaloom.tracking.cosines import read_cosines
 from metaloom.tracking.groups import group_rows, stream_rows, worst_group
@@ -68,49 +34,6 @@ from metaloom.tracking.results import (
     headline,
     summary_rows,
 )
-
-ORDINARY_WARMUP_SHARE = 0.05
-MAX_GRID_EXTENSIONS = 4
-
-MetaTensors = dict[str, Tensor]
-
-
-@dataclasses.dataclass(frozen=True)
-class Contender:
-    """Something to adapt: a starting point with its inner rates.
-
-    Attributes:
-        name: in tables and plots.
-        curve: how it adapts.
-        meta: its meta-parameters, trained or not.
-        inner_rate: its rates, in words.
-        training: what was spent on it, in words.
-        stream: how it does over a stream; None where none is asked for.
-    """
-
-    name: str
-    curve: Curve
-    meta: MetaTensors
-    inner_rate: str
-    training: str
-    stream: Curve | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class EpisodeCurve:
-    """What adaptation did on one episode.
-
-    Attributes:
-        task: what the episode is clustered by.
-        metric: after 0 .. K steps.
-        retention: loss on data that was not rehearsed, before and after; None where there is none.
-        group: of the episode; None where it has none.
-    """
-
-    task: str
-    metric: tuple[float, ...]
-    retention: tuple[float, float] | None
-    group: str | None = None
 
 
 def evaluate(recipe: Recipe, place: Place) -> None:
@@ -125,9 +48,9 @@ def evaluate(recipe: Recipe, place: Place) -> None:
     with open_job(
         recipe, place, build_sharding(recipe, place.device), is_training=False, first_step=None
     ) as job:
-        newest = _newest(job)
-        baselines = [_baseline(job, name, newest) for name in recipe.baselines]
-        contenders = [_meta_trained(job, newest), *baselines]
+        newest = newest_checkpoint(job)
+        baselines = [baseline(job, name, newest) for name in recipe.baselines]
+        contenders = [meta_trained(job, newest), *baselines]
         curves = [_test_curves(job, contender.name, contender) for contender in contenders]
         results = [
             _result(job, contender, own, ours=curves[0])
@@ -140,220 +63,7 @@ def evaluate(recipe: Recipe, place: Place) -> None:
             _publish(job, summary)
 
 
-# ---------------------------------------------------------------- contenders
-
-
-def _meta_trained(job: Job, newest: Checkpoint) -> Contender:
-    recipe = job.recipe
-    best_step = newest.scalars["progress"]["best_step"]  # None where there was no validation
-    checkpoint = newest if best_step is None else _checkpoints(job).load(best_step)
-    model = build_model(recipe, job.place.device, job.sharding)
-    if recipe.pretrain is not None:
-        model.load(_pretrained(job))
-    choices = Choices.load(newest.scalars["choices"])
-    algorithm = build_algorithm(recipe, model, choices, job.place.device, sharding=job.sharding)
-    prefix = "meta/" if recipe.outer.ema is None else "average/"
-    meta = {
-        name: job.sharding.held(checkpoint.tensors[prefix + name]).to(job.place.device)
-        for name in algorithm.meta_parameters()
-    }
-    meta |= {
-        name: job.sharding.held(checkpoint.tensors[COUNTED + name]).to(job.place.device)
-        for name in algorithm.tracked()
-    }
-    tasks = recipe.outer.tasks_per_step
-    return Contender(
-        name="meta-trained",
-        curve=algorithm.curve,
-        meta=meta,
-        inner_rate=_own_rate(recipe),
-        training=_after_pretraining(recipe, f"{checkpoint.step} outer steps of {tasks} tasks"),
-        stream=_stream(recipe, algorithm) if recipe.evaluation.stream else None,
-    )
-
-
-def _stream(recipe: Recipe, algorithm: Algorithm) -> StreamCurve:
-    """A method over a stream, where what is predicted is never a part of the context."""
-    if isinstance(algorithm, ArmBn | ArmCml):
-        algorithm = dataclasses.replace(algorithm, is_own_context=False)
-    assert isinstance(recipe.data, GroupsData), "a rule of the recipe has seen to it"
-    return StreamCurve(algorithm.curve, has_queries=not recipe.data.query_is_support)
-
-
-def _own_rate(recipe: Recipe) -> str:
-    """The inner rates of what was meta-trained, in words."""
-    if recipe.maml is None:
-        return "no steps"
-    rule = recipe.adaptation.rule
-    return f"{rule.lr:g}" if rule.learned == "none" else "learned"
-
-
-def _newest(job: Job) -> Checkpoint:
-    folder = job.place.folder
-    newest = _checkpoints(job).load_newest(job.console.warn)
-    if newest is None:
-        raise CheckpointError(
-            f"{folder.path} has no checkpoint yet: train it with `metaloom train --resume {folder.path}`."
-        )
-    return newest
-
-
-def _checkpoints(job: Job) -> CheckpointStore:
-    return CheckpointStore(job.place.folder.checkpoints("meta"), room=stored_room(job.sharding))
-
-
-def _baseline(job: Job, name: str, newest: Checkpoint) -> Contender:
-    """A baseline with its inner rate tuned on validation episodes.
-
-    Args:
-        newest: the checkpoint of meta-training, from whose step and choices budgets follow.
-    """
-    if name in _IN_CONTEXT:
-        return _in_context(job, name, newest)
-    model = build_model(job.recipe, job.place.device, job.sharding)
-    choices = Choices.load(newest.scalars["choices"])
-    training = "none"
-    if name == "pretrained":
-        model.load(_pretrained(job))
-        training = _after_pretraining(job.recipe, "")
-    elif name.startswith("ordinary_"):
-        weights, training = _after_ordinary_training(job, name, newest)
-        model.load(weights)
-    adapter = build_adapter(job.recipe, model, choices, is_learned=False)
-    shown = _SHOWN_NAMES[name]
-
-    def unroll_at(rate: float) -> Unroll:
-        return build_unroll(job.recipe, adapter, rate=rate, grain="none", learns_loss=False)
-
-    rate = _tuned_rate(job, shown, unroll_at)
-    return Contender(
-        name=shown,
-        curve=functools.partial(adaptation_curve, unroll_at(rate)),
-        meta={},
-        inner_rate=f"{rate:.3g} (tuned)",
-        training=training,
-    )
-
-
-def _in_context(job: Job, name: str, newest: Checkpoint) -> Contender:
-    """A language model that has support sequences in front of each query, and does not adapt.
-
-    Args:
-        newest: as for `_baseline`.
-    """
-    recipe = job.recipe
-    model = build_model(recipe, job.place.device, job.sharding)
-    training = "none"
-    ordinary = _IN_CONTEXT[name]
-    if ordinary is not None:
-        weights, training = _after_ordinary_training(job, ordinary, newest)
-        model.load(weights)
-    elif recipe.pretrain is not None:
-        model.load(_pretrained(job))
-        training = _after_pretraining(recipe, "")
-    return Contender(
-        name=_SHOWN_NAMES[name],
-        curve=build_in_context(recipe, model).curve,
-        meta={},
-        inner_rate="no steps",
-        training=training,
-    )
-
-
-def _after_ordinary_training(job: Job, name: str, newest: Checkpoint) -> tuple[MetaTensors, str]:
-    """The weights of a baseline that is ordinarily trained, and what was spent on them, in words."""
-    choices = Choices.load(newest.scalars["choices"])
-    num_samples, num_steps = ordinary_budget(job, name, choices, num_outer_steps=newest.step)
-    weights = _ordinarily_trained(job, name, num_steps)
-    return weights, _after_pretraining(job.recipe, f"{num_steps} steps, {num_samples} samples")
-
-
-def _after_pretraining(recipe: Recipe, training: str) -> str:
-    """What was spent on a contender in words, the recipe's pre-training first."""
-    if recipe.pretrain is None:
-        return training
-    return f"{recipe.pretrain.num_steps} steps of pre-training" + (training and f", then {training}")
-
-
-_SHOWN_NAMES = {
-    "random": "random init",
-    "ordinary_equal_data": "ordinary, equal data",
-    "ordinary_equal_compute": "ordinary, equal compute",
-    "pretrained": "pre-trained only",
-    "in_context": "in context",
-    "in_context_equal_data": "in context, equal data",
-    "in_context_equal_compute": "in context, equal compute",
-}
-# The ordinary training that a model in context has had; None for none after the recipe's pre-training.
-_IN_CONTEXT = {
-    "in_context": None,
-    "in_context_equal_data": "ordinary_equal_data",
-    "in_context_equal_compute": "ordinary_equal_compute",
-}
-
-
-def _pretrained(job: Job) -> MetaTensors:
-    assert job.recipe.pretrain is not None, "the recipe has no pre-training"
-    return finished_weights(job, "pretrain", num_steps=job.recipe.pretrain.num_steps)
-
-
-def _ordinarily_trained(job: Job, name: str, num_steps: int) -> MetaTensors:
-    """Weights after ordinary training on the training split; a classifier's head starts at zero again."""
-    recipe = job.recipe
-    samples = ordinary_samples(recipe, job.data, ("train",), purpose=name)
-    model = build_model(recipe, job.place.device, job.sharding, num_classes=samples.num_classes)
-    if recipe.pretrain is not None:
-        model.load(_pretrained(job))
-    ordinary = recipe.evaluation.ordinary
-    warmup_steps = round(ORDINARY_WARMUP_SHARE * num_steps)
-    weights = train_ordinary(
-        job,
-        model,
-        samples,
-        ordinary_settings(ordinary, num_steps=num_steps, warmup_steps=warmup_steps),
-        batch_size=ordinary.batch_size,
-        phase_name=name,
-        shown_name=_SHOWN_NAMES[name],
-    )
-    if task_facts(recipe).draws_labels:
-        # The new task's classes are others: no output is preferred before adaptation.
-        head = f"{model_structure(model.module).head_of(task_output(recipe).head)}."
-        fresh = build_model(recipe, job.place.device, job.sharding).values()
-        weights |= {key: torch.zeros_like(value) for key, value in fresh.items() if key.startswith(head)}
-    return weights
-
-
 # ---------------------------------------------------------------- measuring
-
-
-def _tuned_rate(job: Job, name: str, unroll_at: Callable[[float], Unroll]) -> float:
-    """The inner rate with the lowest validation loss after adaptation.
-
-    Tries the recipe's factors, then goes on beyond the end of the grid for as long as the best lies
-    there. Every rank must call, and finds the same.
-    """
-    recipe = job.recipe
-    factors = sorted(recipe.evaluation.tuning.rate_factors)
-    source = _source(job, "validation")
-    losses: dict[float, float] = {}
-    with job.console.phase(f"tune {name}", total=None, unit="rate") as phase:
-
-        def try_factor(factor: float) -> None:
-            curve = functools.partial(adaptation_curve, unroll_at(factor * recipe.adaptation.rule.lr))
-            curves = _curves(job, curve, {}, source, recipe.evaluation.tuning.num_episodes, metric="loss")
-            loss = statistics.fmean(curve.metric[-1] for curve in curves)
-            losses[factor] = loss if math.isfinite(loss) else math.inf
-            phase.advance(1)
-
-        for factor in factors:
-            try_factor(factor)
-        for _ in range(MAX_GRID_EXTENSIONS):
-            tried = sorted(losses)
-            best = min(tried, key=losses.__getitem__)
-            if len(tried) == 1 or tried[0] < best < tried[-1]:
-                break
-            try_factor(best * (best / tried[1] if best == tried[0] else best / tried[-2]))
-    return min(losses, key=losses.__getitem__) * recipe.adaptation.rule.lr
 
 
 def _metric(recipe: Recipe) -> str:
@@ -395,11 +105,11 @@ def _test_curves(job: Job, shown: str, contender: Contender) -> list[EpisodeCurv
     job.place.whereabouts.enter(f"the evaluation of {shown}")
     num_here = len(slice_for_rank(num_episodes, job.sharding.rank, job.sharding.world_size))
     with job.console.phase(name, total=num_here, unit="episode") as phase:
-        return _curves(
+        return episode_curves(
             job,
             contender.curve,
             contender.meta,
-            _source(job, "test"),
+            evaluation_source(job, "test"),
             num_episodes,
             metric=_metric(job.recipe),
             on_done=phase.advance,
@@ -439,41 +149,6 @@ def _result(
     )
 
 
-def _source(job: Job, split: str) -> EpisodeSource:
-    # Another seed than training's and validation's: the tuning must not see the test's draws.
-    recipe = job.recipe
-    return episode_source(
-        recipe, job.data, split, seed=recipe.seed + 1, num_steps=recipe.evaluation_num_steps
-    )
-
-
-def _curves(
-    job: Job,
-    curve: Curve,
-    meta: MetaTensors,
-    source: EpisodeSource,
-    num_episodes: int,
-    *,
-    metric: str,
-    on_done: Callable[[int], None] = lambda count: None,
-) -> list[EpisodeCurve]:
-    """The curves of episodes 0 .. `num_episodes` - 1, on every rank. Every rank must call."""
-    curves: list[EpisodeCurve] = []
-    num_steps = job.recipe.evaluation_num_steps
-    for episodes, measured in measured_episodes(
-        job, curve, meta, source, num_episodes=num_episodes, num_steps=num_steps, step=None
-    ):
-        values = measured["accuracy" if metric == "accuracy" else "loss"].tolist()
-        retention = measured["retention_loss"].tolist() if "retention_loss" in measured else None
-        for row, episode in enumerate(episodes):
-            unit = bits if metric.startswith("bits") else float
-            pair = None if retention is None else (unit(retention[row][0]), unit(retention[row][1]))
-            points = tuple(unit(value) for value in values[row])
-            curves.append(EpisodeCurve(episode.task, points, pair, episode.group))
-        on_done(len(episodes))
-    return job.sharding.gather(curves)
-
-
 # ---------------------------------------------------------------- telling
 
 
@@ -488,14 +163,15 @@ def _notes(job: Job) -> tuple[str, ...]:
         notes.append("The labels of support data have no part in adaptation.")
     recipe = job.recipe
     if isinstance(recipe.algorithm, InContextAlgorithm) or any(
-        name in _IN_CONTEXT for name in recipe.baselines
+        name in IN_CONTEXT for name in recipe.baselines
     ):
         num_tokens = positions_in_context(recipe) - num_inputs(task_facts(recipe).inputs)
         notes.append(
             f"In context, the last {num_in_context(recipe)} of {task_facts(recipe).num_support} support "
             f"sequences, {num_tokens} tokens, are in front of each query, whose own tokens alone are judged."
         )
-    if any("equal" in name for name in job.recipe.baselines):
+    trained = [recipe.transferred if name in TRANSFERRED else name for name in recipe.baselines]
+    if any("equal" in name for name in trained):
         notes.append("Ordinary training is judged at its last step, with the recipe's optimizer settings.")
     if any(name.endswith("equal_compute") for name in job.recipe.baselines):
         notes.append(

@@ -53,6 +53,8 @@ Baseline = Literal[
     "ordinary_equal_data",
     "ordinary_equal_compute",
     "pretrained",
+    "linear_probe",
+    "fine_tuned",
     "in_context",
     "in_context_equal_data",
     "in_context_equal_compute",
@@ -69,7 +71,9 @@ class Evaluation(Section):
         default=None,
         description="what to compare with: random (untrained weights), ordinary_equal_data, "
         "ordinary_equal_compute (ordinary training with as much data, or compute), pretrained (before "
-        "meta-training; needs pretrain); null for all of these that apply, [] for none. Of documents also "
+        "meta-training; needs pretrain); null for all of these that apply, [] for none. Where named, also "
+        "linear_probe and fine_tuned (pretrained, or ordinary_equal_data where there is no pretrain, which "
+        "adapts its head alone, or all weights, whatever adaptation.fast is), and of documents "
         "in_context (the weights before meta-training, with support sequences in front of each query and no "
         "adaptation), in_context_equal_data, in_context_equal_compute (the same after ordinary training)",
     )

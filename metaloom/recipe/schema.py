@@ -138,6 +138,11 @@ class Recipe(Section):
         always: tuple[Baseline, ...] = ("random", "ordinary_equal_data", "ordinary_equal_compute")
         return always if self.pretrain is None else (*always, "pretrained")
 
+    @property
+    def transferred(self) -> Baseline:
+        """The baseline whose weights linear_probe and fine_tuned adapt in ways of their own."""
+        return "ordinary_equal_data" if self.pretrain is None else "pretrained"
+
 
 def maml_of(recipe: Recipe) -> MAMLAlgorithm:
     """The algorithm of a recipe that adapts by inner steps.

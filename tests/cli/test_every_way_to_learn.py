@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from metaloom.recipe import load_recipe
+from metaloom.checkpoints import CheckpointStore
+from metaloom.recipe import Recipe, load_recipe
+from metaloom.sources import episode_source, open_data
 from tests.commands import RECIPES, curve, run_well
 from tests.in_process import trained_and_evaluated
 
@@ -211,3 +216,118 @@ def test_what_is_fast_and_how_fast_is_trained_and_evaluated(
 ) -> None:
     recipe = load_recipe(SMOKE, (f"data.url={glyphs}", *SHORT, *way))
     assert_evaluated(trained_and_evaluated(recipe, tmp_path / "run"))
+
+
+TRANSFERRED = ("linear probe", "fine-tuned")
+
+
+def methods_of(folder: Path) -> dict[str, Any]:
+    """The compared methods by their names."""
+    methods = json.loads((folder / "evaluation.json").read_text())["methods"]
+    return {method["name"]: method for method in methods}
+
+
+def naive_errors(recipe: Recipe, weights: dict[str, Tensor], names: Collection[str]) -> list[float]:
+    """The mean squared error over the test tasks before and after each of two steps of gradient descent on
+    the named weights of a network with one hidden layer."""
+    source = episode_source(recipe, open_data(recipe), "test", seed=recipe.seed + 1, num_steps=2)
+    episodes = [source.episode(number) for number in range(recipe.evaluation.num_episodes)]
+    errors = []
+    for episode in episodes:
+        values = {name: value.double() for name, value in weights.items()}
+        support, query = (
+            {k: torch.from_numpy(v) for k, v in part.items()} for part in (episode.support, episode.query)
+        )
+
+        def error(part: dict[str, Tensor], at: dict[str, Tensor]) -> Tensor:
+            inputs = part["inputs"].double().flatten(1)
+            hidden = (inputs @ at["blocks.0.linear.weight"].T + at["blocks.0.linear.bias"]).relu()
+            outputs = hidden @ at["head.weight"].T + at["head.bias"]
+            return (outputs - part["targets"].double().reshape(outputs.shape)).square().mean()
+
+        own = [float(error(query, values))]
+        for _ in range(2):
+            fast = {name: values[name].requires_grad_() for name in names}
+            slopes = torch.autograd.grad(error(support, values | fast), list(fast.values()))
+            rate = recipe.adaptation.rule.lr
+            values |= {
+                name: (value - rate * slope).detach()
+                for (name, value), slope in zip(fast.items(), slopes, strict=True)
+            }
+            own.append(float(error(query, values)))
+        errors.append(own)
+    return [sum(column) / len(column) for column in zip(*errors, strict=True)]
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_linear_probe_moves_the_head_alone_and_fine_tuning_moves_all(tmp_path: Path) -> None:
+    sines = (
+        "data={kind: synthetic, task: sinusoid, num_support: 4, num_query: 3}",
+        "model={kind: mlp, width: 8, num_layers: 1}",
+        "adaptation.fast={kind: norm_bias, norms: false}",
+        "adaptation.rule.lr=0.02",
+        "evaluation.baselines=[ordinary_equal_data, linear_probe, fine_tuned]",
+        "evaluation.ordinary={lr: 0.01, batch_size: 2}",
+    )
+    recipe = load_recipe(SMOKE, (*SHORT, *sines))
+    folder = trained_and_evaluated(recipe, tmp_path / "run")
+    # They adapt what one ordinary training has left.
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["meta", "ordinary_equal_data"]
+    trained = CheckpointStore(folder / "checkpoints" / "ordinary_equal_data").load_newest(pytest.fail)
+    assert trained is not None
+    weights = trained.under("meta/backbone.")
+    methods = methods_of(folder)
+    moved = {
+        "ordinary, equal data": ("blocks.0.linear.bias", "head.bias"),
+        "linear probe": ("head.weight", "head.bias"),
+        "fine-tuned": tuple(weights),
+    }
+    for name, names in moved.items():
+        assert methods[name]["training"] == methods["ordinary, equal data"]["training"]
+        # A run computes in float32.
+        assert methods[name]["mean"] == pytest.approx(naive_errors(recipe, weights, names), rel=1e-5)
+    assert len({method["mean"][-1] for method in methods.values()}) == len(methods) == 4
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_classifiers_head_starts_at_zero_in_a_linear_probe_and_in_fine_tuning(
+    tmp_path: Path, glyphs: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    way = (
+        "adaptation.fast={kind: norm_bias, head: true}",
+        "adaptation.head.first_steps=1",
+        "evaluation.baselines=[linear_probe, fine_tuned]",
+        # Features of 18 steps, and a head that leaves zero by far: otherwise one class is taken for all.
+        "evaluation.ordinary={lr: 0.01, batch_size: 2}",
+        "adaptation.rule.lr=5.0",
+        "evaluation.num_episodes=8",
+    )
+    recipe = load_recipe(SMOKE, (f"data.url={glyphs}", *SHORT, *way))
+    methods = methods_of(trained_and_evaluated(recipe, tmp_path / "run"))
+    assert list(methods) == ["meta-trained", *TRANSFERRED]
+    for name in TRANSFERRED:
+        # All classes of a task are alike to it, and as many queries belong to each.
+        assert methods[name]["mean"][0] == pytest.approx(1 / 3)
+        assert methods[name]["mean"][-1] > 1 / 3
+    assert "Ordinary training is judged at its last step" in capfd.readouterr().out
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_pretrained_language_model_is_probed_and_fine_tuned_without_more_training(
+    tmp_path: Path, stdlib: Path
+) -> None:
+    overrides = (
+        *(f"data.url={stdlib}", *SHORT, *OF_TEXTS),
+        "model.tied_embeddings=false",
+        "evaluation.baselines=[pretrained, linear_probe, fine_tuned]",
+    )
+    recipe = load_recipe(STDLIB, overrides)
+    folder = trained_and_evaluated(recipe, tmp_path / "run")
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["meta", "pretrain"]
+    methods = methods_of(folder)
+    assert list(methods) == ["meta-trained", "pre-trained only", *TRANSFERRED]
+    for name in TRANSFERRED:
+        assert methods[name]["training"] == "2 steps of pre-training"
+        # One pass over all tasks, or one each: the same in float32.
+        assert methods[name]["mean"][0] == pytest.approx(methods["pre-trained only"]["mean"][0], rel=1e-5)
+    assert len({method["mean"][-1] for method in methods.values()}) == len(methods)

@@ -66,6 +66,13 @@ ONLY_IN = {
     "gcsfs": ("metaloom.datasets.drivers",),
     "huggingface_hub": ("metaloom.datasets.hub",),
 }
+# What alone imports a module of the jobs.
+ONLY_BY = {
+    "metaloom.train": "metaloom.worker",
+    "metaloom.evaluate": "metaloom.worker",
+    "metaloom.check": "metaloom.worker",
+    "metaloom.contenders": "metaloom.evaluate",
+}
 TORCH_FREE = (
     "metaloom.arguments",
     "metaloom.cli",
@@ -239,6 +246,12 @@ def test_a_package_is_imported_in_one_place_only(package: str) -> None:
         and any(is_under(entry.name, package) for entry in entries)
     ]
     assert wrong == []
+
+
+@pytest.mark.parametrize("job", ONLY_BY)
+def test_a_module_of_a_job_is_imported_by_one_module_only(job: str) -> None:
+    importers = {module for module, entries in IMPORTS.items() if any(entry.name == job for entry in entries)}
+    assert importers == {ONLY_BY[job]}
 
 
 @pytest.mark.parametrize("root", TORCH_FREE)

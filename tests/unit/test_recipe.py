@@ -796,6 +796,60 @@ outer:
         ),
         (
             GLYPHS,
+            ["evaluation.baselines=[linear_probe]", "adaptation.fast=head"],
+            "evaluation.baselines: 'linear_probe' adapts the head alone, as all baselines do under "
+            "adaptation.fast = head, and is ordinary_equal_data then; take that",
+        ),
+        (
+            STDLIB,
+            ["evaluation.baselines=[linear_probe]"],
+            "evaluation.baselines: 'linear_probe' adapts the head alone, whose weight is the embedding's "
+            "too; set model.tied_embeddings to false, or remove it from the list",
+        ),
+        (
+            GLYPHS,
+            [
+                "evaluation.baselines=[linear_probe]",
+                "data={kind: synthetic, task: sinusoid, num_support: 4}",
+                "model={kind: single_layer, layer: linear}",
+            ],
+            "evaluation.baselines: 'linear_probe' adapts the head alone, and model.kind = single_layer has "
+            "nothing before it; remove it from the list",
+        ),
+        (
+            GLYPHS,
+            ["evaluation.baselines=[fine_tuned]"],
+            "evaluation.baselines: 'fine_tuned' adapts all weights, as all baselines do under "
+            "adaptation.fast = full, and is ordinary_equal_data then; take that",
+        ),
+        (
+            GLYPHS,
+            [
+                "evaluation.baselines=[fine_tuned]",
+                "adaptation.fast={kind: msr, symmetry: kronecker}",
+                "algorithm.meta_parameters.backbone=true",
+            ],
+            "evaluation.baselines: 'fine_tuned' adapts all weights, as all baselines do under "
+            "adaptation.fast = msr, and is ordinary_equal_data then; take that",
+        ),
+        (
+            STDLIB,
+            [
+                "evaluation.baselines=[fine_tuned]",
+                "adaptation.fast=full",
+                "algorithm.meta_parameters={init: true, backbone: false}",
+                "pretrain={num_steps: 1, batch_size: 1, lr: 1}",
+            ],
+            "adaptation.fast = full, and is pretrained then; take that",
+        ),
+        (
+            STDLIB,
+            ["evaluation.baselines=[fine_tuned]", "sharding=sharded", RECOMPUTED],
+            "evaluation.baselines: 'fine_tuned' gives every task a whole copy of all weights, and "
+            "sharding.kind is sharded; remove it from the list",
+        ),
+        (
+            GLYPHS,
             ["launcher.hosts={endpoint: 'node-0:29400', num_hosts: 2, min_hosts: 3}"],
             "launcher.hosts.min_hosts: 3; must be at most launcher.hosts.num_hosts = 2",
         ),
@@ -1047,6 +1101,13 @@ def test_values_that_follow_from_others(load: Load) -> None:
     assert pretrained.evaluation_num_steps == 9
     assert pretrained.baselines[-1] == "pretrained"
     assert load(STDLIB, "evaluation.baselines=[]").baselines == ()
+    assert (plain.transferred, pretrained.transferred) == ("ordinary_equal_data", "pretrained")
+
+
+def test_other_ways_of_adapting_are_compared_where_the_recipe_has_another(load: Load) -> None:
+    load(GLYPHS, "evaluation.baselines=[linear_probe]")
+    load(GLYPHS, "adaptation.fast=head", "evaluation.baselines=[fine_tuned]")
+    load(STDLIB, "model.tied_embeddings=false", "evaluation.baselines=[linear_probe, fine_tuned]")
 
 
 # ---------------------------------------------------------------- overrides

@@ -19,7 +19,7 @@ from metaloom.recipe.data import (
 )
 from metaloom.recipe.model import Conv4Model, GPTModel, MLPModel, SingleLayerModel
 from metaloom.recipe.rules.base import Broken, Rule, of_maml, repeated
-from metaloom.recipe.rules.model import linear_layers
+from metaloom.recipe.rules.model import has_tied_head, linear_layers
 from metaloom.recipe.schema import Recipe
 from metaloom.recipe.tasks import (
     task_facts,
@@ -151,12 +151,8 @@ def soft_prompts_need_gpt(recipe: Recipe) -> Broken:
 
 
 def the_head_is_apart(recipe: Recipe) -> Broken:
-    fast, head, model = recipe.adaptation.fast, recipe.adaptation.head, recipe.model
-    if not (
-        isinstance(model, GPTModel)
-        and model.tied_embeddings
-        and task_facts(recipe).objective == "language_modelling"
-    ):
+    fast, head = recipe.adaptation.fast, recipe.adaptation.head
+    if not has_tied_head(recipe):
         return
     if isinstance(fast, HeadFast) or (isinstance(fast, NormBiasFast) and fast.head):
         where = "adaptation.fast.kind" if isinstance(fast, HeadFast) else "adaptation.fast.head"

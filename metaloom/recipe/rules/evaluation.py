@@ -1,8 +1,12 @@
 """Rules about validation, evaluation and tracking."""
 
 from metaloom.credentials import has_credentials
+from metaloom.recipe.adaptation import HeadFast, WholeFast
 from metaloom.recipe.evaluation import MLflowTracking
+from metaloom.recipe.machine import ShardedSharding
+from metaloom.recipe.model import SingleLayerModel
 from metaloom.recipe.rules.base import Broken, Rule, repeated
+from metaloom.recipe.rules.model import has_tied_head
 from metaloom.recipe.schema import Recipe
 
 
@@ -47,6 +51,47 @@ def baselines_differ(recipe: Recipe) -> Broken:
     yield from repeated("evaluation.baselines", recipe.evaluation.baselines or ())
 
 
+def a_linear_probe_has_a_head(recipe: Recipe) -> Broken:
+    if "linear_probe" not in recipe.baselines:
+        return
+    if isinstance(recipe.adaptation.fast, HeadFast):
+        yield (
+            "evaluation.baselines",
+            "'linear_probe' adapts the head alone, as all baselines do under adaptation.fast = head, and is "
+            f"{recipe.transferred} then; take that",
+        )
+    elif isinstance(recipe.model, SingleLayerModel):
+        yield (
+            "evaluation.baselines",
+            "'linear_probe' adapts the head alone, and model.kind = single_layer has nothing before it; "
+            "remove it from the list",
+        )
+    elif has_tied_head(recipe):
+        yield (
+            "evaluation.baselines",
+            "'linear_probe' adapts the head alone, whose weight is the embedding's too; set "
+            "model.tied_embeddings to false, or remove it from the list",
+        )
+
+
+def fine_tuning_has_whole_weights(recipe: Recipe) -> Broken:
+    if "fine_tuned" not in recipe.baselines:
+        return
+    fast = recipe.adaptation.fast
+    if isinstance(fast, WholeFast):
+        yield (
+            "evaluation.baselines",
+            f"'fine_tuned' adapts all weights, as all baselines do under adaptation.fast = {fast.kind}, and "
+            f"is {recipe.transferred} then; take that",
+        )
+    elif isinstance(recipe.sharding, ShardedSharding):
+        yield (
+            "evaluation.baselines",
+            "'fine_tuned' gives every task a whole copy of all weights, and sharding.kind is sharded; remove "
+            "it from the list",
+        )
+
+
 def tracking_uri_has_no_secret(recipe: Recipe) -> Broken:
     tracking = recipe.tracking
     if isinstance(tracking, MLflowTracking) and tracking.uri is not None and has_credentials(tracking.uri):
@@ -64,5 +109,7 @@ RULES: tuple[Rule, ...] = (
     rates_exist_for_each_evaluation_step,
     pretrained_baseline_needs_pretrain,
     baselines_differ,
+    a_linear_probe_has_a_head,
+    fine_tuning_has_whole_weights,
     tracking_uri_has_no_secret,
 )

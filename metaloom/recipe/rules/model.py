@@ -37,6 +37,14 @@ def linear_layers(recipe: Recipe) -> list[str]:
             raise Unreadable
 
 
+def has_tied_head(recipe: Recipe) -> bool:
+    """Whether the weight of the head that tasks read is the embedding's too."""
+    model = recipe.model
+    if not isinstance(model, GPTModel) or not model.tied_embeddings:
+        return False
+    return task_facts(recipe).objective == "language_modelling"
+
+
 def heads_divide_the_width(recipe: Recipe) -> Broken:
     model = recipe.model
     if isinstance(model, GPTModel) and model.width % model.num_heads:
