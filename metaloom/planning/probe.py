@@ -92,9 +92,10 @@ def join_all(ranks: Sequence[BaseProcess]) -> None:
     running = list(ranks)
     while running:
         wait([rank.sentinel for rank in running])
-        has_failed = any(rank.exitcode for rank in running)
-        running = [rank for rank in running if rank.exitcode is None]
-        if has_failed:
+        # Each is asked once: one that ends between two questions would count as neither running nor failed.
+        codes = [rank.exitcode for rank in running]
+        running = [rank for rank, code in zip(running, codes, strict=True) if code is None]
+        if any(codes):
             for rank in running:
                 rank.terminate()
                 rank.join()

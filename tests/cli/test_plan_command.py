@@ -198,6 +198,23 @@ def test_a_process_that_waits_for_one_that_has_failed_is_ended() -> None:
     assert waiting.exitcode == -signal.SIGTERM
 
 
+def test_a_process_that_ends_between_two_questions_has_failed_all_the_same() -> None:
+    class Ending:
+        """Has ended, and is seen to have from the second question on."""
+
+        def __init__(self) -> None:
+            self.sentinel, self._other = os.pipe()
+            os.close(self._other)  # the end of the pipe: as of a process that has ended
+            self._codes = iter([None])
+
+        @property
+        def exitcode(self) -> int | None:
+            return next(self._codes, 1)
+
+    with pytest.raises(RuntimeError, match="a process of the all-reduce over loopback failed"):
+        join_all([Ending()])  # type: ignore[list-item]
+
+
 def test_what_does_not_fit_is_told_with_settings_that_were_tried(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(LARGE)
