@@ -21,8 +21,8 @@ class Shown:
         method: in words.
         contender: its name in the run's evaluation.
         step: adaptation steps after which it is read; -1 for the last.
-        measure: what is read: the evaluation's own metric, that of the worst group, or by how much the loss
-            on data of the pre-training kind rises.
+        measure: what is read: the evaluation's own metric, that of the worst group, or by how much the
+            loss on data of the pre-training kind rises.
         published: the paper's figure, in words; empty where it has none.
     """
 
@@ -35,14 +35,15 @@ class Shown:
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """A recipe that is trained and evaluated once for each seed.
+    """A recipe that is trained and evaluated once for each seed, or a program that prints methods.
 
     Attributes:
         name: among those of its experiment.
-        recipe: path of the recipe, from the root of the repository.
+        recipe: path of the recipe, from the root of the repository; empty for a program.
         overrides: of the recipe.
         seeds: of the recipe.
         rows: what is shown of it.
+        program: a module of this repository that takes `--seed` and prints them as JSON; None for a recipe.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Training:
     overrides: tuple[str, ...]
     seeds: tuple[int, ...]
     rows: tuple[Shown, ...]
+    program: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +88,16 @@ def _experiment(name: str, values: Mapping[str, Any]) -> Experiment:
     for own_name, own in values["trainings"].items():
         rows = tuple(Shown(**({"method": own_name} | row)) for row in own.get("rows", [{}]))
         overrides = (*common, *own.get("overrides", ()))
-        trainings.append(Training(own_name, own["recipe"], overrides, tuple(own.get("seeds", seeds)), rows))
+        trainings.append(
+            Training(
+                own_name,
+                own.get("recipe", ""),
+                overrides,
+                tuple(own.get("seeds", seeds)),
+                rows,
+                own.get("program"),
+            )
+        )
     return Experiment(
         name, values["title"], values["paper"], values["metric"], values.get("data"), tuple(trainings)
     )

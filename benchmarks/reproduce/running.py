@@ -71,6 +71,8 @@ def run(experiment: Experiment, training: Training, seed: int, runs: Path) -> Re
     Raises:
         subprocess.CalledProcessError: a command fails.
     """
+    if training.program is not None:
+        return _run_program(training, training.program, seed)
     folder = runs / experiment.name / f"{training.name.replace(' ', '-')}-{seed}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -83,18 +85,39 @@ def run(experiment: Experiment, training: Training, seed: int, runs: Path) -> Re
         _metaloom(*words)
     evaluated = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     shown_folder = f"runs/{folder.relative_to(runs)}"
+    commands = [
+        " ".join(["metaloom", *train, "--run", shown_folder]).replace(f"{runs}/data", "data"),
+        f"metaloom evaluate {shown_folder}",
+    ]
+    return _result(training, seed, commands, started, evaluated["methods"])
+
+
+def _run_program(training: Training, program: str, seed: int) -> Result:
+    words = ["-m", program, "--seed", str(seed)]
+    print("$ python", *words, flush=True)
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, *words], check=True, cwd=ROOT, env=_environment(), capture_output=True, text=True
+    )
+    return _result(training, seed, [" ".join(["python", *words])], started, json.loads(done.stdout))
+
+
+def _result(
+    training: Training, seed: int, commands: list[str], started: float, methods: list[dict[str, Any]]
+) -> Result:
     return Result(
         training=training.name,
         seed=seed,
-        commands=(
-            " ".join(["metaloom", *train, "--run", shown_folder]).replace(f"{runs}/data", "data"),
-            f"metaloom evaluate {shown_folder}",
-        ),
+        commands=tuple(commands),
         revision=_revision(),
         date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         seconds=round(time.monotonic() - started, 1),
-        methods=tuple(evaluated["methods"]),
+        methods=tuple(methods),
     )
+
+
+def _environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
 
 
 def _make_data(name: str, runs: Path) -> None:
@@ -106,8 +129,7 @@ def _make_data(name: str, runs: Path) -> None:
 def _metaloom(*words: str) -> None:
     command = [sys.executable, "-m", "metaloom.cli", *words]
     print("$ metaloom", *words, flush=True)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    subprocess.run(command, check=True, cwd=ROOT, env=environment)
+    subprocess.run(command, check=True, cwd=ROOT, env=_environment())
 
 
 def _revision() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import re
 from pathlib import Path
 
@@ -21,6 +22,9 @@ TRAININGS = [(experiment, training) for experiment in EXPERIMENTS for training i
     ("experiment", "training"), TRAININGS, ids=[f"{e.name}-{t.name}" for e, t in TRAININGS]
 )
 def test_every_training_is_a_valid_recipe(experiment: Experiment, training: Training) -> None:
+    if training.program is not None:
+        assert importlib.util.find_spec(training.program) is not None
+        return
     recipe = load_recipe(ROOT / training.recipe, training.overrides)
     if training.rows and any(row.contender.startswith("ordinary") for row in training.rows):
         assert "ordinary_equal_data" in recipe.baselines
