@@ -69,7 +69,13 @@ def test_what_has_no_effect_without_steps_is_refused(overrides: Sequence[str], m
         ),
         (
             ["algorithm.first_order_steps=2", "adaptation.loss={learned: [temperature]}"],
-            "algorithm.first_order_steps: 2; first_order gives no gradient of loss parameters",
+            "algorithm.first_order_steps: 2; first_order gives no gradient of loss parameters, which "
+            "adaptation.loss.learned asks for; set it to 0, or learn none",
+        ),
+        (
+            ["algorithm.first_order_steps=2", "adaptation.learned_loss={}"],
+            "algorithm.first_order_steps: 2; first_order gives no gradient of loss parameters, which "
+            "adaptation.learned_loss asks for; set it to 0, or learn none",
         ),
         (
             ["adaptation.norms.weights=per_step", "algorithm.meta_parameters.init=false"],

@@ -135,11 +135,12 @@ def the_first_order_comes_before_another(recipe: Recipe, maml: MAMLAlgorithm) ->
             f"{maml.first_order_steps}; must be less than outer.num_steps = {recipe.outer.num_steps}; for "
             "first order throughout take algorithm.hypergradient = first_order",
         )
-    if recipe.adaptation.loss.learned:
+    if recipe.adaptation.learns_loss:
+        asker = "loss.learned" if recipe.adaptation.loss.learned else "learned_loss"
         yield (
             "algorithm.first_order_steps",
             f"{maml.first_order_steps}; first_order gives no gradient of loss parameters, which "
-            "adaptation.loss.learned asks for; set it to 0, or learn none",
+            f"adaptation.{asker} asks for; set it to 0, or learn none",
         )
 
 
