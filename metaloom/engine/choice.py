@@ -164,9 +164,10 @@ def _fitting(sizes: Sequence[tuple[int, int] | None], limit: int, num_steps: int
 
 
 def shortened(unroll: Unroll, num_steps: int) -> Unroll:
-    """The same inner problem with at most so many steps, its meta-loss after the last."""
+    """The same inner problem with at most so many steps, its meta-loss after the last. None of them is of the
+    head alone: those cost less than what is measured for."""
     count = min(num_steps, unroll.num_steps)
-    return dataclasses.replace(unroll, step_weights=(*(0.0,) * count, 1.0))
+    return dataclasses.replace(unroll, step_weights=(*(0.0,) * count, 1.0), head_first=None)
 
 
 def _timed(way: Callable[[], object], device: torch.device) -> float:
@@ -185,7 +186,8 @@ def _wait(device: torch.device) -> None:
 def _graph_sizes(unroll: Unroll, meta: Tensors, batch: TaskBatch) -> tuple[int, int] | None:
     """Bytes that the graph of the query pass keeps, and that of one inner step, with the query pass before it
     where the meta-loss has a term there; None where there is no such graph, or no memory for one."""
-    ends = (dataclasses.replace(unroll, step_weights=unroll.step_weights[-1 - count :]) for count in (0, 1))
+    whole = dataclasses.replace(unroll, head_first=None)
+    ends = (dataclasses.replace(whole, step_weights=unroll.step_weights[-1 - count :]) for count in (0, 1))
     try:
         sizes = [graph_bytes(end, meta, batch) for end in ends]
     except RuntimeError:  # what cannot be built is not timed either, and told

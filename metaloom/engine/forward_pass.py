@@ -185,7 +185,7 @@ class Interception(TorchFunctionMode):
         if func in (F.batch_norm, F.instance_norm):
             _refuse_running_statistics(func, *args, **kwargs)
             if func is F.batch_norm:
-                return _batch_norm(self._pass.num_tasks, self.weights, *args, **kwargs)
+                return _batch_norm(self._pass, self.weights, *args, **kwargs)
         if func is F.scaled_dot_product_attention:
             refuse_dropout(args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0))
         kernel = self._replacements.get(func, func)
@@ -277,7 +277,7 @@ def _refuse_running_statistics(
 
 
 def _batch_norm(
-    num_tasks: int,
+    forward_pass: ForwardPass,
     example_weights: Tensor | None,
     inputs: Tensor,
     running_mean: Tensor | None = None,
@@ -289,6 +289,11 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """Batch norm whose statistics are those of each task's examples that count."""
+    num_tasks = forward_pass.num_tasks
+    is_half = inputs.dtype in (torch.bfloat16, torch.float16)
+    if training and example_weights is None and is_half and forward_pass.derivative == "forward":
+        # Torch's own rule gives a float32 tangent beside a half primal where either alone is dual.
+        example_weights = inputs.new_ones(num_tasks, len(inputs) // num_tasks)
     if training and example_weights is not None:
         if len(inputs) != example_weights.numel():
             raise CapabilityError(

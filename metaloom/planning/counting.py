@@ -26,8 +26,10 @@ from metaloom.build import (
     outer_settings,
     task_output,
 )
+from metaloom.build.regularisation import regularised
 from metaloom.choosing import FREE_SHARE, TIMED_STEPS
 from metaloom.engine.adapters.base import BACKBONE
+from metaloom.engine.algorithms.base import Algorithm
 from metaloom.engine.algorithms.maml import Maml
 from metaloom.engine.choice import EXACT_AND_FLAT, EstimatorChoice
 from metaloom.engine.combiners.mean import Mean
@@ -172,6 +174,8 @@ def _step_sizes(recipe: Recipe) -> tuple[int, ...]:
     num_steps, estimator = recipe.adaptation.num_steps, maml_of(recipe).hypergradient
     # Truncation passes over the earlier steps: they are what grows with K.
     fewest = estimator.num_steps if isinstance(estimator, TruncatedHypergradient) else 2
+    # Steps of the head alone cost less than those that are gone on with.
+    fewest = max(fewest, recipe.adaptation.head.first_steps + 2)
     return (num_steps,) if num_steps <= max(MOST_STEPS, fewest) else (fewest, fewest + 1)
 
 
@@ -431,22 +435,33 @@ def _pretrain_amounts(recipe: Recipe, settings: OuterSettings, point: Point) -> 
 
 @dataclasses.dataclass(frozen=True)
 class _Parts:
-    """An outer step's."""
+    """An outer step's.
+
+    Attributes:
+        algorithm: that takes inner steps.
+        whole: the same under the recipe's regularisation.
+    """
 
     model: HeldModel
     algorithm: Maml
+    whole: Algorithm
     outer: OuterOptimizer
     combiner: Mean
     scaler: LossScaler
     group: _CountedGroup | None
 
     def differentiate(self, batch: TaskBatch) -> None:
-        """The hypergradient of a micro-batch, added to the sum."""
-        self.combiner.add(self.algorithm.meta_gradient(self.outer.meta, batch, self.scaler.scales), batch)
+        """The hypergradient of a micro-batch, added to the sum, of the first outer step that takes second
+        derivatives."""
+        algorithm = self.whole.at_step(self.outer.meta, [batch], list)
+        part = algorithm.meta_gradient(
+            self.outer.meta, batch, self.scaler.scales, outer_step=self.algorithm.num_first_order
+        )
+        self.combiner.add(part, batch)
 
     def update(self) -> None:
         """All of an outer step that is not `differentiate`."""
-        outer_step(StepTasks(None, 1, 1), self.algorithm, self.combiner, self.outer, self.scaler)
+        outer_step(StepTasks(None, 1, 1), self.whole, self.combiner, self.outer, self.scaler)
 
 
 @contextlib.contextmanager
@@ -462,11 +477,12 @@ def _assembled(recipe: Recipe, choices: Choices, num_shards: int = 1) -> Iterato
         model = _held_model(on_meta, group)
         algorithm = build_maml(recipe, maml_of(recipe), model, choices, CPU)
         sharding = Replicated()
-        outer = OuterOptimizer(algorithm.meta_parameters(), outer_settings(recipe), sharding)
+        whole = regularised(recipe, algorithm)
+        outer = OuterOptimizer(whole.meta_parameters(), outer_settings(recipe), sharding)
         model.hold_once(outer.meta)
-        combiner = Mean(outer.meta, sharding, metric_names=algorithm.metric_names)
+        combiner = Mean(outer.meta, sharding, metric_names=whole.metric_names)
         scaler = LossScaler(Precision(recipe.precision.compute))
-        yield trace, _Parts(model, algorithm, outer, combiner, scaler, group)
+        yield trace, _Parts(model, algorithm, whole, outer, combiner, scaler, group)
 
 
 def _on_meta(recipe: Recipe) -> nn.Module:

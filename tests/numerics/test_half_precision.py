@@ -10,10 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from metaloom.engine.adapters.model import Structure
+from metaloom.engine.adapters.norms import PerStepNorms
+from metaloom.engine.adapters.part import PartAdapter
 from metaloom.engine.hypergradients import HYPERGRADIENTS
 from metaloom.engine.learner import TaskBatch
 from metaloom.engine.precision import ComputeFormat, LossScaler, Precision, Scales
-from tests.numerics.problems import FOR_EVERYTHING, Problem
+from tests.numerics.problems import FOR_EVERYTHING, Problem, conv4_problem, last
 from tests.numerics.token_problems import Fast, distance, hypergradient, recomputing, transformer_problem
 
 SCALES = Scales(loss=2.0**8, tangent=2.0**6)
@@ -229,3 +232,33 @@ def test_small_adjoints_keep_their_digits_whatever_the_loss_scale(estimator: str
     exact = hypergradient(double, HYPERGRADIENTS["unrolled"]())
     # With the adjoint of 1e-6 * 2^10 divided by 2^12, three quarters of the second order were lost.
     assert distance(hypergradient(small, HYPERGRADIENTS[estimator]()), exact) < 0.04
+
+
+def images_of(compute: ComputeFormat, kind: str) -> Problem:
+    """Images through batch norm, of which the affine alone, the input alone, or both are dual numbers."""
+    norms = PerStepNorms(2, weights=True, statistics=False) if kind == "per step" else None
+    problem = conv4_problem(step_weights=last(2), compute=compute, norms=norms)
+    if kind == "per step":
+        return problem
+    names = [name for name, _ in problem.model.named_parameters() if ".norm." in name or "head" in name]
+    adapter = PartAdapter(
+        problem.model,
+        names=names,
+        tasks="together" if kind == "together" else "loop",
+        structure=Structure(tuple(f"blocks.{block}" for block in range(3)), "head"),
+    )
+    learner = dataclasses.replace(problem.unroll.learner, adapter=adapter)
+    unroll = dataclasses.replace(problem.unroll, learner=learner)
+    return dataclasses.replace(problem, unroll=unroll, meta=unroll.meta_parameters(init=True, backbone=True))
+
+
+@pytest.mark.parametrize("compute", ["bfloat16", "float16"])
+@pytest.mark.parametrize("kind", ["together", "loop", "per step"])
+def test_dual_numbers_go_through_batch_norm_in_half_precision(kind: str, compute: ComputeFormat) -> None:
+    problem, whole = images_of(compute, kind), images_of("float32", kind)
+    expected = HYPERGRADIENTS["unrolled"]().meta_gradient(whole.unroll, problem.meta, whole.batch)
+    found = HYPERGRADIENTS["mixed_mode"]().meta_gradient(problem.unroll, problem.meta, problem.batch)
+    other = HYPERGRADIENTS["unrolled"]().meta_gradient(problem.unroll, problem.meta, problem.batch)
+    # As far from float32 as the whole graph in the same format is, to a factor of rounding in another order.
+    error, own = (distance(each.gradient, expected.gradient) for each in (found, other))
+    assert 1e-5 < error < 3.0 * own

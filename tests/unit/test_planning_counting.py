@@ -331,3 +331,34 @@ def peak_allocated(run: Any) -> int:
         total += event.nbytes()
         peak = max(peak, total)
     return peak
+
+
+def test_the_first_outer_steps_without_second_derivatives_are_not_what_is_planned() -> None:
+    plain, cheap = (
+        count(
+            recipe(full=True, algorithm=algorithm("rematerialized", first_order_steps=steps)),
+            with_shards=False,
+            on_gpu=False,
+        )
+        for steps in (0, 3)
+    )
+    assert cheap.ways == plain.ways
+
+
+def test_steps_are_added_of_what_adapts_in_them() -> None:
+    adaptation = {
+        "fast": {"kind": "full", "tasks": "loop"},
+        "rule": {"kind": "sgd", "lr": 0.1},
+        "num_steps": 12,
+        "head": {"first_steps": 3},
+    }
+    (way,) = count(recipe(full=True, adaptation=adaptation), with_shards=False, on_gpu=False).ways
+    assert {point.steps for point in way.amounts.corners} == {5, 6}
+
+
+def test_what_is_drawn_counts_with_its_deviations() -> None:
+    plain, drawn = (
+        count(recipe(full=True, regularisation=regularisation), with_shards=False, on_gpu=False)
+        for regularisation in (None, {"kind": "weights", "kinds": ["init"]})
+    )
+    assert drawn.own.learned == 2 * plain.own.learned
