@@ -138,8 +138,10 @@ def _fast_parameters(
         head = head_parameters(model, structure, task_output(recipe).head)
     if isinstance(fast, HeadFast):
         return head
+    found = norm_and_bias_parameters(model, norms=fast.norms, biases=fast.biases)
     return list(
-        dict.fromkeys([*norm_and_bias_parameters(model, norms=fast.norms, biases=fast.biases), *head])
+        # A stochastic layer is shared: what it tells has its price.
+        dict.fromkeys([*(name for name in found if not name.startswith("bottleneck.")), *head])
     )
 
 

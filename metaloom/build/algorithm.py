@@ -14,11 +14,13 @@ from metaloom.build.model import model_structure, task_output
 from metaloom.build.regularisation import regularised
 from metaloom.build.set_learners import build_in_context, build_set_learner
 from metaloom.build.unlabelled import build_unlabelled
+from metaloom.engine.adapters.base import BACKBONE
 from metaloom.engine.algorithms.base import Algorithm
 from metaloom.engine.algorithms.custom import Factory, Parts
 from metaloom.engine.algorithms.maml import Maml, MultiStepAnnealing
 from metaloom.engine.algorithms.protonet import Protonet
 from metaloom.engine.backbone import Backbone
+from metaloom.engine.capabilities import PER_STEP
 from metaloom.engine.choice import EXACT_AND_FLAT
 from metaloom.engine.hypergradients.base import Hypergradient
 from metaloom.engine.hypergradients.finite_difference import FiniteDifference
@@ -126,7 +128,7 @@ def build_maml(
     `build_algorithm`."""
     rule, learned = recipe.adaptation.rule, section.meta_parameters
     unroll = build_unroll(recipe, build_adapter(recipe, model, choices), rate=rule.lr, grain=rule.learned)
-    return Maml(
+    algorithm = Maml(
         unroll,
         build_hypergradient(recipe, choices, device, sharding=sharding),
         init=learned.init,
@@ -135,6 +137,35 @@ def build_maml(
         first_order=FirstOrder(build_snapshots(recipe, device)) if section.first_order_steps else None,
         num_first_order=section.first_order_steps,
     )
+    _require_effects(section, algorithm)
+    return algorithm
+
+
+def _require_effects(section: MAMLAlgorithm, algorithm: Maml) -> None:
+    """Passes where what the recipe asks to be learned is there, which the model's own parameters decide.
+
+    Raises:
+        CapabilityError: it is not.
+    """
+    learned, unroll = algorithm.meta_parameters(), algorithm.unroll
+    if not learned:
+        raise CapabilityError(
+            "algorithm.meta_parameters: nothing is learned: what adaptation.fast adapts starts at fixed "
+            "values, and no weight that tasks share, rate or loss parameter is asked for; set backbone to "
+            "true, or adaptation.head.init to learned."
+        )
+    shared = [name for name in learned if name.startswith(BACKBONE) and not name.startswith(PER_STEP)]
+    if section.meta_parameters.backbone and not shared:
+        raise CapabilityError(
+            "algorithm.meta_parameters.backbone: true; has no effect, since adaptation.fast adapts every "
+            "weight and leaves none to share: set it to false, or adapt fewer."
+        )
+    fast = set(unroll.learner.init({}, 1))
+    if unroll.head_first is not None and fast <= unroll.head_first.names:
+        raise CapabilityError(
+            "adaptation.head.first_steps: has no effect, since adaptation.fast adapts nothing but the head: "
+            "leave it out."
+        )
 
 
 def _annealing(recipe: Recipe, section: MAMLAlgorithm) -> MultiStepAnnealing | None:

@@ -37,7 +37,9 @@ class Measure:
     alpha: float = 1.0
 
     def of(self, numbers: Tensor) -> Tensor:
-        """The measure, [], of positive numbers `[M]`, differentiable in them."""
+        """The measure, [], of numbers `[M]`, not negative and not all 0, differentiable in them. What is
+        smaller than rounding of their mean counts as that: a logarithm of 0 has no derivative."""
+        numbers = numbers.clamp(min=float(numbers.detach().mean()) * torch.finfo(numbers.dtype).eps)
         if self.name == "gini":
             differences = (numbers[:, None] - numbers).abs()
             return differences.mean() / (2.0 * numbers.mean())

@@ -16,7 +16,7 @@ from metaloom.engine.hypergradients import HYPERGRADIENTS
 from metaloom.engine.hypergradients.finite_difference import FiniteDifference
 from metaloom.engine.hypergradients.rematerialized import Rematerialized
 from metaloom.engine.hypergradients.truncated import Truncated
-from metaloom.engine.inequality import Measure
+from metaloom.engine.inequality import Measure, MeasureName
 from metaloom.engine.learner import TaskBatch
 from metaloom.engine.losses import IGNORE, PredictionEntropy
 from metaloom.engine.terms import EntropyReduction
@@ -299,3 +299,14 @@ def test_dummies_are_not_counted() -> None:
             parts[0].gradient[name] + parts[1].gradient[name], value, rtol=1e-10, atol=1e-13
         )
     assert parts[1].metrics["inequality"].tolist() == [float(alone.metrics["inequality"][0]), 0.0]
+
+
+@pytest.mark.parametrize(
+    "name", ["theil", "generalized_entropy", "atkinson", "gini", "variance_of_logarithms"]
+)
+def test_a_task_that_is_solved_leaves_the_measure_finite(name: MeasureName) -> None:
+    value, slopes = Measure(name).slopes(torch.tensor([0.0, 1.0, 2.0]))
+    assert math.isfinite(value)
+    assert bool(slopes.isfinite().all())
+    if name != "variance_of_logarithms":  # which the smallest number alone pulls up
+        assert float(slopes[2]) > float(slopes[1])

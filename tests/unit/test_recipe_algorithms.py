@@ -134,6 +134,40 @@ def test_tasks_are_put_side_by_side_only_in_ways_that_can_be(
     assert load_recipe(SMOKE, overrides).task_ways == ways
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["algorithm=ridge"], "algorithm.kind: ridge; stands on what a model makes of its inputs before its"),
+        (["algorithm=arm_cml"], "algorithm.kind: arm_cml; stands on what a model makes of its inputs"),
+        (["adaptation.fast=head"], "adaptation.fast.kind: head; adapts a part of a model, and model.kind ="),
+        (["adaptation.fast=norm_bias"], "adaptation.fast.kind: norm_bias; adapts a part of a model"),
+    ],
+)
+def test_a_single_layer_has_no_parts(overrides: Sequence[str], message: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        load_recipe(RECIPES / "msr-conv.yaml", overrides)
+
+
+@pytest.mark.parametrize("section", ["head={init: zero}", "loss={label_smoothing: 0.3}"])
+def test_without_steps_and_baselines_nothing_adapts(section: str) -> None:
+    overrides = ["algorithm=protonet", f"adaptation.{section}"]
+    key = section.partition("=")[0]
+    message = f"adaptation.{key}: given; has no effect, since algorithm.kind = protonet adapts without inner"
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        load_recipe(SMOKE, [*overrides, "evaluation.baselines=[]"])
+    load_recipe(SMOKE, [*overrides, "evaluation.baselines=[random]"])
+
+
+def test_norms_of_every_kind_have_weights_per_step() -> None:
+    recipe = load_recipe(SMOKE, ["model.norm=layer", "adaptation.norms.weights=per_step"])
+    assert recipe.adaptation.norms.weights == "per_step"
+
+
+def test_a_difference_is_taken_of_norms_per_step() -> None:
+    estimator = "algorithm.hypergradient={kind: finite_difference, epsilon: 0.1}"
+    load_recipe(SMOKE, ["adaptation.norms.weights=per_step", estimator])
+
+
 def test_there_is_a_width_for_each_layer() -> None:
     message = "model.widths: [40]; must have one width for each of model.num_layers = 2"
     with pytest.raises(RecipeError, match=re.escape(message)):

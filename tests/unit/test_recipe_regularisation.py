@@ -28,6 +28,8 @@ from tests.unit.test_recipe import KINDS_OF_DATA
 SMOKE, STDLIB = RECIPES / "smoke.yaml", RECIPES / "stdlib-lora.yaml"
 OVER_INIT = "regularisation={kind: weights, kinds: [init]}"
 
+OVER_PARTS = ("regularisation=activations", "algorithm.meta_parameters.backbone=true")
+
 
 @pytest.mark.parametrize(
     ("path", "overrides", "message"),
@@ -59,9 +61,19 @@ OVER_INIT = "regularisation={kind: weights, kinds: [init]}"
         ),
         (
             SMOKE,
+            [*OVER_PARTS, "adaptation.fast=msr"],
+            "adaptation.fast.kind: msr; adapts every layer, and that of regularisation = activations has to",
+        ),
+        (
+            SMOKE,
+            [*OVER_PARTS, "adaptation.fast={kind: part, parameters: ['*.bias']}"],
+            "adaptation.fast.parameters: '*.bias'; matches the layer of regularisation = activations",
+        ),
+        (
+            SMOKE,
             ["algorithm=protonet", "regularisation={kind: entropy, weight: 1.0}"],
-            "regularisation.kind: entropy; looks at predictions before adaptation, and algorithm.kind = "
-            "protonet adapts without inner steps; take weights, or maml",
+            "regularisation.kind: entropy; is a term of the meta-loss of algorithm.kind = maml, before its "
+            "inner steps, and that is protonet; take weights, or maml",
         ),
         (
             SMOKE,

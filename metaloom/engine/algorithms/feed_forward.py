@@ -102,7 +102,9 @@ def together(batch: TaskBatch) -> tuple[Tensor, Tensor | None, int]:
     if "weights" not in support and "weights" not in query:
         return inputs, None, support["inputs"].shape[1]
     weights = [
-        part["weights"] if "weights" in part else torch.ones_like(part["targets"], dtype=torch.float32)
+        part["weights"]
+        if "weights" in part
+        else inputs.new_ones(part["targets"].shape[:2], dtype=torch.float32)
         for part in (support, query)
     ]
     return inputs, torch.cat(weights, dim=1), support["inputs"].shape[1]

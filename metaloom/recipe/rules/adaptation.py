@@ -238,10 +238,10 @@ def proximal_needs_a_second_step(recipe: Recipe) -> Broken:
 def norms_have_steps(recipe: Recipe) -> Broken:
     norms, model, fast = recipe.adaptation.norms, recipe.model, recipe.adaptation.fast
     has_batch_norm = isinstance(model, Conv4Model) and model.norm == "batch"
+    has_norm = isinstance(model, GPTModel) or (isinstance(model, Conv4Model) and model.norm != "none")
     for name, value in (("weights", norms.weights), ("statistics", norms.statistics)):
-        path, is_missing = f"adaptation.norms.{name}", not has_batch_norm
-        if name == "weights":
-            is_missing = is_missing and not isinstance(model, GPTModel)
+        path = f"adaptation.norms.{name}"
+        is_missing = not (has_norm if name == "weights" else has_batch_norm)
         if value != "per_step":
             continue
         if not isinstance(fast, FullFast):

@@ -7,7 +7,7 @@ from metaloom.engine.capabilities import (
     refusals,
     step_weights_refusal,
 )
-from metaloom.recipe.adaptation import AdamWRule, FullFast, HeadFast, MSRFast
+from metaloom.recipe.adaptation import AdamWRule, FullFast, Head, HeadFast, MSRFast, SupportLoss
 from metaloom.recipe.algorithm import (
     CustomAlgorithm,
     FiniteDifferenceHypergradient,
@@ -162,7 +162,11 @@ def a_difference_is_taken(recipe: Recipe, maml: MAMLAlgorithm) -> Broken:
     if (
         isinstance(estimator, FiniteDifferenceHypergradient)
         and estimator.epsilon != FiniteDifferenceHypergradient().epsilon
-        and not (maml.meta_parameters.backbone or recipe.adaptation.learns_loss)
+        and not (
+            maml.meta_parameters.backbone
+            or recipe.adaptation.learns_loss
+            or recipe.adaptation.norms.weights == "per_step"
+        )
     ):
         yield (
             "algorithm.hypergradient.epsilon",
@@ -238,6 +242,13 @@ def without_steps_nothing_of_them_is_learned(recipe: Recipe) -> Broken:
         value = getattr(adaptation.norms, name)
         if value != default:
             yield f"adaptation.norms.{name}", f"{value}; {because}; set it to {default}"
+    if not recipe.baselines:
+        is_given = {"head": adaptation.head != Head(), "loss": adaptation.loss != SupportLoss()}
+        for key in (key for key, given in is_given.items() if given):
+            yield (
+                f"adaptation.{key}",
+                f"given; {because}, and evaluation.baselines are none that would adapt so; leave it out",
+            )
     if adaptation.learned_loss is not None:
         yield (
             "adaptation.learned_loss",

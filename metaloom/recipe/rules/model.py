@@ -2,6 +2,8 @@
 
 import math
 
+from metaloom.recipe.adaptation import FullFast, LoRAFast, MSRFast
+from metaloom.recipe.algorithm import CustomAlgorithm, ERMAlgorithm, MAMLAlgorithm
 from metaloom.recipe.data import (
     DocumentsData,
 )
@@ -117,6 +119,19 @@ def single_layers_do_regression(recipe: Recipe) -> Broken:
             "model.kind",
             f"single_layer is for targets that are numbers, and the tasks are {objective}; take another, for "
             "example mlp",
+        )
+    if not isinstance(recipe.algorithm, MAMLAlgorithm | ERMAlgorithm | CustomAlgorithm):
+        yield (
+            "algorithm.kind",
+            f"{recipe.algorithm.kind}; stands on what a model makes of its inputs before its head, and "
+            "model.kind = single_layer has nothing before it; take maml, or model.kind = mlp",
+        )
+    fast = recipe.adaptation.fast
+    if recipe.maml is not None and not isinstance(fast, FullFast | MSRFast | LoRAFast):
+        yield (
+            "adaptation.fast.kind",
+            f"{fast.kind}; adapts a part of a model, and model.kind = single_layer is one layer; set it to "
+            "full or msr",
         )
     if recipe.adaptation.rehearsal is not None:
         yield (

@@ -1,6 +1,9 @@
 """Rules about what keeps training tasks from being learned by heart."""
 
+import fnmatch
+
 from metaloom.engine.capabilities import ESTIMATORS
+from metaloom.recipe.adaptation import MSRFast, PartFast
 from metaloom.recipe.algorithm import MAMLAlgorithm
 from metaloom.recipe.machine import ShardedSharding
 from metaloom.recipe.model import Conv4Model, MLPModel
@@ -102,6 +105,22 @@ def a_stochastic_layer_is_shared(recipe: Recipe) -> Broken:
             "activations; its layer is one that tasks share, and algorithm.meta_parameters.backbone is "
             "false; set that to true, with an adaptation.fast that leaves weights to share",
         )
+    fast = recipe.adaptation.fast
+    if isinstance(fast, MSRFast):
+        yield (
+            "adaptation.fast.kind",
+            "msr; adapts every layer, and that of regularisation = activations has to be shared; take part, "
+            "head or norm_bias",
+        )
+    if isinstance(fast, PartFast):
+        layer = ("bottleneck.linear.weight", "bottleneck.linear.bias")
+        for pattern in fast.parameters:
+            if any(fnmatch.fnmatchcase(name, pattern) for name in layer):
+                yield (
+                    "adaptation.fast.parameters",
+                    f"{pattern!r}; matches the layer of regularisation = activations, which has to be "
+                    "shared; name others",
+                )
     if isinstance(recipe.sharding, ShardedSharding):
         yield (
             "sharding.kind",
@@ -115,8 +134,8 @@ def terms_before_adaptation_need_steps(recipe: Recipe) -> Broken:
     if isinstance(section, EntropyRegularisation | InequalityRegularisation) and recipe.maml is None:
         yield (
             "regularisation.kind",
-            f"{section.kind}; looks at predictions before adaptation, and algorithm.kind = "
-            f"{recipe.algorithm.kind} adapts without inner steps; take weights, or maml",
+            f"{section.kind}; is a term of the meta-loss of algorithm.kind = maml, before its inner steps, "
+            f"and that is {recipe.algorithm.kind}; take weights, or maml",
         )
 
 
