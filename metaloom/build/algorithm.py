@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -141,6 +142,15 @@ def build_maml(
     return algorithm
 
 
+def _require_some(learned: Mapping[str, Tensor]) -> None:
+    if not learned:
+        raise CapabilityError(
+            "algorithm.meta_parameters: nothing is learned: what adaptation.fast adapts starts at fixed "
+            "values, and no weight that tasks share, rate or loss parameter is asked for; set backbone to "
+            "true, or adaptation.head.init to learned."
+        )
+
+
 def _require_effects(section: MAMLAlgorithm, algorithm: Maml) -> None:
     """Passes where what the recipe asks to be learned is there, which the model's own parameters decide.
 
@@ -148,12 +158,7 @@ def _require_effects(section: MAMLAlgorithm, algorithm: Maml) -> None:
         CapabilityError: it is not.
     """
     learned, unroll = algorithm.meta_parameters(), algorithm.unroll
-    if not learned:
-        raise CapabilityError(
-            "algorithm.meta_parameters: nothing is learned: what adaptation.fast adapts starts at fixed "
-            "values, and no weight that tasks share, rate or loss parameter is asked for; set backbone to "
-            "true, or adaptation.head.init to learned."
-        )
+    _require_some(learned)
     shared = [name for name in learned if name.startswith(BACKBONE) and not name.startswith(PER_STEP)]
     if section.meta_parameters.backbone and not shared:
         raise CapabilityError(
@@ -289,6 +294,12 @@ def _build_solver(solver: ConjugateGradientSolver | NeumannSolver, sharding: Sha
 
 
 def initial_meta(recipe: Recipe, unroll: Unroll) -> dict[str, Tensor]:
-    """The meta-parameters that the recipe learns, at their initial values."""
+    """The meta-parameters that the recipe learns, at their initial values.
+
+    Raises:
+        CapabilityError: there are none.
+    """
     learned = maml_of(recipe).meta_parameters
-    return unroll.meta_parameters(init=learned.init, backbone=learned.backbone)
+    meta = unroll.meta_parameters(init=learned.init, backbone=learned.backbone)
+    _require_some(meta)
+    return meta
