@@ -26,6 +26,7 @@ from metaloom.engine.precision import Precision
 from metaloom.errors import CapabilityError
 
 Derivative = Literal["once", "reverse", "forward"]
+HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,6 +187,8 @@ class Interception(TorchFunctionMode):
             _refuse_running_statistics(func, *args, **kwargs)
             if func is F.batch_norm:
                 return _batch_norm(self._pass, self.weights, *args, **kwargs)
+            if self._pass.derivative == "forward" and args[0].dtype in HALF:
+                return func(args[0].float(), *args[1:], **kwargs).to(args[0].dtype)
         if func is F.scaled_dot_product_attention:
             refuse_dropout(args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0))
         kernel = self._replacements.get(func, func)
@@ -290,10 +293,14 @@ def _batch_norm(
 ) -> Tensor:
     """Batch norm whose statistics are those of each task's examples that count."""
     num_tasks = forward_pass.num_tasks
-    is_half = inputs.dtype in (torch.bfloat16, torch.float16)
-    if training and example_weights is None and is_half and forward_pass.derivative == "forward":
+    if inputs.dtype in HALF and forward_pass.derivative == "forward":
         # Torch's own rule gives a float32 tangent beside a half primal where either alone is dual.
-        example_weights = inputs.new_ones(num_tasks, len(inputs) // num_tasks)
+        if not training:
+            wide = inputs.float()
+            normed = F.batch_norm(wide, running_mean, running_var, weight, bias, False, momentum, eps)
+            return normed.to(inputs.dtype)
+        if example_weights is None:
+            example_weights = inputs.new_ones(num_tasks, len(inputs) // num_tasks)
     if training and example_weights is not None:
         if len(inputs) != example_weights.numel():
             raise CapabilityError(

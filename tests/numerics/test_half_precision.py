@@ -9,10 +9,13 @@ from collections.abc import Mapping
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import functional as F
 
 from metaloom.engine.adapters.model import Structure
 from metaloom.engine.adapters.norms import PerStepNorms
 from metaloom.engine.adapters.part import PartAdapter
+from metaloom.engine.forward_pass import ForwardPass, Interception
 from metaloom.engine.hypergradients import HYPERGRADIENTS
 from metaloom.engine.learner import TaskBatch
 from metaloom.engine.precision import ComputeFormat, LossScaler, Precision, Scales
@@ -262,3 +265,26 @@ def test_dual_numbers_go_through_batch_norm_in_half_precision(kind: str, compute
     # As far from float32 as the whole graph in the same format is, to a factor of rounding in another order.
     error, own = (distance(each.gradient, expected.gradient) for each in (found, other))
     assert 1e-5 < error < 3.0 * own
+
+
+@pytest.mark.parametrize("compute", ["bfloat16", "float16"])
+@pytest.mark.parametrize("what", ["input", "affine"])
+@pytest.mark.parametrize("kind", ["running", "instance"])
+def test_norms_of_other_kinds_have_half_tangents_beside_half_primals(
+    kind: str, what: str, compute: ComputeFormat
+) -> None:
+    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}[compute]
+    inputs, weight = torch.randn(4, 3, 5, 5).to(dtype), torch.ones(3)
+    forward_pass = ForwardPass(Precision(compute), torch.device("cpu"), derivative="forward")
+    with forward_ad.dual_level(), Interception(forward_pass):
+        if what == "input":
+            inputs = forward_ad.make_dual(inputs, torch.ones_like(inputs))  # type: ignore[no-untyped-call]
+        else:
+            weight = forward_ad.make_dual(weight, torch.ones_like(weight))  # type: ignore[no-untyped-call]
+        if kind == "running":
+            normed = F.batch_norm(inputs, torch.zeros(3), torch.ones(3), weight, None, False)
+        else:
+            normed = F.instance_norm(inputs, weight=weight)
+        primal, tangent = forward_ad.unpack_dual(normed)  # type: ignore[no-untyped-call]
+    assert (primal.dtype, tangent.dtype) == (dtype, dtype)
+    assert bool(tangent.isfinite().all())

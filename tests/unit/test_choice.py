@@ -15,8 +15,16 @@ from torch import Tensor
 from metaloom.engine import choice
 from metaloom.engine.adapters.base import Adapter, broadcast_init
 from metaloom.engine.adapters.model import Readout
-from metaloom.engine.choice import EstimatorChoice, choose_estimator, fastest, graph_bytes, shortened
+from metaloom.engine.choice import (
+    EstimatorChoice,
+    _graph_sizes,
+    choose_estimator,
+    fastest,
+    graph_bytes,
+    shortened,
+)
 from metaloom.engine.forward_pass import ForwardPass
+from metaloom.engine.inner_loops.head_first import HeadFirst
 from metaloom.engine.inner_loops.rates import Rates
 from metaloom.engine.inner_loops.sgd import Sgd
 from metaloom.engine.learner import Learner, TaskBatch
@@ -25,7 +33,7 @@ from metaloom.engine.sharding.replicated import Replicated
 from metaloom.engine.snapshots import Binomial, KeepAll
 from metaloom.engine.unroll import Unroll
 from metaloom.errors import CapabilityError
-from tests.numerics.problems import Problem, assert_gradients_agree
+from tests.numerics.problems import Problem, assert_gradients_agree, conv4_problem
 from tests.numerics.token_problems import hypergradient, recomputing, transformer_problem
 
 CPU = torch.device("cpu")
@@ -381,3 +389,11 @@ def test_a_shortened_unroll_is_no_longer_than_the_whole() -> None:
     assert shortened(unroll, 2).step_weights == (0.0, 0.0, 1.0)
     assert shortened(unroll, 99).step_weights == (0.0, 0.0, 0.0, 0.0, 1.0)
     assert dataclasses.replace(shortened(unroll, 2), step_weights=unroll.step_weights) == unroll
+
+
+def test_steps_of_the_head_alone_are_not_what_is_measured() -> None:
+    one = conv4_problem(step_weights=(0.0, 0.0, 0.0, 1.0))
+    first = HeadFirst(frozenset(("head.weight", "head.bias")), 2)
+    unroll = dataclasses.replace(one.unroll, head_first=first)
+    assert shortened(unroll, 2).head_first is None
+    assert _graph_sizes(unroll, one.meta, one.batch) == _graph_sizes(one.unroll, one.meta, one.batch)
