@@ -286,6 +286,35 @@ def test_ridge_regression_of_numbers_equals_least_squares(num_support: int, widt
     assert float(slope) == pytest.approx(sum(2.0 * float(each.mean()) for each in errors), rel=1e-12)
 
 
+@pytest.mark.parametrize("padded", ["support", "query"])
+def test_ridge_regression_of_numbers_takes_padding_of_either_part_alone(padded: str) -> None:
+    generator = torch.Generator().manual_seed(7)
+
+    def part(num_examples: int) -> dict[str, Tensor]:
+        return {
+            name: torch.randn(T, num_examples, size, dtype=torch.float64, generator=generator)
+            for name, size in (("inputs", 4), ("targets", 2))
+        }
+
+    data = TaskBatch((0, 1), part(6), part(Q))
+    own = data.support if padded == "support" else data.query
+    num_examples = own["inputs"].shape[1]
+    junk = {name: torch.full_like(value[:, :2], 9.0) for name, value in own.items()}
+    longer = {name: torch.cat([value, junk[name]], dim=1) for name, value in own.items()}
+    longer["weights"] = torch.tensor([[1.0] * num_examples + [0.0] * 2] * T)
+    ragged = (
+        dataclasses.replace(data, support=longer)
+        if padded == "support"
+        else dataclasses.replace(data, query=longer)
+    )
+    head = dataclasses.replace(algorithm("ridge", 4), criterion=MeanSquaredError(), num_outputs=2)
+    gradients = []
+    for tasks in (data, ragged):
+        found = head.meta_gradient(head.meta_parameters(), tasks)
+        gradients.append((found.losses, found.gradient))
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-10, atol=1e-13)
+
+
 def test_newton_steps_end_where_the_logistic_losses_slope_vanishes() -> None:
     for num_support, width in ((6, 9), (12, 4)):
         X, _ = features(num_support, width)
