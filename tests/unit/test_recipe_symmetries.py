@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
+from metaloom.build import Choices, build_adapter, build_model
+from metaloom.engine.sharding.replicated import Replicated
 from metaloom.errors import RecipeError
 from metaloom.recipe import (
     ConvolutionLayer,
@@ -117,11 +120,30 @@ def test_a_symmetry_has_the_authors_start_and_all_layers_by_default(tmp_path: Pa
             "model.layer.kernel_size: 3; leaves 8 places, and each output channel gives one number for each: "
             "targets have 9, which is no multiple",
         ),
+        (
+            ["model.layer=linear", "adaptation.fast={kind: lora, rank: 1}"],
+            "adaptation.fast.targets: all-linear; leaves the output head out, and model.kind = single_layer "
+            "has no other linear layer; set it to [layer], or adaptation.fast to full",
+        ),
+        (
+            ["adaptation.fast={kind: lora, rank: 1, targets: [layer]}"],
+            "adaptation.fast.kind: lora; adapts linear layers, and model.kind = single_layer has none here",
+        ),
     ],
 )
 def test_mistakes_are_told(tmp_path: Path, overrides: Sequence[str], message: str) -> None:
     with pytest.raises(RecipeError, match=re.escape(message)):
         load(tmp_path, *overrides)
+
+
+def test_a_single_linear_layer_may_have_a_low_rank_adapter(tmp_path: Path) -> None:
+    recipe = load(tmp_path, "model.layer=linear", "adaptation.fast={kind: lora, rank: 1, targets: [layer]}")
+    model = build_model(recipe, torch.device("cpu"), Replicated())
+    fast = build_adapter(recipe, model, Choices()).init({}, 1)
+    assert {name: tuple(value.shape) for name, value in fast.items()} == {
+        "layer.lora_a": (1, 1, 10),
+        "layer.lora_b": (1, 8, 1),
+    }
 
 
 def test_a_linear_layer_takes_any_shape(tmp_path: Path) -> None:

@@ -58,11 +58,11 @@ def lora_targets_exist(recipe: Recipe) -> Broken:
         )
         return
     if fast.targets == "all-linear":
-        if layers == ["head"]:
+        if layers in (["head"], ["layer"]):
             yield (
                 "adaptation.fast.targets",
                 f"all-linear; leaves the output head out, and model.kind = {recipe.model.kind} has no other "
-                "linear layer; set it to [head], or adaptation.fast to full",
+                f"linear layer; set it to [{layers[0]}], or adaptation.fast to full",
             )
         return
     endings = ", ".join(dict.fromkeys(layer.rpartition(".")[2] for layer in layers))
