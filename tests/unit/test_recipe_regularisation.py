@@ -149,6 +149,36 @@ def test_what_has_no_effect_or_cannot_be_is_refused(
         load_recipe(path, overrides)
 
 
+SHARES = ("regularisation=activations", "algorithm.meta_parameters.backbone=true")
+
+
+@pytest.mark.parametrize(("targets", "named"), [("all-linear", "all-linear"), ("[head, linear]", "linear")])
+def test_no_low_rank_adapter_stands_beside_a_stochastic_layer(targets: str, named: str) -> None:
+    message = (
+        f"adaptation.fast.targets: {named}; adapts the layer of regularisation = activations, which has to "
+        "be shared; name others, such as head"
+    )
+    model = "model={kind: mlp, num_layers: 2}"
+    fast = f"adaptation.fast={{kind: lora, rank: 1, targets: {targets}}}"
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        load_recipe(SMOKE, [model, fast, *SHARES])
+
+
+@pytest.mark.parametrize(
+    "fast",
+    ["head", "norm_bias", "{kind: part, parameters: [head.*]}", "{kind: lora, rank: 1, targets: [head]}"],
+)
+def test_a_stochastic_layer_is_learned_and_never_fast(fast: str) -> None:
+    found = built(*SHARES, f"adaptation.fast={fast}")
+    assert isinstance(found, Maml)
+    meta = found.meta_parameters()
+    assert {name for name in meta if "bottleneck" in name} == {
+        "backbone.bottleneck.linear.weight",
+        "backbone.bottleneck.linear.bias",
+    }
+    assert not any("bottleneck" in name for name in found.unroll.learner.init(meta, 1))
+
+
 def test_entropies_need_classes() -> None:
     (numbers,) = (data for data in KINDS_OF_DATA if "number" in str(data) and "groups" in str(data))
     overrides = [f"data={numbers}", "model=mlp", "regularisation={kind: entropy, weight: 1.0}"]

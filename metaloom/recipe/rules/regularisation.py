@@ -3,7 +3,7 @@
 import fnmatch
 
 from metaloom.engine.capabilities import ESTIMATORS
-from metaloom.recipe.adaptation import MSRFast, PartFast
+from metaloom.recipe.adaptation import LoRAFast, MSRFast, PartFast
 from metaloom.recipe.algorithm import MAMLAlgorithm
 from metaloom.recipe.machine import ShardedSharding
 from metaloom.recipe.model import Conv4Model, MLPModel
@@ -17,6 +17,7 @@ from metaloom.recipe.rules.base import Broken, Rule, of_maml
 from metaloom.recipe.schema import Recipe
 from metaloom.recipe.tasks import task_facts
 
+_LAYER = "bottleneck.linear"  # the stochastic one
 WITH_ALPHA = ("generalized_entropy", "atkinson")
 
 
@@ -113,13 +114,22 @@ def a_stochastic_layer_is_shared(recipe: Recipe) -> Broken:
             "head or norm_bias",
         )
     if isinstance(fast, PartFast):
-        layer = ("bottleneck.linear.weight", "bottleneck.linear.bias")
+        layer = (f"{_LAYER}.weight", f"{_LAYER}.bias")
         for pattern in fast.parameters:
             if any(fnmatch.fnmatchcase(name, pattern) for name in layer):
                 yield (
                     "adaptation.fast.parameters",
                     f"{pattern!r}; matches the layer of regularisation = activations, which has to be "
                     "shared; name others",
+                )
+    if isinstance(fast, LoRAFast):
+        targets = ("all-linear",) if fast.targets == "all-linear" else fast.targets
+        for target in targets:
+            if target == "all-linear" or f".{_LAYER}".endswith(f".{target}"):
+                yield (
+                    "adaptation.fast.targets",
+                    f"{target}; adapts the layer of regularisation = activations, which has to be shared; "
+                    "name others, such as head",
                 )
     if isinstance(recipe.sharding, ShardedSharding):
         yield (
