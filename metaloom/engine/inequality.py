@@ -37,9 +37,10 @@ class Measure:
     alpha: float = 1.0
 
     def of(self, numbers: Tensor) -> Tensor:
-        """The measure, [], of numbers `[M]`, not negative and not all 0, differentiable in them. What is
+        """The measure, [], of numbers `[M]`, not negative, differentiable in them. What is
         smaller than rounding of their mean counts as that: a logarithm of 0 has no derivative."""
-        numbers = numbers.clamp(min=float(numbers.detach().mean()) * torch.finfo(numbers.dtype).eps)
+        limits = torch.finfo(numbers.dtype)
+        numbers = numbers.clamp(min=max(float(numbers.detach().mean()) * limits.eps, limits.tiny))
         if self.name == "gini":
             differences = (numbers[:, None] - numbers).abs()
             return differences.mean() / (2.0 * numbers.mean())

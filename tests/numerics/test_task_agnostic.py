@@ -228,6 +228,13 @@ def test_a_measure_is_that_of_the_formula_and_its_slopes_are_differences(measure
     assert measure.slopes(scaled)[0] == pytest.approx(exact, rel=1e-12)
 
 
+@pytest.mark.parametrize("measure", MEASURES, ids=str)
+def test_losses_that_are_all_exactly_zero_are_equal(measure: Measure) -> None:
+    value, slopes = measure.slopes(torch.zeros(3))
+    assert abs(value) <= 1e-12  # rounding of logarithms of about -700
+    assert slopes.tolist() == [0.0] * 3
+
+
 def unequal(estimator: str, measure: Measure = MEASURES[0]) -> tuple[Inequality, Problem]:
     problem = image_problem()
     return Inequality(Maml(problem.unroll, HYPERGRADIENTS[estimator]()), measure, WEIGHT), problem
