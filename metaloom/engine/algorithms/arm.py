@@ -16,8 +16,7 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-from metaloom.engine.algorithms.erm import judged
-from metaloom.engine.algorithms.feed_forward import FeedForward, Tensors
+from metaloom.engine.algorithms.feed_forward import FeedForward, Tensors, judged
 from metaloom.engine.learner import TaskBatch
 from metaloom.engine.losses import Criterion
 from metaloom.engine.whole_model import WholeModel

@@ -9,9 +9,7 @@ import dataclasses
 
 from torch import Tensor
 
-from metaloom.engine.adapters.model import Readout
-from metaloom.engine.algorithms.feed_forward import FeedForward, Tensors
-from metaloom.engine.examples import Reading, read
+from metaloom.engine.algorithms.feed_forward import FeedForward, Tensors, judged
 from metaloom.engine.learner import TaskBatch
 from metaloom.engine.losses import Criterion
 from metaloom.engine.whole_model import WholeModel
@@ -43,12 +41,3 @@ class Erm(FeedForward):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         query = batch.query
         return judged(self.model.outputs(meta, query["inputs"], query.get("weights")), batch, self.criterion)
-
-
-def judged(outputs: Tensor, batch: TaskBatch, criterion: Criterion) -> tuple[Tensor, dict[str, Tensor]]:
-    """The query loss of each task, `[T]`, and its scores, of outputs `[T, Q, ..., C]`."""
-    query, reading = batch.query, Reading(criterion, None, num_ways=batch.num_ways)
-    examples = read(
-        Readout(outputs), query["targets"], query.get("weights"), reading, head_chunk=None, derivative="once"
-    )
-    return examples.loss(), examples.mean_scores()

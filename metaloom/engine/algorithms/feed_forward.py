@@ -11,7 +11,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from metaloom.engine.adapters.model import Readout
 from metaloom.engine.algorithms.base import Algorithm
+from metaloom.engine.examples import Reading, read
 from metaloom.engine.hypergradients.base import (
     MetaGradient,
     OnGradient,
@@ -22,6 +24,7 @@ from metaloom.engine.hypergradients.base import (
     unprefixed,
 )
 from metaloom.engine.learner import TaskBatch
+from metaloom.engine.losses import Criterion
 from metaloom.engine.precision import Scales
 from metaloom.engine.unroll import constants, leaves, unscaled
 
@@ -108,3 +111,12 @@ def together(batch: TaskBatch) -> tuple[Tensor, Tensor | None, int]:
         for part in (support, query)
     ]
     return inputs, torch.cat(weights, dim=1), support["inputs"].shape[1]
+
+
+def judged(outputs: Tensor, batch: TaskBatch, criterion: Criterion) -> tuple[Tensor, dict[str, Tensor]]:
+    """The query loss of each task, `[T]`, and its scores, of outputs `[T, Q, ..., C]`."""
+    query, reading = batch.query, Reading(criterion, None, num_ways=batch.num_ways)
+    examples = read(
+        Readout(outputs), query["targets"], query.get("weights"), reading, head_chunk=None, derivative="once"
+    )
+    return examples.loss(), examples.mean_scores()

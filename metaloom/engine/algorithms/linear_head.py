@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from metaloom.engine.adapters.model import Readout
-from metaloom.engine.algorithms.feed_forward import FeedForward, Tensors, together
+from metaloom.engine.algorithms.feed_forward import FeedForward, Tensors, judged, together
 from metaloom.engine.backbone import Backbone
-from metaloom.engine.examples import Reading, read
 from metaloom.engine.heads.base import HeadSolver, Support
 from metaloom.engine.heads.parameters import HeadParameters
 from metaloom.engine.learner import TaskBatch
@@ -70,16 +68,7 @@ class LinearHead(FeedForward):
         at = self.parameters.at(meta)
         head = self.solver.weights(self._support(support.to(wide), batch), at.regulariser)
         outputs = at.scale * (query.to(wide) @ head) + at.bias
-        reading = Reading(self.criterion, None, num_ways=batch.num_ways)
-        examples = read(
-            Readout(outputs),
-            batch.query["targets"],
-            batch.query.get("weights"),
-            reading,
-            head_chunk=None,
-            derivative="once",
-        )
-        return examples.loss(), examples.mean_scores()
+        return judged(outputs, batch, self.criterion)
 
     def _support(self, features: Tensor, batch: TaskBatch) -> Support:
         targets, weights = batch.support["targets"], batch.support.get("weights")

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from metaloom.engine.algorithms.feed_forward import FeedForward, Tensors, together
+from metaloom.engine.algorithms.feed_forward import FeedForward, Tensors, judged, together
 from metaloom.engine.backbone import Backbone
 from metaloom.engine.learner import TaskBatch
-from metaloom.engine.losses import CrossEntropy, task_means
+from metaloom.engine.losses import CrossEntropy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Protonet(FeedForward):
         prototypes = class_means(
             support, batch.support["targets"], self.num_classes, batch.support.get("weights")
         )
-        return classified(-squared_distances(query, prototypes), batch)
+        return judged(-squared_distances(query, prototypes), batch, CrossEntropy())
 
 
 def class_means(features: Tensor, targets: Tensor, num_classes: int, weights: Tensor | None = None) -> Tensor:
@@ -72,14 +72,3 @@ def squared_distances(points: Tensor, centres: Tensor) -> Tensor:
     """`|p - c|^2` for points `[T, Q, D]` and centres `[T, C, D]`: `[T, Q, C]`."""
     # By the differences themselves: |p|^2 - 2pc + |c|^2 cancels where points lie close to their centre.
     return (points.to(centres.dtype)[:, :, None] - centres[:, None]).square().sum(-1)
-
-
-def classified(logits: Tensor, batch: TaskBatch) -> tuple[Tensor, dict[str, Tensor]]:
-    """The mean cross-entropy of each task's query examples, `[T]`, and the scores; logits are `[T, Q, C]`."""
-    targets, weights = batch.query["targets"], batch.query.get("weights")
-    losses, *scores = CrossEntropy().of_targets(logits, targets, num_ways=batch.num_ways)
-    means = {
-        name: task_means(score.double(), weights)
-        for name, score in zip(CrossEntropy.scores, scores, strict=True)
-    }
-    return task_means(losses, weights), means

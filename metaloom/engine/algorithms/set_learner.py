@@ -14,10 +14,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from metaloom.engine.adapters.model import Readout
-from metaloom.engine.algorithms.feed_forward import FeedForward, Tensors, together
+from metaloom.engine.algorithms.feed_forward import FeedForward, Tensors, judged, together
 from metaloom.engine.backbone import Backbone
-from metaloom.engine.examples import Reading, read
 from metaloom.engine.learner import TaskBatch
 from metaloom.engine.losses import Criterion
 
@@ -92,14 +90,4 @@ class SetLearner(FeedForward):
     def losses(
         self, meta: Tensors, batch: TaskBatch, *, outer_step: int | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        query = batch.query
-        reading = Reading(self.criterion, head=None, num_ways=batch.num_ways)
-        examples = read(
-            Readout(self.reader.read(meta, batch)),
-            query["targets"],
-            query.get("weights"),
-            reading,
-            head_chunk=None,
-            derivative="once",
-        )
-        return examples.loss(), examples.mean_scores()
+        return judged(self.reader.read(meta, batch), batch, self.criterion)
