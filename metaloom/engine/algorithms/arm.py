@@ -16,6 +16,7 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
+from metaloom.engine.adapters.norms import BATCH_NORMS
 from metaloom.engine.algorithms.feed_forward import FeedForward, Tensors, judged
 from metaloom.engine.learner import TaskBatch
 from metaloom.engine.losses import Criterion
@@ -155,5 +156,4 @@ def with_context(inputs: Tensor, context: Tensor) -> Tensor:
 
 def has_batch_norm(model: nn.Module) -> bool:
     """Whether anything in a model is normalised by the statistics of the examples at hand."""
-    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-    return any(isinstance(module, kinds) for module in model.modules())
+    return any(isinstance(module, BATCH_NORMS) for module in model.modules())
