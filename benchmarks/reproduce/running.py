@@ -42,9 +42,23 @@ class Result:
     methods: tuple[dict[str, Any], ...]
 
 
-def read_results(experiment: Experiment, folder: Path = RESULTS) -> list[Result]:
-    """What is stored of an experiment; nothing where it was never run."""
-    path = folder / f"{experiment.name}.json"
+def shown_results(experiment: Experiment, folder: Path = RESULTS) -> list[Result]:
+    """What is stored of an experiment, and, under its names, of trainings that others have too."""
+    results = read_results(experiment.name, folder)
+    for training in experiment.trainings:
+        if training.same_as is not None:
+            other, name = training.same_as
+            results += [
+                dataclasses.replace(result, training=training.name)
+                for result in read_results(other, folder)
+                if result.training == name
+            ]
+    return results
+
+
+def read_results(name: str, folder: Path = RESULTS) -> list[Result]:
+    """What is stored of the experiment of that name; nothing where it was never run."""
+    path = folder / f"{name}.json"
     if not path.exists():
         return []
     stored = json.loads(path.read_text(encoding="utf-8"))
@@ -56,7 +70,7 @@ def read_results(experiment: Experiment, folder: Path = RESULTS) -> list[Result]
 
 def store(experiment: Experiment, result: Result, folder: Path = RESULTS) -> None:
     """Puts a result in the place of an older one of the same training and seed."""
-    results = {(old.training, old.seed): old for old in read_results(experiment, folder)}
+    results = {(old.training, old.seed): old for old in read_results(experiment.name, folder)}
     results[result.training, result.seed] = result
     order = {training.name: position for position, training in enumerate(experiment.trainings)}
     ordered = sorted(results.values(), key=lambda each: (order.get(each.training, len(order)), each.seed))
@@ -133,5 +147,11 @@ def _metaloom(*words: str) -> None:
 
 
 def _revision() -> str:
-    words = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(words, check=True, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    """The commit; with a mark where more than results and their page differs from it."""
+    changed = _git("status", "--porcelain", "--", ".", ":!docs", f":!{RESULTS.relative_to(ROOT)}")
+    return _git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
+
+
+def _git(*words: str) -> str:
+    done = subprocess.run(["git", *words], check=True, cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip()
