@@ -51,6 +51,7 @@ from metaloom.recipe import (
     GroupsData,
     ImageInputs,
     Loading,
+    MultiTaskAlgorithm,
     NonExclusiveSinusoidTask,
     NumberTargets,
     Recipe,
@@ -58,6 +59,7 @@ from metaloom.recipe import (
     SyntheticData,
     TextInputs,
     TokenTargets,
+    UnequalScalesTask,
 )
 from metaloom.recipe.tasks import (
     DataSet,
@@ -163,6 +165,7 @@ def require_episodes(recipe: Recipe, data: Data) -> None:
                     f"episodes of split {split!r} of {found.dataset} at {found.url} state no group: "
                     "pack them with one, or take another combiner."
                 )
+    _require_groups(recipe, data)
     if recipe.adaptation.rehearsal is not None:
         _rehearsal_samples(recipe, data, seed=recipe.seed).batch(0, 1)
     if recipe.pretrain is not None:
@@ -194,6 +197,45 @@ def episode_source(recipe: Recipe, data: Data, split: str, *, seed: int, num_ste
         seed=seed,
         split=split,
     )
+
+
+def _require_groups(recipe: Recipe, data: Data) -> None:
+    """Checks that an algorithm that knows groups by name can learn from all of them, and meets no others.
+
+    Raises:
+        StreamError: it cannot, or does.
+    """
+    section = recipe.algorithm
+    if not isinstance(section, MultiTaskAlgorithm) or section.groups is None:
+        return
+    trained = _groups_of(recipe, data, "train")
+    if trained != set(section.groups):
+        raise StreamError(
+            f"algorithm.groups: {', '.join(section.groups)}; are to be the groups of the training tasks, and "
+            f"these are {', '.join(sorted(trained)) or 'none'}; give those."
+        )
+    for split in SPLITS[1:]:
+        others = sorted(_groups_of(recipe, data, split) - trained)
+        if others:
+            raise StreamError(
+                f"algorithm.kind: multi_task; has parts for each group, and of the groups of split {split!r} "
+                f"{', '.join(others)} are in no training task; take other data, or algorithm.kind = erm."
+            )
+
+
+def _groups_of(recipe: Recipe, data: Data, split: str) -> set[str]:
+    """The groups of a split's tasks, as episodes state them."""
+    found: set[str] = set()
+    names = _part_names(recipe, data)
+    for (path, section), name in zip(data_sets(recipe).items(), names, strict=True):
+        own: tuple[str, ...] = ()
+        if isinstance(section, SyntheticData):
+            own = section.groups
+        elif isinstance(section, GroupsData | EpisodesData):
+            own = data.indices[f"{path}.url"].split(split).groups
+        # As `Mixture` names them.
+        found |= set(own) if len(names) == 1 else {f"{name}/{group}" for group in own} or {name}
+    return found
 
 
 def _part_names(recipe: Recipe, data: Data) -> list[str]:
@@ -370,6 +412,10 @@ def _family(section: SyntheticData) -> synthetic.TaskFamily:
         case Equivariant2dTask(flips=flips, size=size, num_filters=num_filters, filter_size=filter_size):
             return synthetic.Equivariant2d(
                 flips=flips, size=size, num_filters=num_filters, filter_size=filter_size
+            )
+        case UnequalScalesTask(scales=scales, length=length, num_targets=num_targets):
+            return synthetic.UnequalScales(
+                scales=dict(zip(section.groups, scales, strict=True)), length=length, num_targets=num_targets
             )
 
 

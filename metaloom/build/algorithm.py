@@ -57,6 +57,7 @@ from metaloom.recipe import (
     LogisticAlgorithm,
     MAMLAlgorithm,
     MixedModeHypergradient,
+    MultiTaskAlgorithm,
     NeumannSolver,
     ProtonetAlgorithm,
     Recipe,
@@ -112,7 +113,7 @@ def _plain(
             return build_in_context(recipe, model)
         case CustomAlgorithm():
             return build_custom(recipe, recipe.algorithm, model, choices)
-        case ERMAlgorithm() | ARMCMLAlgorithm() | ARMBNAlgorithm():
+        case ERMAlgorithm() | MultiTaskAlgorithm() | ARMCMLAlgorithm() | ARMBNAlgorithm():
             return build_unlabelled(recipe, recipe.algorithm, model, device)
 
 

@@ -18,6 +18,7 @@ from metaloom.engine.sharding.sharded import Sharded
 from metaloom.models.conv4 import Conv4
 from metaloom.models.gpt import Gpt
 from metaloom.models.mlp import Mlp
+from metaloom.models.multi_task import CrossStitch, Film, MultiHead, MultiTask, Network
 from metaloom.models.single_layer import SingleLayer, convolution, linear, locally_connected
 from metaloom.recipe import (
     ActivationsRegularisation,
@@ -30,10 +31,12 @@ from metaloom.recipe import (
     LinearLayer,
     LocallyConnectedLayer,
     MLPModel,
+    MultiTaskAlgorithm,
     Recipe,
     ReplicatedSharding,
     ShardedSharding,
     SingleLayerModel,
+    SyntheticData,
 )
 from metaloom.recipe.tasks import num_inputs, rehearsal_facts, shape_of, task_facts
 from metaloom.weights import HeldModel, hold
@@ -77,6 +80,34 @@ def build_model(
 
 
 def _make_model(recipe: Recipe, num_classes: int | None) -> nn.Module:
+    section = recipe.algorithm
+    if not isinstance(section, MultiTaskAlgorithm):
+        return _make_network(recipe, num_classes)
+
+    def make() -> Network:
+        network = _make_network(recipe, num_classes)
+        assert isinstance(network, Mlp | Conv4), "a rule of the recipe has seen to it"
+        return network
+
+    kinds: dict[str, type[MultiHead | Film | CrossStitch]] = {
+        "multi_head": MultiHead,
+        "film": Film,
+        "cross_stitch": CrossStitch,
+    }
+    return kinds[section.architecture](make, multi_task_groups(recipe))
+
+
+def multi_task_groups(recipe: Recipe) -> tuple[str, ...]:
+    """The groups that a multi-task model is for."""
+    section, data = recipe.algorithm, recipe.data
+    assert isinstance(section, MultiTaskAlgorithm)
+    if section.groups is not None:
+        return section.groups
+    assert isinstance(data, SyntheticData), "a rule of the recipe has seen to it"
+    return data.groups
+
+
+def _make_network(recipe: Recipe, num_classes: int | None) -> nn.Module:
     facts, rehearsed = task_facts(recipe), rehearsal_facts(recipe)
     num_context = recipe.algorithm.num_context if isinstance(recipe.algorithm, ARMCMLAlgorithm) else 0
     num_outputs = num_classes or facts.num_outputs
@@ -133,6 +164,8 @@ def _make_model(recipe: Recipe, num_classes: int | None) -> nn.Module:
 
 def model_structure(model: nn.Module) -> Structure:
     """Where a model can be taken apart: the built-in ones alike have `blocks` and `heads`."""
+    if isinstance(model, MultiTask):
+        return Structure(model.block_names)  # a task's name says which output is read
     names = [name for name, _ in model.named_modules()]
     blocks = tuple(name for name in names if name.startswith("blocks.") and name.count(".") == 1)
     assert isinstance(model, Conv4 | Mlp | SingleLayer | Gpt)

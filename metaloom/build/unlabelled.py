@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import nn
 
-from metaloom.build.model import model_structure, task_output
+from metaloom.build.model import model_structure, multi_task_groups, task_output
 from metaloom.engine.adapters.base import BACKBONE
 from metaloom.engine.adapters.model import Structure
 from metaloom.engine.algorithms.arm import ArmBn, ArmCml
 from metaloom.engine.algorithms.erm import Erm
 from metaloom.engine.algorithms.feed_forward import FeedForward
+from metaloom.engine.algorithms.multi_task import MultiTask
 from metaloom.engine.precision import Precision
 from metaloom.engine.whole_model import WholeModel
 from metaloom.models.context import ConvContext, MlpContext
@@ -21,6 +24,7 @@ from metaloom.recipe import (
     ERMAlgorithm,
     GroupsData,
     ImageInputs,
+    MultiTaskAlgorithm,
     Recipe,
 )
 from metaloom.recipe.tasks import data_sets, num_inputs, task_facts
@@ -29,7 +33,7 @@ from metaloom.weights import HeldModel
 
 def build_unlabelled(
     recipe: Recipe,
-    section: ERMAlgorithm | ARMCMLAlgorithm | ARMBNAlgorithm,
+    section: ERMAlgorithm | MultiTaskAlgorithm | ARMCMLAlgorithm | ARMBNAlgorithm,
     model: HeldModel,
     device: torch.device,
 ) -> FeedForward:
@@ -45,6 +49,10 @@ def build_unlabelled(
     match section:
         case ERMAlgorithm():
             return Erm(whole, output.criterion)
+        case MultiTaskAlgorithm():
+            # What is read is not one output, but that of each task's group.
+            named = dataclasses.replace(whole, head=None)
+            return MultiTask(named, output.criterion, multi_task_groups(recipe))
         case ARMBNAlgorithm():
             return ArmBn(whole, output.criterion, is_own_context(recipe))
     network = build_context(recipe, section).to(device=device, dtype=precision.storage_dtype)

@@ -6,7 +6,7 @@ Shape letters: T tasks, N examples, C outputs.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -46,13 +46,20 @@ class WholeModel:
             if not name.startswith(unread)
         }
 
-    def outputs(self, meta: Mapping[str, Tensor], inputs: Tensor, weights: Tensor | None = None) -> Tensor:
+    def outputs(
+        self,
+        meta: Mapping[str, Tensor],
+        inputs: Tensor,
+        weights: Tensor | None = None,
+        heads: Sequence[str] | None = None,
+    ) -> Tensor:
         """What the model says, `[T, N, ..., C]`, of examples `[T, N, ...]`. Batch statistics are those of
         a task's examples.
 
         Args:
             meta: `<prefix><name>`; what it lacks stays at the model's own values.
             weights: `[T, N]`, 0 for examples that have no part in batch statistics; None where all have.
+            heads: which of the model's outputs is read of each task, T of them; None for `head` of all.
         """
         names = [name for name, _ in self.model.named_parameters()]
         substituted = {name: meta[self.prefix + name] for name in names if self.prefix + name in meta}
@@ -63,17 +70,20 @@ class WholeModel:
             head=self.head,
             weights=weights,
         )
+        passes = [forward_pass.of_task(task) for task in range(inputs.shape[0])]
+        if heads is not None:
+            passes = [dataclasses.replace(own, head=head) for own, head in zip(passes, heads, strict=True)]
         outputs = [
             run_model(
                 self.model,
                 self.structure,
                 substituted,
                 inputs[task],
-                forward_pass.of_task(task),
+                own,
                 attachments={},
                 attach=nothing_attached,
             )[0]
-            for task in range(inputs.shape[0])
+            for task, own in enumerate(passes)
         ]
         return torch.stack(outputs)
 

@@ -60,14 +60,22 @@ class Conv4(nn.Module):
         Args:
             head: `tasks` or `rehearsal`.
         """
-        features = images
+        features = self.entering(images)
         for block in self.blocks:
             features = block(features)
-        pooled = features.mean(dim=(2, 3))
+        pooled = self.leaving(features)
         if self.bottleneck is not None:
             pooled = self.bottleneck(pooled)
         logits: Tensor = self.get_submodule(self.heads[head])(pooled)
         return logits
+
+    def entering(self, images: Tensor) -> Tensor:
+        """What the first block is given."""
+        return images
+
+    def leaving(self, features: Tensor) -> Tensor:
+        """What comes behind the last block, `[N, D]`: the mean over positions."""
+        return features.mean(dim=(2, 3))
 
 
 class _Block(nn.Module):
@@ -75,6 +83,7 @@ class _Block(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1, bias=norm == "none")
         self.norm = norm_layer(norm, out_channels)
+        self.width = out_channels
 
     def forward(self, features: Tensor) -> Tensor:
         return F.relu(self.norm(self.conv(features)))

@@ -68,19 +68,28 @@ class Mlp(nn.Module):
         Args:
             head: `tasks` or `rehearsal`.
         """
-        features = inputs.flatten(1)
+        features = self.entering(inputs)
         for index, block in enumerate(self.blocks, start=1):
             features = block(features)
             if self.bottleneck is not None and index == self._after:
                 features = self.bottleneck(features)
-        outputs: Tensor = self.get_submodule(self.heads[head])(features)
+        outputs: Tensor = self.get_submodule(self.heads[head])(self.leaving(features))
         return outputs
+
+    def entering(self, inputs: Tensor) -> Tensor:
+        """What the first block is given, `[N, P]`."""
+        return inputs.flatten(1)
+
+    def leaving(self, features: Tensor) -> Tensor:
+        """What the head is given of what the last block has made, `[N, D]`."""
+        return features
 
 
 class _Layer(nn.Module):
     def __init__(self, num_inputs: int, num_outputs: int, activation: Activation) -> None:
         super().__init__()
         self.linear = nn.Linear(num_inputs, num_outputs)
+        self.width = num_outputs
         self.activation = {"relu": F.relu, "tanh": F.tanh}[activation]
 
     def forward(self, inputs: Tensor) -> Tensor:

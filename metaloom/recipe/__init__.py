@@ -38,6 +38,7 @@ from metaloom.recipe.algorithm import (
     MAMLAlgorithm,
     MetaParameters,
     MixedModeHypergradient,
+    MultiTaskAlgorithm,
     NeumannSolver,
     ProtonetAlgorithm,
     RecurrentLearnerAlgorithm,
@@ -125,6 +126,7 @@ from metaloom.recipe.synthetic import (
     NonExclusiveSinusoidTask,
     SinusoidTask,
     SyntheticData,
+    UnequalScalesTask,
 )
 from metaloom.recipe.views import (
     Difference,
@@ -203,6 +205,7 @@ __all__ = [
     "MetaParameters",
     "MixedModeHypergradient",
     "MixtureData",
+    "MultiTaskAlgorithm",
     "NeumannSolver",
     "NoTracking",
     "NonExclusiveSinusoidTask",
@@ -241,6 +244,7 @@ __all__ = [
     "TruncatedHypergradient",
     "Tuning",
     "UncertaintyCombiner",
+    "UnequalScalesTask",
     "UnrolledHypergradient",
     "UpweightingCombiner",
     "Validation",

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, JsonValue, WithJsonSchema
 
-from metaloom.recipe.base import BelowOne, Count, CountOrZero, FloatOrZero, Keys, PositiveFloat, Section
+from metaloom.recipe.base import BelowOne, Count, CountOrZero, FloatOrZero, Keys, PositiveFloat, Section, Text
 from metaloom.recipe.heads import FeatureChunk, LogisticAlgorithm, RidgeAlgorithm, SVMAlgorithm
 
 
@@ -252,6 +252,26 @@ class ERMAlgorithm(Section):
     )
 
 
+class MultiTaskAlgorithm(Section):
+    """One network for groups that ask different things of the same inputs, with parts of each group's own."""
+
+    kind: Literal["multi_task"] = Field(
+        default="multi_task",
+        description="one network (mlp or conv4) for a few groups, with parts of each group's own: the query "
+        "loss without adaptation",
+    )
+    architecture: Literal["multi_head", "film", "cross_stitch"] = Field(
+        default="multi_head",
+        description="what a group has of its own: multi_head, the last layer; film, a scale and a shift of "
+        "each channel behind each block (Perez et al. 2018); cross_stitch, a whole network, whose blocks "
+        "are given mixtures of what all networks' blocks have made (Misra et al. 2016)",
+    )
+    groups: Annotated[tuple[Text, ...], Field(min_length=2)] | None = Field(
+        default=None,
+        description="the names of the groups, in all splits; null for those of a synthetic task",
+    )
+
+
 class ARMCMLAlgorithm(Section):
     """The mean over a task's unlabelled inputs of a context network (Zhang et al. 2021)."""
 
@@ -276,6 +296,9 @@ class ARMBNAlgorithm(Section):
     )
 
 
+# They read no labels of support data.
+UnlabelledAlgorithm = ERMAlgorithm | MultiTaskAlgorithm | ARMCMLAlgorithm | ARMBNAlgorithm
+
 Algorithm = (
     MAMLAlgorithm
     | ProtonetAlgorithm
@@ -286,8 +309,6 @@ Algorithm = (
     | AttentionLearnerAlgorithm
     | RecurrentLearnerAlgorithm
     | InContextAlgorithm
-    | ERMAlgorithm
-    | ARMCMLAlgorithm
-    | ARMBNAlgorithm
+    | UnlabelledAlgorithm
     | CustomAlgorithm
 )

@@ -13,10 +13,8 @@ from metaloom.errors import CapabilityError
 from metaloom.recipe.adaptation import Adaptation, WholeFast
 from metaloom.recipe.algorithm import (
     Algorithm,
-    ARMBNAlgorithm,
-    ARMCMLAlgorithm,
-    ERMAlgorithm,
     MAMLAlgorithm,
+    UnlabelledAlgorithm,
 )
 from metaloom.recipe.base import Section
 from metaloom.recipe.data import (
@@ -120,7 +118,7 @@ class Recipe(Section):
         """Whether the labels of support data have no part in adaptation."""
         if isinstance(self.algorithm, MAMLAlgorithm):
             return self.adaptation.learned_loss is not None
-        return isinstance(self.algorithm, ERMAlgorithm | ARMCMLAlgorithm | ARMBNAlgorithm)
+        return isinstance(self.algorithm, UnlabelledAlgorithm)
 
     @property
     def evaluation_num_steps(self) -> int:

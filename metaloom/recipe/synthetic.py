@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from metaloom.recipe.base import Count, FloatOrZero, Section
+from metaloom.recipe.base import Count, FloatOrZero, PositiveFloat, Section
 
 NumTasks = Annotated[int, Field(ge=1, le=10_000_000)]
 
@@ -108,7 +108,37 @@ class Equivariant2dTask(Section):
         return self.num_filters * (8 if self.flips else 4) * side * side
 
 
-SyntheticTask = SinusoidTask | NonExclusiveSinusoidTask | Equivariant1dTask | Equivariant2dTask
+class UnequalScalesTask(Section):
+    """A few regressions of the same inputs, large and small (Chen et al. 2018, section 4)."""
+
+    kind: Literal["unequal_scales"] = Field(
+        default="unequal_scales",
+        description="a few regressions of the same inputs that have much in common and are of unequal size "
+        "(Chen et al. 2018): each is a group",
+    )
+    scales: Annotated[tuple[PositiveFloat, ...], Field(min_length=2)] = Field(
+        default=(1.0, 100.0), description="of each regression's targets"
+    )
+    length: Count = Field(default=250, description="numbers of an input")
+    num_targets: Count = Field(default=100, description="numbers of a target")
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """The shape of an input."""
+        return (self.length,)
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The names of the regressions: by their scales, and where these repeat by their numbers too."""
+        names = [f"scale {scale:g}" for scale in self.scales]
+        if len(set(names)) < len(names):
+            names = [f"{number}, {name}" for number, name in enumerate(names, start=1)]
+        return tuple(names)
+
+
+SyntheticTask = (
+    SinusoidTask | NonExclusiveSinusoidTask | Equivariant1dTask | Equivariant2dTask | UnequalScalesTask
+)
 
 
 def _of_the_paper(of_sinusoids: Any, of_symmetries: Any, of_flips: Any) -> Callable[[dict[str, Any]], Any]:
@@ -157,3 +187,8 @@ class SyntheticData(Section):
         description="test tasks, likewise; left out, those of the paper: null of sinusoids, 2000 of "
         "equivariant_1d and equivariant_2d, 400 with flips",
     )
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The groups that tasks are of, in turn; none where they have no group."""
+        return self.task.groups if isinstance(self.task, UnequalScalesTask) else ()

@@ -21,6 +21,7 @@ from metaloom.datasets.synthetic import (
     SyntheticEpisodes,
     SyntheticSamples,
     TaskFamily,
+    UnequalScales,
 )
 from metaloom.errors import StreamError
 
@@ -31,6 +32,7 @@ FAMILIES: tuple[Callable[[], TaskFamily], ...] = (
     NonExclusiveSinusoids,
     lambda: Equivariant1d(rank=2, length=9),
     lambda: Equivariant2d(flips=True, size=6, num_filters=2),
+    lambda: UnequalScales(scales={"small": 1.0, "large": 100.0}, length=9, num_targets=4),
 )
 each_family = pytest.mark.parametrize("make", FAMILIES, ids=lambda make: make().name)
 # float32 rounding of a target of a few units.
@@ -395,3 +397,56 @@ def test_targets_of_two_dims_have_variance_one() -> None:
     targets = [family.examples(draws, 4, split="train")["targets"] for _ in range(1000)]
     # The variance of a task's targets is that of chi-squared of nine values over nine: five standard errors.
     assert np.var(targets) == pytest.approx(1.0, abs=5 * np.sqrt(2 / 9 / 1000))
+
+
+# ---------------------------------------------------------------- regressions of unequal size
+
+
+SCALES = {"small": 1.0, "middle": 3.0, "large": 100.0}
+
+
+def test_groups_come_in_turn_in_episodes_without_end_and_in_epochs() -> None:
+    family = UnequalScales(scales=SCALES, length=5, num_targets=4)
+    endless = episodes(family)
+    assert [endless.episode(number).group for number in range(6)] == [*SCALES, *SCALES]
+    counted = episodes(family, num_tasks=6)
+    epoch = [counted.episode(number) for number in range(6)]
+    assert sorted(str(episode.group) for episode in epoch) == sorted([*SCALES, *SCALES])
+    assert all(episode.group == tuple(SCALES)[int(episode.task.split()[-1]) % 3] for episode in epoch)
+    assert episodes(Sinusoids()).episode(0).group is None
+
+
+def test_targets_are_scaled_hyperbolic_tangents_of_matrices_that_all_splits_share() -> None:
+    """Found from examples alone: atanh(y / scale) is linear in x, and its matrix is a group's for good."""
+    length, num_targets = 5, 4
+    family = UnequalScales(scales=SCALES, length=length, num_targets=num_targets)
+
+    def matrix(split: str, group: int) -> Floats:
+        arrays = family.examples(rng(group), 400, split=split, group=group)
+        inputs = arrays["inputs"].astype(np.float64)
+        values = arrays["targets"].astype(np.float64) / list(SCALES.values())[group]
+        assert (np.abs(values) <= 1.0).all()
+        small = (np.abs(values) < 0.99).all(axis=1)  # where float32 leaves digits to atanh
+        found, *_ = np.linalg.lstsq(inputs[small], np.arctanh(values[small]), rcond=None)
+        return np.asarray(found, np.float64)
+
+    for group in range(3):
+        np.testing.assert_allclose(matrix("train", group), matrix("test", group), rtol=1e-3, atol=1e-3)
+    assert np.abs(matrix("train", 0) - matrix("train", 1)).max() > 0.5
+
+
+def test_what_regressions_share_is_larger_than_what_they_have_of_their_own() -> None:
+    family = UnequalScales(scales={str(number): 1.0 for number in range(8)}, length=100, num_targets=80)
+    weights = np.stack([10.0 * family.task(rng(), split="train", group=group).weights for group in range(8)])
+    assert np.var(weights.mean(axis=0)) == pytest.approx(10.0 + 3.5 / 8, rel=0.05)
+    assert np.var(weights - weights.mean(axis=0), ddof=0) == pytest.approx(3.5 * 7 / 8, rel=0.05)
+    inputs = family.examples(rng(), 2000, split="train")["inputs"]
+    assert float(np.var(inputs)) == pytest.approx(1.0, rel=0.02)
+
+
+def test_ordinary_samples_are_of_all_groups() -> None:
+    family = UnequalScales(scales=SCALES, length=5, num_targets=4)
+    batch = SyntheticSamples(family, "train", num_tasks=None, num_examples=1, seed=0).batch(0, 300)
+    largest = np.abs(batch.arrays["targets"]).max(axis=1)
+    counts = [int(((low < largest) & (largest <= high)).sum()) for low, high in ((0, 1), (1, 3), (3, 100))]
+    assert all(count > 50 for count in counts)

@@ -145,7 +145,7 @@ def test_the_schema_lists_the_tasks_and_describes_each_key() -> None:
     for name in ("SyntheticData", "SinusoidTask", "NonExclusiveSinusoidTask", "Equivariant2dTask"):
         assert all(field["description"] for field in sections[name]["properties"].values())
     task = sections["SyntheticData"]["properties"]["task"]
-    kinds = {"equivariant_1d", "equivariant_2d", "sinusoid", "sinusoid_non_exclusive"}
+    kinds = {"equivariant_1d", "equivariant_2d", "sinusoid", "sinusoid_non_exclusive", "unequal_scales"}
     assert set(task["anyOf"][-1]["enum"]) == kinds
 
 

@@ -6,6 +6,7 @@ from metaloom.datasets.synthetic.equivariant_2d import Equivariant2d
 from metaloom.datasets.synthetic.non_exclusive import NonExclusiveSinusoids
 from metaloom.datasets.synthetic.sinusoids import Sinusoids
 from metaloom.datasets.synthetic.sources import SyntheticEpisodes, SyntheticSamples
+from metaloom.datasets.synthetic.unequal_scales import UnequalScales
 
 __all__ = [
     "GENERATOR_VERSION",
@@ -17,4 +18,5 @@ __all__ = [
     "SyntheticSamples",
     "Task",
     "TaskFamily",
+    "UnequalScales",
 ]

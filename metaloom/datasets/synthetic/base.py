@@ -54,12 +54,28 @@ class TaskFamily(abc.ABC):
     def num_targets(self) -> int:
         """P."""
 
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The names of the groups of tasks, of which episodes come in turn; none where tasks have no
+        group."""
+        return ()
+
     @abc.abstractmethod
-    def task(self, rng: np.random.Generator, *, split: str) -> Task:
-        """A random task of a split."""
+    def task(self, rng: np.random.Generator, *, split: str, group: int = 0) -> Task:
+        """A random task of a split.
+
+        Args:
+            group: which of `groups` it is of, where there are any.
+        """
 
     def examples(
-        self, rng: np.random.Generator, count: int, *, split: str, rows: slice = slice(None)
+        self,
+        rng: np.random.Generator,
+        count: int,
+        *,
+        split: str,
+        rows: slice = slice(None),
+        group: int = 0,
     ) -> Arrays:
         """A random task's examples: `inputs`, float32 `[N, *input_shape]`, and `targets`, float32 `[N, P]`.
 
@@ -68,8 +84,9 @@ class TaskFamily(abc.ABC):
         Args:
             count: how many are drawn.
             rows: which of them are given; the targets of others are not computed.
+            group: as of `task`.
         """
-        task = self.task(rng, split=split)
+        task = self.task(rng, split=split, group=group)
         inputs = task.inputs(rng, count)[rows].astype(np.float32)
         targets = task.targets(inputs.astype(np.float64))
         if self.noise_std:

@@ -68,6 +68,6 @@ class Equivariant1d(TaskFamily):
     def num_targets(self) -> int:
         return self._length - self._filter_size + 1
 
-    def task(self, rng: np.random.Generator, *, split: str) -> LocallyConnected:
+    def task(self, rng: np.random.Generator, *, split: str, group: int = 0) -> LocallyConnected:
         basis = rng.standard_normal((self._weights.shape[1], self._filter_size))
         return LocallyConnected((self._weights[:, :, None] * basis).sum(axis=1))

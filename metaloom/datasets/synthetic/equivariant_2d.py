@@ -89,6 +89,6 @@ class Equivariant2d(TaskFamily):
         side = self._size - self._filter_size + 1
         return self._num_filters * (8 if self._flips else 4) * side * side
 
-    def task(self, rng: np.random.Generator, *, split: str) -> GroupConvolution:
+    def task(self, rng: np.random.Generator, *, split: str, group: int = 0) -> GroupConvolution:
         shape = (self._num_filters, self._filter_size, self._filter_size)
         return GroupConvolution(rng.standard_normal(shape) / self._filter_size, self._size, self._flips)

@@ -68,7 +68,7 @@ class NonExclusiveSinusoids(TaskFamily):
     def num_targets(self) -> int:
         return 1
 
-    def task(self, rng: np.random.Generator, *, split: str) -> NonExclusiveSinusoid:
+    def task(self, rng: np.random.Generator, *, split: str, group: int = 0) -> NonExclusiveSinusoid:
         code = int(rng.integers(len(self._amplitudes)))
         amplitude = float(self._amplitudes[code]) if split == "train" else rng.uniform(*AMPLITUDES)
         return NonExclusiveSinusoid(amplitude, code, len(self._amplitudes))

@@ -52,5 +52,5 @@ class Sinusoids(TaskFamily):
     def num_targets(self) -> int:
         return 1
 
-    def task(self, rng: np.random.Generator, *, split: str) -> Sinusoid:
+    def task(self, rng: np.random.Generator, *, split: str, group: int = 0) -> Sinusoid:
         return Sinusoid(amplitude=rng.uniform(*AMPLITUDES), phase=rng.uniform(*PHASES))

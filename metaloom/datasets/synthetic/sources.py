@@ -18,7 +18,8 @@ class SyntheticEpisodes(EpisodeSource):
 
     Without end (`num_tasks` None), each episode is a new task with new examples. Else there are `num_tasks`
     tasks of S + Q examples, the same in every run as those of a file are: within an epoch of `num_tasks`
-    episodes each task comes once, and which of its examples are support is drawn anew each time.
+    episodes each task comes once, and which of its examples are support is drawn anew each time. Where the
+    family has G groups, task t is of group t modulo G.
 
     Raises:
         StreamError: there are no support or no query examples.
@@ -47,17 +48,20 @@ class SyntheticEpisodes(EpisodeSource):
         rng = generator("synthetic episode", self._seed, self._family.name, self._split, number)
         if self._order is None:
             task = number
-            arrays = self._family.examples(rng, self._num_examples, split=self._split)
+            group = _group_of(self._family, task)
+            arrays = self._family.examples(rng, self._num_examples, split=self._split, group=group)
         else:
             task = self._order.item(number)
             kept = _kept_examples(self._family, self._split, task, self._num_examples)
             order = rng.permutation(self._num_examples)
             arrays = {name: array[order] for name, array in kept.items()}
+        groups = self._family.groups
         return Episode(
             number=number,
             task=f"{self._family.name} {task}",
             support={name: array[: self._num_support] for name, array in arrays.items()},
             query={name: array[self._num_support :] for name, array in arrays.items()},
+            group=groups[_group_of(self._family, task)] if groups else None,
         )
 
 
@@ -93,7 +97,8 @@ class SyntheticSamples(Samples):
     def _example(self, rng: np.random.Generator) -> Arrays:
         """One example, `[1, ...]`."""
         if self._num_tasks is None:
-            return self._family.examples(rng, 1, split=self._split)
+            group = int(rng.integers(len(self._family.groups))) if self._family.groups else 0
+            return self._family.examples(rng, 1, split=self._split, group=group)
         task, row = int(rng.integers(self._num_tasks)), int(rng.integers(self._num_examples))
         one = slice(row, row + 1)
         return _kept_examples(self._family, self._split, task, self._num_examples, rows=one)
@@ -104,4 +109,8 @@ def _kept_examples(
 ) -> Arrays:
     """The examples of one of finitely many tasks, or some of them: the same in every run."""
     rng = generator("synthetic task", DATA_SEED, family.name, split, task)
-    return family.examples(rng, num_examples, split=split, rows=rows)
+    return family.examples(rng, num_examples, split=split, rows=rows, group=_group_of(family, task))
+
+
+def _group_of(family: TaskFamily, task: int) -> int:
+    return task % len(family.groups) if family.groups else 0

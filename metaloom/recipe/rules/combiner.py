@@ -6,17 +6,21 @@ from metaloom.recipe.combiner import DWACombiner, MeanCombiner
 from metaloom.recipe.data import EpisodesData, GroupsData, MixtureData
 from metaloom.recipe.rules.base import Broken, Rule, of_maml, repeated
 from metaloom.recipe.schema import Recipe
+from metaloom.recipe.synthetic import SyntheticData
 
 # What looks at single tasks side by side, or at groups side by side: of one there is nothing to compare.
 COMPARING = ("pcgrad", "mgda", "gradnorm")
 
 
 def weighed_groups_exist(recipe: Recipe) -> Broken:
-    combiner = recipe.outer.combiner
-    if combiner.weighs_groups and not isinstance(recipe.data, GroupsData | EpisodesData | MixtureData):
+    combiner, data = recipe.outer.combiner, recipe.data
+    has_groups = isinstance(data, GroupsData | EpisodesData | MixtureData) or (
+        isinstance(data, SyntheticData) and bool(data.groups)
+    )
+    if combiner.weighs_groups and not has_groups:
         yield (
             "outer.combiner.kind",
-            f"{combiner.kind}; weighs groups of tasks, and tasks of data.kind {recipe.data.kind} have none; "
+            f"{combiner.kind}; weighs groups of tasks, and tasks of data.kind {data.kind} have none; "
             "take data.kind groups or mixture, episodes that state their group, or another combiner",
         )
 

@@ -1,6 +1,6 @@
 """Rules about groups, and about methods that adapt to inputs without their labels."""
 
-from metaloom.recipe.algorithm import ARMBNAlgorithm, ARMCMLAlgorithm, ERMAlgorithm
+from metaloom.recipe.algorithm import ARMBNAlgorithm, ARMCMLAlgorithm, ERMAlgorithm, MultiTaskAlgorithm
 from metaloom.recipe.data import ClassesData, GroupsData
 from metaloom.recipe.model import Conv4Model, GPTModel
 from metaloom.recipe.rules.base import Broken, Rule
@@ -58,11 +58,12 @@ def baselines_have_labels(recipe: Recipe) -> Broken:
 
 
 def erm_sees_one_example_at_a_time(recipe: Recipe) -> Broken:
-    if isinstance(recipe.algorithm, ERMAlgorithm) and _has_batch_norm(recipe):
+    section = recipe.algorithm
+    if isinstance(section, ERMAlgorithm | MultiTaskAlgorithm) and _has_batch_norm(recipe):
         yield (
             "model.norm",
             "batch; takes the statistics of a task's inputs, which is to adapt to them, and algorithm.kind = "
-            "erm is not to; set it to layer or none, or algorithm.kind to arm_bn",
+            f"{section.kind} is not to; set it to layer or none, or algorithm.kind to arm_bn",
         )
 
 

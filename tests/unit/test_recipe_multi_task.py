@@ -1,0 +1,94 @@
+"""Rules about models for groups that ask different things, and what is built of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from metaloom.build.algorithm import build_algorithm
+from metaloom.build.choices import Choices
+from metaloom.build.model import build_model
+from metaloom.engine.algorithms.multi_task import MultiTask
+from metaloom.engine.sharding.replicated import Replicated
+from metaloom.errors import RecipeError, StreamError
+from metaloom.models.multi_task import CrossStitch, Film, MultiHead
+from metaloom.recipe import load_recipe
+from metaloom.sources import open_data, require_episodes
+from tests.commands import RECIPES
+
+SCALES, FACES = RECIPES / "unequal-scales.yaml", RECIPES / "faces-arm.yaml"
+MIXED = (
+    "{kind: mixture, parts: [{data: {kind: synthetic, task: sinusoid}}, "
+    "{data: {kind: synthetic, task: {kind: sinusoid}, num_support: 3}}]}"
+)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["model={kind: single_layer, layer: linear}"],
+            "algorithm.kind: multi_task; is made of the blocks of mlp and conv4, and model.kind is single_",
+        ),
+        (
+            ["algorithm.groups=[a, b]"],
+            "algorithm.groups: a, b; those of data.task are scale 1, scale 100, and need not be named; leave",
+        ),
+        (
+            ["data.task=sinusoid", "outer.combiner=mean"],
+            "algorithm.kind: multi_task; has parts for each group of tasks, and those of sinusoid have no",
+        ),
+        ([f"data={MIXED}"], "algorithm.groups: missing; name the groups of the data, since the model has"),
+        ([f"data={MIXED}", "algorithm.groups=[a, a]"], "algorithm.groups: 'a' is listed twice; list it once"),
+        (["data.task.scales=[1.0]"], "data.task.scales: [1.0]; must be a list of at least 2"),
+        (["data.task.scales=[1.0, 0.0]"], "data.task.scales.1: 0.0; must be greater than 0"),
+        (["algorithm.architecture=flim"], "did you mean 'film'?"),
+        (["evaluation.baselines=[random]"], "evaluation.baselines: random; baselines adapt to labelled"),
+        (["sharding=sharded"], "sharding.kind: sharded; algorithm.kind = multi_task computes with whole"),
+    ],
+)
+def test_what_cannot_be_is_refused(overrides: Sequence[str], message: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        load_recipe(SCALES, overrides)
+
+
+def test_batch_statistics_are_refused_as_of_erm() -> None:
+    with pytest.raises(
+        RecipeError, match=r"model\.norm: batch; .* and algorithm\.kind = multi_task is not to"
+    ):
+        load_recipe(FACES, ["algorithm={kind: multi_task, groups: [a, b]}", "model.norm=batch"])
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind"), [("multi_head", MultiHead), ("film", Film), ("cross_stitch", CrossStitch)]
+)
+def test_what_is_built(architecture: str, kind: type) -> None:
+    sizes = ["data.task.length=4", "data.task.num_targets=2", "model.width=3"]
+    recipe = load_recipe(SCALES, [*sizes, f"algorithm.architecture={architecture}"])
+    model = build_model(recipe, torch.device("cpu"), Replicated(bucket_bytes=1024))
+    algorithm = build_algorithm(recipe, model, Choices(), torch.device("cpu"))
+    assert isinstance(algorithm, MultiTask)
+    assert algorithm.groups == ("scale 1", "scale 100")
+    assert isinstance(algorithm.model.model, kind)
+    modules = dict(model.module.named_modules())
+    assert [name for name in algorithm.model.structure.blocks if name not in modules] == []
+    learned = algorithm.meta_parameters()
+    assert learned.keys() == {f"backbone.{name}" for name, _ in model.module.named_parameters()}
+
+
+def test_names_of_groups_are_compared_with_the_data_before_anything_runs() -> None:
+    parts = ["a", "b"]
+    recipe = load_recipe(SCALES, [f"data={MIXED}", f"algorithm.groups={parts}", "outer.combiner=mean"])
+    message = (
+        r"algorithm\.groups: a, b; are to be the groups of the training tasks, and these are synthetic 0, "
+        r"synthetic 1; give those\."
+    )
+    with pytest.raises(StreamError, match=message):
+        require_episodes(recipe, open_data(recipe))
+    found = load_recipe(
+        SCALES, [f"data={MIXED}", "algorithm.groups=[synthetic 0, synthetic 1]", "outer.combiner=mean"]
+    )
+    require_episodes(found, open_data(found))
