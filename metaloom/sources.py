@@ -200,21 +200,24 @@ def episode_source(recipe: Recipe, data: Data, split: str, *, seed: int, num_ste
 
 
 def _require_groups(recipe: Recipe, data: Data) -> None:
-    """Checks that an algorithm that knows groups by name can learn from all of them, and meets no others.
+    """Checks that what knows groups by name can learn from all of them, and a model meets no others.
 
     Raises:
         StreamError: it cannot, or does.
     """
-    section = recipe.algorithm
-    if not isinstance(section, MultiTaskAlgorithm) or section.groups is None:
-        return
+    model = recipe.algorithm if isinstance(recipe.algorithm, MultiTaskAlgorithm) else None
+    named = {
+        "adaptation.loss.groups": recipe.adaptation.loss.groups,
+        "algorithm.groups": None if model is None else model.groups,
+    }
     trained = _groups_of(recipe, data, "train")
-    if trained != set(section.groups):
-        raise StreamError(
-            f"algorithm.groups: {', '.join(section.groups)}; are to be the groups of the training tasks, and "
-            f"these are {', '.join(sorted(trained)) or 'none'}; give those."
-        )
-    for split in SPLITS[1:]:
+    for path, groups in named.items():
+        if groups is not None and trained != set(groups):
+            raise StreamError(
+                f"{path}: {', '.join(groups)}; are to be the groups of the training tasks, and these are "
+                f"{', '.join(sorted(trained)) or 'none'}; give those."
+            )
+    for split in SPLITS[1:] if model is not None else ():
         others = sorted(_groups_of(recipe, data, split) - trained)
         if others:
             raise StreamError(

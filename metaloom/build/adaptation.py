@@ -38,7 +38,7 @@ from metaloom.engine.inner_loops.rmsprop import RmsProp
 from metaloom.engine.inner_loops.sgd import Sgd
 from metaloom.engine.learned_loss import LearnedLoss
 from metaloom.engine.learner import Learner, Rehearsal
-from metaloom.engine.losses import SupportLoss
+from metaloom.engine.losses import LossParameter, SupportLoss
 from metaloom.engine.precision import Precision
 from metaloom.engine.unroll import Unroll
 from metaloom.recipe import (
@@ -57,7 +57,7 @@ from metaloom.recipe import (
 )
 from metaloom.recipe import InnerRule as InnerRuleSection
 from metaloom.recipe import Rehearsal as RehearsalSection
-from metaloom.recipe.tasks import task_facts
+from metaloom.recipe.tasks import groups_by_recipe, num_outputs, task_facts
 from metaloom.weights import HeldModel
 
 
@@ -193,9 +193,7 @@ def build_unroll(
             adapter,
             Precision(recipe.precision.compute),
             None if rehearsal is None else _rehearsal(recipe, rehearsal),
-            support_loss=SupportLoss(
-                loss.temperature, loss.label_smoothing, loss.learned if learns_loss else ()
-            ),
+            support_loss=_support_loss(recipe, loss.learned if learns_loss else ()),
             seed=recipe.seed,
             recompute_blocks=recipe.memory.recompute_blocks,
             head_chunk=recipe.memory.head_chunk,
@@ -224,6 +222,17 @@ def _head_first(recipe: Recipe, adapter: Adapter) -> HeadFirst | None:
     if num_steps == 0:
         return None
     return HeadFirst(frozenset(adapter.head_weights(task_output(recipe).head)), num_steps)
+
+
+def _support_loss(recipe: Recipe, learned: tuple[LossParameter, ...]) -> SupportLoss:
+    loss = recipe.adaptation.loss
+    return SupportLoss(
+        loss.temperature,
+        loss.label_smoothing,
+        learned,
+        num_classes=num_outputs(recipe) if "class_weights" in learned else 0,
+        groups=(loss.groups or groups_by_recipe(recipe)) if "group_weights" in learned else (),
+    )
 
 
 def _learned_loss(recipe: Recipe) -> LearnedLoss | None:

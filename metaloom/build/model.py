@@ -36,9 +36,8 @@ from metaloom.recipe import (
     ReplicatedSharding,
     ShardedSharding,
     SingleLayerModel,
-    SyntheticData,
 )
-from metaloom.recipe.tasks import num_inputs, rehearsal_facts, shape_of, task_facts
+from metaloom.recipe.tasks import groups_by_recipe, num_inputs, rehearsal_facts, shape_of, task_facts
 from metaloom.weights import HeldModel, hold
 
 
@@ -89,22 +88,13 @@ def _make_model(recipe: Recipe, num_classes: int | None) -> nn.Module:
         assert isinstance(network, Mlp | Conv4), "a rule of the recipe has seen to it"
         return network
 
+    groups = section.groups or groups_by_recipe(recipe)
     kinds: dict[str, type[MultiHead | Film | CrossStitch]] = {
         "multi_head": MultiHead,
         "film": Film,
         "cross_stitch": CrossStitch,
     }
-    return kinds[section.architecture](make, multi_task_groups(recipe))
-
-
-def multi_task_groups(recipe: Recipe) -> tuple[str, ...]:
-    """The groups that a multi-task model is for."""
-    section, data = recipe.algorithm, recipe.data
-    assert isinstance(section, MultiTaskAlgorithm)
-    if section.groups is not None:
-        return section.groups
-    assert isinstance(data, SyntheticData), "a rule of the recipe has seen to it"
-    return data.groups
+    return kinds[section.architecture](make, groups)
 
 
 def _make_network(recipe: Recipe, num_classes: int | None) -> nn.Module:

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import nn
 
-from metaloom.build.model import model_structure, multi_task_groups, task_output
+from metaloom.build.model import model_structure, task_output
 from metaloom.engine.adapters.base import BACKBONE
 from metaloom.engine.adapters.model import Structure
 from metaloom.engine.algorithms.arm import ArmBn, ArmCml
@@ -27,7 +27,7 @@ from metaloom.recipe import (
     MultiTaskAlgorithm,
     Recipe,
 )
-from metaloom.recipe.tasks import data_sets, num_inputs, task_facts
+from metaloom.recipe.tasks import data_sets, groups_by_recipe, num_inputs, task_facts
 from metaloom.weights import HeldModel
 
 
@@ -52,7 +52,7 @@ def build_unlabelled(
         case MultiTaskAlgorithm():
             # What is read is not one output, but that of each task's group.
             named = dataclasses.replace(whole, head=None)
-            return MultiTask(named, output.criterion, multi_task_groups(recipe))
+            return MultiTask(named, output.criterion, section.groups or groups_by_recipe(recipe))
         case ARMBNAlgorithm():
             return ArmBn(whole, output.criterion, is_own_context(recipe))
     network = build_context(recipe, section).to(device=device, dtype=precision.storage_dtype)

@@ -25,7 +25,7 @@ class Reading:
     Attributes:
         criterion: the loss of a target.
         head: which output of a model that has several.
-        how: temperature and label smoothing.
+        how: temperature, label smoothing and weights of classes.
         num_ways: `[T]`, how many classes each task has; None for all that there are.
         draws: what dropout draws; None: dropout does nothing.
         noise: what a stochastic layer draws; None: it gives its means.
@@ -114,7 +114,7 @@ def read(
     is_counted = criterion.is_counted(targets)
     losses, *scores = of_targets
     return Examples(
-        losses=example_means(losses, is_counted),
+        losses=example_means(reading.how.weighted(losses, targets), is_counted),
         scores={
             name: example_means(value.double(), is_counted)
             for name, value in zip(criterion.scores, scores, strict=True)

@@ -135,8 +135,9 @@ class Learner:
         adapter: the model together with what is fast in it.
         precision: the dtype of the forward pass; losses are always at least float32.
         rehearsal: how rehearsal data is mixed in; None for not at all.
-        support_loss: what the cross-entropy that tasks adapt by is changed by. Rehearsal of the tasks' own
-            criterion and head is changed likewise in the inner loss, any other not.
+        support_loss: what the loss that tasks adapt by is changed by. Rehearsal of the tasks' own criterion
+            and head is changed likewise in the inner loss, but for the weight of the task's group; any other
+            is not changed.
         seed: what dropout's draws follow from.
         recompute_blocks: keep the inputs of the model's blocks alone, and compute each again when it is
             differentiated: less memory, one more forward pass.
@@ -180,7 +181,7 @@ class Learner:
                 "label smoothing, has no rehearsal beside it in the inner loss, and sees all outputs at "
                 "once: leave these and head_chunk out, or the learned loss."
             )
-        if not self.criterion.takes_support_loss and self.support_loss != SupportLoss():
+        if not self.criterion.takes_support_loss and self.support_loss.is_of_classes:
             loss = self.support_loss
             raise CapabilityError(
                 f"adaptation.loss has a temperature of {loss.temperature} and a label smoothing of "
@@ -281,7 +282,7 @@ class Learner:
         rehearsal = self.rehearsal
         if rehearsal is None or rehearsal.ratio == 0.0:
             own = self._examples(meta, fast, batch.support, tasks, derivative)
-            return own.loss(), own.mean_scores()
+            return self._weighted(own.loss(), meta, batch), own.mean_scores()
         assert batch.rehearsal is not None, "the recipe asks for rehearsal, the batch has none"
         stretches = _next_stretches(batch.rehearsal, step, rehearsal.num_samples)
         if self._rehearses_alike and _are_shaped_alike(stretches, batch.support):
@@ -292,7 +293,13 @@ class Learner:
             own = self._examples(meta, fast, batch.support, tasks, derivative)
             old = self._examples(meta, fast, stretches, self._of_rehearsal(tasks), derivative)
         ratio = rehearsal.ratio
-        return (1.0 - ratio) * own.loss() + ratio * old.loss(), own.mean_scores()
+        loss = self._weighted(own.loss(), meta, batch)
+        return (1.0 - ratio) * loss + ratio * old.loss(), own.mean_scores()
+
+    def _weighted(self, losses: Tensor, meta: Tensors, batch: TaskBatch) -> Tensor:
+        """Support losses `[T]` by the weights of the tasks' groups."""
+        weights = self.support_loss.of_groups(meta, batch.groups or (None,) * batch.num_tasks)
+        return losses if weights is None else weights * losses
 
     @property
     def _rehearses_alike(self) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -20,52 +20,97 @@ from metaloom.errors import CapabilityError
 LOSS = "loss."
 # A class index that counts for nothing: torch's own.
 IGNORE = -100
-LossParameter = Literal["temperature", "label_smoothing"]
+LossParameter = Literal["temperature", "label_smoothing", "class_weights", "group_weights"]
+OF_CLASSES: tuple[LossParameter, ...] = ("temperature", "label_smoothing", "class_weights")
 
 
 @dataclasses.dataclass(frozen=True)
 class SupportLoss:
-    """The cross-entropy that tasks adapt by: `(1 - s) * -log p_y + s * mean_c(-log p_c)`, p = softmax(z / t).
+    """What tasks adapt by, as it is changed: a target y of a task of group g costs
+
+        v_g u_y ((1 - s) * -log p_y + s * mean_c(-log p_c)),    p = softmax(z / t)
+
+    or, where targets are numbers, v_g times their squared error. Weights u of classes and v of groups are 1
+    unless they are learned: weights of data, as of Ren et al. 2018, "Learning to Reweight Examples for Robust
+    Deep Learning", of whole classes and groups in the place of single examples. Means over examples divide by
+    their number, not by their weights, so weights act on the length of steps too. A group that is not among
+    `groups` has weight 1.
 
     Learned parameters are kept where they are free: `loss.temperature` holds log t, `loss.label_smoothing`
-    the logit of s. They act through the inner gradient alone: the query loss is the plain cross-entropy.
+    the logit of s, `loss.class_weights` `[C]` and `loss.group_weights` `[G]` the logarithms of weights. They
+    act through the inner gradient alone: the query loss is as it is without.
 
     Attributes:
         temperature: t, above 0; where a learned one starts.
         label_smoothing: s, from 0 to below 1; above 0 where it is learned.
-        learned: which of the two are meta-parameters.
+        learned: which are meta-parameters.
+        num_classes: C, where weights of classes are learned.
+        groups: names of the G groups, where weights of groups are learned.
     """
 
     temperature: float = 1.0
     label_smoothing: float = 0.0
     learned: tuple[LossParameter, ...] = ()
+    num_classes: int = 0
+    groups: tuple[str, ...] = ()
+
+    @property
+    def is_of_classes(self) -> bool:
+        """Whether anything is changed that a cross-entropy alone has."""
+        return (self.temperature, self.label_smoothing) != (1.0, 0.0) or any(
+            name in OF_CLASSES for name in self.learned
+        )
 
     def meta_parameters(self, like: Tensor) -> dict[str, Tensor]:
         """Initial values by name, in the dtype and on the device of `like`."""
-        smoothing = self.label_smoothing
         start = {
-            "temperature": lambda: math.log(self.temperature),
-            "label_smoothing": lambda: _logit(smoothing),
+            "temperature": lambda: like.new_full((), math.log(self.temperature)),
+            "label_smoothing": lambda: like.new_full((), _logit(self.label_smoothing)),
+            "class_weights": lambda: like.new_zeros(self.num_classes),
+            "group_weights": lambda: like.new_zeros(len(self.groups)),
         }
-        return {f"{LOSS}{name}": like.new_full((), start[name]()) for name in self.learned}
+        return {f"{LOSS}{name}": start[name]() for name in self.learned}
 
     def at(self, meta: Mapping[str, Tensor]) -> LossTensors:
-        """Temperature and smoothing at these meta-parameters; None where they are 1 and 0 for good."""
+        """What a cross-entropy is changed by at these meta-parameters; None where it is not for good."""
         temperature: Tensor | float | None = None if self.temperature == 1.0 else self.temperature
         smoothing: Tensor | float | None = None if self.label_smoothing == 0.0 else self.label_smoothing
         if "temperature" in self.learned:
             temperature = meta[f"{LOSS}temperature"].exp()
         if "label_smoothing" in self.learned:
             smoothing = meta[f"{LOSS}label_smoothing"].sigmoid()
-        return LossTensors(temperature, smoothing)
+        weights = meta[f"{LOSS}class_weights"].exp() if "class_weights" in self.learned else None
+        return LossTensors(temperature, smoothing, weights)
+
+    def of_groups(self, meta: Mapping[str, Tensor], groups: Sequence[str | None]) -> Tensor | None:
+        """v of T tasks by their groups, `[T]`; None where it is 1 for good."""
+        if "group_weights" not in self.learned:
+            return None
+        logarithms = meta[f"{LOSS}group_weights"]
+        place = {group: place for place, group in enumerate(self.groups)}
+        others = len(self.groups)
+        chosen = [others if group is None else place.get(group, others) for group in groups]
+        return torch.cat([logarithms, logarithms.new_zeros(1)])[chosen].exp()
 
 
 @dataclasses.dataclass(frozen=True)
 class LossTensors:
-    """What a cross-entropy is changed by; None for not at all."""
+    """What a cross-entropy is changed by; None for not at all.
+
+    Attributes:
+        temperature: what logits are divided by.
+        label_smoothing: share of a target spread over all classes.
+        class_weights: `[C]`, what a target's loss is multiplied by.
+    """
 
     temperature: Tensor | float | None = None
     label_smoothing: Tensor | float | None = None
+    class_weights: Tensor | None = None
+
+    def weighted(self, losses: Tensor, targets: Tensor) -> Tensor:
+        """Losses of class indices of the same shape, each by the weight of its class; one of `IGNORE` counts
+        for nothing anyway."""
+        return losses if self.class_weights is None else losses * self.class_weights[targets.clamp(min=0)]
 
 
 PLAIN = LossTensors()

@@ -318,8 +318,11 @@ class Rehearsal(Section):
     )
 
 
+LossParameter = Literal["temperature", "label_smoothing", "class_weights", "group_weights"]
+
+
 class SupportLoss(Section):
-    """The cross-entropy that tasks adapt by; what is learned of it acts through adaptation alone."""
+    """The loss that tasks adapt by; what is learned of it acts through adaptation alone."""
 
     temperature: PositiveFloat = Field(
         default=1.0, description="what the logits are divided by; the starting value where it is learned"
@@ -327,8 +330,15 @@ class SupportLoss(Section):
     label_smoothing: BelowOne = Field(
         default=0.0, description="share of the target spread over all classes; above 0 where it is learned"
     )
-    learned: tuple[Literal["temperature", "label_smoothing"], ...] = Field(
-        default=(), description="which of the two are meta-parameters"
+    learned: tuple[LossParameter, ...] = Field(
+        default=(),
+        description="what is learned of it: temperature; label_smoothing; class_weights, what a support "
+        "example counts by its class; group_weights, what a task's support data count by its group",
+    )
+    groups: tuple[Text, ...] | None = Field(
+        default=None,
+        description="the names of the groups of training tasks, where group_weights are learned; others have "
+        "weight 1; null for those of a synthetic task",
     )
 
 

@@ -111,7 +111,7 @@ class GradNormCombiner(CombinerSection):
     alpha: FloatOrZero = Field(
         default=1.5, description="how strongly training rates are evened out; 0 for equal norms"
     )
-    lr: PositiveFloat = Field(default=0.025, description="learning rate of the weights")
+    lr: PositiveFloat = Field(default=0.025, description="learning rate of the weights' logarithms")
     of: Of = ()
 
 

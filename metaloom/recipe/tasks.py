@@ -72,6 +72,20 @@ def data_sets(recipe: Recipe) -> dict[str, DataSet]:
     return {"data": data}
 
 
+def groups_by_recipe(recipe: Recipe) -> tuple[str, ...]:
+    """The groups of tasks that a recipe says itself; none where the data say which there are, if any."""
+    return recipe.data.groups if isinstance(recipe.data, SyntheticData) else ()
+
+
+def num_outputs(recipe: Recipe) -> int:
+    """Outputs that a target is read from: classes, tokens of a vocabulary, or numbers."""
+    found = task_facts(recipe).num_outputs
+    if found is None:
+        assert isinstance(recipe.model, GPTModel), "a rule of the recipe has seen to it"
+        return recipe.model.vocabulary
+    return found
+
+
 def data_weights(recipe: Recipe) -> tuple[float, ...]:
     """The weight of each of `data_sets`."""
     data = recipe.data

@@ -55,6 +55,28 @@ def test_learned_loss_parameters_and_rates_per_element_are_evaluated(tmp_path: P
     assert_evaluated(tmp_path / "runs" / "smoke")
 
 
+def test_weights_of_classes_and_of_groups_are_learned_kept_and_evaluated(tmp_path: Path) -> None:
+    """A mixture of two families of regressions, whose groups are their places in it."""
+    part = "{data: {kind: synthetic, task: sinusoid, num_support: 3}}"
+    overrides = (
+        f"data={{kind: mixture, parts: [{part}, {part}]}}",
+        "algorithm={hypergradient: mixed_mode}",
+        "adaptation.fast={kind: full, tasks: loop}",
+        "adaptation.loss={learned: [group_weights], groups: [synthetic 0, synthetic 1]}",
+        "outer.lr_loss=0.1",
+        "outer.combiner=mean",
+    )
+    run_well("train", RECIPES / "unequal-scales.yaml", *SHORT, *overrides, cwd=tmp_path)
+    run_well("evaluate", "runs/unequal-scales", cwd=tmp_path)
+    assert_evaluated(tmp_path / "runs" / "unequal-scales")
+    store = CheckpointStore(tmp_path / "runs" / "unequal-scales" / "checkpoints" / "meta")
+    newest = store.load_newest(print)
+    assert newest is not None
+    weights = newest.tensors["meta/loss.group_weights"]
+    assert weights.shape == (2,)
+    assert bool((weights != 0.0).any())
+
+
 def test_every_part_of_maml_plus_plus_is_trained_and_evaluated(tmp_path: Path, glyphs: Path) -> None:
     parts = (
         "adaptation.rule.learned=per_tensor_per_step",

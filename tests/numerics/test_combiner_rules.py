@@ -299,19 +299,23 @@ def gradnorm_by_autograd(
     alpha: float,
     lr: float,
 ) -> dict[str, float]:
-    """Algorithm 1 of Chen et al. 2018 with equation 2 differentiated by torch."""
-    w = {group: torch.tensor(weights[group], dtype=torch.float64, requires_grad=True) for group in weights}
-    norms = {group: (w[group] * gradients[group]).norm() for group in losses}
+    """Algorithm 1 of Chen et al. 2018 in log w, with equation 2, over the mean norm, differentiated by
+    torch."""
+    v = {
+        group: torch.tensor(math.log(weights[group]), dtype=torch.float64, requires_grad=True)
+        for group in weights
+    }
+    norms = {group: (v[group].exp() * gradients[group]).norm() for group in losses}
     mean_norm = torch.stack(list(norms.values())).mean().detach()
     ratios = {group: losses[group] / first[group] for group in losses}
     mean_ratio = sum(ratios.values()) / len(ratios)
     objective = torch.stack(
         [(norms[group] - mean_norm * (ratios[group] / mean_ratio) ** alpha).abs() for group in losses]
     ).sum()
-    objective.backward()  # type: ignore[no-untyped-call]
+    (objective / mean_norm).backward()  # type: ignore[no-untyped-call]
     moved = {
-        group: float(value.detach()) - lr * (0.0 if value.grad is None else float(value.grad))
-        for group, value in w.items()
+        group: math.exp(float(value.detach()) - lr * (0.0 if value.grad is None else float(value.grad)))
+        for group, value in v.items()
     }
     return {group: len(moved) * value / sum(moved.values()) for group, value in moved.items()}
 
@@ -344,12 +348,28 @@ def test_weights_that_even_out_training_rates_follow_the_gradient_of_equation_2(
         assert sum(weights.values()) == pytest.approx(3.0)
 
 
-def test_a_weight_that_would_fall_below_zero_stays_above_it() -> None:
-    rule = GradNorm(0.0, 10.0)
+def test_a_weight_stays_above_zero() -> None:
+    rule = GradNorm(0.0, 1000.0)
     gradients = torch.tensor([[5.0, 0.0], [0.1, 0.0]], dtype=torch.float64)
     rule.coefficients(records([1.0, 1.0], "ab"), gradients @ gradients.T)
-    assert 0.0 < rule.weight("a") < 0.01
+    assert 0.0 < rule.weight("a") < 1e-5
     assert rule.weight("a") + rule.weight("b") == pytest.approx(2.0)
+
+
+def test_gradients_that_are_zero_leave_the_weights_alone() -> None:
+    rule = GradNorm(1.5, 0.5)
+    rule.coefficients(records([1.0, 2.0], "ab"), torch.zeros(2, 2, dtype=torch.float64))
+    assert (rule.weight("a"), rule.weight("b")) == (1.0, 1.0)
+
+
+def test_weights_bring_norms_together_whatever_the_size_of_the_losses() -> None:
+    """Gradients of sizes 1 and 10,000, as of regressions whose targets are 1 and 100 large."""
+    rule = GradNorm(0.0, 0.05)
+    gradients = torch.tensor([[1.0, 0.0], [0.0, 1e4]], dtype=torch.float64)
+    for _ in range(400):
+        weighted = torch.stack([rule.weight(g) * row for g, row in zip("ab", gradients, strict=True)])
+        rule.coefficients(records([1.0, 1e4], "ab"), weighted @ weighted.T)
+    assert rule.weight("a") / rule.weight("b") == pytest.approx(1e4, rel=0.15)
 
 
 def test_a_step_with_one_group_leaves_the_weights_alone() -> None:

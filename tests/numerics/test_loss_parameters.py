@@ -1,10 +1,11 @@
-"""A loss that tasks adapt by, learned: temperature and label smoothing.
+"""A loss that tasks adapt by, learned: temperature, label smoothing, weights of classes and of groups.
 
 Shape letters: T tasks, N examples, L tokens, C classes.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -12,14 +13,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from metaloom.engine.adapters.model import Readout
+from metaloom.engine.examples import Reading, read
 from metaloom.engine.hypergradients.base import Hypergradient
 from metaloom.engine.hypergradients.mixed_mode import MixedMode
 from metaloom.engine.hypergradients.rematerialized import Rematerialized
 from metaloom.engine.hypergradients.unrolled import Unrolled
-from metaloom.engine.losses import PLAIN, LossTensors, SupportLoss, token_losses
+from metaloom.engine.inner_loops.rates import Grain
+from metaloom.engine.losses import (
+    IGNORE,
+    PLAIN,
+    CrossEntropy,
+    LossTensors,
+    MeanSquaredError,
+    SupportLoss,
+    token_losses,
+)
 from metaloom.engine.unroll import adapt
+from metaloom.errors import CapabilityError
 from tests.numerics.problems import Problem, assert_gradients_agree
 from tests.numerics.token_problems import (
+    VOCABULARY,
     Fast,
     distance,
     hypergradient,
@@ -32,7 +46,17 @@ LEARNED = {
     "both": BOTH,
     "temperature alone": SupportLoss(0.6, 0.0, ("temperature",)),
     "smoothing alone, at a fixed temperature": SupportLoss(1.7, 0.2, ("label_smoothing",)),
+    "weights of classes": SupportLoss(learned=("class_weights",), num_classes=VOCABULARY),
+    "weights of groups": SupportLoss(learned=("group_weights",), groups=("even", "odd", "none of them")),
+    "all": SupportLoss(
+        1.7,
+        0.15,
+        ("class_weights", "temperature", "group_weights", "label_smoothing"),
+        num_classes=VOCABULARY,
+        groups=("odd",),
+    ),
 }
+GROUPS = ("even", "odd")  # of the problem's two tasks
 
 
 def random(*shape: int, seed: int = 1) -> Tensor:
@@ -73,9 +97,15 @@ def test_nothing_is_learned_of_a_loss_that_does_not_ask_for_it() -> None:
     assert SupportLoss().at({}) == PLAIN
 
 
+def problem_of(name: str, fast: Fast = "lora", grain: Grain = "none") -> Problem:
+    """The transformer's problem under a learned loss, its two tasks each of a group."""
+    problem = transformer_problem(fast, support_loss=LEARNED[name], grain=grain)
+    return dataclasses.replace(problem, batch=dataclasses.replace(problem.batch, groups=GROUPS))
+
+
 @pytest.mark.parametrize("name", LEARNED)
 def test_the_support_loss_is_changed_and_the_query_loss_is_not(name: str) -> None:
-    learned, plain = transformer_problem(support_loss=LEARNED[name]), transformer_problem()
+    learned, plain = problem_of(name), transformer_problem()
     fast = learned.unroll.learner.init(learned.meta, 2)
     for objective, is_same in (("query", True), ("support", False)):
         losses = [
@@ -100,7 +130,7 @@ WAYS: dict[str, tuple[Hypergradient, bool, int | None]] = {
 @pytest.mark.parametrize("fast", ["lora and head", "full"])
 def test_every_exact_way_equals_unrolled(way: str, name: str, fast: Fast) -> None:
     estimator, blocks, head_chunk = WAYS[way]
-    problem = transformer_problem(fast, support_loss=LEARNED[name], grain="shared")
+    problem = problem_of(name, fast, grain="shared")
     actual = hypergradient(recomputing(problem, blocks=blocks, head_chunk=head_chunk), estimator)
     # Sums in another order. Every loss parameter has a gradient that is not zero.
     assert_gradients_agree(actual, hypergradient(problem), rtol=1e-9)
@@ -111,19 +141,63 @@ def test_every_exact_way_equals_unrolled(way: str, name: str, fast: Fast) -> Non
 def test_the_hypergradient_of_a_loss_parameter_is_that_of_finite_differences(
     name: str, head_chunk: int | None
 ) -> None:
-    problem = recomputing(
-        transformer_problem(support_loss=LEARNED[name]), blocks=False, head_chunk=head_chunk
-    )
+    problem = recomputing(problem_of(name), blocks=False, head_chunk=head_chunk)
     gradient = hypergradient(problem, Rematerialized())
     parameters = [key for key in problem.meta if key.startswith("loss.")]
     assert len(parameters) == len(LEARNED[name].learned)
-    for key in parameters:
+    for seed, key in enumerate(parameters):
+        along = random(*problem.meta[key].shape, seed=seed) if problem.meta[key].ndim else torch.tensor(1.0)
         step = 1e-5
         above, below = (
-            meta_loss(problem, problem.meta | {key: problem.meta[key] + sign * step}) for sign in (1.0, -1.0)
+            meta_loss(problem, problem.meta | {key: problem.meta[key] + sign * step * along})
+            for sign in (1.0, -1.0)
         )
+        expected = float((gradient[key] * along).sum())
         # Truncation and rounding are both near 1e-10 for losses of order 10.
-        assert (above - below) / (2.0 * step) == pytest.approx(float(gradient[key]), rel=1e-5, abs=1e-9)
+        assert (above - below) / (2.0 * step) == pytest.approx(expected, rel=1e-5, abs=1e-9)
+
+
+def test_support_examples_count_by_class_and_tasks_by_group() -> None:
+    """Weights written out, on a mean over examples whose targets are one token each, in part ignored."""
+    logits, u = random(2, 3, 5), torch.tensor([0.5, 1.0, 2.0, 4.0, 0.25], dtype=torch.float64)
+    targets = torch.tensor([[0, 3, IGNORE], [2, 2, 4]])
+    loss = SupportLoss(learned=("class_weights", "group_weights"), num_classes=5, groups=("odd", "other"))
+    meta = {"loss.class_weights": u.log(), "loss.group_weights": torch.tensor([3.0, 7.0]).double().log()}
+    read_by = Reading(CrossEntropy(), None, loss.at(meta))
+    found = read(Readout(logits), targets, None, read_by, head_chunk=None, derivative="once").loss()
+    log_p = logits.log_softmax(-1)
+    for task in range(2):
+        costs = [
+            -float(u[target] * log_p[task, row, target])
+            for row, target in enumerate(targets[task].tolist())
+            if target != IGNORE
+        ]
+        # An example without a target that counts costs nothing, and is an example all the same.
+        assert float(found[task]) == pytest.approx(sum(costs) / 3, rel=1e-13)
+    weights = loss.of_groups(meta, ("other", None, "odd", "unheard of"))
+    assert weights is not None
+    assert weights.tolist() == pytest.approx([7.0, 1.0, 3.0, 1.0])
+
+
+def test_weights_start_at_one_and_change_nothing_there() -> None:
+    learned = transformer_problem(support_loss=LEARNED["weights of classes"])
+    plain = transformer_problem()
+    start = LEARNED["weights of classes"].meta_parameters(torch.empty(0, dtype=torch.float64))
+    assert {name: tuple(value.shape) for name, value in start.items()} == {
+        "loss.class_weights": (VOCABULARY,)
+    }
+    whole = Unrolled().meta_gradient(learned.unroll, plain.meta | start, learned.batch).gradient
+    expected = hypergradient(plain)
+    assert distance({name: whole[name] for name in expected}, expected) < 1e-12
+
+
+def test_weights_of_groups_are_for_any_loss_and_those_of_classes_for_classes() -> None:
+    groups = SupportLoss(learned=("group_weights",), groups=("a",))
+    learner = transformer_problem().unroll.learner
+    dataclasses.replace(learner, criterion=MeanSquaredError(), support_loss=groups)
+    classes = SupportLoss(learned=("class_weights",), num_classes=2)
+    with pytest.raises(CapabilityError, match="learned: class_weights; these belong to the cross-entropy"):
+        dataclasses.replace(learner, criterion=MeanSquaredError(), support_loss=classes)
 
 
 def test_a_fixed_temperature_is_the_one_that_a_learned_one_starts_at() -> None:

@@ -1,9 +1,10 @@
-"""Rules about models for groups that ask different things, and what is built of them."""
+"""Rules about what knows groups by name, and about weights of data; what is built of them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,9 @@ from metaloom.sources import open_data, require_episodes
 from tests.commands import RECIPES
 
 SCALES, FACES = RECIPES / "unequal-scales.yaml", RECIPES / "faces-arm.yaml"
+SMOKE = RECIPES / "smoke.yaml"
+WEIGHTS = "adaptation.loss.learned=[group_weights]"
+ADAPTED = ["algorithm={kind: maml, hypergradient: unrolled}", "outer.combiner=mean", WEIGHTS]
 MIXED = (
     "{kind: mixture, parts: [{data: {kind: synthetic, task: sinusoid}}, "
     "{data: {kind: synthetic, task: {kind: sinusoid}, num_support: 3}}]}"
@@ -39,9 +43,9 @@ MIXED = (
         ),
         (
             ["data.task=sinusoid", "outer.combiner=mean"],
-            "algorithm.kind: multi_task; has parts for each group of tasks, and those of sinusoid have no",
+            "algorithm.kind: multi_task; it has parts for each group of tasks, and those of sinusoid have",
         ),
-        ([f"data={MIXED}"], "algorithm.groups: missing; name the groups of the data, since the model has"),
+        ([f"data={MIXED}"], "algorithm.groups: missing; name the groups of the training tasks, since it has"),
         ([f"data={MIXED}", "algorithm.groups=[a, a]"], "algorithm.groups: 'a' is listed twice; list it once"),
         (["data.task.scales=[1.0]"], "data.task.scales: [1.0]; must be a list of at least 2"),
         (["data.task.scales=[1.0, 0.0]"], "data.task.scales.1: 0.0; must be greater than 0"),
@@ -92,3 +96,68 @@ def test_names_of_groups_are_compared_with_the_data_before_anything_runs() -> No
         SCALES, [f"data={MIXED}", "algorithm.groups=[synthetic 0, synthetic 1]", "outer.combiner=mean"]
     )
     require_episodes(found, open_data(found))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "message"),
+    [
+        (
+            SMOKE,
+            ["adaptation.loss.learned=[class_weights]"],
+            "adaptation.loss.learned: class_weights; every task gives its classes other labels, so that none",
+        ),
+        (
+            SCALES,
+            ["algorithm=maml", "adaptation.loss.learned=[class_weights]", "outer.combiner=mean"],
+            "adaptation.loss.learned: class_weights; are those of classes, and the targets are numbers;",
+        ),
+        (
+            SMOKE,
+            [WEIGHTS],
+            "adaptation.loss.learned: group_weights; there is one for each group of tasks, and those of "
+            "classes have no groups; take data.kind groups or mixture, episodes that state their group, or "
+            "leave them out",
+        ),
+        (
+            SCALES,
+            [*ADAPTED, "adaptation.loss.groups=[a, b]"],
+            "adaptation.loss.groups: a, b; those of data.task are scale 1, scale 100, and need not be named",
+        ),
+        (
+            SCALES,
+            [*ADAPTED, f"data={MIXED}"],
+            "adaptation.loss.groups: missing; name the groups of the training tasks, since there is one for",
+        ),
+        (
+            SMOKE,
+            ["adaptation.loss.groups=[a, b]"],
+            "adaptation.loss.groups: a, b; has no effect, since adaptation.loss.learned has no group_weights",
+        ),
+        (SCALES, [WEIGHTS], "adaptation.loss.learned: group_weights; has no effect, since algorithm.kind ="),
+    ],
+)
+def test_weights_of_data_that_cannot_be_are_refused(
+    recipe: Path, overrides: Sequence[str], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        load_recipe(recipe, overrides)
+
+
+def test_there_is_a_weight_for_each_class_and_each_group() -> None:
+    kept = ["data.labels=kept", "adaptation.loss.learned=[class_weights]"]
+    for path, overrides, name, count in (
+        (SMOKE, kept, "class_weights", load_recipe(SMOKE).data.n_way),  # type: ignore[union-attr]
+        (SCALES, [*ADAPTED, "adaptation.fast=full"], "group_weights", 2),
+    ):
+        recipe = load_recipe(path, overrides)
+        model = build_model(recipe, torch.device("cpu"), Replicated(bucket_bytes=1024))
+        choices = Choices(tasks="loop") if path == SCALES else Choices()
+        algorithm = build_algorithm(recipe, model, choices, torch.device("cpu"))
+        learned = {key: value for key, value in algorithm.meta_parameters().items() if "loss." in key}
+        assert {key: tuple(value.shape) for key, value in learned.items()} == {f"loss.{name}": (count,)}
+
+
+def test_groups_that_are_weighed_are_compared_with_the_data_before_anything_runs() -> None:
+    recipe = load_recipe(SCALES, [*ADAPTED, f"data={MIXED}", "adaptation.loss.groups=[a, b]"])
+    with pytest.raises(StreamError, match=r"adaptation\.loss\.groups: a, b; are to be the groups of the"):
+        require_episodes(recipe, open_data(recipe))

@@ -11,7 +11,7 @@ from torch import Tensor
 from metaloom.engine.combiners.base import TaskRecord, TaskRule, group_means, weight_metrics
 from metaloom.engine.combiners.cosines import group_averages
 
-SMALLEST_WEIGHT = 1e-3
+SMALLEST_WEIGHT = 1e-6
 SMALLEST_LOSS = 1e-12  # a first loss is divided by
 
 
@@ -24,16 +24,20 @@ class GradNorm(TaskRule):
         n_g = |w_g grad L_g|,  n = mean over groups of n_g                (over what `of` names)
         r_g = (L_g / L_g(0)) / (mean over groups of the same)             (relative inverse training rate)
         F = sum_g | n_g - n r_g^alpha |                                   (equation 2; its targets constant)
-        w_g <- w_g - lr dF / dw_g,  dF / dw_g = sign(n_g - n r_g^alpha) n_g / w_g
+        log w_g <- log w_g - lr / n dF / dlog w_g,    dF / dlog w_g = sign(n_g - n r_g^alpha) n_g
 
-    Then the weights are divided so that they add up to the number of groups. The step itself has the weights
-    from before, `1/T sum_t w_g(t) g_t`, of all meta-parameters. Means are over the groups in the step; a step
-    with a single group leaves the weights alone. A new group has weight 1; none falls below 0.001 before the
-    division, for which the paper has no rule.
+    Then the weights are divided so that they add up to the number of groups. The paper steps in w itself, by
+    an optimizer that it does not name: gradient descent in w goes below 0, or back and forth, where losses
+    are as unequal as in its own toy problem. Steps of log w, relative to n, do neither, and are the same for
+    losses of any size.
+
+    The step itself has the weights from before, `1/T sum_t w_g(t) g_t`, of all meta-parameters. Means are
+    over the groups in the step; a step with a single group, or with gradients that are 0, leaves the weights
+    alone. A new group has weight 1; none falls below 1e-6 before the division.
 
     Args:
         alpha: how strongly rates are pulled together; 0 for equal norms.
-        lr: of the weights.
+        lr: of the weights' logarithms.
     """
 
     name = "gradnorm"
@@ -66,11 +70,14 @@ class GradNorm(TaskRule):
         ratios = {group: max(0.0, loss) / self._first[group] for group, loss in losses.items()}
         mean_ratio = math.fsum(ratios.values()) / len(ratios)
         mean_norm = math.fsum(norms.values()) / len(norms)
+        if mean_norm == 0.0:
+            return
         for group, norm in norms.items():
             rate = ratios[group] / mean_ratio if mean_ratio > 0.0 else 1.0
             excess = norm - mean_norm * rate**self._alpha
-            slope = math.copysign(norm / self._weights[group], excess) if excess != 0.0 else 0.0
-            self._weights[group] = max(SMALLEST_WEIGHT, self._weights[group] - self._lr * slope)
+            slope = math.copysign(norm / mean_norm, excess) if excess != 0.0 else 0.0
+            moved = self._weights[group] * math.exp(-self._lr * slope)
+            self._weights[group] = max(SMALLEST_WEIGHT, moved)
         scale = len(self._weights) / math.fsum(self._weights.values())
         self._weights = {group: scale * self._weights[group] for group in sorted(self._weights)}
 

@@ -15,21 +15,26 @@ from metaloom.recipe.adaptation import (
 )
 from metaloom.recipe.algorithm import MAMLAlgorithm
 from metaloom.recipe.data import (
+    ClassesData,
     DocumentsData,
 )
 from metaloom.recipe.model import Conv4Model, GPTModel, MLPModel, SingleLayerModel
 from metaloom.recipe.rules.base import Broken, Rule, of_maml, repeated
 from metaloom.recipe.rules.model import has_tied_head, linear_layers
+from metaloom.recipe.rules.multi_task import named_groups
 from metaloom.recipe.schema import Recipe
-from metaloom.recipe.tasks import (
-    task_facts,
-)
+from metaloom.recipe.tasks import data_sets, task_facts
 
 
 def regression_has_no_classes(recipe: Recipe) -> Broken:
     loss = recipe.adaptation.loss
     if task_facts(recipe).objective != "regression":
         return
+    if "class_weights" in loss.learned:
+        yield (
+            "adaptation.loss.learned",
+            "class_weights; are those of classes, and the targets are numbers; leave them out",
+        )
     for name, neutral in (("temperature", 1.0), ("label_smoothing", 0.0)):
         if getattr(loss, name) != neutral or name in loss.learned:
             yield (
@@ -301,6 +306,34 @@ def a_learned_smoothing_starts_above_zero(recipe: Recipe) -> Broken:
     yield from repeated("adaptation.loss.learned", loss.learned)
 
 
+def weighted_classes_are_the_same_in_all_tasks(recipe: Recipe) -> Broken:
+    draws = any(isinstance(d, ClassesData) and d.labels != "kept" for d in data_sets(recipe).values())
+    if "class_weights" in recipe.adaptation.loss.learned and draws:
+        yield (
+            "adaptation.loss.learned",
+            "class_weights; every task gives its classes other labels, so that none is worth more than "
+            "another; set data.labels to kept, or leave them out",
+        )
+
+
+def weighted_groups_are_known(recipe: Recipe) -> Broken:
+    loss = recipe.adaptation.loss
+    if "group_weights" in loss.learned:
+        yield from named_groups(
+            recipe,
+            loss.groups,
+            path="adaptation.loss.groups",
+            asker=("adaptation.loss.learned", "group_weights; there is one for each group of tasks"),
+            remedy="leave them out",
+        )
+    elif loss.groups is not None:
+        yield (
+            "adaptation.loss.groups",
+            f"{', '.join(loss.groups)}; has no effect, since adaptation.loss.learned has no group_weights; "
+            "leave it out",
+        )
+
+
 RULES: tuple[Rule, ...] = (
     regression_has_no_classes,
     lora_targets_differ,
@@ -323,4 +356,6 @@ RULES: tuple[Rule, ...] = (
     rehearsal_has_data,
     rehearsal_has_an_effect,
     a_learned_smoothing_starts_above_zero,
+    weighted_classes_are_the_same_in_all_tasks,
+    weighted_groups_are_known,
 )
