@@ -24,6 +24,8 @@ class Shown:
         measure: what is read: the evaluation's own metric, that of the worst group, or by how much the
             loss on data of the pre-training kind rises.
         published: the paper's figure, in words; empty where it has none.
+        group: the group of tasks that the metric is read of; None for all tasks.
+        per: what the figure is divided by.
     """
 
     method: str
@@ -31,6 +33,8 @@ class Shown:
     step: int = -1
     measure: Measure = "metric"
     published: str = ""
+    group: str | None = None
+    per: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Training:
         name: among those of its experiment.
         recipe: path of the recipe, from the root of the repository; empty for a program.
         overrides: of the recipe.
+        evaluated_with: further overrides for its evaluation, where that is of other tasks.
         seeds: of the recipe.
         rows: what is shown of it.
         program: a module of this repository that takes `--seed` and prints them as JSON; None for a recipe.
@@ -55,6 +60,7 @@ class Training:
     rows: tuple[Shown, ...]
     program: str | None = None
     same_as: tuple[str, str] | None = None
+    evaluated_with: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +106,7 @@ def _experiment(name: str, values: Mapping[str, Any]) -> Experiment:
                 rows,
                 own.get("program"),
                 None if "same_as" not in own else (own["same_as"]["experiment"], own["same_as"]["training"]),
+                tuple(own.get("evaluated_with", ())),
             )
         )
     return Experiment(

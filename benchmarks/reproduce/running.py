@@ -95,13 +95,14 @@ def run(experiment: Experiment, training: Training, seed: int, runs: Path) -> Re
         _make_data(experiment.data, runs)
         train.append(f"data.url={runs / 'data' / experiment.data}")
     started = time.monotonic()
-    for words in ([*train, "tracking=none", "--run", str(folder)], ["evaluate", str(folder)]):
+    evaluate = ["evaluate", str(folder), *training.evaluated_with]
+    for words in ([*train, "tracking=none", "--run", str(folder)], evaluate):
         _metaloom(*words)
     evaluated = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     shown_folder = f"runs/{folder.relative_to(runs)}"
     commands = [
         " ".join(["metaloom", *train, "--run", shown_folder]).replace(f"{runs}/data", "data"),
-        f"metaloom evaluate {shown_folder}",
+        " ".join(["metaloom evaluate", shown_folder, *training.evaluated_with]),
     ]
     return _result(training, seed, commands, started, evaluated["methods"])
 

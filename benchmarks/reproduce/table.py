@@ -24,7 +24,8 @@ def figure(results: Sequence[Result], shown: Shown, training: Training, *, is_sh
         is_share: whether figures are shares, shown in per cent.
     """
     own = [result for result in results if result.training == training.name]
-    values = [value for result in own if (value := _value(result, shown)) is not None]
+    found = [value for result in own if (value := _value(result, shown)) is not None]
+    values = [(mean / shown.per, None if half is None else half / shown.per) for mean, half in found]
     if not values:
         return "not run"
     scale, unit = (100.0, " %") if is_share else (1.0, "")
@@ -49,6 +50,9 @@ def _value(result: Result, shown: Shown) -> tuple[float, float | None] | None:
         sign = 1.0 if found["higher_is_better"] else -1.0
         worst = min(found["groups"], key=lambda group: sign * float(group["mean"]))
         return float(worst["mean"]), float(worst["ci95"])
+    if shown.group is not None:
+        group = next(group for group in found["groups"] if group["name"] == shown.group)
+        return float(group["mean"]), float(group["ci95"])
     return found["mean"][shown.step], found["ci95"][shown.step]
 
 

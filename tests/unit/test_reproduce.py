@@ -31,6 +31,7 @@ def test_every_training_is_a_valid_recipe(experiment: Experiment, training: Trai
         assert importlib.util.find_spec(training.program) is not None
         return
     recipe = load_recipe(ROOT / training.recipe, training.overrides)
+    load_recipe(ROOT / training.recipe, (*training.overrides, *training.evaluated_with))
     if training.rows and any(row.contender.startswith("ordinary") for row in training.rows):
         assert "ordinary_equal_data" in recipe.baselines
 
@@ -59,6 +60,8 @@ EXPERIMENT = Experiment("one", "One", "A paper", "mean squared error", None, (TR
         ([result(2.0)], Shown("MAML", step=0), "9 ± 1 (seed 0)"),
         ([result(2.0)], Shown("MAML", measure="forgetting"), "0.5 (seed 0)"),
         ([result(2.0)], Shown("MAML", measure="worst_group"), "0.5 ± 0.1 (seed 0)"),
+        ([result(2.0)], Shown("MAML", group="a"), "0.25 ± 0.2 (seed 0)"),
+        ([result(2.0)], Shown("MAML", group="a", per=10.0), "0.025 ± 0.02 (seed 0)"),
         ([result(2.0)], Shown("MAML", contender="random init"), "not run"),
         # Student's t of two degrees of freedom: 4.30 * 1 / sqrt(3).
         ([result(1.0), result(2.0, 1), result(3.0, 2)], Shown("MAML"), "2 ± 2.48 (3 seeds)"),
