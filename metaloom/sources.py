@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import zlib
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from metaloom import datasets
+from metaloom.computed import computed_digest, computed_episodes, computed_samples
 from metaloom.datasets import (
     Affine,
     ClassEpisodes,
@@ -32,10 +32,8 @@ from metaloom.datasets import (
     VariableWays,
     Ways,
     Window,
-    synthetic,
     verify_sizes,
 )
-from metaloom.datasets.synthetic import SyntheticEpisodes, SyntheticSamples
 from metaloom.errors import StreamError
 from metaloom.recipe import Affine as AffineSection
 from metaloom.recipe import (
@@ -45,21 +43,16 @@ from metaloom.recipe import (
     ClassTargets,
     DocumentsData,
     EpisodesData,
-    Equivariant1dTask,
-    Equivariant2dTask,
     GPTModel,
     GroupsData,
     ImageInputs,
     Loading,
     MultiTaskAlgorithm,
-    NonExclusiveSinusoidTask,
     NumberTargets,
     Recipe,
-    SinusoidTask,
     SyntheticData,
     TextInputs,
     TokenTargets,
-    UnequalScalesTask,
 )
 from metaloom.recipe.tasks import (
     DataSet,
@@ -111,17 +104,11 @@ def open_data(recipe: Recipe) -> Data:
         if url not in by_url:
             by_url[url] = Index.load(url, settings)
     computed = {
-        path: _computed_digest(section)
+        path: computed_digest(section)
         for path, section in data_sets(recipe).items()
         if isinstance(section, SyntheticData)
     }
     return Data({path: by_url[url] for path, url in data_urls(recipe).items()}, computed)
-
-
-def _computed_digest(section: SyntheticData) -> str:
-    """SHA-256 (hexadecimal) of what synthetic tasks follow from, but for the seed: section and generator."""
-    values = {"version": synthetic.GENERATOR_VERSION, "data": section.model_dump(mode="json")}
-    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def data_names(recipe: Recipe, data: Data) -> list[str]:
@@ -292,14 +279,7 @@ def _tasks_of(
     recipe: Recipe, section: DataSet, index: Index | None, split: str, *, seed: int
 ) -> EpisodeSource:
     if isinstance(section, SyntheticData):
-        return SyntheticEpisodes(
-            _family(section),
-            split,
-            num_support=section.num_support,
-            num_query=section.num_query,
-            num_tasks=_num_computed(section, split),
-            seed=seed,
-        )
+        return _augmented(computed_episodes(section, split, seed=seed), section.task_noise, split, seed=seed)
     assert index is not None, "other data have a URL"
     match section:
         case ClassesData():
@@ -326,7 +306,7 @@ def _tasks_of(
                 seed=seed,
                 by_size=section.drawn_by == "sample" and split == "train",
             )
-            return _augmented(groups, section.targets, split, seed=seed)
+            return _augmented(groups, _task_noise(section.targets), split, seed=seed)
         case DocumentsData():
             return DocumentEpisodes(
                 index,
@@ -338,18 +318,19 @@ def _tasks_of(
                 seed=seed,
             )
         case EpisodesData():
-            return _augmented(
-                _ready(recipe, section, index, split, seed=seed), section.targets, split, seed=seed
-            )
+            ready = _ready(recipe, section, index, split, seed=seed)
+            return _augmented(ready, _task_noise(section.targets), split, seed=seed)
 
 
-def _augmented(
-    source: EpisodeSource, targets: ClassTargets | NumberTargets | TokenTargets, split: str, *, seed: int
-) -> EpisodeSource:
+def _task_noise(targets: ClassTargets | NumberTargets | TokenTargets) -> float | None:
+    return targets.task_noise if isinstance(targets, NumberTargets) else None
+
+
+def _augmented(source: EpisodeSource, task_noise: float | None, split: str, *, seed: int) -> EpisodeSource:
     """Training tasks under what the recipe asks for of their targets; others as they are."""
-    if not isinstance(targets, NumberTargets) or targets.task_noise is None or split != "train":
+    if task_noise is None or split != "train":
         return source
-    return ShiftedTargets(source, std=targets.task_noise, seed=seed, split=split)
+    return ShiftedTargets(source, std=task_noise, seed=seed, split=split)
 
 
 def _ready(recipe: Recipe, section: EpisodesData, index: Index, split: str, *, seed: int) -> ReadyEpisodes:
@@ -370,13 +351,7 @@ def _samples_of(
     recipe: Recipe, section: DataSet, index: Index | None, splits: Sequence[str], *, seed: int
 ) -> Samples:
     if isinstance(section, SyntheticData):
-        return SyntheticSamples(
-            _family(section),
-            "train",
-            num_tasks=section.num_train_tasks,
-            num_examples=section.num_support + section.num_query,
-            seed=seed,
-        )
+        return computed_samples(section, seed=seed)
     assert index is not None, "other data have a URL"
     match section:
         case ClassesData():
@@ -402,34 +377,6 @@ def _samples_of(
             num_classes = targets.num_classes if isinstance(targets, ClassTargets) else None
             source = _ready(recipe, section, index, "train", seed=seed)
             return ReadySamples(source, split="train", seed=seed, num_classes=num_classes)
-
-
-def _family(section: SyntheticData) -> synthetic.TaskFamily:
-    match section.task:
-        case SinusoidTask():
-            return synthetic.Sinusoids()
-        case NonExclusiveSinusoidTask(num_amplitudes=num_amplitudes, noise_std=noise_std):
-            return synthetic.NonExclusiveSinusoids(num_amplitudes=num_amplitudes, noise_std=noise_std)
-        case Equivariant1dTask(rank=rank, length=length, filter_size=filter_size):
-            return synthetic.Equivariant1d(rank=rank, length=length, filter_size=filter_size)
-        case Equivariant2dTask(flips=flips, size=size, num_filters=num_filters, filter_size=filter_size):
-            return synthetic.Equivariant2d(
-                flips=flips, size=size, num_filters=num_filters, filter_size=filter_size
-            )
-        case UnequalScalesTask(scales=scales, length=length, num_targets=num_targets):
-            return synthetic.UnequalScales(
-                scales=dict(zip(section.groups, scales, strict=True)), length=length, num_targets=num_targets
-            )
-
-
-def _num_computed(section: SyntheticData, split: str) -> int | None:
-    """Tasks of a split; None for new ones without end."""
-    of_splits = {
-        "train": section.num_train_tasks,
-        "validation": section.num_validation_tasks,
-        "test": section.num_test_tasks,
-    }
-    return of_splits[split]
 
 
 def _rehearsal_samples(recipe: Recipe, data: Data, *, seed: int) -> Samples:

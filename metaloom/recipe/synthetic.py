@@ -188,6 +188,12 @@ class SyntheticData(Section):
         "equivariant_1d and equivariant_2d, 400 with flips",
     )
 
+    task_noise: PositiveFloat | None = Field(
+        default=None,
+        description="standard deviation of a random number that is added to all targets of a training task, "
+        "a number for each of a target's (meta-augmentation); null for none",
+    )
+
     @property
     def groups(self) -> tuple[str, ...]:
         """The groups that tasks are of, in turn; none where they have no group."""

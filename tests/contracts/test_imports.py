@@ -76,6 +76,7 @@ ONLY_BY = {
 TORCH_FREE = (
     "metaloom.arguments",
     "metaloom.cli",
+    "metaloom.computed",
     "metaloom.data_command",
     "metaloom.datasets",
     "metaloom.errors",

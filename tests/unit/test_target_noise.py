@@ -18,7 +18,7 @@ from metaloom.datasets import (
 )
 from metaloom.errors import RecipeError
 from metaloom.recipe import load_recipe
-from metaloom.sources import Data, episode_source
+from metaloom.sources import Data, episode_source, open_data
 from tests.commands import RECIPES
 from tests.tiny_sets import npy
 
@@ -102,3 +102,20 @@ def test_a_recipe_shifts_the_targets_of_training_tasks_alone(sensors: Index) -> 
 def test_noise_of_no_size_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"data\.targets\.task_noise: 0\.0"):
         load_recipe(RECIPES / "smoke.yaml", [recipe_data("0.0"), "model=mlp"])
+
+
+def test_computed_training_tasks_are_shifted_too() -> None:
+    shifted, plain = (
+        load_recipe(RECIPES / "memorised-sinusoid-maml.yaml", [f"data.task_noise={noise}"])
+        for noise in ("0.5", "null")
+    )
+    for split, is_same in (("train", False), ("validation", True), ("test", True)):
+        one, other = (
+            episode_source(recipe, open_data(recipe), split, seed=0, num_steps=1).episode(3)
+            for recipe in (shifted, plain)
+        )
+        difference = np.concatenate(
+            [one.support["targets"] - other.support["targets"], one.query["targets"] - other.query["targets"]]
+        )
+        assert np.ptp(difference) < 1e-6
+        assert (abs(float(difference.mean())) < 1e-6) == is_same
