@@ -14,11 +14,13 @@ import argparse
 import sys
 from pathlib import Path
 
+from benchmarks.reproduce.drawing import draw
 from benchmarks.reproduce.experiments import Experiment, read_experiments
 from benchmarks.reproduce.running import ROOT, read_results, run, shown_results, store
 from benchmarks.reproduce.table import as_markdown, write_into
 
 PAGE = ROOT / "docs" / "algorithms.md"
+FIGURES = ROOT / "docs" / "images"
 
 
 def main() -> int:
@@ -43,6 +45,8 @@ def main() -> int:
             _run_all(experiment, arguments.training, arguments.runs, again=arguments.again)
     for experiment in chosen:
         print(as_markdown(experiment, shown_results(experiment)))
+    for experiment in experiments:
+        draw(experiment, shown_results(experiment), FIGURES)
     write_into(PAGE, [as_markdown(each, shown_results(each)) for each in experiments])
     return 0
 

@@ -38,6 +38,32 @@ class Shown:
 
 
 @dataclasses.dataclass(frozen=True)
+class Panel:
+    """A part of a figure.
+
+    Attributes:
+        measure: what is read of the trainings.
+        label: of its axis, with the unit.
+    """
+
+    measure: Measure
+    label: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """A figure of an experiment: what trainings of some series come to over a number that they differ in.
+
+    Attributes:
+        x: label of that number's axis.
+        panels: one beside the other.
+    """
+
+    x: str
+    panels: tuple[Panel, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Training:
     """A recipe that is trained and evaluated once for each seed, or a program that prints methods.
 
@@ -45,6 +71,7 @@ class Training:
         name: among those of its experiment.
         recipe: path of the recipe, from the root of the repository; empty for a program.
         overrides: of the recipe.
+        at: its series and its place in the experiment's figure; None where it is in none.
         evaluated_with: further overrides for its evaluation, where that is of other tasks.
         seeds: of the recipe.
         rows: what is shown of it.
@@ -61,6 +88,7 @@ class Training:
     program: str | None = None
     same_as: tuple[str, str] | None = None
     evaluated_with: tuple[str, ...] = ()
+    at: tuple[str, float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +102,7 @@ class Experiment:
         metric: what the figures are.
         data: the built-in data set that has to be made first; None for none.
         trainings: its runs.
+        drawing: its figure; None for none.
     """
 
     name: str
@@ -82,6 +111,7 @@ class Experiment:
     metric: str
     data: str | None
     trainings: tuple[Training, ...]
+    drawing: Drawing | None = None
 
 
 def read_experiments(path: Path = HERE / "experiments.yaml") -> list[Experiment]:
@@ -107,8 +137,20 @@ def _experiment(name: str, values: Mapping[str, Any]) -> Experiment:
                 own.get("program"),
                 None if "same_as" not in own else (own["same_as"]["experiment"], own["same_as"]["training"]),
                 tuple(own.get("evaluated_with", ())),
+                None if "at" not in own else (own["at"]["series"], float(own["at"]["x"])),
             )
         )
+    figure = values.get("figure")
     return Experiment(
-        name, values["title"], values["paper"], values["metric"], values.get("data"), tuple(trainings)
+        name,
+        values["title"],
+        values["paper"],
+        values["metric"],
+        values.get("data"),
+        tuple(trainings),
+        None
+        if figure is None
+        else Drawing(
+            figure["x"], tuple(Panel(panel["measure"], panel["label"]) for panel in figure["panels"])
+        ),
     )

@@ -24,7 +24,7 @@ def figure(results: Sequence[Result], shown: Shown, training: Training, *, is_sh
         is_share: whether figures are shares, shown in per cent.
     """
     own = [result for result in results if result.training == training.name]
-    found = [value for result in own if (value := _value(result, shown)) is not None]
+    found = [value for result in own if (value := value_of(result, shown)) is not None]
     values = [(mean / shown.per, None if half is None else half / shown.per) for mean, half in found]
     if not values:
         return "not run"
@@ -38,7 +38,7 @@ def figure(results: Sequence[Result], shown: Shown, training: Training, *, is_sh
     return f"{_short(statistics.fmean(means))} ± {_short(half)}{unit} ({len(means)} seeds)"
 
 
-def _value(result: Result, shown: Shown) -> tuple[float, float | None] | None:
+def value_of(result: Result, shown: Shown) -> tuple[float, float | None] | None:
     """Mean and half width of the interval; None where the evaluation has no such contender."""
     found = next((method for method in result.methods if method["name"] == shown.contender), None)
     if found is None:
@@ -75,6 +75,8 @@ def as_markdown(experiment: Experiment, results: Sequence[Result]) -> str:
         for shown in training.rows:
             found = figure(results, shown, training, is_share=is_share)
             lines.append(f"| {shown.method} | {shown.published or '-'} | {found} |")
+    if results and experiment.drawing is not None:
+        lines += ["", f"![{experiment.title}](images/{experiment.name}.svg)"]
     if results:
         dates = sorted({result.date for result in results})
         when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"

@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.reproduce.experiments import Experiment, Shown, Training, read_experiments
+from benchmarks.reproduce.drawing import draw
+from benchmarks.reproduce.experiments import (
+    Drawing,
+    Experiment,
+    Panel,
+    Shown,
+    Training,
+    read_experiments,
+)
 from benchmarks.reproduce.running import ROOT, Result, read_results, shown_results, store
 from benchmarks.reproduce.table import BEGIN, END, as_markdown, figure, write_into
 from metaloom.recipe import load_recipe
@@ -108,3 +116,28 @@ def test_the_page_has_what_is_stored() -> None:
     between = re.search(f"{BEGIN}\n\n(.*)\n{END}", page, flags=re.DOTALL)
     assert between is not None
     assert between.group(1) == "\n".join(as_markdown(each, shown_results(each)) for each in EXPERIMENTS)
+
+
+def test_a_figure_is_drawn_of_what_was_run(tmp_path: Path) -> None:
+    trainings = tuple(
+        dataclasses.replace(TRAINING, name=f"{series} {x}", at=(series, float(x)))
+        for series in ("LoRA", "all weights")
+        for x in (0, 10)
+    )
+    drawing = Drawing("share", (Panel("forgetting", "rise"), Panel("metric", "loss on the module")))
+    experiment = dataclasses.replace(EXPERIMENT, trainings=trainings, drawing=drawing)
+    results = [dataclasses.replace(result(2.0), training=name) for name in ("LoRA 0", "LoRA 10")]
+    draw(experiment, [], tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    draw(experiment, results, tmp_path)
+    drawn = (tmp_path / "one.svg").read_text(encoding="utf-8")
+    assert drawn.count('id="axes_') == 2
+    draw(experiment, results, tmp_path)
+    assert (tmp_path / "one.svg").read_text(encoding="utf-8") == drawn
+    assert "![One](images/one.svg)" in as_markdown(experiment, results)
+
+
+def test_every_figure_of_the_page_is_there() -> None:
+    page = (ROOT / "docs" / "algorithms.md").read_text(encoding="utf-8")
+    for name in re.findall(r"\]\(images/(.+?)\)", page):
+        assert (ROOT / "docs" / "images" / name).exists()
