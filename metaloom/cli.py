@@ -52,7 +52,7 @@ EVALUATE_EXAMPLES = """\
 examples:
   metaloom evaluate runs/glyphs-maml
   metaloom evaluate runs/glyphs-maml evaluation.num_episodes=2000
-  metaloom evaluate runs/glyphs-maml 'evaluation.baselines=[random]'
+  metaloom evaluate runs/glyphs-maml 'evaluation.baselines=[random]' data.n_shot=5
 """
 
 CHECK_EXAMPLES = """\
@@ -85,6 +85,9 @@ examples:
   metaloom recipe schema > recipe.schema.json            for editors
 """
 
+# What an evaluation's tasks of classes may differ in from those of training, and beside which baselines.
+SHOTS = ("data.n_shot", "data.n_query")
+UNTRAINED = ("random", "pretrained")
 CHECKED_STEPS = 3
 
 
@@ -288,11 +291,19 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     old = load_recipe(folder.recipe)
     recipe = load_recipe(folder.recipe, arguments.overrides)
     free = ("evaluation.", "launcher.", "tracking.", "data.url", "outer.micro_batch")
-    others = [change.path for change in differences(old, recipe) if not change.path.startswith(free)]
+    changed = [change.path for change in differences(old, recipe)]
+    others = [path for path in changed if not path.startswith(free) and path not in SHOTS]
     if others:
         raise RecipeError(
             f"an evaluation has no use for another {', '.join(others)}. It takes keys of evaluation, "
-            "launcher and tracking, data.url and outer.micro_batch."
+            "launcher and tracking, data.url, data.n_shot and data.n_query, and outer.micro_batch."
+        )
+    trained = [name for name in recipe.baselines if name not in UNTRAINED]
+    if trained and any(path in SHOTS for path in changed):
+        raise RecipeError(
+            f"evaluation.baselines: {', '.join(trained)}; had as much data or compute as meta-training, "
+            "which is counted by data.n_shot and data.n_query; leave them out where these are others, for "
+            "example evaluation.baselines=[random]."
         )
     _check_data(recipe, of_run=folder)
     if not folder.checkpoints("meta").is_dir():

@@ -18,7 +18,10 @@ from metaloom.recipe import (
 
 def computed_digest(section: SyntheticData) -> str:
     """SHA-256 (hexadecimal) of what synthetic tasks follow from, but for the seed: section and generator."""
-    values = {"version": synthetic.GENERATOR_VERSION, "data": section.model_dump(mode="json")}
+    data = section.model_dump(mode="json")
+    if section.task_noise is None:
+        del data["task_noise"]  # so that data which are the same have the digest that they had before it
+    values = {"version": synthetic.GENERATOR_VERSION, "data": data}
     return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

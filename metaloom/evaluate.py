@@ -13,7 +13,16 @@ from metaloom.contenders import IN_CONTEXT, TRANSFERRED, Contender, baseline, me
 from metaloom.datasets import slice_for_rank
 from metaloom.group_measures import group_results
 from metaloom.job import Job, Place, open_job
-from metaloom.recipe import ARMBNAlgorithm, ARMCMLAlgorithm, Conv4Model, GPTModel, InContextAlgorithm, Recipe
+from metaloom.recipe import (
+    ARMBNAlgorithm,
+    ARMCMLAlgorithm,
+    ClassesData,
+    Conv4Model,
+    GPTModel,
+    InContextAlgorithm,
+    Recipe,
+    load_recipe,
+)
 from metaloom.recipe.tasks import (
     num_in_context,
     num_inputs,
@@ -159,6 +168,7 @@ def _notes(job: Job) -> tuple[str, ...]:
             "Each baseline's inner rate was tuned on validation episodes; the meta-trained model uses its "
             "own."
         )
+    notes += _other_shots(job)
     if job.recipe.adapts_without_labels:
         notes.append("The labels of support data have no part in adaptation.")
     recipe = job.recipe
@@ -191,6 +201,20 @@ def _notes(job: Job) -> tuple[str, ...]:
                 "sees the query images of an episode together, so that their predictions are transductive."
             )
     return tuple(notes)
+
+
+def _other_shots(job: Job) -> list[str]:
+    """How tasks differ from those of training, where they do."""
+    written = job.place.folder.recipe
+    before, now = load_recipe(written).data if written.exists() else job.recipe.data, job.recipe.data
+    if not isinstance(before, ClassesData) or not isinstance(now, ClassesData):
+        return []
+    if (before.n_shot, before.n_query) == (now.n_shot, now.n_query):
+        return []
+    return [
+        f"Tasks have {now.n_shot} support and {now.n_query} query samples per class; those of training had "
+        f"{before.n_shot} and {before.n_query}."
+    ]
 
 
 def _has_a_context(recipe: Recipe) -> bool:

@@ -60,6 +60,7 @@ from metaloom.recipe.tasks import (
     data_sets,
     data_urls,
     data_weights,
+    groups_by_recipe,
     num_rehearsed,
     num_rehearsed_outside,
 )
@@ -193,39 +194,39 @@ def _require_groups(recipe: Recipe, data: Data) -> None:
         StreamError: it cannot, or does.
     """
     model = recipe.algorithm if isinstance(recipe.algorithm, MultiTaskAlgorithm) else None
-    named = {
-        "adaptation.loss.groups": recipe.adaptation.loss.groups,
-        "algorithm.groups": None if model is None else model.groups,
-    }
-    trained = _groups_of(recipe, data, "train")
-    for path, groups in named.items():
-        if groups is not None and trained != set(groups):
+    loss = recipe.adaptation.loss
+    named: dict[str, tuple[str, ...]] = {}
+    if "group_weights" in loss.learned:
+        named["adaptation.loss.groups"] = loss.groups or groups_by_recipe(recipe)
+    if model is not None:
+        named["algorithm.groups"] = model.groups or groups_by_recipe(recipe)
+    if not named:
+        return
+    found: dict[str, frozenset[str]] = {}
+    for split in SPLITS:
+        source = episode_source(recipe, data, split, seed=recipe.seed, num_steps=recipe.adaptation.num_steps)
+        groups = source.groups
+        if groups is None:
             raise StreamError(
-                f"{path}: {', '.join(groups)}; are to be the groups of the training tasks, and these are "
+                f"{', '.join(named)}: groups are to be known by name, and ready episodes of split {split!r} "
+                "state theirs in their json, episode by episode; pack them with a column for it (metaloom "
+                "data pack --group COLUMN)."
+            )
+        found[split] = groups
+    trained = found["train"]
+    for path, names in named.items():
+        if trained != set(names):
+            raise StreamError(
+                f"{path}: {', '.join(names)}; are to be the groups of the training tasks, and these are "
                 f"{', '.join(sorted(trained)) or 'none'}; give those."
             )
     for split in SPLITS[1:] if model is not None else ():
-        others = sorted(_groups_of(recipe, data, split) - trained)
+        others = sorted(found[split] - trained)
         if others:
             raise StreamError(
                 f"algorithm.kind: multi_task; has parts for each group, and of the groups of split {split!r} "
                 f"{', '.join(others)} are in no training task; take other data, or algorithm.kind = erm."
             )
-
-
-def _groups_of(recipe: Recipe, data: Data, split: str) -> set[str]:
-    """The groups of a split's tasks, as episodes state them."""
-    found: set[str] = set()
-    names = _part_names(recipe, data)
-    for (path, section), name in zip(data_sets(recipe).items(), names, strict=True):
-        own: tuple[str, ...] = ()
-        if isinstance(section, SyntheticData):
-            own = section.groups
-        elif isinstance(section, GroupsData | EpisodesData):
-            own = data.indices[f"{path}.url"].split(split).groups
-        # As `Mixture` names them.
-        found |= set(own) if len(names) == 1 else {f"{name}/{group}" for group in own} or {name}
-    return found
 
 
 def _part_names(recipe: Recipe, data: Data) -> list[str]:

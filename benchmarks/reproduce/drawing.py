@@ -35,8 +35,8 @@ def draw(experiment: Experiment, results: Sequence[Result], folder: Path) -> Non
                 [mean for _, mean, _ in points],
                 yerr=[half for _, _, half in points],
                 label=series,
-                color=COLOURS[number],
-                marker=MARKERS[number],
+                color=COLOURS[number % len(COLOURS)],
+                marker=MARKERS[number % len(MARKERS)],
                 capsize=3,
             )
         axes.set_xlabel(experiment.drawing.x)
@@ -64,6 +64,8 @@ def _points(
         if training.at is None or training.at[0] != series or not own:
             continue
         found = [value for result in own if (value := value_of(result, shown)) is not None]
+        if not found:
+            continue
         half = found[0][1] if len(found) == 1 else None
         points.append((training.at[1], statistics.fmean(mean for mean, _ in found), half or 0.0))
     return sorted(points)

@@ -46,13 +46,13 @@ def value_of(result: Result, shown: Shown) -> tuple[float, float | None] | None:
     if shown.measure == "forgetting":
         before, after = found["rehearsal"]
         return after - before, None
+    if shown.group is not None:
+        group = next((group for group in found["groups"] if group["name"] == shown.group), None)
+        return None if group is None else (float(group["mean"]), float(group["ci95"]))
     if shown.measure == "worst_group":
         sign = 1.0 if found["higher_is_better"] else -1.0
         worst = min(found["groups"], key=lambda group: sign * float(group["mean"]))
         return float(worst["mean"]), float(worst["ci95"])
-    if shown.group is not None:
-        group = next(group for group in found["groups"] if group["name"] == shown.group)
-        return float(group["mean"]), float(group["ci95"])
     return found["mean"][shown.step], found["ci95"][shown.step]
 
 

@@ -90,6 +90,11 @@ class DocumentEpisodes(EpisodeSource):
         """Documents that are long enough: the episodes of an epoch."""
         return len(self._tasks)
 
+    @property
+    def groups(self) -> frozenset[str]:
+        found = (self._texts.group(int(document)) for document in self._tasks)
+        return frozenset(group for group in found if group is not None)
+
     def episode(self, number: int) -> Episode:
         rng = generator("document episode", self._seed, self._split, number)
         document, text, broken = self._whole(number)

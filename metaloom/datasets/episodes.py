@@ -61,6 +61,12 @@ class EpisodeSource(abc.ABC):
             StreamError: its samples cannot be read, or none are left that could take a broken one's place.
         """
 
+    @property
+    def groups(self) -> frozenset[str] | None:
+        """The groups that episodes are of; empty where they have none; None where each tells its own, and
+        has to be read for it."""
+        return frozenset()
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:
@@ -122,6 +128,10 @@ class Rehearsed(EpisodeSource):
         self._source, self._samples = source, samples
         self._num_inner, self._num_outer = num_inner, num_outer
         self._seed, self._split = seed, split
+
+    @property
+    def groups(self) -> frozenset[str] | None:
+        return self._source.groups
 
     def episode(self, number: int) -> Episode:
         episode = self._source.episode(number)

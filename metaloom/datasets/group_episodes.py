@@ -98,6 +98,10 @@ class GroupEpisodes(EpisodeSource):
         """Groups that are large enough: the episodes of an epoch."""
         return len(self._tasks)
 
+    @property
+    def groups(self) -> frozenset[str]:
+        return frozenset(self._groups.names[int(group)] for group in self._tasks)
+
     def episode(self, number: int) -> Episode:
         group, arrays, broken = self._whole(number)
         name = self._groups.names[group]

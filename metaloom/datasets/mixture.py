@@ -64,6 +64,17 @@ class Mixture(EpisodeSource):
         name, group = self._names[source], episode.group
         return dataclasses.replace(episode, group=name if group is None else f"{name}/{group}")
 
+    @property
+    def groups(self) -> frozenset[str] | None:
+        found: set[str] = set()
+        for place, source in enumerate(self._sources):
+            own = source.groups
+            if own is None:
+                return None
+            name = None if self._names is None else self._names[place]
+            found |= own if name is None else {f"{name}/{group}" for group in own} or {name}
+        return frozenset(found)
+
     def place(self, number: int) -> tuple[int, int]:
         """(source, its own number) of episode `number`."""
         stream, position = virtual_stream(number)

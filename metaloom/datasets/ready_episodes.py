@@ -131,6 +131,14 @@ class ReadyEpisodes(EpisodeSource):
             broken=broken,
         )
 
+    @property
+    def groups(self) -> frozenset[str] | None:
+        table = self._reader.table
+        groups = table.attributes.get("group")
+        if groups is not None:
+            return frozenset(table.groups[int(group)] for group in np.unique(groups))
+        return None if "json" in table.members else frozenset()
+
     def _whole(
         self, number: int, read: Mapping[int, Decoded | BrokenSample]
     ) -> tuple[int, Decoded, tuple[BrokenSample, ...]]:

@@ -30,6 +30,10 @@ class ShiftedTargets(EpisodeSource):
         self._source, self._std = source, std
         self._seed, self._split = seed, split
 
+    @property
+    def groups(self) -> frozenset[str] | None:
+        return self._source.groups
+
     def episode(self, number: int) -> Episode:
         episode = self._source.episode(number)
         rng = generator("target noise", self._seed, self._split, number)

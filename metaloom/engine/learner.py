@@ -183,9 +183,10 @@ class Learner:
             )
         if not self.criterion.takes_support_loss and self.support_loss.is_of_classes:
             loss = self.support_loss
+            learned = ", ".join(loss.learned_of_classes) or "none"
             raise CapabilityError(
                 f"adaptation.loss has a temperature of {loss.temperature} and a label smoothing of "
-                f"{loss.label_smoothing}, learned: {', '.join(loss.learned) or 'none'}; these belong to the "
+                f"{loss.label_smoothing}, learned: {learned}; these belong to the "
                 "cross-entropy, and the tasks' loss is another: leave them out, or classify."
             )
 

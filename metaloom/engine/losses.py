@@ -57,9 +57,12 @@ class SupportLoss:
     @property
     def is_of_classes(self) -> bool:
         """Whether anything is changed that a cross-entropy alone has."""
-        return (self.temperature, self.label_smoothing) != (1.0, 0.0) or any(
-            name in OF_CLASSES for name in self.learned
-        )
+        return (self.temperature, self.label_smoothing) != (1.0, 0.0) or bool(self.learned_of_classes)
+
+    @property
+    def learned_of_classes(self) -> tuple[LossParameter, ...]:
+        """What is learned that a cross-entropy alone has."""
+        return tuple(name for name in self.learned if name in OF_CLASSES)
 
     def meta_parameters(self, like: Tensor) -> dict[str, Tensor]:
         """Initial values by name, in the dtype and on the device of `like`."""
@@ -121,7 +124,7 @@ class Criterion(abc.ABC):
 
     Attributes:
         scores: names of what is measured beside the loss, of which higher is better.
-        takes_support_loss: whether there is a temperature and a label smoothing.
+        takes_support_loss: whether there are classes, with a temperature, a label smoothing and weights.
         num_target_dims: dims of one target: those behind its position among the examples (and tokens).
     """
 
@@ -138,7 +141,8 @@ class Criterion(abc.ABC):
         Args:
             outputs: what the model says; half precision is raised to float32 first.
             targets: what it should.
-            how: temperature and label smoothing, where `takes_support_loss`.
+            how: temperature and label smoothing, where `takes_support_loss`; weights of classes are for the
+                caller to put on the losses: `LossTensors.weighted`.
             num_ways: `[T]`, how many classes each task has; None for as many as there are outputs.
 
         Raises:

@@ -102,8 +102,9 @@ class CrossStitch(MultiTask):
 
         h_gd <- sum over tasks k of alpha_gkd h_kd,    behind each block, for each of its D channels or units
 
-    At the start alpha is 0.9 for a network's own and 0.1 for the others in all: values of the paper's, which
-    starts from networks that were trained for the tasks one by one. Ours start at random.
+    Each task's pass runs the networks of all: G times the work of one. At the start alpha is 0.9 for a
+    network's own and 0.1 for the others in all: values of the paper's, which starts from networks that were
+    trained for the tasks one by one. Ours start at random.
     """
 
     OWN = 0.9

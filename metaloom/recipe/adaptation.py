@@ -333,9 +333,10 @@ class SupportLoss(Section):
     learned: tuple[LossParameter, ...] = Field(
         default=(),
         description="what is learned of it: temperature; label_smoothing; class_weights, what a support "
-        "example counts by its class; group_weights, what a task's support data count by its group",
+        "example counts by its class, for classes that mean the same in all tasks; group_weights, what a "
+        "task's support data count by its group",
     )
-    groups: tuple[Text, ...] | None = Field(
+    groups: Annotated[tuple[Text, ...], Field(min_length=1)] | None = Field(
         default=None,
         description="the names of the groups of training tasks, where group_weights are learned; others have "
         "weight 1; null for those of a synthetic task",

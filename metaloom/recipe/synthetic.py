@@ -196,5 +196,5 @@ class SyntheticData(Section):
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """The groups that tasks are of, in turn; none where they have no group."""
+        """The groups that tasks are of, one after the other; none where they have no group."""
         return self.task.groups if isinstance(self.task, UnequalScalesTask) else ()

@@ -131,6 +131,22 @@ def test_train_then_evaluate_leaves_a_table_a_page_and_a_tracked_run(tmp_path: P
     assert not (tmp_path / "mlruns").exists()
 
 
+def test_an_evaluation_takes_other_shots_beside_baselines_that_were_not_trained(
+    tmp_path: Path, glyphs: Path
+) -> None:
+    few = ("launcher.num_processes=1", "outer.num_steps=2", "validation.every_steps=null", "tracking=none")
+    run_well("train", RECIPES / "smoke.yaml", f"data.url={glyphs}", *few, cwd=tmp_path)
+    other = ("evaluate", "runs/smoke", "data.n_shot=3", "data.n_query=1", "evaluation.num_episodes=4")
+    refused = run(*other, cwd=tmp_path).errors
+    assert "evaluation.baselines: ordinary_equal_data, ordinary_equal_compute; had as much data" in refused
+    output = run_well(*other, "evaluation.baselines=[]", cwd=tmp_path)
+    told = "Tasks have 3 support and 1 query samples per class; those of training had 1 and 2."
+    assert told in output
+    assert told not in run_well(*other[:2], *other[4:], "evaluation.baselines=[]", cwd=tmp_path)
+    refused = run("evaluate", "runs/smoke", "data.n_way=4", cwd=tmp_path).errors
+    assert "an evaluation has no use for another data.n_way" in refused
+
+
 def assert_tracked(run_folder: Path) -> None:
     """One MLflow run with the recipe as parameters and artifact, the metrics by step, and the versions."""
     from mlflow import MlflowClient

@@ -369,7 +369,15 @@ def test_weights_bring_norms_together_whatever_the_size_of_the_losses() -> None:
     for _ in range(400):
         weighted = torch.stack([rule.weight(g) * row for g, row in zip("ab", gradients, strict=True)])
         rule.coefficients(records([1.0, 1e4], "ab"), weighted @ weighted.T)
-    assert rule.weight("a") / rule.weight("b") == pytest.approx(1e4, rel=0.15)
+    # At rest weights swing by 0.05 either way in their logarithms.
+    assert rule.weight("a") / rule.weight("b") == pytest.approx(1e4, rel=0.12)
+
+
+def test_a_large_rate_is_no_overflow() -> None:
+    rule = GradNorm(0.0, 1000.0)
+    gradients = torch.tensor([[5.0, 0.0], [0.0, 4.0]], dtype=torch.float64)
+    rule.coefficients(records([1.0, 1.0], "ab"), gradients @ gradients.T)
+    assert rule.weight("a") + rule.weight("b") == pytest.approx(2.0)
 
 
 def test_a_step_with_one_group_leaves_the_weights_alone() -> None:

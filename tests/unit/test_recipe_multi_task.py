@@ -12,6 +12,15 @@ import torch
 from metaloom.build.algorithm import build_algorithm
 from metaloom.build.choices import Choices
 from metaloom.build.model import build_model
+from metaloom.datasets import (
+    ArrayInputs,
+    EpisodeSource,
+    GroupEpisodes,
+    Mixture,
+    NumberTargets,
+    ShiftedTargets,
+)
+from metaloom.datasets.synthetic import SyntheticEpisodes, UnequalScales
 from metaloom.engine.algorithms.multi_task import MultiTask
 from metaloom.engine.sharding.replicated import Replicated
 from metaloom.errors import RecipeError, StreamError
@@ -19,6 +28,7 @@ from metaloom.models.multi_task import CrossStitch, Film, MultiHead
 from metaloom.recipe import load_recipe
 from metaloom.sources import open_data, require_episodes
 from tests.commands import RECIPES
+from tests.tiny_sets import group_set
 
 SCALES, FACES = RECIPES / "unequal-scales.yaml", RECIPES / "faces-arm.yaml"
 SMOKE = RECIPES / "smoke.yaml"
@@ -161,3 +171,24 @@ def test_groups_that_are_weighed_are_compared_with_the_data_before_anything_runs
     recipe = load_recipe(SCALES, [*ADAPTED, f"data={MIXED}", "adaptation.loss.groups=[a, b]"])
     with pytest.raises(StreamError, match=r"adaptation\.loss\.groups: a, b; are to be the groups of the"):
         require_episodes(recipe, open_data(recipe))
+
+
+def stated(source: EpisodeSource) -> set[str | None]:
+    """The groups that episodes are of."""
+    return {source.episode(number).group for number in range(60)}
+
+
+def test_sources_name_the_groups_that_their_episodes_are_of(tmp_path: Path) -> None:
+    index = group_set(tmp_path / "groups")
+    inputs, targets = ArrayInputs((2,)), NumberTargets(2)
+    source = GroupEpisodes(index, "train", inputs=inputs, targets=targets, num_support=3, num_query=2, seed=0)
+    assert source.groups == stated(source)
+    # Some groups have too few samples for a task.
+    assert len(source.groups) < len(index.split("train").groups)
+    family = UnequalScales(scales={"small": 1.0, "large": 9.0}, length=3, num_targets=2)
+    computed = SyntheticEpisodes(family, "train", num_support=1, num_query=1, num_tasks=None, seed=0)
+    assert computed.groups == stated(computed)
+    mixed = Mixture([source, computed], [1.0, 1.0], seed=0, split="train", names=["g", "s"])
+    assert set(mixed.groups or ()) == stated(mixed)
+    shifted = ShiftedTargets(computed, std=1.0, seed=0, split="train")
+    assert shifted.groups == computed.groups

@@ -20,6 +20,7 @@ from metaloom.recipe import (
 )
 from metaloom.recipe.tasks import data_urls, task_facts
 from metaloom.sources import data_names, episode_source, open_data, ordinary_samples, require_episodes
+from tests.commands import RECIPES
 
 MINIMAL = """\
 name: tiny
@@ -204,3 +205,18 @@ def test_reading_has_an_effect_where_another_part_is_read(tmp_path: Path) -> Non
         "inputs: {kind: array, shape: [1]}, num_support: 3, num_query: 3}}"
     )
     recipe_of(tmp_path, f"data={{kind: mixture, parts: [{parts}]}}", "loading.max_broken=3")
+
+
+def test_the_digest_of_data_stays_while_the_data_do() -> None:
+    """That of a recipe from before `task_noise` was there: its runs can still be resumed and evaluated."""
+    recipe = load_recipe(RECIPES / "sinusoid-maml.yaml")
+    (digest,) = open_data(recipe).computed.values()
+    assert digest == "b65c1a2aab34022d09e0716fcff3d848cbb6faecc421bb6370b17e69c93dc793"
+    noisy = load_recipe(RECIPES / "sinusoid-maml.yaml", ["data.task_noise=0.1"])
+    assert list(open_data(noisy).computed.values()) != [digest]
+
+
+def test_every_group_of_a_synthetic_task_has_a_task() -> None:
+    message = r"data\.num_train_tasks: 1; leaves groups of data\.task without one, which has 2; raise it"
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(RECIPES / "unequal-scales.yaml", ["data.num_train_tasks=1"])

@@ -69,6 +69,7 @@ EXPERIMENT = Experiment("one", "One", "A paper", "mean squared error", None, (TR
         ([result(2.0)], Shown("MAML", measure="forgetting"), "0.5 (seed 0)"),
         ([result(2.0)], Shown("MAML", measure="worst_group"), "0.5 ± 0.1 (seed 0)"),
         ([result(2.0)], Shown("MAML", group="a"), "0.25 ± 0.2 (seed 0)"),
+        ([result(2.0)], Shown("MAML", group="c"), "not run"),
         ([result(2.0)], Shown("MAML", group="a", per=10.0), "0.025 ± 0.02 (seed 0)"),
         ([result(2.0)], Shown("MAML", contender="random init"), "not run"),
         # Student's t of two degrees of freedom: 4.30 * 1 / sqrt(3).

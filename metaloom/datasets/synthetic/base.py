@@ -56,8 +56,8 @@ class TaskFamily(abc.ABC):
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """The names of the groups of tasks, of which episodes come in turn; none where tasks have no
-        group."""
+        """The names of the groups of tasks: task t is of group t modulo their number; none where tasks have
+        no group."""
         return ()
 
     @abc.abstractmethod

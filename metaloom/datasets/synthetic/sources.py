@@ -37,12 +37,17 @@ class SyntheticEpisodes(EpisodeSource):
     ) -> None:
         require_counts({"num_support": num_support, "num_query": num_query})
         self._family, self._split, self._seed = family, split, seed
+        self._num_tasks = num_tasks
         self._num_support, self._num_examples = num_support, num_support + num_query
         self._order = (
             None
             if num_tasks is None
             else EpochOrder(np.ones(num_tasks, np.int64), purpose="synthetic epoch", seed=seed, split=split)
         )
+
+    @property
+    def groups(self) -> frozenset[str]:
+        return frozenset(self._family.groups[: self._num_tasks])
 
     def episode(self, number: int) -> Episode:
         rng = generator("synthetic episode", self._seed, self._family.name, self._split, number)

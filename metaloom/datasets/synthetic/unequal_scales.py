@@ -65,7 +65,9 @@ class UnequalScales(TaskFamily):
 
     def __init__(self, *, scales: Mapping[str, float], length: int = 250, num_targets: int = 100) -> None:
         self._scales, self._shape = dict(scales), (num_targets, length)
-        self._shared = np.sqrt(SHARED_VARIANCE) * self._draw("shared")
+        shared = np.sqrt(SHARED_VARIANCE) * self._draw("shared")
+        own = [np.sqrt(OWN_VARIANCE) * self._draw("own", group) for group in range(len(self._scales))]
+        self._weights = [(shared + each) / np.sqrt(length) for each in own]
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -80,9 +82,7 @@ class UnequalScales(TaskFamily):
         return self._shape[0]
 
     def task(self, rng: np.random.Generator, *, split: str, group: int = 0) -> ScaledTanh:
-        own = np.sqrt(OWN_VARIANCE) * self._draw("own", group)
-        weights = (self._shared + own) / np.sqrt(self._shape[1])
-        return ScaledTanh(weights, self._scales[self.groups[group]])
+        return ScaledTanh(self._weights[group], self._scales[self.groups[group]])
 
     def _draw(self, *what: str | int) -> Floats:
         return generator("unequal scales", DATA_SEED, *what).standard_normal(self._shape)

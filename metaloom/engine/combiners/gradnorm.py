@@ -13,6 +13,7 @@ from metaloom.engine.combiners.cosines import group_averages
 
 SMALLEST_WEIGHT = 1e-6
 SMALLEST_LOSS = 1e-12  # a first loss is divided by
+LARGEST_MOVE = 10.0  # of a weight's logarithm in a step: a large lr is no overflow
 
 
 class GradNorm(TaskRule):
@@ -27,9 +28,9 @@ class GradNorm(TaskRule):
         log w_g <- log w_g - lr / n dF / dlog w_g,    dF / dlog w_g = sign(n_g - n r_g^alpha) n_g
 
     Then the weights are divided so that they add up to the number of groups. The paper steps in w itself, by
-    an optimizer that it does not name: gradient descent in w goes below 0, or back and forth, where losses
-    are as unequal as in its own toy problem. Steps of log w, relative to n, do neither, and are the same for
-    losses of any size.
+    an optimizer that it does not name: gradient descent in w goes below 0, or wildly back and forth, where
+    losses are as unequal as in its own toy problem. Steps of log w, relative to n, cannot go below 0, are the
+    same for losses of any size, and end within some lr of where norms are as they should be.
 
     The step itself has the weights from before, `1/T sum_t w_g(t) g_t`, of all meta-parameters. Means are
     over the groups in the step; a step with a single group, or with gradients that are 0, leaves the weights
@@ -76,7 +77,7 @@ class GradNorm(TaskRule):
             rate = ratios[group] / mean_ratio if mean_ratio > 0.0 else 1.0
             excess = norm - mean_norm * rate**self._alpha
             slope = math.copysign(norm / mean_norm, excess) if excess != 0.0 else 0.0
-            moved = self._weights[group] * math.exp(-self._lr * slope)
+            moved = self._weights[group] * math.exp(max(-LARGEST_MOVE, min(LARGEST_MOVE, -self._lr * slope)))
             self._weights[group] = max(SMALLEST_WEIGHT, moved)
         scale = len(self._weights) / math.fsum(self._weights.values())
         self._weights = {group: scale * self._weights[group] for group in sorted(self._weights)}

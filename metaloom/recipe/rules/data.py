@@ -208,6 +208,20 @@ def filters_fit_into_inputs(recipe: Recipe) -> Broken:
                 )
 
 
+def every_group_has_a_task(recipe: Recipe) -> Broken:
+    for path, data in data_sets(recipe).items():
+        if not isinstance(data, SyntheticData):
+            continue
+        for split in ("train", "validation", "test"):
+            count = getattr(data, f"num_{split}_tasks")
+            if count is not None and count < len(data.groups):
+                yield (
+                    f"{path}.num_{split}_tasks",
+                    f"{count}; leaves groups of {path}.task without one, which has {len(data.groups)}; raise "
+                    "it, or set it to null",
+                )
+
+
 def reading_is_for_files(recipe: Recipe) -> Broken:
     if data_urls(recipe):
         return
@@ -261,6 +275,7 @@ RULES: tuple[Rule, ...] = (
     models_fit_the_objective,
     sequences_fit_the_context,
     filters_fit_into_inputs,
+    every_group_has_a_task,
     reading_is_for_files,
     data_urls_have_no_secret,
 )
