@@ -55,7 +55,19 @@ def test_learned_loss_parameters_and_rates_per_element_are_evaluated(tmp_path: P
     assert_evaluated(tmp_path / "runs" / "smoke")
 
 
-def test_weights_of_classes_and_of_groups_are_learned_kept_and_evaluated(tmp_path: Path) -> None:
+def test_weights_of_classes_are_learned_and_evaluated(tmp_path: Path, glyphs: Path) -> None:
+    learned = ("data.labels=kept", "adaptation.loss.learned=[class_weights]", "outer.lr_loss=0.1")
+    run_well("train", SMOKE, f"data.url={glyphs}", *SHORT, *learned, cwd=tmp_path)
+    output = run_well("evaluate", "runs/smoke", cwd=tmp_path)
+    assert "random init" in output
+    assert_evaluated(tmp_path / "runs" / "smoke")
+    store = CheckpointStore(tmp_path / "runs" / "smoke" / "checkpoints" / "meta")
+    newest = store.load_newest(pytest.fail)
+    assert newest is not None
+    assert bool((newest.tensors["meta/loss.class_weights"] != 0.0).all())
+
+
+def test_weights_of_groups_are_learned_kept_and_evaluated(tmp_path: Path) -> None:
     """A mixture of two families of regressions, whose groups are their places in it."""
     part = "{data: {kind: synthetic, task: sinusoid, num_support: 3}}"
     overrides = (
@@ -70,7 +82,7 @@ def test_weights_of_classes_and_of_groups_are_learned_kept_and_evaluated(tmp_pat
     run_well("evaluate", "runs/unequal-scales", cwd=tmp_path)
     assert_evaluated(tmp_path / "runs" / "unequal-scales")
     store = CheckpointStore(tmp_path / "runs" / "unequal-scales" / "checkpoints" / "meta")
-    newest = store.load_newest(print)
+    newest = store.load_newest(pytest.fail)
     assert newest is not None
     weights = newest.tensors["meta/loss.group_weights"]
     assert weights.shape == (2,)

@@ -12,6 +12,7 @@ import torch
 from metaloom.build.algorithm import build_algorithm
 from metaloom.build.choices import Choices
 from metaloom.build.model import build_model
+from metaloom.build.outer import build_combiner
 from metaloom.datasets import (
     ArrayInputs,
     EpisodeSource,
@@ -90,6 +91,10 @@ def test_what_is_built(architecture: str, kind: type) -> None:
     modules = dict(model.module.named_modules())
     assert [name for name in algorithm.model.structure.blocks if name not in modules] == []
     learned = algorithm.meta_parameters()
+    # As the recipe's own comments have it.
+    of = ["outer.combiner.of=[backbone.networks.*.blocks.3.*]"] if architecture == "cross_stitch" else []
+    weighing = load_recipe(SCALES, [*sizes, f"algorithm.architecture={architecture}", *of])
+    build_combiner(weighing, learned, Replicated(bucket_bytes=1024), metric_names=())
     assert learned.keys() == {f"backbone.{name}" for name, _ in model.module.named_parameters()}
 
 
