@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.reproduce.drawing import draw
 from benchmarks.reproduce.experiments import Experiment, read_experiments
-from benchmarks.reproduce.running import ROOT, read_results, run, shown_results, store
+from benchmarks.reproduce.running import ROOT, read_results, run, store
 from benchmarks.reproduce.table import as_markdown, write_into
 
 PAGE = ROOT / "docs" / "algorithms.md"
@@ -44,17 +44,17 @@ def main() -> int:
         for experiment in chosen:
             _run_all(experiment, arguments.training, arguments.runs, again=arguments.again)
     for experiment in chosen:
-        print(as_markdown(experiment, shown_results(experiment)))
+        print(as_markdown(experiment, read_results(experiment)))
     for experiment in experiments:
-        draw(experiment, shown_results(experiment), FIGURES)
-    write_into(PAGE, [as_markdown(each, shown_results(each)) for each in experiments])
+        draw(experiment, read_results(experiment), FIGURES)
+    write_into(PAGE, [as_markdown(each, read_results(each)) for each in experiments])
     return 0
 
 
 def _run_all(experiment: Experiment, only: list[str] | None, runs: Path, *, again: bool) -> None:
-    stored = {(result.training, result.seed) for result in read_results(experiment.name)}
+    stored = {(result.training, result.seed) for result in read_results(experiment)}
     for training in experiment.trainings:
-        if training.same_as is not None or (only is not None and training.name not in only):
+        if only is not None and training.name not in only:
             continue
         for seed in training.seeds:
             if again or (training.name, seed) not in stored:

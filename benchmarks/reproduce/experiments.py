@@ -76,8 +76,6 @@ class Training:
         seeds: of the recipe.
         rows: what is shown of it.
         program: a module of this repository that takes `--seed` and prints them as JSON; None for a recipe.
-        same_as: the experiment that has this very training, and its name there: it is run and stored once;
-            None for a training of its own.
     """
 
     name: str
@@ -86,7 +84,6 @@ class Training:
     seeds: tuple[int, ...]
     rows: tuple[Shown, ...]
     program: str | None = None
-    same_as: tuple[str, str] | None = None
     evaluated_with: tuple[str, ...] = ()
     at: tuple[str, float] | None = None
 
@@ -135,7 +132,6 @@ def _experiment(name: str, values: Mapping[str, Any]) -> Experiment:
                 tuple(own.get("seeds", seeds)),
                 rows,
                 own.get("program"),
-                None if "same_as" not in own else (own["same_as"]["experiment"], own["same_as"]["training"]),
                 tuple(own.get("evaluated_with", ())),
                 None if "at" not in own else (own["at"]["series"], float(own["at"]["x"])),
             )

@@ -42,23 +42,9 @@ class Result:
     methods: tuple[dict[str, Any], ...]
 
 
-def shown_results(experiment: Experiment, folder: Path = RESULTS) -> list[Result]:
-    """What is stored of an experiment, and, under its names, of trainings that others have too."""
-    results = read_results(experiment.name, folder)
-    for training in experiment.trainings:
-        if training.same_as is not None:
-            other, name = training.same_as
-            results += [
-                dataclasses.replace(result, training=training.name)
-                for result in read_results(other, folder)
-                if result.training == name
-            ]
-    return results
-
-
-def read_results(name: str, folder: Path = RESULTS) -> list[Result]:
-    """What is stored of the experiment of that name; nothing where it was never run."""
-    path = folder / f"{name}.json"
+def read_results(experiment: Experiment, folder: Path = RESULTS) -> list[Result]:
+    """What is stored of an experiment; nothing where it was never run."""
+    path = folder / f"{experiment.name}.json"
     if not path.exists():
         return []
     stored = json.loads(path.read_text(encoding="utf-8"))
@@ -70,7 +56,7 @@ def read_results(name: str, folder: Path = RESULTS) -> list[Result]:
 
 def store(experiment: Experiment, result: Result, folder: Path = RESULTS) -> None:
     """Puts a result in the place of an older one of the same training and seed."""
-    results = {(old.training, old.seed): old for old in read_results(experiment.name, folder)}
+    results = {(old.training, old.seed): old for old in read_results(experiment, folder)}
     results[result.training, result.seed] = result
     order = {training.name: position for position, training in enumerate(experiment.trainings)}
     ordered = sorted(results.values(), key=lambda each: (order.get(each.training, len(order)), each.seed))

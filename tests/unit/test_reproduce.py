@@ -18,7 +18,7 @@ from benchmarks.reproduce.experiments import (
     Training,
     read_experiments,
 )
-from benchmarks.reproduce.running import ROOT, Result, read_results, shown_results, store
+from benchmarks.reproduce.running import ROOT, Result, read_results, store
 from benchmarks.reproduce.table import BEGIN, END, as_markdown, figure, write_into
 from metaloom.recipe import load_recipe
 
@@ -30,16 +30,14 @@ TRAININGS = [(experiment, training) for experiment in EXPERIMENTS for training i
     ("experiment", "training"), TRAININGS, ids=[f"{e.name}-{t.name}" for e, t in TRAININGS]
 )
 def test_every_training_is_a_valid_recipe(experiment: Experiment, training: Training) -> None:
-    if training.same_as is not None:
-        other, name = training.same_as
-        own = next(each for each in EXPERIMENTS if each.name == other).trainings
-        assert any(each.name == name and each.same_as is None for each in own)
-        return
     if training.program is not None:
         assert importlib.util.find_spec(training.program) is not None
         return
     recipe = load_recipe(ROOT / training.recipe, training.overrides)
     load_recipe(ROOT / training.recipe, (*training.overrides, *training.evaluated_with))
+    # What `metaloom evaluate` takes.
+    free = ("evaluation.", "data.n_shot=", "data.n_query=")
+    assert all(override.startswith(free) for override in training.evaluated_with)
     if training.rows and any(row.contender.startswith("ordinary") for row in training.rows):
         assert "ordinary_equal_data" in recipe.baselines
 
@@ -87,16 +85,8 @@ def test_shares_are_shown_in_per_cent() -> None:
 def test_results_are_stored_by_training_and_seed(tmp_path: Path) -> None:
     for each in (result(1.0, 1), result(2.0), result(3.0)):
         store(EXPERIMENT, each, tmp_path)
-    assert read_results("one", tmp_path) == [result(3.0), result(1.0, 1)]
-    assert read_results("other", tmp_path) == []
-
-
-def test_a_training_that_two_experiments_have_is_stored_once(tmp_path: Path) -> None:
-    borrowed = dataclasses.replace(TRAINING, name="plain", same_as=("one", "MAML"))
-    other = dataclasses.replace(EXPERIMENT, name="other", trainings=(borrowed,))
-    store(EXPERIMENT, result(2.0), tmp_path)
-    assert shown_results(other, tmp_path) == [dataclasses.replace(result(2.0), training="plain")]
-    assert shown_results(EXPERIMENT, tmp_path) == [result(2.0)]
+    assert read_results(EXPERIMENT, tmp_path) == [result(3.0), result(1.0, 1)]
+    assert read_results(dataclasses.replace(EXPERIMENT, name="other"), tmp_path) == []
 
 
 def test_the_table_stands_between_the_marks_of_its_page(tmp_path: Path) -> None:
@@ -116,7 +106,7 @@ def test_the_page_has_what_is_stored() -> None:
     page = (ROOT / "docs" / "algorithms.md").read_text(encoding="utf-8")
     between = re.search(f"{BEGIN}\n\n(.*)\n{END}", page, flags=re.DOTALL)
     assert between is not None
-    assert between.group(1) == "\n".join(as_markdown(each, shown_results(each)) for each in EXPERIMENTS)
+    assert between.group(1) == "\n".join(as_markdown(each, read_results(each)) for each in EXPERIMENTS)
 
 
 def test_a_figure_is_drawn_of_what_was_run(tmp_path: Path) -> None:
