@@ -31,6 +31,7 @@ class UnreadableValue:
         raise Unreadable
 
     __getattr__ = __eq__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
+    __len__ = __getitem__ = __reversed__ = __truediv__ = __rtruediv__ = __floordiv__ = __rfloordiv__ = _refuse
     __index__ = __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __mod__ = __rmod__ = (
         __bool__
     ) = __contains__ = __iter__ = __hash__ = _refuse
