@@ -140,8 +140,11 @@ def require_episodes(recipe: Recipe, data: Data) -> None:
     """
     for index in {index.url: index for index in data.indices.values()}.values():
         verify_sizes(index)
+    sources: dict[str, EpisodeSource] = {}
     for split in SPLITS:
-        episode_source(recipe, data, split, seed=recipe.seed, num_steps=recipe.adaptation.num_steps)
+        sources[split] = episode_source(
+            recipe, data, split, seed=recipe.seed, num_steps=recipe.adaptation.num_steps
+        )
         # What is wrong with all samples of a data set shows here, and not when the job has started.
         for path, section in data_sets(recipe).items():
             found = data.indices.get(f"{path}.url")
@@ -153,7 +156,7 @@ def require_episodes(recipe: Recipe, data: Data) -> None:
                     f"episodes of split {split!r} of {found.dataset} at {found.url} state no group: "
                     "pack them with one, or take another combiner."
                 )
-    _require_groups(recipe, data)
+    _require_groups(recipe, sources)
     if recipe.adaptation.rehearsal is not None:
         _rehearsal_samples(recipe, data, seed=recipe.seed).batch(0, 1)
     if recipe.pretrain is not None:
@@ -187,8 +190,11 @@ def episode_source(recipe: Recipe, data: Data, split: str, *, seed: int, num_ste
     )
 
 
-def _require_groups(recipe: Recipe, data: Data) -> None:
+def _require_groups(recipe: Recipe, sources: Mapping[str, EpisodeSource]) -> None:
     """Checks that what knows groups by name can learn from all of them, and a model meets no others.
+
+    Args:
+        sources: by split.
 
     Raises:
         StreamError: it cannot, or does.
@@ -203,8 +209,7 @@ def _require_groups(recipe: Recipe, data: Data) -> None:
     if not named:
         return
     found: dict[str, frozenset[str]] = {}
-    for split in SPLITS:
-        source = episode_source(recipe, data, split, seed=recipe.seed, num_steps=recipe.adaptation.num_steps)
+    for split, source in sources.items():
         groups = source.groups
         if groups is None:
             raise StreamError(

@@ -71,11 +71,11 @@ class Training:
         name: among those of its experiment.
         recipe: path of the recipe, from the root of the repository; empty for a program.
         overrides: of the recipe.
-        at: its series and its place in the experiment's figure; None where it is in none.
-        evaluated_with: further overrides for its evaluation, where that is of other tasks.
         seeds: of the recipe.
         rows: what is shown of it.
         program: a module of this repository that takes `--seed` and prints them as JSON; None for a recipe.
+        evaluated_with: further overrides for its evaluation, where that is of other tasks.
+        at: its series and its place in the experiment's figure; None where it is in none.
     """
 
     name: str
@@ -144,9 +144,5 @@ def _experiment(name: str, values: Mapping[str, Any]) -> Experiment:
         values["metric"],
         values.get("data"),
         tuple(trainings),
-        None
-        if figure is None
-        else Drawing(
-            figure["x"], tuple(Panel(panel["measure"], panel["label"]) for panel in figure["panels"])
-        ),
+        None if figure is None else Drawing(figure["x"], tuple(Panel(**panel) for panel in figure["panels"])),
     )

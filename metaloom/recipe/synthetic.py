@@ -187,7 +187,6 @@ class SyntheticData(Section):
         description="test tasks, likewise; left out, those of the paper: null of sinusoids, 2000 of "
         "equivariant_1d and equivariant_2d, 400 with flips",
     )
-
     task_noise: PositiveFloat | None = Field(
         default=None,
         description="standard deviation of a random number that is added to all targets of a training task, "

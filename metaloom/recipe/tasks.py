@@ -77,6 +77,11 @@ def groups_by_recipe(recipe: Recipe) -> tuple[str, ...]:
     return recipe.data.groups if isinstance(recipe.data, SyntheticData) else ()
 
 
+def may_have_groups(recipe: Recipe) -> bool:
+    """Whether tasks of such data can be of groups."""
+    return bool(groups_by_recipe(recipe)) or isinstance(recipe.data, GroupsData | EpisodesData | MixtureData)
+
+
 def num_outputs(recipe: Recipe) -> int:
     """Outputs that a target is read from: classes, tokens of a vocabulary, or numbers."""
     found = task_facts(recipe).num_outputs

@@ -40,4 +40,9 @@ class Erm(FeedForward):
         self, meta: Tensors, batch: TaskBatch, *, outer_step: int | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         query = batch.query
-        return judged(self.model.outputs(meta, query["inputs"], query.get("weights")), batch, self.criterion)
+        outputs = self.model.outputs(meta, query["inputs"], query.get("weights"), self.heads(batch))
+        return judged(outputs, batch, self.criterion)
+
+    def heads(self, batch: TaskBatch) -> list[str] | None:
+        """Which of the model's outputs is read of each task; None for the same of all."""
+        return None

@@ -1,23 +1,19 @@
 """One model for groups of tasks that ask different things of the same inputs.
 
-Shape letters: T tasks, Q query examples, C outputs.
+Shape letter: T tasks.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
-from torch import Tensor
-
-from metaloom.engine.algorithms.feed_forward import FeedForward, Tensors, judged
+from metaloom.engine.algorithms.erm import Erm
 from metaloom.engine.learner import TaskBatch
-from metaloom.engine.losses import Criterion
-from metaloom.engine.whole_model import WholeModel
 from metaloom.errors import CapabilityError
 
 
 @dataclasses.dataclass(frozen=True)
-class MultiTask(FeedForward):
+class MultiTask(Erm):
     """The query loss of what a model says when it is told of which group a task is: multi-task learning, with
     a group in the place of a task. There is no adaptation, and support data are not read.
 
@@ -25,30 +21,12 @@ class MultiTask(FeedForward):
     one task says of them, whatever the number of groups.
 
     Attributes:
-        model: its weights are what is learned; it has an output for each group, by the group's name.
-        criterion: the loss of a target.
-        groups: their names.
+        groups: their names; the model has an output for each.
     """
 
-    model: WholeModel
-    criterion: Criterion
     groups: tuple[str, ...]
 
-    @property
-    def scores(self) -> tuple[str, ...]:
-        return self.criterion.scores
-
-    def meta_parameters(self) -> dict[str, Tensor]:
-        return self.model.meta_parameters()
-
-    def losses(
-        self, meta: Tensors, batch: TaskBatch, *, outer_step: int | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        query = batch.query
-        outputs = self.model.outputs(meta, query["inputs"], query.get("weights"), self._groups_of(batch))
-        return judged(outputs, batch, self.criterion)
-
-    def _groups_of(self, batch: TaskBatch) -> list[str]:
+    def heads(self, batch: TaskBatch) -> list[str]:
         """The group of each task.
 
         Raises:

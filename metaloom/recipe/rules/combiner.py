@@ -3,24 +3,20 @@
 from metaloom.engine.capabilities import KINDS, Kind
 from metaloom.recipe.algorithm import MAMLAlgorithm
 from metaloom.recipe.combiner import DWACombiner, MeanCombiner
-from metaloom.recipe.data import EpisodesData, GroupsData, MixtureData
 from metaloom.recipe.rules.base import Broken, Rule, of_maml, repeated
 from metaloom.recipe.schema import Recipe
-from metaloom.recipe.synthetic import SyntheticData
+from metaloom.recipe.tasks import may_have_groups
 
 # What looks at single tasks side by side, or at groups side by side: of one there is nothing to compare.
 COMPARING = ("pcgrad", "mgda", "gradnorm")
 
 
 def weighed_groups_exist(recipe: Recipe) -> Broken:
-    combiner, data = recipe.outer.combiner, recipe.data
-    has_groups = isinstance(data, GroupsData | EpisodesData | MixtureData) or (
-        isinstance(data, SyntheticData) and bool(data.groups)
-    )
-    if combiner.weighs_groups and not has_groups:
+    combiner = recipe.outer.combiner
+    if combiner.weighs_groups and not may_have_groups(recipe):
         yield (
             "outer.combiner.kind",
-            f"{combiner.kind}; weighs groups of tasks, and tasks of data.kind {data.kind} have none; "
+            f"{combiner.kind}; weighs groups of tasks, and tasks of data.kind {recipe.data.kind} have none; "
             "take data.kind groups or mixture, episodes that state their group, or another combiner",
         )
 

@@ -1,12 +1,11 @@
 """Rules about models for groups that ask different things of the same inputs."""
 
 from metaloom.recipe.algorithm import MultiTaskAlgorithm
-from metaloom.recipe.data import EpisodesData, GroupsData, MixtureData
 from metaloom.recipe.model import Conv4Model, MLPModel
 from metaloom.recipe.rules.base import Broken, Rule, repeated
 from metaloom.recipe.schema import Recipe
 from metaloom.recipe.synthetic import SyntheticData
-from metaloom.recipe.tasks import groups_by_recipe
+from metaloom.recipe.tasks import groups_by_recipe, may_have_groups
 
 
 def groups_share_blocks(recipe: Recipe) -> Broken:
@@ -53,7 +52,7 @@ def named_groups(
             )
         return
     asked_at, because = asker
-    if not isinstance(data, GroupsData | EpisodesData | MixtureData):
+    if not may_have_groups(recipe):
         kind = data.task.kind if isinstance(data, SyntheticData) else data.kind
         yield (
             asked_at,
