@@ -24,7 +24,7 @@ from metaloom.build import (
     ordinary_settings,
     task_output,
 )
-from metaloom.checkpoints import Checkpoint, CheckpointStore
+from metaloom.checkpoints.store import Checkpoint, CheckpointStore
 from metaloom.engine.algorithms.arm import ArmBn, ArmCml
 from metaloom.engine.algorithms.base import Algorithm
 from metaloom.engine.evaluation import Curve, adaptation_curve
@@ -32,7 +32,8 @@ from metaloom.engine.outer import COUNTED
 from metaloom.engine.streams import StreamCurve
 from metaloom.engine.unroll import Unroll
 from metaloom.errors import CheckpointError
-from metaloom.job import Job, stored_room
+from metaloom.job import Job
+from metaloom.keeping import checkpoint_root, held_rooms
 from metaloom.ordinary import finished_weights, train_ordinary
 from metaloom.recipe import FullFast, GroupsData, HeadFast, Recipe
 from metaloom.recipe.tasks import task_facts
@@ -88,7 +89,7 @@ class Contender:
 def meta_trained(job: Job, newest: Checkpoint) -> Contender:
     recipe = job.recipe
     best_step = newest.scalars["progress"]["best_step"]  # None where there was no validation
-    checkpoint = newest if best_step is None else _checkpoints(job).load(best_step)
+    checkpoint = newest if best_step is None else _checkpoints(job).load(best_step, held_rooms(job.sharding))
     model = build_model(recipe, job.place.device, job.sharding)
     if recipe.pretrain is not None:
         model.load(_pretrained(job))
@@ -132,7 +133,7 @@ def _own_rate(recipe: Recipe) -> str:
 
 def newest_checkpoint(job: Job) -> Checkpoint:
     folder = job.place.folder
-    newest = _checkpoints(job).load_newest(job.console.warn)
+    newest = _checkpoints(job).load_newest(job.console.warn, held_rooms(job.sharding))
     if newest is None:
         raise CheckpointError(
             f"{folder.path} has no checkpoint yet: train it with `metaloom train --resume {folder.path}`."
@@ -141,7 +142,7 @@ def newest_checkpoint(job: Job) -> Checkpoint:
 
 
 def _checkpoints(job: Job) -> CheckpointStore:
-    return CheckpointStore(job.place.folder.checkpoints("meta"), room=stored_room(job.sharding))
+    return CheckpointStore(checkpoint_root(job.recipe, job.place.folder, "meta"))
 
 
 def baseline(job: Job, name: str, newest: Checkpoint) -> Contender:
@@ -239,7 +240,14 @@ def _after_pretraining(recipe: Recipe, training: str) -> str:
 
 def _pretrained(job: Job) -> MetaTensors:
     assert job.recipe.pretrain is not None, "the recipe has no pre-training"
-    return finished_weights(job, "pretrain", num_steps=job.recipe.pretrain.num_steps)
+    return finished_weights(
+        job.recipe,
+        job.place,
+        job.sharding,
+        "pretrain",
+        num_steps=job.recipe.pretrain.num_steps,
+        on_skip=job.console.warn,
+    )
 
 
 def _ordinarily_trained(job: Job, name: str, num_steps: int) -> MetaTensors:
