@@ -58,6 +58,7 @@ from metaloom.ordinary import finished_weights, train_ordinary
 from metaloom.recipe import Pretrain, Recipe
 from metaloom.recipe.tasks import tokens_per_task
 from metaloom.sources import episode_source, pretraining_samples
+from metaloom.tracking.console import Phase
 from metaloom.tracking.cosines import CosineRecord, add_cosines
 from metaloom.weights import HeldModel
 
@@ -90,7 +91,8 @@ def train(recipe: Recipe, place: Place) -> None:
                     f"resumed after outer step {run.state.outer.step} of {recipe.outer.num_steps}"
                 )
             store.remove_remains()
-            last_step = None if resumed is None else run.state.outer.step
+            is_saved = resumed is not None and run.state.unfinished is None
+            last_step = run.state.outer.step if is_saved else None
             _outer_loop(job, run, Keeper(job, store, last_step=last_step, noun="outer step"))
             if job.sharding.rank == 0 and job.place.folder.cosines.exists():
                 job.tracker.artifact(job.place.folder.cosines)
@@ -209,13 +211,18 @@ class Progress:
 
 @dataclasses.dataclass
 class State:
-    """What a run is, apart from its recipe: what a checkpoint holds."""
+    """What a run is, apart from its recipe: what a checkpoint holds.
+
+    Attributes:
+        unfinished: the metrics of the last outer step, where they were not logged yet.
+    """
 
     outer: OuterOptimizer
     combiner: Combiner
     scaler: LossScaler
     progress: Progress
     choices: Choices
+    unfinished: dict[str, float] | None = None
 
     def checkpoint(self, origin: Mapping[str, Any], metrics: Mapping[str, float]) -> Checkpoint:
         """Everything that the next outer step depends on.
@@ -229,6 +236,7 @@ class State:
             "progress": dataclasses.asdict(self.progress),
             "scaler": self.scaler.scalars(),
             "choices": self.choices.scalars(),
+            "unfinished": self.unfinished,
             "origin": dict(origin),
         }
         return Checkpoint(self.outer.step, self.outer.tensors(), scalars, dict(metrics))
@@ -239,6 +247,7 @@ class State:
         self.combiner.load(checkpoint.scalars["combiner"])
         self.scaler.load(checkpoint.scalars["scaler"])
         self.progress = Progress(**checkpoint.scalars["progress"])
+        self.unfinished = checkpoint.scalars["unfinished"]
 
 
 def _train_source(job: Job) -> EpisodeSource:
@@ -281,9 +290,7 @@ def _outer_loop(job: Job, run: Run, keeper: Keeper) -> None:
 def _steps(job: Job, run: Run, keeper: Keeper) -> None:
     recipe, sharding = job.recipe, job.sharding
     algorithm, state = run.algorithm, run.state
-    outer, progress, points = state.outer, state.progress, job.place.points
-    num_inner = recipe.adaptation.num_steps
-    validation = episode_source(recipe, job.data, "validation", seed=recipe.seed, num_steps=num_inner)
+    outer, points = state.outer, job.place.points
     clock = _Clock(job)
     stream = EpisodeStream(
         _train_source(job),
@@ -296,9 +303,12 @@ def _steps(job: Job, run: Run, keeper: Keeper) -> None:
         num_workers=recipe.loading.num_workers,
         is_lockstep=sharding.is_lockstep,
     )
-    phases = job.console.phase("meta-train", total=recipe.outer.num_steps, num_done=outer.step)
+    num_done = outer.step - (state.unfinished is not None)
+    phases = job.console.phase("meta-train", total=recipe.outer.num_steps, num_done=num_done)
     with stream, phases as phase:
-        while outer.step < recipe.outer.num_steps and not _stops_early(recipe, progress):
+        if state.unfinished is not None:
+            _finish_step(job, run, keeper, phase)
+        while outer.step < recipe.outer.num_steps and not _stops_early(recipe, state.progress):
             job.place.whereabouts.enter(f"outer step {outer.step + 1}")
             clock.start_step()
             _, episodes = next(stream)
@@ -317,21 +327,30 @@ def _steps(job: Job, run: Run, keeper: Keeper) -> None:
                 metrics["checkpoint_wait_s"] = waited_s
             if job.broken.count:
                 metrics["broken_samples"] = job.broken.count
-            is_best = False
-            if _is_due(outer.step, recipe.validation.every_steps, recipe.outer.num_steps):
-                parameters = outer.evaluation_parameters()
-                validated = validate(job, algorithm, parameters, validation, step=outer.step)
-                is_best = _is_best(recipe, progress, validated, step=outer.step)
-                metrics |= validated
-            job.tracker.log(metrics, outer.step)
-            phase.advance(1, **_shown(metrics))
-            if "validation_loss" in metrics or outer.step == recipe.outer.num_steps:
+            state.unfinished = metrics
+            if _is_validated(recipe, outer.step) or outer.step == recipe.outer.num_steps:
                 _keep_cosines(job, state)
-            is_last = outer.step == recipe.outer.num_steps or _stops_early(recipe, progress)
-            if is_last:
-                keeper.save_last(_checkpoint(job, state, metrics))
-            elif keeper.is_due(outer.step) or is_best:
-                keeper.save(_checkpoint(job, state, metrics))
+            _finish_step(job, run, keeper, phase)
+
+
+def _finish_step(job: Job, run: Run, keeper: Keeper, phase: Phase) -> None:
+    """What follows on an outer step: validation, the records of it, a checkpoint. A run that is stopped in
+    the midst of it begins with this when it goes on."""
+    recipe, state = job.recipe, run.state
+    outer, progress = state.outer, state.progress
+    assert state.unfinished is not None
+    metrics, is_best = dict(state.unfinished), False
+    if _is_validated(recipe, outer.step):
+        validated = validate(job, run.algorithm, outer.evaluation_parameters(), step=outer.step)
+        is_best = _is_best(recipe, progress, validated, step=outer.step)
+        metrics |= validated
+    job.tracker.log(metrics, outer.step)
+    state.unfinished = None
+    phase.advance(1, **_shown(metrics))
+    if outer.step == recipe.outer.num_steps or _stops_early(recipe, progress):
+        keeper.save_last(_checkpoint(job, state, metrics))
+    elif keeper.is_due(outer.step) or is_best:
+        keeper.save(_checkpoint(job, state, metrics))
 
 
 def _keep_cosines(job: Job, state: State) -> None:
@@ -350,9 +369,7 @@ def _own_tasks(job: Job, episodes: Sequence[Episode], *, num_dummies: int) -> Ta
     return task_batch(job.recipe, episodes, job.place.device, num_steps=num_inner, num_dummies=num_dummies)
 
 
-def validate(
-    job: Job, algorithm: Algorithm, meta: Mapping[str, Tensor], source: EpisodeSource, *, step: int
-) -> dict[str, float]:
+def validate(job: Job, algorithm: Algorithm, meta: Mapping[str, Tensor], *, step: int) -> dict[str, float]:
     """Mean query loss and scores over the recipe's validation episodes, always the same ones; and of the
     worst group, where these have groups.
 
@@ -367,6 +384,7 @@ def validate(
     names = (*(f"{name}_before" for name in measures), *measures)
     sums = {name: torch.zeros((), dtype=torch.float64) for name in names}
     num_steps = recipe.adaptation.num_steps
+    source = episode_source(recipe, job.data, "validation", seed=recipe.seed, num_steps=num_steps)
     own: list[tuple[str | None, tuple[float, ...]]] = []  # of each episode here: its group, what is measured
     for episodes, curve in measured_episodes(
         job, algorithm.curve, meta, source, num_episodes=num_episodes, num_steps=num_steps, step=step
@@ -416,7 +434,7 @@ def _checkpoint(job: Job, state: State, metrics: Mapping[str, float]) -> Checkpo
 def _first_step(recipe: Recipe, place: Place, resumed: Run | None) -> int:
     """The first step whose metrics this process will write: what is there from it on is dropped."""
     if resumed is not None:
-        return resumed.state.outer.step + 1
+        return resumed.state.outer.step + (resumed.state.unfinished is None)
     if recipe.pretrain is None:
         return 0
     store = CheckpointStore(checkpoint_root(recipe, place.folder, "pretrain"))
@@ -428,8 +446,10 @@ def _stops_early(recipe: Recipe, progress: Progress) -> bool:
     return early is not None and progress.num_worse >= early.patience
 
 
-def _is_due(step: int, every: int | None, last: int) -> bool:
-    return every is not None and (step % every == 0 or step == last)
+def _is_validated(recipe: Recipe, step: int) -> bool:
+    """Whether a validation follows on an outer step."""
+    every = recipe.validation.every_steps
+    return every is not None and (step % every == 0 or step == recipe.outer.num_steps)
 
 
 def _shown(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -183,7 +183,7 @@ class CheckpointStore:
             folder.write(f"{step_folder(checkpoint.step)}/{MANIFEST}", manifest.to_bytes())
             folder.sync()  # before older ones go
             try:
-                self._tidy(manifest)
+                self._tidy(manifest.step)
             except CheckpointError as error:
                 notes.append(f"old checkpoints could not be deleted: {error}")
 
@@ -197,19 +197,28 @@ class CheckpointStore:
                     no_dist=self._group is None,
                 )
         except (Exception, CheckpointException) as error:  # the latter is no `Exception`
+            if not dist.is_initialized() or dist.get_rank() == 0:
+                # Files that nobody will read take the room that a full disk lacks.
+                with contextlib.suppress(CheckpointError):
+                    self._remove_unlisted(checkpoint.step)
             where = f"{self.shown}/{step_folder(checkpoint.step)}"
             return Outcome(checkpoint.step, f"{where}: the checkpoint cannot be written: {_cause(error)}")
         return Outcome(checkpoint.step, note=notes[0] if notes else None)
 
-    def _tidy(self, manifest: Manifest) -> None:
+    def _tidy(self, step: int) -> None:
         """Deletes what an earlier checkpoint of the same step has left, and those that are not kept."""
-        folder = step_folder(manifest.step)
-        listed = {f"{folder}/{name}" for name in (*manifest.files, MANIFEST)}
-        sizes = self.catalogue.folder.sizes()
-        self.catalogue.folder.remove(
-            [name for name in sizes if name.startswith(f"{folder}/") and name not in listed]
-        )
-        self.catalogue.prune(self._retention, keep=frozenset({manifest.step}))
+        self._remove_unlisted(step)
+        self.catalogue.prune(self._retention, keep=frozenset({step}))
+
+    def _remove_unlisted(self, step: int) -> None:
+        """Deletes the files of a step that its manifest does not list, where it has one."""
+        folder = step_folder(step)
+        try:
+            listed = {*self.catalogue.manifest(step).files, MANIFEST}
+        except MissingFileError:
+            listed = set()
+        found = [name for name in self.catalogue.folder.sizes() if name.startswith(f"{folder}/")]
+        self.catalogue.folder.remove([name for name in found if name.rpartition("/")[2] not in listed])
 
     def remove_remains(self) -> None:
         """Deletes what a killed run has left of checkpoints that it was writing. Every rank must call.
