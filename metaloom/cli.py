@@ -1,4 +1,4 @@
-"""The command line: `metaloom train | evaluate | check | plan | data | recipe`.
+"""The command line: `metaloom train | evaluate | check | plan | data | checkpoints | recipe`.
 
 Everything that can be checked is checked here, before any process is started and without importing torch.
 """
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from metaloom import __version__
 from metaloom.arguments import add_command
+from metaloom.checkpoints_command import add_checkpoint_commands
 from metaloom.data_command import add_data_commands
 from metaloom.errors import LaunchError, MetaloomError, RecipeError, StreamError
 from metaloom.files import replace_file
@@ -39,7 +40,7 @@ examples:
   metaloom evaluate runs/glyphs-maml           adapt to tasks never seen, beside baselines
 
 exit codes: 0 done, 1 a fault of a process, 2 recipe, 3 data, 4 checkpoint, 5 launch or run folder,
-6 tracking store, 130 interrupted
+6 tracking store, 75 stopped from outside and saved (start it again to go on), 130 interrupted
 """
 
 TRAIN_EXAMPLES = """\
@@ -192,6 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.set_defaults(run_command=_plan)
 
     add_data_commands(commands)
+    add_checkpoint_commands(commands)
 
     recipe = add_command(commands, "recipe", "check, show or describe recipes", RECIPE_EXAMPLES)
     recipe_commands = recipe.add_subparsers(title="commands", required=True, metavar="COMMAND")

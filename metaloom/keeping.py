@@ -15,7 +15,6 @@ from metaloom.checkpoints.catalogue import step_folder
 from metaloom.checkpoints.folder import Folder
 from metaloom.checkpoints.lease import Lease
 from metaloom.checkpoints.manifest import Manifest
-from metaloom.checkpoints.retention import Retention
 from metaloom.checkpoints.store import Checkpoint, CheckpointStore, Outcome, Rooms, from_rank_0, rooms_by
 from metaloom.engine.outer import parameter_of
 from metaloom.engine.sharding.base import Sharding
@@ -32,18 +31,6 @@ def checkpoint_root(recipe: Recipe, folder: RunFolder, phase: str) -> str | Path
     """Where the checkpoints of a phase are: `pretrain`, `meta`, `ordinary_equal_data` ..."""
     url = recipe.checkpoint.url
     return folder.checkpoints(phase) if url is None else f"{url.rstrip('/')}/{phase}"
-
-
-def meta_retention(recipe: Recipe) -> Retention:
-    """Which checkpoints of meta-training are kept."""
-    settings, best_by = recipe.checkpoint, recipe.validation.best_by
-    return Retention(
-        last=settings.keep_last,
-        every=settings.keep_every,
-        best=settings.keep_best,
-        metric=f"validation_{best_by}" if recipe.validation.every_steps is not None else None,
-        is_higher_better=best_by.endswith("accuracy"),
-    )
 
 
 def held_rooms(sharding: Sharding) -> Rooms:

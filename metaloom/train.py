@@ -25,6 +25,7 @@ from metaloom.build import (
     task_batch,
 )
 from metaloom.checkpoints.manifest import Manifest
+from metaloom.checkpoints.retention import retention_of
 from metaloom.checkpoints.store import (
     Checkpoint,
     CheckpointStore,
@@ -50,7 +51,6 @@ from metaloom.keeping import (
     Keeper,
     checkpoint_root,
     held_rooms,
-    meta_retention,
     require_recorded,
     writing_alone,
 )
@@ -75,7 +75,7 @@ def train(recipe: Recipe, place: Place) -> None:
     sharding = build_sharding(recipe, place.device)
     with writing_alone(recipe, place) as lease:
         root = checkpoint_root(recipe, place.folder, "meta")
-        store = CheckpointStore(root, retention=meta_retention(recipe), lease=lease)
+        store = CheckpointStore(root, retention=retention_of(recipe), lease=lease)
         model = build_model(recipe, place.device, sharding)
         resumed = _resumed(recipe, place, sharding, store, model, notes.append)
         first_step = _first_step(recipe, place, resumed)

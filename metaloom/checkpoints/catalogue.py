@@ -138,6 +138,7 @@ class Catalogue:
         *,
         keep: frozenset[int] = frozenset(),
         is_valid: Callable[[int], bool] = lambda step: True,
+        is_dry: bool = False,
     ) -> list[int]:
         """Deletes the checkpoints that no rule keeps; returns their steps. One whose manifest is damaged is
         left where it is.
@@ -147,6 +148,7 @@ class Catalogue:
         Args:
             keep: steps that stay besides.
             is_valid: whether the checkpoint of a step is known to be valid, or found to be so.
+            is_dry: whether nothing is deleted after all.
 
         Raises:
             CheckpointError: the folder cannot be listed, or a checkpoint not be deleted.
@@ -161,7 +163,7 @@ class Catalogue:
         if not any(map(is_valid, sorted(kept, reverse=True))):
             kept |= set([step for step in sorted(metrics, reverse=True) if is_valid(step)][:1])
         removed = [step for step in sorted(metrics) if step not in kept]
-        for step in removed:
+        for step in () if is_dry else removed:
             self.remove(step)
         return removed
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from metaloom.recipe import Recipe
+
 
 @dataclasses.dataclass(frozen=True)
 class Retention:
@@ -44,3 +46,15 @@ class Retention:
             }
             kept |= set(sorted(values, key=lambda step: (values[step], step))[: self.best])
         return kept
+
+
+def retention_of(recipe: Recipe) -> Retention:
+    """Which checkpoints of a recipe's meta-training are kept."""
+    settings, best_by = recipe.checkpoint, recipe.validation.best_by
+    return Retention(
+        last=settings.keep_last,
+        every=settings.keep_every,
+        best=settings.keep_best,
+        metric=f"validation_{best_by}" if recipe.validation.every_steps is not None else None,
+        is_higher_better=best_by.endswith("accuracy"),
+    )
