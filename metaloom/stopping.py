@@ -11,6 +11,7 @@ share of a step takes long, both stop at once: unless one has left the meeting a
 from __future__ import annotations
 
 import contextlib
+import datetime
 import threading
 import time
 from collections.abc import Callable
@@ -37,6 +38,7 @@ class StopWatch(StopPoints):
         connect: opens a connection of its own to a store that all ranks share, under names that no other job
             uses; None where this rank is the only one.
         is_lockstep: whether all ranks call `between_passes` as often as each other.
+        timeout: how long a rank waits in `meet` for the others.
         on_asked: called once, by a thread, when this rank knows that the job is to stop.
 
     Every rank must make one.
@@ -49,6 +51,7 @@ class StopWatch(StopPoints):
         world_size: int,
         is_lockstep: bool,
         connect: Callable[[], Store] | None,
+        timeout: datetime.timedelta = datetime.timedelta(minutes=30),
         on_asked: Callable[[], None] = lambda: None,
     ) -> None:
         assert (connect is None) == (world_size == 1), "ranks agree through a store"
@@ -65,7 +68,7 @@ class StopWatch(StopPoints):
         self._is_asked = False  # from here on no point is passed before all have agreed
         self._is_decided = threading.Event()
         self._is_over = threading.Event()
-        self._group = None if connect is None else dist.new_group(backend="gloo")
+        self._group = None if connect is None else dist.new_group(backend="gloo", timeout=timeout)
         self._thread = threading.Thread(target=self._watch, name="metaloom-stop", daemon=True)
         self._thread.start()
 
@@ -153,7 +156,8 @@ class StopWatch(StopPoints):
             self._on_asked()
             if store is not None:
                 self._agreed = self._agree(store)
-            self._is_decided.set()
+        # Also where the store is gone, and with it what could be agreed on: the job ends either way.
+        self._is_decided.set()
 
     def _agree(self, store: Store) -> int:
         """The largest number of points that any rank has passed."""

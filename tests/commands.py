@@ -14,7 +14,7 @@ import pytest
 REPOSITORY = Path(__file__).parent.parent
 RECIPES = REPOSITORY / "recipes"
 ADDED: dict[str, str] = {}  # what a test adds to the environment of its commands
-TIMINGS = ("time_s", "tasks_per_s", "tokens_per_s", "data_wait_share", "peak_memory_mib")
+TIMINGS = ("time_s", "tasks_per_s", "tokens_per_s", "data_wait_share", "peak_memory_mib", "checkpoint_wait_s")
 
 
 @dataclass(frozen=True)

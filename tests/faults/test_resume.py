@@ -118,7 +118,7 @@ def test_a_rank_that_is_killed_ends_the_job_with_its_name(tmp_path: Path, glyphs
 
 @pytest.mark.parametrize(
     ("sent", "code"),
-    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGKILL, -9)],
+    [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGHUP, 129), (signal.SIGKILL, -9)],
 )
 def test_a_stopped_command_leaves_no_process_and_a_run_marked_killed(
     tmp_path: Path, glyphs: Path, sent: signal.Signals, code: int
