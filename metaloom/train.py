@@ -31,13 +31,14 @@ from metaloom.datasets import Episode, EpisodeSource, EpisodeStream
 from metaloom.engine.algorithms.base import Algorithm
 from metaloom.engine.combiners.base import Combiner
 from metaloom.engine.learner import TaskBatch
-from metaloom.engine.outer import OuterOptimizer
+from metaloom.engine.outer import OuterOptimizer, SkippedTooOftenError
 from metaloom.engine.precision import LossScaler, Precision
 from metaloom.engine.sharding.deepspeed_zero import DeepSpeedZero
 from metaloom.engine.step import StepTasks, outer_step
 from metaloom.files import replace_file
 from metaloom.group_measures import worst_of_groups
 from metaloom.job import Job, Place, open_job, stored_room
+from metaloom.left_out_log import LeftOutLog
 from metaloom.ordinary import finished_weights, train_ordinary
 from metaloom.recipe import Pretrain, Recipe
 from metaloom.recipe.tasks import tokens_per_task
@@ -188,6 +189,7 @@ def _outer_loop(job: Job, algorithm: Algorithm, state: State, store: CheckpointS
     num_inner = recipe.adaptation.num_steps
     validation = episode_source(recipe, job.data, "validation", seed=recipe.seed, num_steps=num_inner)
     clock = _Clock(job)
+    left_out = LeftOutLog(sharding, job.console, num_tasks=recipe.outer.tasks_per_step)
     stream = EpisodeStream(
         _train_source(job),
         tasks_per_step=recipe.outer.tasks_per_step,
@@ -213,7 +215,7 @@ def _outer_loop(job: Job, algorithm: Algorithm, state: State, store: CheckpointS
                 recipe.outer.tasks_per_step,
                 recipe.outer.side_by_side or max(1, len(episodes)),
             )
-            metrics = outer_step(tasks, algorithm, state.combiner, outer, state.scaler)
+            metrics = _one_step(job, tasks, algorithm, state, store, left_out)
             metrics |= clock.end_step()
             if job.broken.count:
                 metrics["broken_samples"] = job.broken.count
@@ -232,6 +234,35 @@ def _outer_loop(job: Job, algorithm: Algorithm, state: State, store: CheckpointS
             if is_best or is_last or clock.is_checkpoint_due(outer.step):
                 _save(store, state)
                 clock.checkpoint_done()
+
+
+def _one_step(
+    job: Job, tasks: StepTasks, algorithm: Algorithm, state: State, store: CheckpointStore, log: LeftOutLog
+) -> dict[str, float]:
+    """Makes one outer step, and tells of the tasks that it leaves out; returns what to log of it.
+
+    Raises:
+        SkippedTooOftenError: too many steps in a row had no finite gradient; names the last good checkpoint.
+    """
+    number = state.outer.step + 1
+    try:
+        return outer_step(
+            tasks,
+            algorithm,
+            state.combiner,
+            state.outer,
+            state.scaler,
+            on_left_out=lambda left_out: log.take(left_out, step=number),
+        )
+    except SkippedTooOftenError as error:
+        # A step that is skipped moves nothing, so that the newest one is good whenever it was written.
+        newest = store.newest_folder()
+        if newest is None:
+            raise SkippedTooOftenError(f"{error} There is no checkpoint yet.") from error
+        raise SkippedTooOftenError(
+            f"{error} The last good checkpoint is {newest}: if it was data or a machine that were at fault, "
+            f"mend them and go on from it by metaloom train --resume {job.place.folder.path}"
+        ) from error
 
 
 def _keep_cosines(job: Job, state: State) -> None:

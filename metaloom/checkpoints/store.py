@@ -129,6 +129,11 @@ class CheckpointStore:
         names = (path.parent.name.removeprefix("step-") for path in self.root.glob(f"step-*/{MANIFEST}"))
         return sorted(int(name) for name in names if name.isdecimal())
 
+    def newest_folder(self) -> Path | None:
+        """The folder of the newest checkpoint that is complete; None where there is none."""
+        steps = self.steps()
+        return self._folder(steps[-1]) if steps else None
+
     def load_newest(self, on_skip: Callable[[str], None]) -> Checkpoint | None:
         """The newest valid checkpoint, or None where there is none; the same one on every rank.
 

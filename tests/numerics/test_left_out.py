@@ -10,14 +10,12 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
 from metaloom.engine.algorithms.base import Algorithm
 from metaloom.engine.algorithms.maml import Maml
 from metaloom.engine.hypergradients.base import Hypergradient
 from metaloom.engine.learner import TaskBatch
-from metaloom.engine.left_out import Differentiated, LeftOut, differentiated, without
-from metaloom.engine.precision import Scales
+from metaloom.engine.left_out import Differentiated, differentiated
 from metaloom.engine.sharding.replicated import Replicated
 from tests.numerics.poisoned import Poison, poisoned
 from tests.numerics.problems import Problem, assert_gradients_agree
