@@ -77,4 +77,4 @@ def test_a_rate_that_lets_all_tasks_diverge_is_named_by_the_step_at_which_they_d
     assert finished.code == 1
     assert "episode 0 (support loss after 1 inner step)" in finished.output
     steps = [metrics for metrics in curve(tmp_path / "runs" / "scales") if "meta_loss" in metrics]
-    assert {metrics["meta_loss"] for metrics in steps} == {"NaN"}
+    assert {str(metrics["meta_loss"]) for metrics in steps} == {"NaN"}
