@@ -31,13 +31,14 @@ from metaloom.datasets import Episode, EpisodeSource, EpisodeStream
 from metaloom.engine.algorithms.base import Algorithm
 from metaloom.engine.combiners.base import Combiner
 from metaloom.engine.learner import TaskBatch
-from metaloom.engine.outer import OuterOptimizer, SkippedTooOftenError
+from metaloom.engine.outer import OuterOptimizer
 from metaloom.engine.precision import LossScaler, Precision
 from metaloom.engine.sharding.deepspeed_zero import DeepSpeedZero
 from metaloom.engine.step import StepTasks, outer_step
 from metaloom.files import replace_file
 from metaloom.group_measures import worst_of_groups
 from metaloom.job import Job, Place, open_job, stored_room
+from metaloom.last_good import naming_last_good
 from metaloom.left_out_log import LeftOutLog
 from metaloom.ordinary import finished_weights, train_ordinary
 from metaloom.recipe import Pretrain, Recipe
@@ -239,13 +240,9 @@ def _outer_loop(job: Job, algorithm: Algorithm, state: State, store: CheckpointS
 def _one_step(
     job: Job, tasks: StepTasks, algorithm: Algorithm, state: State, store: CheckpointStore, log: LeftOutLog
 ) -> dict[str, float]:
-    """Makes one outer step, and tells of the tasks that it leaves out; returns what to log of it.
-
-    Raises:
-        SkippedTooOftenError: too many steps in a row had no finite gradient; names the last good checkpoint.
-    """
+    """Makes one outer step, and tells of the tasks that it leaves out; returns what to log of it."""
     number = state.outer.step + 1
-    try:
+    with naming_last_good(store, f"metaloom train --resume {job.place.folder.path}"):
         return outer_step(
             tasks,
             algorithm,
@@ -254,15 +251,6 @@ def _one_step(
             state.scaler,
             on_left_out=lambda left_out: log.take(left_out, step=number),
         )
-    except SkippedTooOftenError as error:
-        # A step that is skipped moves nothing, so that the newest one is good whenever it was written.
-        newest = store.newest_folder()
-        if newest is None:
-            raise SkippedTooOftenError(f"{error} There is no checkpoint yet.") from error
-        raise SkippedTooOftenError(
-            f"{error} The last good checkpoint is {newest}: if it was data or a machine that were at fault, "
-            f"mend them and go on from it by metaloom train --resume {job.place.folder.path}"
-        ) from error
 
 
 def _keep_cosines(job: Job, state: State) -> None:

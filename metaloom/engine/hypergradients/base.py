@@ -33,7 +33,8 @@ class MetaGradient:
         metrics: per task, `[T]` each, float64: what the learner measures with the meta-loss, after adaptation
             (`loss_after`, the query loss; `accuracy_after`, where there is one; `rehearsal_loss_after`, where
             the meta-loss has one); of an estimator `not_finite`, 1 where the task's loss or its share of the
-            gradient is not finite; and the estimator's own. All 0 for a dummy.
+            gradient is not finite (the latter alone, where it was inspected); and the estimator's own. All 0
+            for a dummy.
         tracked: sums over the tasks of what is counted beside what is learned, by name.
     """
 
