@@ -14,7 +14,6 @@ from torch import Tensor
 from metaloom.checkpoints.catalogue import step_folder
 from metaloom.checkpoints.folder import Folder
 from metaloom.checkpoints.lease import Lease
-from metaloom.checkpoints.manifest import Manifest
 from metaloom.checkpoints.store import Checkpoint, CheckpointStore, Outcome, Rooms, from_rank_0, rooms_by
 from metaloom.engine.outer import parameter_of
 from metaloom.engine.sharding.base import Sharding
@@ -76,12 +75,15 @@ class Keeper:
     Args:
         last_step: of the checkpoint that the training goes on from; None where there is none.
         noun: what a step of it is called.
+
+    Attributes:
+        store: as given.
     """
 
     def __init__(self, job: Job, store: CheckpointStore, *, last_step: int | None, noun: str) -> None:
         self._noun = noun
         self._job = job
-        self._store = store
+        self.store = store
         self._settings = job.recipe.checkpoint
         self._saved_step = last_step
         self._saved_s = time.monotonic()  # when the last one was begun
@@ -92,7 +94,7 @@ class Keeper:
 
     def is_due(self, step: int) -> bool:
         """Whether a checkpoint is due after a step: by steps, by rank 0's clock, or since one is missing."""
-        self._take(self._store.outcome())
+        self._take(self.store.outcome())
         settings, now_s = self._settings, time.monotonic()
         is_due = settings.every_steps is not None and step % settings.every_steps == 0
         if settings.every_minutes is not None:
@@ -100,7 +102,7 @@ class Keeper:
         if self._failing_since_s is not None:
             is_due |= now_s - self._failed_s >= RETRY_S
         is_due |= self._is_late
-        self._is_late = is_due and self._store.step_being_saved is not None
+        self._is_late = is_due and self.store.step_being_saved is not None
         flag = torch.tensor([is_due and not self._is_late])
         if dist.is_initialized():
             dist.broadcast(flag, src=0)
@@ -111,7 +113,7 @@ class Keeper:
         written."""
         begin_s = time.monotonic()
         self._settle()
-        self._store.start_saving(checkpoint)
+        self.store.start_saving(checkpoint)
         self._saved_s = time.monotonic()
         self._waited_s += self._saved_s - begin_s
 
@@ -125,8 +127,8 @@ class Keeper:
             self._settle()
             if self._saved_step == checkpoint.step:
                 return
-            self._store.start_saving(checkpoint)
-            outcome = self._store.wait()
+            self.store.start_saving(checkpoint)
+            outcome = self.store.wait()
             assert outcome is not None
             self._take(outcome)
             if outcome.error is None:
@@ -148,7 +150,7 @@ class Keeper:
             now = checkpoint()
             self._settle()
             if self._saved_step != now.step and now.step > 0:
-                self._store.start_saving(now)
+                self.store.start_saving(now)
                 self._settle()
             if self._saved_step == now.step:
                 self._job.console.note(f"saved after {self._noun} {now.step}")
@@ -161,7 +163,7 @@ class Keeper:
 
     def _settle(self) -> None:
         """Waits for the checkpoint that is being written."""
-        self._take(self._store.wait())
+        self._take(self.store.wait())
 
     def _take(self, outcome: Outcome | None) -> None:
         if outcome is None:
@@ -175,7 +177,7 @@ class Keeper:
                 console.note(f"checkpoints are written again: {step_folder(outcome.step)}")
             self._failing_since_s = None
             if self._job.sharding.rank == 0:
-                self._job.place.folder.record(checkpoint={"root": self._store.shown, "step": outcome.step})
+                self._job.place.folder.record(checkpoint={"root": self.store.shown, "step": outcome.step})
             return
         if self._failing_since_s is None:
             self._failing_since_s = now_s
@@ -188,24 +190,24 @@ class Keeper:
         if self._job.sharding.rank == 0 and gives_up:
             last = "There is no checkpoint yet."
             if self._saved_step is not None:
-                last = f"The last one is {self._store.shown}/{step_folder(self._saved_step)}."
+                last = f"The last one is {self.store.shown}/{step_folder(self._saved_step)}."
             raise CheckpointError(
                 f"{outcome.error} So it has been for {(now_s - self._failing_since_s) / 60:.0f} min, longer "
                 f"than checkpoint.patience_minutes. {last}"
             )
 
 
-def require_recorded(folder: RunFolder, manifest: Manifest | None) -> None:
+def require_recorded(folder: RunFolder, newest: Checkpoint | None) -> None:
     """Checks that a run whose checkpoints are gone does not begin anew unnoticed.
 
     Args:
-        manifest: of the newest checkpoint; None where there is none.
+        newest: the newest checkpoint; None where there is none.
 
     Raises:
         CheckpointError: the run has had a checkpoint, and there is none.
     """
     recorded = folder.facts().get("checkpoint")
-    if manifest is None and recorded is not None:
+    if newest is None and recorded is not None:
         raise CheckpointError(
             f"{recorded['root']} has held a checkpoint of step {recorded['step']} of this run, and there is "
             "none where checkpoint.url, or else the run folder, says now. Restore it, or name the place "

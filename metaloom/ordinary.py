@@ -23,6 +23,7 @@ from metaloom.engine.sharding.base import Sharding
 from metaloom.errors import CheckpointError
 from metaloom.job import Job, Place
 from metaloom.keeping import Keeper, checkpoint_root, held_rooms
+from metaloom.last_good import naming_last_good
 from metaloom.recipe import Recipe
 from metaloom.weights import HeldModel
 
@@ -84,6 +85,8 @@ def train_ordinary(
         batch_size, job.sharding.rank, job.sharding.world_size, is_lockstep=job.sharding.is_lockstep
     )
     rows = list(share.positions)
+    run = job.place.folder.path
+    resuming = f"metaloom train --resume {run}" if phase_name == "pretrain" else f"metaloom evaluate {run}"
     checkpoint_every = max(1, settings.num_steps // NUM_CHECKPOINTS)
     ahead = drawn_ahead(
         functools.partial(samples.batch, size=batch_size),
@@ -117,7 +120,8 @@ def train_ordinary(
             gradient = job.sharding.sum_gradients(own)
             total = job.sharding.sum_over_ranks(totals)
             mean = {name: value / (batch_size * scaler.scales.loss) for name, value in gradient.items()}
-            updated = outer.update(mean, is_expected=scaler.can_shrink)
+            with naming_last_good(store, resuming):
+                updated = outer.update(mean, is_expected=scaler.can_shrink)
             scaler.update(is_finite=updated["skipped"] == 0.0)
             metrics = {name: float(value) / batch_size for name, value in total.items()}
             phase.advance(1, **metrics)

@@ -54,6 +54,8 @@ from metaloom.keeping import (
     require_recorded,
     writing_alone,
 )
+from metaloom.last_good import naming_last_good
+from metaloom.left_out_log import LeftOutLog
 from metaloom.ordinary import finished_weights, train_ordinary
 from metaloom.recipe import Pretrain, Recipe
 from metaloom.recipe.tasks import tokens_per_task
@@ -289,9 +291,9 @@ def _outer_loop(job: Job, run: Run, keeper: Keeper) -> None:
 
 def _steps(job: Job, run: Run, keeper: Keeper) -> None:
     recipe, sharding = job.recipe, job.sharding
-    algorithm, state = run.algorithm, run.state
-    outer, points = state.outer, job.place.points
+    state, outer = run.state, run.state.outer
     clock = _Clock(job)
+    left_out = LeftOutLog(sharding, job.console, num_tasks=recipe.outer.tasks_per_step)
     stream = EpisodeStream(
         _train_source(job),
         tasks_per_step=recipe.outer.tasks_per_step,
@@ -320,7 +322,7 @@ def _steps(job: Job, run: Run, keeper: Keeper) -> None:
                 recipe.outer.tasks_per_step,
                 recipe.outer.side_by_side or max(1, len(episodes)),
             )
-            metrics = outer_step(tasks, algorithm, state.combiner, outer, state.scaler, points=points)
+            metrics = _one_step(job, tasks, run, keeper.store, left_out)
             metrics |= clock.end_step()
             waited_s = keeper.waited_s()
             if waited_s > 0.0:
@@ -351,6 +353,24 @@ def _finish_step(job: Job, run: Run, keeper: Keeper, phase: Phase) -> None:
         keeper.save_last(_checkpoint(job, state, metrics))
     elif keeper.is_due(outer.step) or is_best:
         keeper.save(_checkpoint(job, state, metrics))
+
+
+def _one_step(
+    job: Job, tasks: StepTasks, run: Run, store: CheckpointStore, log: LeftOutLog
+) -> dict[str, float]:
+    """Makes one outer step, and tells of the tasks that it leaves out; returns what to log of it."""
+    state = run.state
+    number = state.outer.step + 1
+    with naming_last_good(store, f"metaloom train --resume {job.place.folder.path}"):
+        return outer_step(
+            tasks,
+            run.algorithm,
+            state.combiner,
+            state.outer,
+            state.scaler,
+            on_left_out=lambda left_out: log.take(left_out, step=number),
+            points=job.place.points,
+        )
 
 
 def _keep_cosines(job: Job, state: State) -> None:

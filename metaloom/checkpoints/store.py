@@ -247,6 +247,11 @@ class CheckpointStore:
         """Steps of the checkpoints that were committed, in rising order."""
         return self.catalogue.steps()
 
+    def newest_folder(self) -> str | None:
+        """The path or URL of the newest checkpoint that is complete; None where there is none."""
+        steps = self.steps()
+        return f"{self.shown}/{step_folder(steps[-1])}" if steps else None
+
     def newest_manifest(self, on_skip: Callable[[str], None]) -> Manifest | None:
         """What the newest checkpoint says of itself whose manifest and sizes are right; None where there is
         no checkpoint. Every rank must call.

@@ -7,7 +7,7 @@ L tokens, C classes (or vocabulary), P numbers of a regression's target, R rehea
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -47,7 +47,8 @@ class TaskBatch:
             is measured on, or None.
         weights: what each task's meta-loss is multiplied by, `[T]`; None for 1. It is 0 for a dummy, which is
             there so that every rank computes as many tasks. A dummy repeats the data of a task, so that it is
-            finite where that is: 0 times infinity would not vanish.
+            finite where that is: 0 times infinity would not vanish, so what is not finite is replaced too
+            (`metaloom.engine.left_out`).
         num_ways: `[T]`, int64, how many of the classes each task has, whose indices come first: the
             others have probability 0. None where all tasks have all.
         outer_rehearsal: the same as `rehearsal` with what the meta-loss rehearses, or None.
@@ -77,6 +78,14 @@ class TaskBatch:
         cut = self.mapped(lambda tensor: tensor[start:stop])
         groups = None if self.groups is None else self.groups[start:stop]
         return dataclasses.replace(cut, numbers=self.numbers[start:stop], groups=groups)
+
+    def picked(self, places: Sequence[int]) -> TaskBatch:
+        """The tasks at these places, in their order; one may come more than once."""
+        rows = list(places)
+        picked = self.mapped(lambda tensor: tensor[rows])
+        numbers = tuple(self.numbers[row] for row in rows)
+        groups = None if self.groups is None else tuple(self.groups[row] for row in rows)
+        return dataclasses.replace(picked, numbers=numbers, groups=groups)
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> TaskBatch:
         """The batch with a function of each of its tensors in their place."""

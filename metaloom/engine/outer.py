@@ -57,6 +57,10 @@ class OuterSettings:
     lr_posterior: float | None = None
 
 
+class SkippedTooOftenError(MetaloomError):
+    """A run that moves nothing any more, since its gradients are not finite."""
+
+
 class OuterOptimizer:
     """Moves the meta-parameters: schedule, clipping, steps that are skipped, moving average. The sharding
     says where they and the optimizer's states are kept.
@@ -107,11 +111,11 @@ class OuterOptimizer:
         Every rank must call.
 
         Args:
-            num_tasks: over all ranks, for the mean of what was counted.
+            num_tasks: over all ranks, but for those that are left out, for the mean of what was counted.
             is_expected: whether a gradient that is not finite is one of those that half precision brings.
 
         Raises:
-            MetaloomError: the gradient was not finite ten times in a row, and unexpectedly.
+            SkippedTooOftenError: the gradient was not finite ten times in a row, and unexpectedly.
         """
         # The same on every rank, so every rank decides alike.
         norm = self.sharding.norm(gradient)
@@ -121,7 +125,7 @@ class OuterOptimizer:
         if not math.isfinite(metrics["gradient_norm"]):
             self._skipped_in_a_row += not is_expected
             if self._skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
-                raise MetaloomError(
+                raise SkippedTooOftenError(
                     f"outer step {self.step}: the meta-gradient was not finite {MAX_SKIPPED_IN_A_ROW} times "
                     "in a row. Start a new run with a lower adaptation.rule.lr or outer.optimizer.lr, or set "
                     "adaptation.rule.clip_norm."

@@ -63,7 +63,8 @@ class WeightedInitialLoss(MetaTerm):
     `value + slope * (l - l')`, l its loss and l' the same as a constant.
 
     Attributes:
-        slopes: the derivative by a task's loss, times the number of tasks, by episode number.
+        slopes: the derivative by a task's loss, times the number of tasks, by episode number; 0 for a task
+            that has none, since its loss was not finite.
         value: of the function.
     """
 
@@ -78,5 +79,5 @@ class WeightedInitialLoss(MetaTerm):
     ) -> Tensor:
         values, _ = learner.losses("query", meta, fast, batch, step)
         values = values.double()
-        slopes = values.new_tensor([self.slopes[number] for number in batch.numbers])
+        slopes = values.new_tensor([self.slopes.get(number, 0.0) for number in batch.numbers])
         return self.value + slopes * (values - values.detach())

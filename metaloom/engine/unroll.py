@@ -7,7 +7,7 @@ state, c_k the weight of the query loss after k steps, L the inner loss, Lq the 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from metaloom.engine.forward_pass import Derivative
 from metaloom.engine.inner_loops.base import InnerRule
 from metaloom.engine.inner_loops.head_first import HeadFirst
 from metaloom.engine.inner_loops.rates import Rates
+from metaloom.engine.inspection import Inspection
 from metaloom.engine.learner import Learner, TaskBatch
 from metaloom.engine.precision import Scales
 from metaloom.engine.stopping import StopPoints
@@ -38,6 +39,7 @@ class Unroll:
         terms: what is added to the meta-loss beside query losses.
         head_first: the steps that move the head alone; None for none.
         points: where the unroll may be broken off.
+        inspection: what looks whether the tasks of the batch at hand are finite; None where nobody asks.
     """
 
     learner: Learner
@@ -48,6 +50,7 @@ class Unroll:
     terms: tuple[MetaTerm, ...] = ()
     head_first: HeadFirst | None = None
     points: StopPoints = dataclasses.field(default_factory=StopPoints)
+    inspection: Inspection | None = None
 
     @property
     def num_steps(self) -> int:
@@ -97,6 +100,7 @@ class Unroll:
         """`S * g_k`, S the loss scale; as `support_gradient`."""
         self.points.between_passes()
         losses, _ = self.learner.losses("support", meta, fast, batch, step, derivative=derivative)
+        self.look("support loss", step, [losses])
         # Zero where the inner loss has no part of a fast weight, as of the head of another objective.
         grads = torch.autograd.grad(
             self.scales.loss * losses.sum(),
@@ -119,8 +123,31 @@ class Unroll:
         """(phi_{k+1}, s_{k+1}) from (phi_k, s_k) and g_k, a pure function; `meta` has the learned rates."""
         rates = self.rates.at(meta, fast, step)
         if self.head_first is not None:
-            return self.head_first.update(self.rule, fast, state, grads, rates, step)
-        return self.rule.update(fast, state, grads, rates)
+            after = self.head_first.update(self.rule, fast, state, grads, rates, step)
+        else:
+            after = self.rule.update(fast, state, grads, rates)
+        # What is not finite stays so. A scaled gradient may overflow where a smaller scale would not have it
+        # so: then every step is looked at, to tell this from a loss that is not finite by itself.
+        is_scaled = self.scales.loss != 1.0
+        if is_scaled or step + 1 == self.num_steps:
+            moved = [value for tensors in after for value in tensors.values() if value.ndim > 0]
+            self.look("fast weights", step + 1, moved, is_excused=is_scaled)
+        return after
+
+    def look(self, what: str, step: int, tensors: Iterable[Tensor], *, is_excused: bool = False) -> None:
+        """Has numbers of the tasks looked at: see `Inspection.look`."""
+        if self.inspection is not None:
+            self.inspection.look(what, step, tensors, is_excused=is_excused)
+
+    def require_finite(self) -> None:
+        """Passes where the tasks are finite in all that was looked at, or nobody asks: called before anything
+        is differentiated that a task could poison.
+
+        Raises:
+            NotFiniteError: one is not.
+        """
+        if self.inspection is not None:
+            self.inspection.settle()
 
 
 def entered(tensors: Tensors, scale: float) -> dict[str, Tensor]:

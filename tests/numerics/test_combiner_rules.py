@@ -553,6 +553,6 @@ def test_a_step_that_is_not_finite_is_passed_on_and_leaves_the_weights_as_they_a
 def test_inner_products_that_overflow_leave_the_weights_as_they_are() -> None:
     combiner = PerTask(GradNorm(1.5, 0.1), LIKE, Replicated(), metric_names=())
     combined = step(combiner, [1.0, 1e200], "ab")
-    assert combined.metrics.keys() == {"meta_loss"}
+    assert combined.metrics.keys() == {"meta_loss", "left_out"}
     assert combiner.scalars() == {"weights": {}, "first_losses": {}}
     assert combiner.cosines is None

@@ -92,6 +92,7 @@ def test_an_outer_step_moves_theta_by_the_mean_hypergradient(micro_batch: int) -
     assert metrics.keys() == {
         "meta_loss",
         *algorithm.metric_names,
+        "left_out",
         "gradient_norm",
         "outer_lr",
         "skipped",

@@ -28,6 +28,7 @@ def terms(tmp_path: Path) -> Terms:
         wait_s=20.0,
         silence_s=4.0,
         num_processes=3,
+        stop_within_s=25.0,
         digest="abc",
         log_dir=tmp_path / "run" / "logs",
     )

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from metaloom.engine.hypergradients.base import MetaGradient, OnGradient
+from metaloom.engine.inspection import Inspect
 from metaloom.engine.learner import TaskBatch
 from metaloom.engine.precision import Scales
 
@@ -40,6 +41,12 @@ class Algorithm(abc.ABC):
         that it is given."""
         return {}
 
+    @property
+    def couples_tasks(self) -> bool:
+        """Whether a task's gradient depends on the other tasks of the outer step, by `at_step`: the step is
+        then computed anew without the tasks that it leaves out."""
+        return False
+
     def at_step(
         self,
         meta: Mapping[str, Tensor],
@@ -50,7 +57,7 @@ class Algorithm(abc.ABC):
         meta-losses in which the tasks of all ranks have to do with each other. Every rank must call.
 
         Args:
-            batches: this rank's micro-batches, none where it has no tasks.
+            batches: this rank's micro-batches, none where it has no tasks. Those of weight 0 do not count.
             gather: all ranks' lists, joined, on every rank.
         """
         return self
@@ -64,6 +71,7 @@ class Algorithm(abc.ABC):
         *,
         outer_step: int = 0,
         on_final: OnGradient | None = None,
+        inspect: Inspect | None = None,
     ) -> MetaGradient:
         """The gradient of the meta-losses of a batch by the meta-parameters, summed over its tasks.
 
@@ -73,6 +81,11 @@ class Algorithm(abc.ABC):
             scales: of this outer step, in half precision.
             outer_step: how many outer steps were done before, for what changes in the course of training.
             on_final: told of gradients that are final before the others are.
+            inspect: begins the inspection of the tasks, which is to look at their losses, and to be settled
+                before anything is differentiated that one of them could poison; None where nobody asks.
+
+        Raises:
+            NotFiniteError: the inspection found a task that is not finite; before `on_final` is told.
         """
 
     @abc.abstractmethod

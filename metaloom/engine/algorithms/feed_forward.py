@@ -19,10 +19,10 @@ from metaloom.engine.hypergradients.base import (
     OnGradient,
     finishing,
     gradient_of,
-    not_finite,
     prefixed,
     unprefixed,
 )
+from metaloom.engine.inspection import Inspect
 from metaloom.engine.learner import TaskBatch
 from metaloom.engine.losses import Criterion
 from metaloom.engine.precision import Scales
@@ -59,7 +59,7 @@ class FeedForward(Algorithm):
 
     @property
     def metric_names(self) -> tuple[str, ...]:
-        return ("loss_after", *(f"{name}_after" for name in self.scores), "not_finite")
+        return ("loss_after", *(f"{name}_after" for name in self.scores))
 
     def meta_gradient(
         self,
@@ -69,11 +69,16 @@ class FeedForward(Algorithm):
         *,
         outer_step: int = 0,
         on_final: OnGradient | None = None,
+        inspect: Inspect | None = None,
     ) -> MetaGradient:
         scale = 1.0 if scales is None else scales.tangent
         theta = leaves(meta)
         with torch.enable_grad():
             minimised, losses, scores = self.objective(theta, batch, outer_step=outer_step)
+            if inspect is not None:
+                inspection = inspect(batch.numbers)
+                inspection.look("query loss", None, [minimised, losses])
+                inspection.settle()
             counts = torch.ones_like(minimised) if batch.weights is None else batch.weights
             total = minimised.double() * counts
             penalty = self.penalty(theta, outer_step=outer_step)
@@ -84,7 +89,7 @@ class FeedForward(Algorithm):
                 prefixed("theta/", theta),
                 on_gradient=finishing(on_final, lambda name, value: unscaled({name: value}, scale)[name]),
             )
-        metrics = {"loss_after": losses.detach().double(), "not_finite": not_finite(minimised.detach(), ())}
+        metrics = {"loss_after": losses.detach().double()}
         metrics |= {f"{name}_after": value for name, value in scores.items()}
         if batch.weights is not None:
             metrics = {name: value.masked_fill(batch.weights == 0, 0.0) for name, value in metrics.items()}

@@ -6,6 +6,7 @@ Shape letters: T tasks of a micro-batch, M tasks of an outer step.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from metaloom.engine.algorithms.base import Algorithm
 from metaloom.engine.algorithms.maml import Maml
 from metaloom.engine.hypergradients.base import MetaGradient, OnGradient
 from metaloom.engine.inequality import Measure
+from metaloom.engine.inspection import Inspect
 from metaloom.engine.learner import TaskBatch
 from metaloom.engine.precision import Scales
 from metaloom.engine.terms import WeightedInitialLoss
@@ -59,6 +61,10 @@ class Inequality(Algorithm):
     def tracked(self) -> dict[str, Tensor]:
         return self.inner.tracked()
 
+    @property
+    def couples_tasks(self) -> bool:
+        return True
+
     def at_step(
         self,
         meta: Mapping[str, Tensor],
@@ -68,6 +74,8 @@ class Inequality(Algorithm):
         losses = dict(gather([pair for batch in batches for pair in self._initial_losses(meta, batch)]))
         # In one order, so that all ranks sum alike, whatever their number.
         numbers = sorted(losses)
+        if not numbers:
+            return dataclasses.replace(self, term=WeightedInitialLoss({}, 0.0))
         in_order = torch.tensor([losses[number] for number in numbers], dtype=torch.float64)
         value, slopes = self.measure.slopes(in_order)
         scaled = (self.weight * len(numbers) * slopes).tolist()
@@ -82,12 +90,13 @@ class Inequality(Algorithm):
         *,
         outer_step: int = 0,
         on_final: OnGradient | None = None,
+        inspect: Inspect | None = None,
     ) -> MetaGradient:
         term = self.term or self.at_step(meta, [batch], list).term
         assert term is not None, "it is what at_step makes"
         unroll = dataclasses.replace(self.inner.unroll, terms=(*self.inner.unroll.terms, term))
         found = dataclasses.replace(self.inner, unroll=unroll).meta_gradient(
-            meta, batch, scales, outer_step=outer_step, on_final=on_final
+            meta, batch, scales, outer_step=outer_step, on_final=on_final, inspect=inspect
         )
         share = term.value / self.weight
         measured = torch.full_like(found.losses, share, dtype=torch.float64)
@@ -99,10 +108,11 @@ class Inequality(Algorithm):
         return self.inner.curve(meta, batch, num_steps=num_steps)
 
     def _initial_losses(self, meta: Mapping[str, Tensor], batch: TaskBatch) -> list[tuple[int, float]]:
-        """Number and query loss at phi_0 of each task that counts."""
+        """Number and query loss at phi_0 of each task that counts and has a finite one."""
         start = first_snapshot(self.inner.unroll, meta, batch.num_tasks)
         with torch.no_grad():
             losses, _ = self.inner.unroll.learner.losses("query", constants(meta), start.fast, batch, 0)
         counts = [True] * batch.num_tasks if batch.weights is None else (batch.weights != 0).tolist()
         pairs = zip(batch.numbers, losses.double().tolist(), counts, strict=True)
-        return [(number, loss) for number, loss, is_counted in pairs if is_counted]
+        # Another would be no number's like: it is left out of the step.
+        return [(number, loss) for number, loss, is_counted in pairs if is_counted and math.isfinite(loss)]

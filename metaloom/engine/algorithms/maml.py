@@ -12,6 +12,7 @@ from metaloom.engine.adapters.norms import MetStatistics
 from metaloom.engine.algorithms.base import Algorithm
 from metaloom.engine.evaluation import adaptation_curve
 from metaloom.engine.hypergradients.base import Hypergradient, MetaGradient, OnGradient
+from metaloom.engine.inspection import Inspect
 from metaloom.engine.learner import TaskBatch
 from metaloom.engine.precision import Scales
 from metaloom.engine.unroll import Unroll
@@ -63,8 +64,11 @@ class Maml(Algorithm):
         *,
         outer_step: int = 0,
         on_final: OnGradient | None = None,
+        inspect: Inspect | None = None,
     ) -> MetaGradient:
         unroll = self.unroll if scales is None else dataclasses.replace(self.unroll, scales=scales)
+        if inspect is not None:
+            unroll = dataclasses.replace(unroll, inspection=inspect(batch.numbers))
         if self.annealing is not None:
             weights = self.annealing.step_weights(unroll.num_steps, outer_step)
             unroll = dataclasses.replace(unroll, step_weights=weights)

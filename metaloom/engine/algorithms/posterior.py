@@ -16,6 +16,7 @@ from torch import Tensor
 from metaloom.engine.algorithms.base import Algorithm
 from metaloom.engine.draws import standard_normal
 from metaloom.engine.hypergradients.base import MetaGradient, OnGradient, add_, added
+from metaloom.engine.inspection import Inspect
 from metaloom.engine.learner import TaskBatch
 from metaloom.engine.precision import Scales
 from metaloom.errors import CapabilityError
@@ -95,6 +96,10 @@ class Posterior(Algorithm):
     def tracked(self) -> dict[str, Tensor]:
         return self.inner.tracked()
 
+    @property
+    def couples_tasks(self) -> bool:
+        return self.inner.couples_tasks
+
     def at_step(
         self, meta: Tensors, batches: Sequence[TaskBatch], gather: Callable[[list[Any]], list[Any]]
     ) -> Posterior:
@@ -109,6 +114,7 @@ class Posterior(Algorithm):
         *,
         outer_step: int = 0,
         on_final: OnGradient | None = None,
+        inspect: Inspect | None = None,
     ) -> MetaGradient:
         counts = _counts(batch)
         divergence, gradient = self._priced(meta, counts.sum())
@@ -121,7 +127,12 @@ class Posterior(Algorithm):
             if on_final is not None and len(found) == len(parts) - 1:
                 told = _telling(on_final, deviations, gradient)
             one = self.inner.meta_gradient(
-                _moved(meta, deviations), part, scales, outer_step=outer_step, on_final=told
+                _moved(meta, deviations),
+                part,
+                scales,
+                outer_step=outer_step,
+                on_final=told,
+                inspect=inspect,
             )
             add_(gradient, _pulled_back(one.gradient, deviations))
             found.append(one)

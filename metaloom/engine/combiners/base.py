@@ -26,10 +26,18 @@ MOST_GROUPS_SHOWN = 16
 
 @dataclasses.dataclass(frozen=True)
 class Combined:
-    """One outer step's gradient; metrics are averaged over all tasks of all ranks."""
+    """One outer step's gradient.
+
+    Attributes:
+        gradient: not finite where every task was left out.
+        metrics: averaged over the tasks of all ranks, but those that are left out; `left_out`, how many those
+            are.
+        num_tasks: over which they are averaged.
+    """
 
     gradient: dict[str, Tensor]
     metrics: dict[str, float]
+    num_tasks: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,15 +83,23 @@ class Combiner(abc.ABC):
 
     @abc.abstractmethod
     def add(self, part: MetaGradient, batch: TaskBatch) -> None:
-        """Takes in the meta-gradient of one of `parts`."""
+        """Takes in the meta-gradient of one of `parts`. Tasks of weight 0 do not count."""
 
     @abc.abstractmethod
-    def combine(self, num_global: int) -> Combined:
-        """The combination over `num_global` tasks. Every rank must call: out of lockstep the one place where
-        ranks meet.
+    def combine(self, num_global: int, *, num_left_out: int = 0) -> Combined:
+        """The combination over the tasks of all ranks. Every rank must call: out of lockstep the one place
+        where ranks meet.
 
         Starts the next outer step.
+
+        Args:
+            num_global: tasks of all ranks.
+            num_left_out: of this rank's tasks, those that do not count.
         """
+
+    @abc.abstractmethod
+    def discard(self) -> None:
+        """Forgets what was added in this outer step, of which nothing was final early."""
 
     def scalars(self) -> dict[str, Any]:
         """What the next step's combination depends on besides its gradients, as plain JSON values; the same
@@ -174,16 +190,28 @@ class MetricSums:
     """
 
     def __init__(self, names: Sequence[str]) -> None:
-        self._sums = {name: torch.zeros((), dtype=torch.float64) for name in ("meta_loss", *names)}
+        self._names = ("meta_loss", *names)
+        self._sums = {name: torch.zeros((), dtype=torch.float64) for name in self._names}
 
     def add(self, part: MetaGradient) -> None:
         for name, value in {"meta_loss": part.losses, **part.metrics}.items():
             self._sums[name] += value.double().sum().cpu()
 
-    def means(self, num_global: int, sharding: Sharding, device: torch.device) -> dict[str, float]:
-        """Over the tasks of all ranks. Every rank must call."""
-        total = sharding.sum_over_ranks({name: value.to(device) for name, value in self._sums.items()})
-        return {name: float(value) / num_global for name, value in total.items()}
+    def means(
+        self, num_global: int, num_left_out: int, sharding: Sharding, device: torch.device
+    ) -> tuple[int, dict[str, float]]:
+        """Over how many tasks of all ranks, and the means; among these `left_out`, the number of the others.
+        Every rank must call.
+
+        Args:
+            num_left_out: of this rank's tasks, those of which nothing was added.
+        """
+        own = self._sums | {"left_out": torch.tensor(num_left_out, dtype=torch.float64)}
+        total = sharding.sum_over_ranks({name: value.to(device) for name, value in own.items()})
+        left_out = float(total["left_out"])
+        num_tasks = num_global - round(left_out)
+        means = {name: float(total[name]) / num_tasks if num_tasks else math.nan for name in self._names}
+        return num_tasks, means | {"left_out": left_out}
 
 
 def groups_of(batch: TaskBatch) -> tuple[str | None, ...]:

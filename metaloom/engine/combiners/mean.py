@@ -48,11 +48,14 @@ class Mean(Combiner):
         self._sum.add({name: value for name, value in part.gradient.items() if name not in self._final})
         self._metrics.add(part)
 
-    def combine(self, num_global: int) -> Combined:
+    def combine(self, num_global: int, *, num_left_out: int = 0) -> Combined:
         gradient = self._sum.result()
         device = next(iter(gradient.values())).device
-        metrics = self._metrics.means(num_global, self._sharding, device)
+        num_tasks, metrics = self._metrics.means(num_global, num_left_out, self._sharding, device)
         for value in gradient.values():
-            value /= num_global
+            value /= num_tasks  # 0 / 0 is NaN: without a task there is no gradient
         self._start()
-        return Combined(gradient, metrics)
+        return Combined(gradient, metrics, num_tasks)
+
+    def discard(self) -> None:
+        self._start()

@@ -10,6 +10,7 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from metaloom.engine.combiners.base import (
@@ -79,7 +80,7 @@ class PerTask(Combiner):
 
     def _start(self) -> None:
         self._metrics = MetricSums(self._metric_names)
-        self._records: list[tuple[int, TaskRecord]] = []
+        self._records: list[tuple[int, int, TaskRecord]] = []  # rank, place among its tasks, task
         self._gradients: list[dict[str, Tensor]] = []  # one entry per part
         self._others: dict[str, Tensor] = {}
 
@@ -107,7 +108,7 @@ class PerTask(Combiner):
         losses = unscaled(part.losses, batch.weights)
         if is_own and (batch.weights is None or bool(batch.weights != 0)):
             record = TaskRecord(batch.numbers[0], groups_of(batch)[0], float(losses))
-            self._records.append((owner, record))
+            self._records.append((owner, len(self._gradients) // self._num_turns, record))
         kept: dict[str, Tensor] = {}
         for name, value in part.gradient.items():
             if name not in self._combined:
@@ -117,20 +118,22 @@ class PerTask(Combiner):
         self._gradients.append(kept)
         self._metrics.add(dataclasses.replace(part, losses=losses))
 
-    def combine(self, num_global: int) -> Combined:
+    def combine(self, num_global: int, *, num_left_out: int = 0) -> Combined:
         gathered = self._sharding.gather(self._records)
-        owners, tasks = [owner for owner, _ in gathered], [task for _, task in gathered]
-        gradients = self._by_task(owners)
+        if not gathered:
+            return self._nothing(num_global, num_left_out)
+        owners, tasks = [owner for owner, _, _ in gathered], [task for _, _, task in gathered]
+        gradients = self._by_task([(owner, place) for owner, place, _ in gathered])
         gram = gram_matrix(gradients, self._combined, owners, self._sharding) if self._has_gram else None
         is_finite = are_finite(tasks) and (gram is None or bool(gram.isfinite().all()))
         # What is not finite is not so in the mean either: the outer step is skipped.
-        weights = self._rule.coefficients(tasks, gram) if is_finite else [1.0 / num_global] * num_global
+        weights = self._rule.coefficients(tasks, gram) if is_finite else [1.0 / len(tasks)] * len(tasks)
         total = self._sharding.gradient_sum(self._like, order_of_completion(self._like))
-        total.add({name: value / num_global for name, value in self._others.items()})
+        total.add({name: value / len(tasks) for name, value in self._others.items()})
         for task in sorted(gradients):
             total.add({name: weights[task] * value for name, value in gradients.pop(task).items()})
         device = next(iter(self._like.values())).device
-        metrics = self._metrics.means(num_global, self._sharding, device)
+        _, metrics = self._metrics.means(num_global, num_left_out, self._sharding, device)
         if is_finite:
             metrics |= self._rule.metrics() | ({} if gram is None else conflict_metrics(gram))
         self._cosines = None
@@ -138,7 +141,20 @@ class PerTask(Combiner):
             numbers, groups = [task.number for task in tasks], [task.group for task in tasks]
             self._cosines = step_cosines(gram, numbers, groups)
         self._start()
-        return Combined(total.result(), metrics)
+        return Combined(total.result(), metrics, len(tasks))
+
+    def _nothing(self, num_global: int, num_left_out: int) -> Combined:
+        """Of an outer step without a task that counts: no rule has anything to say of it."""
+        total = self._sharding.gradient_sum(self._like, order_of_completion(self._like))
+        gradient = {name: torch.full_like(value, torch.nan) for name, value in total.result().items()}
+        device = next(iter(self._like.values())).device
+        _, metrics = self._metrics.means(num_global, num_left_out, self._sharding, device)
+        self._cosines = None
+        self._start()
+        return Combined(gradient, metrics, 0)
+
+    def discard(self) -> None:
+        self._start()
 
     def scalars(self) -> dict[str, Any]:
         return self._rule.scalars()
@@ -151,14 +167,18 @@ class PerTask(Combiner):
         rank, num_turns = self._sharding.rank, self._num_turns
         return rank - rank % num_turns + part % num_turns
 
-    def _by_task(self, owners: Sequence[int]) -> dict[int, dict[str, Tensor]]:
-        """This rank's gradients by the tasks' places among all; those of dummies are dropped."""
-        first = {owner: owners.index(owner) for owner in set(owners)}
+    def _by_task(self, tasks: Sequence[tuple[int, int]]) -> dict[int, dict[str, Tensor]]:
+        """This rank's gradients by the tasks' places among all; those of what does not count are dropped.
+
+        Args:
+            tasks: of all that count, the rank that has each, and its place among that rank's tasks.
+        """
+        places = {task: place for place, task in enumerate(tasks)}
         found: dict[int, dict[str, Tensor]] = {}
         for part, gradient in enumerate(self._gradients):
-            owner, position = self._owner(part), part // self._num_turns
-            if position < owners.count(owner):  # dummies come last
-                found[first[owner] + position] = gradient
+            task = self._owner(part), part // self._num_turns
+            if task in places:
+                found[places[task]] = gradient
         self._gradients = []
         return found
 

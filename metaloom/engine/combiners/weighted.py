@@ -64,14 +64,18 @@ class Weighted(Combiner):
             if counts:
                 self._records.append(TaskRecord(number, group, loss))
 
-    def combine(self, num_global: int) -> Combined:
-        combined = self._mean.combine(num_global)
+    def combine(self, num_global: int, *, num_left_out: int = 0) -> Combined:
+        combined = self._mean.combine(num_global, num_left_out=num_left_out)
         shown = self._weights.shown()
         tasks = self._sharding.gather(self._records)
         self._records = []
-        if are_finite(tasks):
+        if tasks and are_finite(tasks):
             self._weights.update(tasks)
         return dataclasses.replace(combined, metrics=combined.metrics | weight_metrics(shown))
+
+    def discard(self) -> None:
+        self._mean.discard()
+        self._records = []
 
     def scalars(self) -> dict[str, Any]:
         return self._weights.scalars()

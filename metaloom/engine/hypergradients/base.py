@@ -32,8 +32,9 @@ class MetaGradient:
         losses: the meta-loss of each task, `[T]`; 0 for a dummy.
         metrics: per task, `[T]` each, float64: what the learner measures with the meta-loss, after adaptation
             (`loss_after`, the query loss; `accuracy_after`, where there is one; `rehearsal_loss_after`, where
-            the meta-loss has one); `not_finite`, 1 where the task's loss or its share of the gradient is not
-            finite; and the estimator's own. All 0 for a dummy.
+            the meta-loss has one); of an estimator `not_finite`, 1 where the task's loss or its share of the
+            gradient is not finite (the latter alone, where it was inspected); and the estimator's own. All 0
+            for a dummy.
         tracked: sums over the tasks of what is counted beside what is learned, by name.
     """
 
@@ -67,6 +68,7 @@ class Hypergradient(abc.ABC):
         Raises:
             CapabilityError: this estimator does not give the gradient of something in `meta`, or torch lacks
                 a derivative of an operation of the model that it needs.
+            NotFiniteError: a task that `unroll` inspects is not finite; before `on_final` is called.
         """
         require(
             self.name,
@@ -266,6 +268,7 @@ def query_losses(
     if not parts:
         return None, metrics
     total = functools.reduce(torch.add, parts)
+    unroll.look("query loss", step, [total])
     return (total if batch.weights is None else total * batch.weights), metrics
 
 

@@ -84,6 +84,7 @@ def differentiate_end(unroll: Unroll, theta: Tensors, batch: TaskBatch, path: Pa
     fast = leaves(path.end)
     with torch.enable_grad():
         losses, metrics = meta_losses(unroll, theta, (fast, {}), batch, unroll.num_steps)
+        unroll.require_finite()
         grads = gradient_of([losses.sum()], prefixed("fast/", fast) | prefixed("theta/", theta))
     d_fast = unprefixed("fast/", grads)
     metrics["not_finite"] = not_finite(losses, d_fast.values())

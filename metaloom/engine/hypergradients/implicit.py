@@ -90,6 +90,8 @@ class Implicit(Hypergradient):
         fast = leaves(path.end)
         with torch.enable_grad():
             grads = unroll.support_gradient(theta, fast, batch, unroll.num_steps - 1, create_graph=True)
+        unroll.look("support gradient", unroll.num_steps, grads.values())
+        unroll.require_finite()
         diagonal = penalties.proximal + penalties.weight_decay + self.damping
 
         def multiply(vectors: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ class Reptile(Hypergradient):
         path = adapt_to_end(unroll, meta, batch)
         with torch.no_grad():
             losses, metrics = meta_losses(unroll, theta, (path.end, {}), batch, unroll.num_steps)
+        unroll.require_finite()
         way_back = {name: value - path.end[name] for name, value in path.start.items()}
         if batch.weights is not None:
             way_back = {name: weighted(batch.weights, value) for name, value in way_back.items()}

@@ -114,6 +114,8 @@ class AdjointSweep(Hypergradient):
             at = next(states)
             is_last_pass = step == first and not unroll.has_loss_at(step)
             on_complete = end.take if on_final is not None and is_last_pass else None
+            if step == first:
+                unroll.require_finite()  # query losses on the way back, before gradients are told of
             adjoint, share = self.pull_back(unroll, theta, batch, step, at, adjoint, on_complete)
             add_(d_theta, share)
             query = _query_gradient(unroll, theta, batch, step, at.fast)
@@ -123,6 +125,7 @@ class AdjointSweep(Hypergradient):
                 add_(d_theta, query.d_theta)
                 losses = losses + query.losses
             del at  # before the plan makes the next one
+        unroll.require_finite()
         metrics["not_finite"] = not_finite(losses, adjoint.fast.values())
         return MetaGradient(end.gradient(adjoint), losses, metrics)
 
@@ -140,6 +143,7 @@ class AdjointSweep(Hypergradient):
         fast, state = leaves(at.fast), leaves(at.state)
         with torch.enable_grad():
             losses, metrics = meta_losses(unroll, theta, (fast, state), batch, first_step)
+            unroll.require_finite()
             inputs = prefixed("fast/", fast) | prefixed("state/", state) | prefixed("theta/", theta)
             bars = gradient_if_any([unroll.scales.tangent * losses.sum()], inputs, on_gradient=on_complete)
         adjoint = Adjoint(filled(unprefixed("fast/", bars), fast), filled(unprefixed("state/", bars), state))

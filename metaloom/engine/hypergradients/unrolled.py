@@ -38,6 +38,7 @@ class Unrolled(Hypergradient):
             # Fast weights that no meta-parameter starts must still be differentiated inside.
             fast = {name: value if value.requires_grad else leaf(value) for name, value in fast.items()}
             losses, metrics = meta_losses(unroll, theta, (fast, state), batch, 0)
+            unroll.require_finite()
             gradient = gradient_of(
                 [scale * losses.sum()],
                 prefixed("theta/", theta) | prefixed("fast/", fast),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar, TypeVar
 
 import torch
@@ -91,6 +92,12 @@ class Sharding(abc.ABC):
     def holders(self, name: str) -> Holders:
         """The ranks that hold what this one holds of a meta-parameter."""
         return Holders(tuple(range(self.world_size)))
+
+    @contextlib.contextmanager
+    def silent(self) -> Iterator[None]:
+        """In this context this rank adds zeros to all that ranks sum up in their passes, whatever it
+        computes; what it gets stays the same. For a rank in lockstep that has nothing finite to compute."""
+        yield
 
     def any_rank(self, flag: bool) -> bool:
         """Whether the flag is set on any rank. Every rank must call."""

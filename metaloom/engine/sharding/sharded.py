@@ -6,11 +6,12 @@ Shape letters: W ranks of a shard group, n rows (the first dim) of a weight, P n
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -56,6 +57,9 @@ class ShardGroup:
     Args:
         group: the process group; None for one rank without communication.
         on_event: told of every collective, and of every release.
+
+    Attributes:
+        is_silent: whether this rank has zeros to add to every sum.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class ShardGroup:
         self.size = 1 if group is None else group.size()
         self.rank = 0 if group is None else group.rank()
         self._on_event = on_event
+        self.is_silent = False
         self.waited_s = 0.0
         """Seconds that this rank has waited for collectives (on a GPU: that it took to queue them)."""
 
@@ -108,7 +113,7 @@ class ShardGroup:
             weakref.finalize(tensor.untyped_storage(), tell)
 
     def scatter_sum(self, whole: Tensor) -> Tensor:
-        whole = whole.contiguous()
+        whole = torch.zeros_like(whole) if self.is_silent else whole.contiguous()
         self._tell(Event("scatter", (), whole.numel()))
         if self._group is None:
             return whole.clone()
@@ -357,6 +362,14 @@ class Sharded(Sharding):
             group = self._mesh.get_group("shard")
         self.group = ShardGroup(group, on_event=on_event)
         self._weights: ShardedWeights | None = None
+
+    @contextlib.contextmanager
+    def silent(self) -> Iterator[None]:
+        self.group.is_silent = True
+        try:
+            yield
+        finally:
+            self.group.is_silent = False
 
     def divide(self, model: nn.Module, read: ReadRows) -> ShardedWeights:
         """The weights of a model, divided among the ranks of a shard group: see `ShardedWeights`."""
