@@ -1,4 +1,4 @@
-"""The command line: `metaloom train | evaluate | check | plan | data | recipe`.
+"""The command line: `metaloom train | evaluate | export | adapt | check | plan | data | recipe`.
 
 Everything that can be checked is checked here, before any process is started and without importing torch.
 """
@@ -21,6 +21,7 @@ from metaloom import __version__
 from metaloom.arguments import add_command
 from metaloom.data_command import add_data_commands
 from metaloom.errors import LaunchError, MetaloomError, RecipeError, StreamError
+from metaloom.export_command import add_export_command
 from metaloom.files import replace_file
 from metaloom.planning.hardware import DEVICES, HERE, LINKS
 from metaloom.planning.request import DEFAULT_RANKS, Request, check_comparison, checked, ranks_in
@@ -189,6 +190,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="print JSON in place of tables")
     plan.set_defaults(run_command=_plan)
 
+    add_export_command(commands)
     add_data_commands(commands)
 
     recipe = add_command(commands, "recipe", "check, show or describe recipes", RECIPE_EXAMPLES)

@@ -1,0 +1,67 @@
+"""A run's result: the checkpoint that it is, and the parameters in it that are evaluated and taken away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from metaloom.checkpoints import Checkpoint, CheckpointStore
+from metaloom.engine.algorithms.base import Algorithm
+from metaloom.engine.outer import COUNTED
+from metaloom.errors import CheckpointError
+from metaloom.recipe import Recipe
+from metaloom.run_folder import RunFolder
+
+
+def newest_result(store: CheckpointStore, folder: RunFolder, warn: Callable[[str], None]) -> Checkpoint:
+    """The newest valid checkpoint of meta-training. Every rank must call.
+
+    Args:
+        warn: told of each checkpoint that was passed over.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    newest = store.load_newest(warn)
+    if newest is None:
+        raise CheckpointError(
+            f"{folder.path} has no checkpoint yet: train it with `metaloom train --resume {folder.path}`."
+        )
+    return newest
+
+
+def best_result(store: CheckpointStore, newest: Checkpoint) -> Checkpoint:
+    """The checkpoint of the step with the lowest validation loss; the newest where nothing was validated."""
+    best_step = newest.scalars["progress"]["best_step"]
+    return newest if best_step in (None, newest.step) else store.load(best_step)
+
+
+def result_at(store: CheckpointStore, step: int) -> Checkpoint:
+    """The checkpoint of a step.
+
+    Raises:
+        CheckpointError: it is not there, or not valid.
+    """
+    steps = store.steps()
+    if step not in steps:
+        raise CheckpointError(
+            f"{store.root} has no checkpoint of outer step {step}; it has those of "
+            f"{', '.join(map(str, steps)) or 'none'} (checkpoint.keep_last says how many are kept)."
+        )
+    return store.load(step)
+
+
+def result_parameters(
+    recipe: Recipe, algorithm: Algorithm, tensors: Mapping[str, Tensor], hold: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """What is evaluated and taken away, by name: the meta-parameters, their moving average where there is
+    one, and what was counted beside them.
+
+    Args:
+        tensors: of a checkpoint of `OuterOptimizer`.
+        hold: makes what this rank computes with of a stored tensor.
+    """
+    prefix = "meta/" if recipe.outer.ema is None else "average/"
+    meta = {name: hold(tensors[prefix + name]) for name in algorithm.meta_parameters()}
+    return meta | {name: hold(tensors[COUNTED + name]) for name in algorithm.tracked()}
