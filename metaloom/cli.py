@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from metaloom import __version__
+from metaloom.adapt_command import add_adapt_command
 from metaloom.arguments import add_command
 from metaloom.data_command import add_data_commands
 from metaloom.errors import LaunchError, MetaloomError, RecipeError, StreamError
@@ -191,6 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.set_defaults(run_command=_plan)
 
     add_export_command(commands)
+    add_adapt_command(commands)
     add_data_commands(commands)
 
     recipe = add_command(commands, "recipe", "check, show or describe recipes", RECIPE_EXAMPLES)
