@@ -10,11 +10,13 @@ from metaloom.errors import StreamError
 SHARE = 0.25
 
 
-def held_out(labels: Sequence[str], *, seed: int) -> tuple[list[int], list[int]]:
+def held_out(labels: Sequence[str], contents: Sequence[bytes], *, seed: int) -> tuple[list[int], list[int]]:
     """(support, query): the places of the examples, a quarter of each class, at least one, drawn for query.
+    Copies of an example stay together: nothing is judged on what it was adapted to.
 
     Args:
         labels: names of the classes; empty names where there are none.
+        contents: what each example shows.
 
     Raises:
         StreamError: a class has one example.
@@ -23,17 +25,19 @@ def held_out(labels: Sequence[str], *, seed: int) -> tuple[list[int], list[int]]
     support: list[int] = []
     query: list[int] = []
     for label in sorted({*labels}):
-        places = [place for place, other in enumerate(labels) if other == label]
-        if len(places) < 2:
+        copies: dict[bytes, list[int]] = {}
+        for place, other in enumerate(labels):
+            if other == label:
+                copies.setdefault(contents[place], []).append(place)
+        if len(copies) < 2:
             of = f" of class {label!r}" if label else ""
             raise StreamError(
-                f"there is one example{of}, of which none can be held out to be judged on: give two or more, "
-                "or a query part (--query PATH)."
+                f"there is one example{of} (copies count once), and none can be held out to be judged on: "
+                "give two or more, or a query part (--query PATH)."
             )
-        number = count_held_out(len(places))
-        order = rng.permutation(places).tolist()
-        query += order[:number]
-        support += order[number:]
+        number, places = count_held_out(len(copies)), list(copies.values())
+        for drawn, unit in enumerate(rng.permutation(len(places)).tolist()):
+            (query if drawn < number else support).extend(places[unit])
     return sorted(support), sorted(query)
 
 

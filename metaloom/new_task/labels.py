@@ -22,7 +22,7 @@ def class_names(labels: Sequence[str], facts: TaskFacts) -> tuple[str, ...]:
     assert most is not None, "a classification has classes"
     names = tuple(sorted({*labels}))
     if facts.draws_labels or (facts.has_own_ways and not all(name.isdecimal() for name in names)):
-        _require_ways(names, most, is_fixed=not facts.has_own_ways)
+        require_ways(names, most, is_fixed=not facts.has_own_ways)
         return names
     wrong = [name for name in names if not (name.isdecimal() and int(name) < most)]
     if wrong:
@@ -63,7 +63,16 @@ def require_known(labels: Sequence[str], names: Sequence[str], facts: TaskFacts)
         )
 
 
-def _require_ways(names: Sequence[str], most: int, *, is_fixed: bool) -> None:
+def require_ways(names: Sequence[str], most: int, *, is_fixed: bool) -> None:
+    """Passes where the model's head tells so many classes apart.
+
+    Args:
+        most: outputs of the head.
+        is_fixed: whether all tasks have so many.
+
+    Raises:
+        StreamError: it does not.
+    """
     if len(names) == most or (not is_fixed and 2 <= len(names) < most):
         return
     told = str(most) if is_fixed else f"2 to {most}"

@@ -17,6 +17,7 @@ from metaloom.new_task.examples import Example, read_examples
 from metaloom.new_task.holding_out import count_held_out, held_out
 from metaloom.new_task.labels import class_names, class_numbers, require_known
 from metaloom.new_task.parts import parts_of
+from metaloom.new_task.ready import is_ready, read_ready
 from metaloom.new_task.request import TaskFiles
 from metaloom.new_task.texts import read_stretches
 from metaloom.recipe import Recipe
@@ -48,6 +49,10 @@ def read_task(recipe: Recipe, files: TaskFiles) -> NewTask:
     facts = task_facts(recipe)
     inputs = inputs_of(recipe, facts.inputs)
     support, query = parts_of(Path(files.task), None if files.query is None else Path(files.query))
+    if is_ready(support):
+        if query is not None:
+            raise StreamError(f"{support} has a query part already: leave --query out.")
+        return NewTask(*read_ready(support, files, inputs, facts), ())
     if facts.objective == "language_modelling":
         assert isinstance(inputs, TextInputs), "a rule of the recipe has seen to it"
         return _of_texts(support, query, files, inputs)
@@ -81,7 +86,8 @@ def _of_examples(
         names = class_names([example.label for example in support], facts)
         require_known([example.label for example in query], names, facts)
     if not query:
-        kept, apart = held_out([example.label for example in support], seed=seed)
+        contents = [example.inputs.tobytes() for example in support]
+        kept, apart = held_out([example.label for example in support], contents, seed=seed)
         support, query = [support[place] for place in kept], [support[place] for place in apart]
         notes.append(f"held out to be judged on: {len(query)} of {len(kept) + len(apart)} examples")
     _require_apart(support, query)
