@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from metaloom.export import huggingface, peft, plain, served_folder
@@ -39,4 +40,6 @@ def tell(console: Console, card: Card, folder: Path, name: str) -> None:
     of_task = "" if card.adapted is None else f", adapted to {card.adapted.task}"
     console.note(f"{WHAT[name]} of outer step {card.step}{average}{of_task}: {folder}")
     console.note(f"files: {', '.join(files)}")
-    console.note(f"how to load it: load in {folder / CARD}")
+    lines = json.loads((folder / CARD).read_text(encoding="utf-8"))["load"]
+    shown = [line.replace("FOLDER", repr(str(folder))) for line in lines]
+    console.note("\n  ".join(["to load it:", *shown]))

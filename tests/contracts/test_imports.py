@@ -57,6 +57,17 @@ EDGES = {
         "metaloom.run_folder",
         "metaloom.tracking",
     },
+    "metaloom.new_task": {
+        ERRORS,
+        RECIPE,
+        "metaloom.build",
+        "metaloom.datasets",
+        "metaloom.engine",
+        "metaloom.export",
+        "metaloom.run_folder",
+        "metaloom.sources",
+        "metaloom.tracking",
+    },
     "metaloom.launchers": {ERRORS, RECIPE, "metaloom.run_folder", "metaloom.k8s"},
     "metaloom.k8s": {ERRORS, RECIPE},
 }
@@ -86,7 +97,7 @@ ONLY_IN = {
     "huggingface_hub": ("metaloom.datasets.hub",),
 }
 # Packages whose modules may know several parts, as modules at the top do.
-KNOWING = ("metaloom.build", "metaloom.export")
+KNOWING = ("metaloom.build", "metaloom.export", "metaloom.new_task")
 # What alone imports a module of the jobs.
 ONLY_BY = {
     "metaloom.train": "metaloom.worker",
@@ -95,6 +106,7 @@ ONLY_BY = {
     "metaloom.contenders": "metaloom.evaluate",
 }
 TORCH_FREE = (
+    "metaloom.adapt_command",
     "metaloom.arguments",
     "metaloom.cli",
     "metaloom.computed",
@@ -109,6 +121,9 @@ TORCH_FREE = (
     "metaloom.files",
     "metaloom.k8s",
     "metaloom.launchers",
+    "metaloom.new_task.rehearsal",
+    "metaloom.new_task.request",
+    "metaloom.new_task.task",
     "metaloom.pack_command",
     "metaloom.planning.advice",
     "metaloom.planning.estimate",
