@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from metaloom.checkpoints import Checkpoint, CheckpointStore
+from metaloom.engine.adapters.base import BACKBONE
 from metaloom.engine.algorithms.base import Algorithm
 from metaloom.engine.outer import COUNTED
 from metaloom.errors import CheckpointError
@@ -37,12 +38,19 @@ def best_result(store: CheckpointStore, newest: Checkpoint) -> Checkpoint:
     return newest if best_step in (None, newest.step) else store.load(best_step)
 
 
-def result_at(store: CheckpointStore, step: int) -> Checkpoint:
-    """The checkpoint of a step.
+def stored_result(folder: RunFolder, step: int | None, warn: Callable[[str], None]) -> Checkpoint:
+    """The checkpoint that is a run's result, its tensors whole, for one process.
+
+    Args:
+        step: another one, which is kept; None for the best that was validated, or the newest.
+        warn: as in `newest_result`.
 
     Raises:
         CheckpointError: it is not there, or not valid.
     """
+    store = CheckpointStore(folder.checkpoints("meta"))
+    if step is None:
+        return best_result(store, newest_result(store, folder, warn))
     steps = store.steps()
     if step not in steps:
         raise CheckpointError(
@@ -50,6 +58,22 @@ def result_at(store: CheckpointStore, step: int) -> Checkpoint:
             f"{', '.join(map(str, steps)) or 'none'} (checkpoint.keep_last says how many are kept)."
         )
     return store.load(step)
+
+
+def stored_pretraining(folder: RunFolder, num_steps: int, warn: Callable[[str], None]) -> dict[str, Tensor]:
+    """The whole weights that a run's pre-training has left after its last step, by name, for one process.
+
+    Raises:
+        CheckpointError: they are missing, or of an earlier step.
+    """
+    store = CheckpointStore(folder.checkpoints("pretrain"))
+    newest = store.load_newest(warn)
+    if newest is None or newest.step != num_steps:
+        raise CheckpointError(
+            f"{store.root} has no valid checkpoint of step {num_steps}, from which this run went on. Restore "
+            "that folder."
+        )
+    return newest.under(f"meta/{BACKBONE}")
 
 
 def result_parameters(

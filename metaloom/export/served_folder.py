@@ -33,7 +33,7 @@ def write(trained: Trained, card: Card, folder: Path) -> None:
             own,
             loader="metaloom.export.served",
             example=example.numpy(),
-            outputs=trained.outputs(example).float().numpy(),
+            outputs=trained.outputs(example).numpy(),
             facts={"recipe": card.recipe.name, "step": str(card.step)},
         )
     write_card(card, folder, kind=MLFLOW, loading=LOADING)

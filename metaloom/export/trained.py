@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from metaloom.build import Choices, build_adapter, build_algorithm, build_model, build_unroll
-from metaloom.checkpoints import CheckpointStore
 from metaloom.engine.adapters.base import BACKBONE, INIT
 from metaloom.engine.algorithms.base import Algorithm
 from metaloom.engine.algorithms.erm import Erm
 from metaloom.engine.algorithms.posterior import Posterior
 from metaloom.engine.learner import TaskBatch
+from metaloom.engine.precision import Precision
 from metaloom.engine.sharding.replicated import Replicated
 from metaloom.engine.unroll import Unroll
 from metaloom.errors import CapabilityError, CheckpointError
 from metaloom.recipe import Memory, Recipe, UnrolledHypergradient
-from metaloom.result import best_result, newest_result, result_at, result_parameters
+from metaloom.result import result_parameters, stored_pretraining, stored_result
 from metaloom.run_folder import RunFolder
 
 MODEL = "model."
@@ -57,23 +57,30 @@ class Trained:
         """What the model says where adaptation starts, `[N, ..., V]`: logits, or numbers of a regression.
 
         Args:
-            inputs: images `[N, channels, height, width]`, from 0 to 1; arrays `[N, ...]`; tokens `[N, L]`.
+            inputs: images `[N, channels, height, width]`, from 0 to 1, or uint8 `[N, height, width,
+                channels]`; arrays `[N, ...]`; tokens `[N, L]`.
+
+        Returns:
+            At least float32.
 
         Raises:
             CapabilityError: what is said of an input depends on more of its task.
         """
+        of_task = Precision(self.recipe.precision.compute).on_device(inputs, _CPU)[None]
+        # Of what is Gaussian, the means.
+        algorithm = self.algorithm.inner if isinstance(self.algorithm, Posterior) else self.algorithm
         with torch.no_grad():
             if self.unroll is not None:
-                fast = self.unroll.learner.init(self.meta, 1)
-                return self.unroll.learner.outputs(self.meta, fast, inputs[None], self.num_steps)[0]
-            # Of what is Gaussian, the means.
-            algorithm = self.algorithm.inner if isinstance(self.algorithm, Posterior) else self.algorithm
-            if type(algorithm) is Erm:
-                return algorithm.model.outputs(self.meta, inputs[None])[0]
-        raise CapabilityError(
-            f"algorithm.kind: {self.recipe.algorithm.kind} predicts from more of a task than an input: take "
-            "`curve`, with a batch of tasks."
-        )
+                learner = self.unroll.learner
+                found = learner.outputs(self.meta, learner.init(self.meta, 1), of_task, self.num_steps)
+            elif type(algorithm) is Erm:
+                found = algorithm.model.outputs(self.meta, of_task)
+            else:
+                raise CapabilityError(
+                    f"algorithm.kind: {self.recipe.algorithm.kind} predicts from more of a task than an "
+                    "input: take `curve`, with a batch of tasks."
+                )
+        return found[0].to(torch.promote_types(found.dtype, torch.float32))
 
     def curve(self, batch: TaskBatch, *, num_steps: int) -> dict[str, Tensor]:
         """The query loss and scores of tasks after 0 .. `num_steps` steps of adaptation, `[T, num_steps + 1]`
@@ -157,15 +164,11 @@ def result_of_run(
     Raises:
         CheckpointError: there is no such checkpoint.
     """
-    store = CheckpointStore(folder.checkpoints("meta"))
-    if step is None:
-        checkpoint = best_result(store, newest_result(store, folder, warn))
-    else:
-        checkpoint = result_at(store, step)
+    checkpoint = stored_result(folder, step, warn)
     alone = _alone(recipe, keeps_source=True)
     model = build_model(alone, _CPU, Replicated())
     if recipe.pretrain is not None:
-        model.load(_pretrained(folder, recipe.pretrain.num_steps, warn))
+        model.load(stored_pretraining(folder, recipe.pretrain.num_steps, warn))
     algorithm = build_algorithm(alone, model, Choices(), _CPU)
     meta = result_parameters(recipe, algorithm, checkpoint.tensors, torch.clone)
     if recipe.maml is not None:
@@ -173,17 +176,6 @@ def result_of_run(
         adapter = build_adapter(alone, model, Choices())
         meta = adapter.meta_parameters(init=True, backbone=False) | meta
     return rebuilt(recipe, checkpoint.step, model.values(), meta)
-
-
-def _pretrained(folder: RunFolder, num_steps: int, warn: Callable[[str], None]) -> dict[str, Tensor]:
-    """The weights that the recipe's pre-training has left."""
-    newest = CheckpointStore(folder.checkpoints("pretrain")).load_newest(warn)
-    if newest is None or newest.step != num_steps:
-        raise CheckpointError(
-            f"{folder.checkpoints('pretrain')} has no valid checkpoint of step {num_steps}, from which this "
-            "run went on. Restore that folder."
-        )
-    return newest.under(f"meta/{BACKBONE}")
 
 
 def _alone(recipe: Recipe, *, keeps_source: bool = False) -> Recipe:

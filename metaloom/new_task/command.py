@@ -25,7 +25,6 @@ from metaloom.tracking.console import Console, make_console
 
 def main(request_json: str) -> int:
     """Does what a `Request` in JSON asks for; returns the exit code."""
-    torch.set_num_threads(1)
     try:
         adapt(Request.from_json(request_json), make_console())
     except MetaloomError as error:
@@ -42,6 +41,7 @@ def adapt(request: Request, console: Console) -> None:
     """
     folder, output = RunFolder(Path(request.run)), Path(request.output)
     of_run = load_recipe(folder.recipe)
+    torch.set_num_threads(of_run.launcher.threads_per_process)
     recipe = of_run if request.rehearses else without_rehearsal(of_run)
     task = read_task(recipe, request.files)
     num_steps = request.num_steps or recipe.evaluation_num_steps

@@ -22,7 +22,7 @@ from metaloom.datasets.decoders import (
 from metaloom.datasets.pack import Columns, ImageFolder, Records, Source
 from metaloom.datasets.pack.images import files_under
 from metaloom.datasets.pack.payloads import npy_bytes
-from metaloom.datasets.pack.plan import BadSample, Broken, Item, SampleMaker, list_broken
+from metaloom.datasets.pack.plan import BadSample, Broken, Item, Plan, SampleMaker, list_broken
 from metaloom.datasets.pack.records import SUFFIXES
 from metaloom.errors import StreamError
 from metaloom.new_task.request import TaskFiles
@@ -62,7 +62,7 @@ def read_examples(
     Raises:
         StreamError: there are none, or some are broken; names them.
     """
-    plan = _source(path, files, inputs, num_targets).plan(path)
+    plan = planned(_source(path, files, inputs, num_targets), path)
     found: list[Example] = []
     broken = list(plan.broken)
     for item in (item for split in plan.splits.values() for item in split.items):
@@ -75,6 +75,20 @@ def read_examples(
         raise StreamError(f"{path} has {len(broken)} broken example{many}:\n{list_broken(broken)}")
     # What is said of options that packing alone has is of no use here.
     return found, [note for note in plan.notes if "--" not in note]
+
+
+def planned(source: Source, path: Path) -> Plan:
+    """What a source holds.
+
+    Raises:
+        StreamError: there is nothing to read, or not what the columns of records are said to hold.
+    """
+    try:
+        return source.plan(path)
+    except StreamError as error:
+        if not isinstance(source, Records):
+            raise
+        raise StreamError(f"{error} (--input and --target name the columns.)") from error
 
 
 def has_records(path: Path) -> bool:

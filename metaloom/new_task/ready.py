@@ -12,6 +12,7 @@ from metaloom.datasets.pack.plan import BadSample
 from metaloom.datasets.pack.records import JSON_SUFFIXES, rows_of
 from metaloom.datasets.ready_episodes import PARTS, ReadyParts
 from metaloom.errors import StreamError
+from metaloom.new_task.examples import planned
 from metaloom.new_task.labels import require_ways
 from metaloom.new_task.request import TaskFiles
 from metaloom.recipe.tasks import TaskFacts
@@ -42,7 +43,7 @@ def read_ready(
         kind=files.kind,
         tokenizer=files.tokenizer,
     )
-    plan = Records((path,), columns).plan(path)
+    plan = planned(Records((path,), columns), path)
     items = [item for split in plan.splits.values() for item in split.items]
     if len(items) + len(plan.broken) != 1:
         raise StreamError(f"{path} has {len(items)} tasks, and one is adapted to: give a file of one record.")

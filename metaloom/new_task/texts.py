@@ -19,7 +19,7 @@ from metaloom.datasets.pack.images import files_under
 from metaloom.datasets.pack.payloads import encode_text, read_file
 from metaloom.datasets.pack.plan import BadSample, Broken, list_broken
 from metaloom.errors import StreamError
-from metaloom.new_task.examples import has_records, require_tokens
+from metaloom.new_task.examples import has_records, planned, require_tokens
 from metaloom.new_task.request import TaskFiles
 
 
@@ -74,7 +74,7 @@ def _of_records(
     columns = Columns(
         inputs=files.inputs, task="language-modelling", kind=files.kind, tokenizer=files.tokenizer
     )
-    plan = Records((path,), columns).plan(path)
+    plan = planned(Records((path,), columns), path)
     broken += plan.broken
     decode = Tokens(vocabulary)
     for split in plan.splits.values():
