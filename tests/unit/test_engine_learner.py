@@ -169,9 +169,9 @@ def test_a_split_batch_without_rehearsal_has_none() -> None:
 
 
 def test_outputs_are_what_the_query_loss_is_read_from() -> None:
-    learner = Learner(Linear(), Precision(), head_chunk=2)
-    query = batch().query
-    outputs = learner.outputs({}, weights(), query["inputs"], 1)
+    learner, query = Learner(Linear(), Precision()), batch().query
+    in_chunks = dataclasses.replace(learner, head_chunk=2)
+    outputs = in_chunks.outputs({}, weights(), query["inputs"], 1)
     expected, _ = learner.losses("query", {}, weights(), batch(), 1)
     read = [F.cross_entropy(own, targets) for own, targets in zip(outputs, query["targets"], strict=True)]
     torch.testing.assert_close(torch.stack(read), expected)

@@ -11,7 +11,7 @@ import torch
 from metaloom.build import Choices, build_algorithm, build_model
 from metaloom.engine.sharding.replicated import Replicated
 from metaloom.errors import CapabilityError, CheckpointError
-from metaloom.export import gpt2, load, load_backbone
+from metaloom.export import gpt2, load, load_backbone, peft
 from metaloom.export.card import Card, read_card, write_card
 from metaloom.export.formats import default_format, possible_formats, require_format
 from metaloom.export.huggingface import merged
@@ -24,6 +24,7 @@ from tests.commands import RECIPES
 
 LORA = RECIPES / "stdlib-lora.yaml"
 SMOKE = RECIPES / "smoke.yaml"
+TINY = "model={kind: gpt, num_layers: 1, width: 8, num_heads: 2, context_length: 64}"
 TEXT_CLASSES = (
     "pretrain=null",
     "adaptation.rehearsal=null",
@@ -99,8 +100,7 @@ def test_names_of_layers_are_short_where_they_mean_no_other_module() -> None:
 
 def trained(*overrides: str) -> Trained:
     """A tiny language model with a LoRA initialisation, as it starts."""
-    tiny = "model={kind: gpt, num_layers: 1, width: 8, num_heads: 2, context_length: 64}"
-    recipe: Recipe = load_recipe(LORA, (tiny, "adaptation.rule.learned=shared", *overrides))
+    recipe: Recipe = load_recipe(LORA, (TINY, "adaptation.rule.learned=shared", *overrides))
     model = build_model(recipe, torch.device("cpu"), Replicated())
     meta = build_algorithm(recipe, model, Choices(), torch.device("cpu")).meta_parameters()
     return rebuilt(recipe, 1, model.values(), meta)
@@ -110,6 +110,21 @@ def test_a_tied_weight_is_not_merged_into() -> None:
     assert merged(trained()).keys() == trained().weights().keys()
     with pytest.raises(CapabilityError, match=r"--merge: head.weight is one weight of several layers"):
         merged(trained("adaptation.fast.targets=[head]"))
+
+
+def test_a_backbone_that_is_a_file_of_the_recipes_is_not_written_again(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    like = trained().module
+    write_tensors(tmp_path / "own.safetensors", dict(like.named_parameters()))
+    result = trained("pretrain=null", f"model.weights={tmp_path / 'own.safetensors'}")
+    recipe = load_recipe(LORA, ("pretrain=null", TINY, f"model.weights={tmp_path / 'own.safetensors'}"))
+    (tmp_path / "peft").mkdir()
+    peft.write(result, Card(recipe, 1), tmp_path / "peft")
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "own.safetensors")
+    assert not (tmp_path / "peft" / "backbone").exists()
+    for name, value in load_backbone(tmp_path / "peft").named_parameters():
+        torch.testing.assert_close(value, like.get_parameter(name), rtol=0.0, atol=0.0)
 
 
 def test_a_card_reads_back_without_secrets_and_refuses_what_is_none(tmp_path: Path) -> None:
