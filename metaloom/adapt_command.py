@@ -81,7 +81,7 @@ def _adapt(arguments: argparse.Namespace) -> int:
         raise RecipeError(f"--steps: {arguments.steps}; adaptation takes at least 1.")
     name = arguments.format or default_format(recipe)
     require_format(recipe, name, merge=arguments.merge)
-    require_trained(folder)
+    require_trained(folder, recipe)
     files = TaskFiles(
         task=str(arguments.task),
         query=None if arguments.query is None else str(arguments.query),

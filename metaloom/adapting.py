@@ -64,6 +64,7 @@ def measured_episodes(
             episodes = drawn.take(size)
             broken += (each for episode in episodes for each in episode.broken)
             batch = task_batch(recipe, episodes, job.place.device, num_steps=num_steps)
+            job.place.points.between_passes()
             measured = curve(meta, batch, num_steps=num_steps)
             count = min(len(episodes), num_real - start)
             if count > 0:
@@ -109,4 +110,5 @@ def episode_curves(
             points = tuple(unit(value) for value in values[row])
             curves.append(EpisodeCurve(episode.task, points, pair, episode.group))
         on_done(len(episodes))
+    job.place.points.meet()
     return job.sharding.gather(curves)

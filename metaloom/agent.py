@@ -28,7 +28,7 @@ from typing import Literal, NoReturn
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
 
 from metaloom.errors import MetaloomError
-from metaloom.faults import FAULT, Fault, Verdict, cause, judge
+from metaloom.faults import FAULT, START_AGAIN, Fault, Verdict, cause, judge
 from metaloom.meeting import BROKEN, FAREWELL_S, POLL_S, JobOver, Meeting, Round, Terms
 from metaloom.processes import watch_parent
 from metaloom.ranks import Ranks
@@ -36,6 +36,7 @@ from metaloom.ranks import Ranks
 NEWS_S = 1.0  # how often an agent asks what the others say
 SETTLE_S = 1.0  # how long a rank's cause may take to show after a partner's loss
 VERDICT_S = 3.0  # how long an agent whose ranks lost a partner waits for the cause from another host
+MARGIN_S = 5.0  # what an agent grants its ranks beyond the time that they have to stop
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 Outcome = Verdict | Literal["finished", "regroup"]
@@ -62,9 +63,12 @@ def main() -> int:
         say(f"error: {error}")
         return error.exit_code
     except SignalException as stopped:
-        for number in STOPPING:
-            signal.signal(number, signal.SIG_IGN)
-        return agent.leave(stopped.sigval)
+        try:
+            return agent.leave(stopped.sigval)
+        except SignalException as again:
+            for number in STOPPING:
+                signal.signal(number, signal.SIG_IGN)
+            return agent.leave_at_once(again.sigval)
 
 
 class Agent:
@@ -86,6 +90,7 @@ class Agent:
         self._round: Round | None = None
         self._ranks: Ranks | None = None
         self._is_done = False
+        self._farewell_text = ""
         self._exit_code: int | None = None  # of a job that has ended, which nothing shall start anew
         self._watchman = Watchman(self._start_anew)
         self._starting_anew = threading.Lock()
@@ -120,7 +125,7 @@ class Agent:
                         return self._end(meeting, outcome)
                     self._tell_restart(outcome)
                     before = outcome
-                self._stop_ranks(signal.SIGTERM)
+                self._stop_ranks()
         except BROKEN:
             if self._is_done:
                 return 0  # so were the others, and the store's host is gone
@@ -129,12 +134,32 @@ class Agent:
     def leave(self, number: signal.Signals) -> int:
         """Ends this host's part, since a signal asks for it; returns the exit code.
 
-        SIGINT is a person's wish, and ends the job on all hosts; on one that only waits to join, it does not.
-        By another signal this host leaves: the others go on if they are enough and the store's host is among
-        them.
+        Its ranks have all others stop and save what they did; another signal ends them at once. SIGINT is a
+        person's wish, and ends the job on all hosts; on one that only waits to join, it does not. By another
+        signal this host leaves: the others go on if they are enough and the store's host is among them.
         """
-        meeting, current, code = self._meeting, self._round, 128 + int(number)
+        code = START_AGAIN if number == signal.SIGTERM else 128 + int(number)
         self._exit_code = code
+        verdict, num_others = self._farewell(number, code)
+        if self._ranks is not None:
+            say(f"{number.name}: stopping, with what was done saved; another signal stops at once")
+            if verdict is not None and self._round is not None and num_others:
+                with contextlib.suppress(*BROKEN):
+                    self._round.announce(verdict)
+            self._wait_for_stop(self._ranks, number)
+        return self._leave(verdict, num_others, code)
+
+    def leave_at_once(self, number: signal.Signals) -> int:
+        """As `leave`, without waiting for anything to be saved."""
+        code = 128 + int(number)
+        self._exit_code = code
+        verdict, num_others = self._farewell(number, code)
+        return self._leave(verdict, num_others, code)
+
+    def _farewell(self, number: signal.Signals, code: int) -> tuple[Verdict | None, int]:
+        """What the departure means for the others, None where they need not know of it; and how many they
+        are."""
+        meeting, current = self._meeting, self._round
         self._watchman.expect_within(FAREWELL_S)
         num_others, is_in = 0, False
         if meeting is not None:
@@ -143,18 +168,39 @@ class Agent:
         if current is not None:
             num_others, is_in = max(num_others, current.num_hosts - 1), True
         text = f"stopped by {number.name}" + (f" on {self._terms.address}" if num_others else "")
-        if meeting is not None and num_others:
-            fault = Fault("departure", text, "", code)
-            verdict = None if current is None else self._judge(fault, current)
-            if (number == signal.SIGINT and is_in) or meeting.serves:
-                verdict = Verdict(fault, is_end=True, num_restarts=0)
+        self._watchman.expect_nothing()
+        fault = Fault("departure", text, "", code)
+        verdict = None if current is None else self._judge(fault, current)
+        if (number == signal.SIGINT and is_in) or (meeting is not None and meeting.serves):
+            verdict = Verdict(fault, is_end=True, num_restarts=0)
+        self._farewell_text = text
+        return verdict, num_others
+
+    def _wait_for_stop(self, ranks: Ranks, number: signal.Signals) -> None:
+        """Waits until the ranks have saved what they did and ended, for as long as they may take."""
+        ranks.ask(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+        deadline = time.monotonic() + self._terms.stop_within_s + MARGIN_S
+        next_news = 0.0
+        while len(ranks.exit_statuses()) < ranks.seats.num_here and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+            if self._round is not None and self._round.num_hosts > 1 and time.monotonic() >= next_news:
+                with contextlib.suppress(*BROKEN):
+                    self._round.beat(ranks.places()[0])
+                next_news = time.monotonic() + NEWS_S
+        for fault in ranks.faults()[:1]:
+            self._farewell_text = fault.text if fault.kind == "stopped" else self._farewell_text
+
+    def _leave(self, verdict: Verdict | None, num_others: int, code: int) -> int:
+        meeting, current = self._meeting, self._round
+        self._watchman.expect_within(FAREWELL_S)
+        if meeting is not None and num_others and verdict is not None:
             with contextlib.suppress(*BROKEN):
-                if verdict is not None and current is not None:
+                if current is not None:
                     current.post(verdict)
-                if verdict is not None and verdict.is_end:
+                if verdict.is_end:
                     meeting.close(verdict)
-        say(text)
-        self._stop_ranks(signal.SIGINT)  # the ranks take SIGTERM for the loss of a partner
+        say(self._farewell_text)
+        self._stop_ranks()
         if meeting is not None and meeting.serves:
             meeting.wait_for_farewells(num_others)
         return code
@@ -209,6 +255,11 @@ class Agent:
             deadline = time.monotonic() + VERDICT_S
             while current.verdict() is None and time.monotonic() < deadline:
                 time.sleep(POLL_S)
+        if fault.kind == "stopped":
+            # All ranks have stopped; a host that leaves has said whether the others go on.
+            announced = current.announced()
+            if announced is not None:
+                return current.post(announced)
         return current.post(self._judge(fault, current))
 
     def _news(self, meeting: Meeting, current: Round, ranks: Ranks) -> Outcome | None:
@@ -243,10 +294,10 @@ class Agent:
         count = f"restart {verdict.num_restarts} of {self._max_restarts}"
         say(f"fault: {verdict.fault.text}\n{count}, from the last checkpoint")
 
-    def _stop_ranks(self, number: signal.Signals) -> None:
+    def _stop_ranks(self) -> None:
         self._watchman.expect_nothing()
         if self._ranks is not None:
-            self._ranks.stop(number)
+            self._ranks.stop()
             self._ranks = None
 
     # ------------------------------------------------------------ ending
@@ -255,12 +306,12 @@ class Agent:
         """Tells the others and people how the job ended (None: well); returns its exit code."""
         self._exit_code = 0 if verdict is None else verdict.fault.exit_code
         if verdict is not None:
-            prefix = "" if verdict.fault.kind == "departure" else "error: "
+            prefix = "" if verdict.fault.kind in ("departure", "stopped") else "error: "
             say(f"{prefix}{verdict.fault.text}" + (f"\n{verdict.reason}" if verdict.reason else ""))
         self._watchman.expect_within(FAREWELL_S)
         with contextlib.suppress(*BROKEN):
             meeting.close(verdict)
-        self._stop_ranks(signal.SIGTERM)
+        self._stop_ranks()
         if meeting.serves and self._round is not None:
             is_one_lost = verdict is not None and verdict.fault.kind == "silence"
             meeting.wait_for_farewells(self._round.num_hosts - 1 - is_one_lost)
@@ -276,7 +327,7 @@ class Agent:
             ranks, current = self._ranks, self._round
             if self._exit_code is not None:
                 if ranks is not None:
-                    ranks.stop(signal.SIGTERM)
+                    ranks.stop()
                 os._exit(self._exit_code)
             where = self._terms.where
             text = f"{where} does not answer any more: that host is down, or this one is cut off from it"
@@ -288,7 +339,7 @@ class Agent:
             count = f"restart {self._num_lost + 1} of {self._max_restarts}"
             say(f"error: {text}" if is_end else f"fault: {text}\n{count}, when it is back")
             if ranks is not None:
-                ranks.stop(signal.SIGTERM)
+                ranks.stop()
             if is_end:
                 os._exit(FAULT)
             arguments = [word for word in sys.argv[1:] if not word.startswith("--num-lost=")]
@@ -351,6 +402,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--max-hosts", type=int, default=1, help="hosts that the job runs on at most")
     parser.add_argument("--wait-s", type=float, default=600.0, help="how long to wait for min-hosts")
     parser.add_argument("--silence-s", type=float, default=60.0, help="when a host counts as lost")
+    parser.add_argument("--stop-within-s", type=float, default=25.0, help="how long ranks take to stop")
     parser.add_argument("--num-lost", type=int, default=0, help="set by the agent itself")
     parser.add_argument("worker_args", nargs=argparse.REMAINDER, help="arguments of metaloom.worker")
     return parser.parse_args()
@@ -369,6 +421,7 @@ def _terms(arguments: argparse.Namespace) -> Terms:
         num_processes=arguments.num_processes,
         digest=arguments.digest,
         log_dir=arguments.log_dir,
+        stop_within_s=arguments.stop_within_s,
     )
 
 

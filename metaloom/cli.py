@@ -1,4 +1,5 @@
-"""The command line: `metaloom train | evaluate | export | adapt | check | plan | data | recipe`.
+"""The command line: `metaloom train | evaluate | export | adapt | check | plan | data | checkpoints |
+recipe`.
 
 Everything that can be checked is checked here, before any process is started and without importing torch.
 """
@@ -6,6 +7,7 @@ Everything that can be checked is checked here, before any process is started an
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -13,13 +15,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import uuid
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from metaloom import __version__
 from metaloom.adapt_command import add_adapt_command
 from metaloom.arguments import add_command
+from metaloom.checkpoints_command import add_checkpoint_commands
 from metaloom.data_command import add_data_commands
 from metaloom.errors import LaunchError, MetaloomError, RecipeError, StreamError
 from metaloom.export_command import add_export_command
@@ -39,7 +43,7 @@ examples:
   metaloom evaluate runs/glyphs-maml           adapt to tasks never seen, beside baselines
 
 exit codes: 0 done, 1 a fault of a process, 2 recipe, 3 data, 4 checkpoint, 5 launch or run folder,
-6 tracking store, 130 interrupted
+6 tracking store, 75 stopped from outside and saved (start it again to go on), 130 interrupted
 """
 
 TRAIN_EXAMPLES = """\
@@ -194,6 +198,7 @@ def _parser() -> argparse.ArgumentParser:
     add_export_command(commands)
     add_adapt_command(commands)
     add_data_commands(commands)
+    add_checkpoint_commands(commands)
 
     recipe = add_command(commands, "recipe", "check, show or describe recipes", RECIPE_EXAMPLES)
     recipe_commands = recipe.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -245,9 +250,12 @@ def _train(arguments: argparse.Namespace) -> int:
     hosts = _standing(recipe)
     if hosts.is_first:
         folder.create()
-        folder.record(data_digest=digest)
-        _write_recipe(recipe, folder.recipe)
-    return _launch("train", recipe, folder, folder.recipe, hosts)
+    with _alone(folder, "train", hosts) as inherited:
+        if hosts.is_first:
+            folder.forget_start()
+            folder.record(data_digest=digest)
+            _write_recipe(recipe, folder.recipe)
+        return _launch("train", recipe, folder, folder.recipe, hosts, inherited=inherited)
 
 
 def _resume(arguments: argparse.Namespace) -> int:
@@ -282,9 +290,10 @@ def _go_on(new: Recipe, folder: RunFolder) -> int:
         print(f"changed: {change.path}: {change.old} -> {change.new}")
     _check_data(new, of_run=folder)
     hosts = _standing(new)
-    if hosts.is_first:
-        _write_recipe(new, folder.recipe)
-    return _launch("train", new, folder, folder.recipe, hosts)
+    with _alone(folder, "train", hosts) as inherited:
+        if hosts.is_first:
+            _write_recipe(new, folder.recipe)
+        return _launch("train", new, folder, folder.recipe, hosts, inherited=inherited)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
@@ -310,14 +319,15 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             "example evaluation.baselines=[random]."
         )
     _check_data(recipe, of_run=folder)
-    if not folder.checkpoints("meta").is_dir():
+    if recipe.checkpoint.url is None and not folder.checkpoints("meta").is_dir():
         raise LaunchError(
             f"{folder.path} has no checkpoint yet: train it with `metaloom train --resume {folder.path}`."
         )
     hosts = _standing(recipe)
-    if hosts.is_first:
-        _write_recipe(recipe, folder.evaluation_recipe)
-    return _launch("evaluate", recipe, folder, folder.evaluation_recipe, hosts)
+    with _alone(folder, "evaluate", hosts) as inherited:
+        if hosts.is_first:
+            _write_recipe(recipe, folder.evaluation_recipe)
+        return _launch("evaluate", recipe, folder, folder.evaluation_recipe, hosts, inherited=inherited)
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -380,7 +390,46 @@ def _standing(recipe: Recipe) -> Standing:
     return standing(recipe.launcher)
 
 
-def _launch(job: str, recipe: Recipe, folder: RunFolder, recipe_path: Path, hosts: Standing) -> int:
+@contextlib.contextmanager
+def _alone(folder: RunFolder, purpose: str, hosts: Standing) -> Iterator[list[int]]:
+    """While it lasts, no other command works on the run; of several hosts, the first sees to that.
+
+    Yields:
+        Open files that hold the lock, for the processes that outlive this one.
+
+    Raises:
+        LaunchError: another command does now.
+    """
+    if not hosts.is_first:
+        yield []
+        return
+    with folder.locked(purpose) as lock:
+        if lock is not None:
+            yield [lock]
+            return
+        # A file system without locks.
+        from metaloom.checkpoints.folder import Folder
+        from metaloom.checkpoints.lease import Lease
+
+        lease = Lease(
+            Folder(folder.path), owner=uuid.uuid4().hex, about=f"metaloom {purpose}", name=f"{purpose}-lease"
+        )
+        lease.acquire()
+        try:
+            yield []
+        finally:
+            lease.release()
+
+
+def _launch(
+    job: str,
+    recipe: Recipe,
+    folder: RunFolder,
+    recipe_path: Path,
+    hosts: Standing,
+    *,
+    inherited: Sequence[int] = (),
+) -> int:
     """Runs this machine's part of a job.
 
     Args:
@@ -400,6 +449,7 @@ def _launch(job: str, recipe: Recipe, folder: RunFolder, recipe_path: Path, host
             hosts,
             log_dir=folder.logs,
             digest=recipe_digest(recipe),
+            inherited=inherited,
         )
 
 

@@ -24,13 +24,14 @@ from metaloom.build import (
     ordinary_settings,
     task_output,
 )
-from metaloom.checkpoints import Checkpoint, CheckpointStore
+from metaloom.checkpoints.store import Checkpoint, CheckpointStore
 from metaloom.engine.algorithms.arm import ArmBn, ArmCml
 from metaloom.engine.algorithms.base import Algorithm
 from metaloom.engine.evaluation import Curve, adaptation_curve
 from metaloom.engine.streams import StreamCurve
 from metaloom.engine.unroll import Unroll
-from metaloom.job import Job, stored_room
+from metaloom.job import Job
+from metaloom.keeping import checkpoint_root, held_rooms
 from metaloom.ordinary import finished_weights, train_ordinary
 from metaloom.recipe import FullFast, GroupsData, HeadFast, Recipe
 from metaloom.recipe.tasks import task_facts
@@ -86,7 +87,7 @@ class Contender:
 
 def meta_trained(job: Job, newest: Checkpoint) -> Contender:
     recipe = job.recipe
-    checkpoint = best_result(_checkpoints(job), newest)
+    checkpoint = best_result(_checkpoints(job), newest, held_rooms(job.sharding))
     model = build_model(recipe, job.place.device, job.sharding)
     if recipe.pretrain is not None:
         model.load(_pretrained(job))
@@ -125,11 +126,12 @@ def _own_rate(recipe: Recipe) -> str:
 
 
 def newest_checkpoint(job: Job) -> Checkpoint:
-    return newest_result(_checkpoints(job), job.place.folder, job.console.warn)
+    rooms = held_rooms(job.sharding)
+    return newest_result(_checkpoints(job), job.place.folder, job.console.warn, rooms)
 
 
 def _checkpoints(job: Job) -> CheckpointStore:
-    return CheckpointStore(job.place.folder.checkpoints("meta"), room=stored_room(job.sharding))
+    return CheckpointStore(checkpoint_root(job.recipe, job.place.folder, "meta"))
 
 
 def baseline(job: Job, name: str, newest: Checkpoint) -> Contender:
@@ -227,7 +229,14 @@ def _after_pretraining(recipe: Recipe, training: str) -> str:
 
 def _pretrained(job: Job) -> MetaTensors:
     assert job.recipe.pretrain is not None, "the recipe has no pre-training"
-    return finished_weights(job, "pretrain", num_steps=job.recipe.pretrain.num_steps)
+    return finished_weights(
+        job.recipe,
+        job.place,
+        job.sharding,
+        "pretrain",
+        num_steps=job.recipe.pretrain.num_steps,
+        on_skip=job.console.warn,
+    )
 
 
 def _ordinarily_trained(job: Job, name: str, num_steps: int) -> MetaTensors:

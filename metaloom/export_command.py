@@ -15,6 +15,7 @@ from metaloom.errors import LaunchError
 
 if TYPE_CHECKING:
     from metaloom.arguments import Commands
+    from metaloom.recipe import Recipe
     from metaloom.run_folder import RunFolder
 
 EXAMPLES = """\
@@ -73,7 +74,7 @@ def _export(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(folder.recipe)
     name = arguments.format or default_format(recipe)
     require_format(recipe, name, merge=arguments.merge)
-    require_trained(folder)
+    require_trained(folder, recipe)
     output = arguments.output or default_output(folder.path, name, arguments.step)
     require_free(output, replace=arguments.replace)
     request = Request(
@@ -87,13 +88,13 @@ def _export(arguments: argparse.Namespace) -> int:
     return run_process("metaloom.export", json.dumps(dataclasses.asdict(request)))
 
 
-def require_trained(folder: RunFolder) -> None:
+def require_trained(folder: RunFolder, recipe: Recipe) -> None:
     """Passes where a run has been trained.
 
     Raises:
         LaunchError: it has no checkpoint.
     """
-    if not folder.checkpoints("meta").is_dir():
+    if recipe.checkpoint.url is None and not folder.checkpoints("meta").is_dir():
         raise LaunchError(
             f"{folder.path} has no checkpoint yet: train it with `metaloom train --resume {folder.path}`."
         )

@@ -9,18 +9,21 @@ from typing import Literal
 
 from metaloom.whereabouts import FailureKind
 
-# In the order in which they are blamed: what a rank said, ranks that were killed, ranks and hosts that
-# miss others. `departure`: a host leaves on purpose.
-FaultKind = Literal["departure", "mistake", "defect", "crash", "silence", "lost_partner"]
+# In the order in which they are blamed: what a rank said, ranks that were killed, a wish to stop, ranks and
+# hosts that miss others. `departure`: a host leaves on purpose.
+FaultKind = Literal["departure", "mistake", "defect", "crash", "stopped", "silence", "lost_partner"]
 _BLAMED: dict[FaultKind, int] = {
     "departure": 0,
     "mistake": 1,
     "defect": 1,
     "crash": 2,
-    "silence": 3,
-    "lost_partner": 4,
+    "stopped": 3,
+    "silence": 4,
+    "lost_partner": 5,
 }
 FAULT = 1  # the exit code of what is no mistake of the user
+# The exit code of a job that was asked to stop and would go on where it was: EX_TEMPFAIL of sysexits.h.
+START_AGAIN = 75
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +76,8 @@ def cause(faults: Sequence[Fault]) -> Fault:
 def judge(fault: Fault, before: Verdict | None, *, max_restarts: int) -> Verdict:
     """Whether a fault is worth a restart.
 
-    A mistake of the user is not: it would come again. Nor is what comes a second time in a row at the same
-    place. A host that leaves costs no restart.
+    A mistake of the user is not: it would come again; nor is a wish to stop. Nor is what comes a second time
+    in a row at the same place. A host that leaves costs no restart.
 
     Args:
         before: the verdict of the fault before this one.
@@ -83,7 +86,7 @@ def judge(fault: Fault, before: Verdict | None, *, max_restarts: int) -> Verdict
     num_restarts = 0 if before is None else before.num_restarts
     if fault.kind == "departure":
         return Verdict(fault, is_end=False, num_restarts=num_restarts)
-    if fault.kind == "mistake" or max_restarts == 0:
+    if fault.kind in ("mistake", "stopped") or max_restarts == 0:
         return Verdict(fault, is_end=True, num_restarts=num_restarts)
     if before is not None and before.fault.place == fault.place:  # a departure has no place
         reason = f"It is the second fault in a row at {fault.place}, so it is not tried again."
@@ -108,9 +111,9 @@ def rank_fault(
     if kind is None:
         how = "was killed by" if isinstance(exit_status, str) else "ended with exit code"
         return Fault("crash", f"rank {rank} {how} {exit_status} at {place}; its output is in {output}", place)
-    if kind == "mistake":
+    if kind in ("mistake", "stopped"):
         assert isinstance(exit_status, int)
-        return Fault("mistake", text, place, exit_status)
+        return Fault(kind, text, place, exit_status)
     said = f"rank {rank} at {place}: {text}"
     if kind == "lost_partner":
         return Fault("lost_partner", said, place)

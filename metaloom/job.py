@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from metaloom.broken_record import BrokenRecord
 from metaloom.datasets import SampleError
-from metaloom.engine.outer import parameter_of
 from metaloom.engine.sharding.base import Sharding
-from metaloom.recipe import MLflowTracking, Recipe, flatten_recipe, recipe_digest
+from metaloom.engine.stopping import StopPoints
+from metaloom.recipe import MLflowTracking, Recipe, flatten_recipe, plain_recipe, recipe_digest
 from metaloom.run_folder import RunFolder
 from metaloom.sources import Data, open_data
 from metaloom.tracking import FinishStatus, RunTracker, environment_facts, make_tracker
@@ -27,7 +27,7 @@ class Shutdown:
     """What a rank's signal handler and its job tell each other.
 
     Attributes:
-        was_asked: a person has asked the job to stop.
+        was_asked: the job was asked to stop, from outside.
         is_closing: the job is delivering its last records, which a SIGTERM shall not cut short: torch
             elastic sends one to the ranks that are left when one has failed.
     """
@@ -44,8 +44,11 @@ class Place:
         folder: the run's folder, seen by all ranks.
         device: where this rank computes.
         tracking_uri: the MLflow store that the environment names, or None.
-        shutdown: how a stop that comes from outside is agreed on.
+        shutdown: what a stop that comes from outside has led to.
         whereabouts: where the rank says where in the job it is.
+        points: where the job may be stopped.
+        job_id: a name that no other job has.
+        round_number: how often the job has started its ranks again.
     """
 
     folder: RunFolder
@@ -53,11 +56,19 @@ class Place:
     tracking_uri: str | None
     shutdown: Shutdown
     whereabouts: Whereabouts = dataclasses.field(default_factory=Whereabouts)
+    points: StopPoints = dataclasses.field(default_factory=StopPoints)
+    job_id: str = "alone"
+    round_number: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A job on one rank, with its data opened and its tracker started."""
+    """A job on one rank, with its data opened and its tracker started.
+
+    Attributes:
+        origin: what it comes from, as plain JSON values: the recipe, the tracked run's id, the digest of the
+            data, versions.
+    """
 
     recipe: Recipe
     place: Place
@@ -65,16 +76,8 @@ class Job:
     sharding: Sharding
     console: Console
     tracker: RunTracker
+    origin: Mapping[str, Any]
     broken: BrokenRecord
-
-
-def stored_room(sharding: Sharding) -> Callable[[str, torch.Size, torch.dtype], Tensor]:
-    """Where a rank reads the tensors of a checkpoint of `OuterOptimizer`, by their names there."""
-
-    def room(key: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        return sharding.room_for(parameter_of(key), shape, dtype)
-
-    return room
 
 
 @contextlib.contextmanager
@@ -114,11 +117,12 @@ def open_job(
         first_step=sys.maxsize if first_step is None else first_step,
         warn=console.warn,
     )
+    facts = environment_facts()
     run_id = tracker.start(
         run_name=place.folder.path.name,
         params=flatten_recipe(recipe),
         tags={
-            **environment_facts(),
+            **facts,
             "recipe_digest": recipe_digest(recipe),
             "data_digest": data.digest,
             "world_size": str(sharding.world_size),
@@ -130,13 +134,21 @@ def open_job(
     if sharding.rank == 0:
         place.folder.record(tracking_run_id=run_id, status=status)
     try:
-        yield Job(recipe, place, data, sharding, console, tracker, broken)
+        origin = {
+            "recipe": plain_recipe(recipe),
+            "tracking_run_id": run_id,
+            "data_digest": data.digest,
+            "versions": facts,
+            "world_size": sharding.world_size,
+        }
+        yield Job(recipe, place, data, sharding, console, tracker, origin, broken)
         if is_training:
             status = "finished"
     except BaseException as error:
         if isinstance(error, SampleError):
             broken.end_with(error.all_broken)
-        # A stopped rank may end in KeyboardInterrupt, or in a collective whose partner stopped first.
+        # A stopped rank may end in `Stopped`, in KeyboardInterrupt, or in a collective whose partner stopped
+        # first.
         if is_training and not place.shutdown.was_asked:
             status = "failed"
         raise

@@ -6,6 +6,7 @@ One agent serves a store, which all others reach. In it lie
     outcome, farewells         how the job ended, and how many hosts have read it
     <round>/plan               who is the first host, the round's number, the fault before
     <round>/beat/<host>        a number that changes every second, and where the host's first rank is
+    <round>/leaving            the verdict of a host that leaves, whose ranks still have all others stop
     <round>/verdict, done      what ended the round; on how many hosts all ranks have ended well
 
 and what torch elastic keeps there of the rendezvous. A call into a store whose host is cut off does not
@@ -67,6 +68,7 @@ class Terms:
         num_processes: ranks on each host.
         digest: of the recipe, which all hosts must share.
         log_dir: where the ranks' output goes, on a file system that all hosts share.
+        stop_within_s: how long ranks have to stop and save what they did.
     """
 
     endpoint: tuple[str, int]
@@ -79,6 +81,7 @@ class Terms:
     num_processes: int
     digest: str
     log_dir: Path
+    stop_within_s: float
 
     @property
     def where(self) -> str:
@@ -136,6 +139,14 @@ class Round:
     def verdict(self) -> Verdict | None:
         """The verdict of the round, where a host has posted one."""
         return Verdict.from_json(self._store.get("verdict")) if self._store.check(["verdict"]) else None
+
+    def announce(self, verdict: Verdict) -> None:
+        """Says what will be the verdict once the ranks have stopped, since this host leaves."""
+        self._store.compare_set("leaving", "", verdict.to_json())
+
+    def announced(self) -> Verdict | None:
+        """What a host has announced that leaves; None where none does."""
+        return Verdict.from_json(self._store.get("leaving")) if self._store.check(["leaving"]) else None
 
     def say_done(self) -> None:
         """Tells the others that this host's ranks have all ended well."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from metaloom.build import as_tensors, model_structure, task_output
-from metaloom.checkpoints import Checkpoint, CheckpointStore
+from metaloom.checkpoints.retention import Retention
+from metaloom.checkpoints.store import Checkpoint, CheckpointStore
 from metaloom.datasets import Samples, drawn_ahead, share_of_rank
 from metaloom.engine.adapters.base import BACKBONE
 from metaloom.engine.draws import Draws
@@ -17,8 +19,11 @@ from metaloom.engine.hypergradients.base import prefixed, unprefixed
 from metaloom.engine.ordinary import ordinary_gradient
 from metaloom.engine.outer import OuterOptimizer, OuterSettings
 from metaloom.engine.precision import LossScaler, Precision
+from metaloom.engine.sharding.base import Sharding
 from metaloom.errors import CheckpointError
-from metaloom.job import Job, stored_room
+from metaloom.job import Job, Place
+from metaloom.keeping import Keeper, checkpoint_root, held_rooms
+from metaloom.recipe import Recipe
 from metaloom.weights import HeldModel
 
 NUM_CHECKPOINTS = 5
@@ -39,9 +44,9 @@ def train_ordinary(
     batch.
 
     Goes on from the newest checkpoint of the phase if that was made by the same settings, and leaves the
-    last one there; so calling it again costs nothing. Every rank must call. Each rank takes its share of
-    every batch, so batch statistics (of a model that has batch norm) are those of the share, dummies
-    included.
+    last one there; so calling it again costs nothing. A training that is stopped is saved first. Every rank
+    must call. Each rank takes its share of every batch, so batch statistics (of a model that has batch norm)
+    are those of the share, dummies included.
 
     Loss and accuracy are logged as `<phase>/loss` and `<phase>/accuracy` at steps below 0, so that step 0
     is where meta-training begins.
@@ -50,16 +55,19 @@ def train_ordinary(
         batch_size: samples per step over all ranks.
         phase_name: names the checkpoints and metrics.
         shown_name: names the progress bar.
+
+    Raises:
+        Stopped: the job was asked to stop.
     """
-    folder = job.place.folder.checkpoints(phase_name)
-    store = CheckpointStore(folder, keep_last=1, room=stored_room(job.sharding))
+    root = checkpoint_root(job.recipe, job.place.folder, phase_name)
+    store = CheckpointStore(root, retention=Retention(last=1))
     outer = OuterOptimizer(prefixed(BACKBONE, model.values()), settings, job.sharding)
     made_by = dataclasses.asdict(settings) | {"batch_size": batch_size}
     if any(isinstance(module, nn.BatchNorm2d) for module in model.module.modules()):
         # Batch statistics are those of a rank's share: with other shares it is another training.
         made_by["world_size"] = job.sharding.world_size
     made_by["betas"] = list(settings.betas)  # as JSON has it
-    newest = store.load_newest(job.console.warn)
+    newest = store.load_newest(job.console.warn, held_rooms(job.sharding))
     if newest is not None and newest.scalars["made_by"] != made_by:
         job.console.note(f"{shown_name}: trained anew, since its settings or its length have changed")
         store.clear()
@@ -84,8 +92,21 @@ def train_ordinary(
         num_workers=job.recipe.loading.num_workers,
         noun="batch",
     )
-    with ahead, job.console.phase(shown_name, total=settings.num_steps, num_done=outer.step) as phase:
+    keeper = Keeper(
+        job, store, last_step=None if newest is None else newest.step, noun=f"step of {shown_name}"
+    )
+
+    def checkpoint() -> Checkpoint:
+        scalars = outer.scalars() | {"made_by": made_by, "scaler": scaler.scalars()}
+        return Checkpoint(outer.step, outer.tensors(), scalars)
+
+    with (
+        ahead,
+        keeper.saving_when_stopped(checkpoint),
+        job.console.phase(shown_name, total=settings.num_steps, num_done=outer.step) as phase,
+    ):
         while outer.step < settings.num_steps:
+            job.place.points.pass_point()
             job.place.whereabouts.enter(f"step {outer.step + 1} of {shown_name}")
             drawn = next(ahead)
             job.broken.take(drawn.broken, step=outer.step + 1 - settings.num_steps)
@@ -103,28 +124,40 @@ def train_ordinary(
             if outer.step % LOG_EVERY == 0:
                 named = {f"{phase_name}/{name}": value for name, value in metrics.items()}
                 job.tracker.log(named, outer.step - settings.num_steps)
-            if outer.step == settings.num_steps or outer.step % checkpoint_every == 0:
-                scalars = outer.scalars() | {"made_by": made_by, "scaler": scaler.scalars()}
-                store.save(Checkpoint(outer.step, outer.tensors(), scalars))
+            if outer.step == settings.num_steps:
+                keeper.save_last(checkpoint())
+            elif keeper.is_due(outer.step) or outer.step % checkpoint_every == 0:
+                keeper.save(checkpoint())
     return unprefixed(BACKBONE, outer.meta)
 
 
-def finished_weights(job: Job, phase_name: str, *, num_steps: int) -> dict[str, Tensor]:
+def finished_weights(
+    recipe: Recipe,
+    place: Place,
+    sharding: Sharding,
+    phase_name: str,
+    *,
+    num_steps: int,
+    on_skip: Callable[[str], None],
+) -> dict[str, Tensor]:
     """What this rank holds of the weights that `train_ordinary` has left after its last step. Every rank must
     call.
+
+    Args:
+        on_skip: called on rank 0 with one line for each checkpoint that was passed over.
 
     Raises:
         CheckpointError: they are missing, or of an earlier step.
     """
-    store = CheckpointStore(job.place.folder.checkpoints(phase_name), room=stored_room(job.sharding))
-    newest = store.load_newest(job.console.warn)
+    store = CheckpointStore(checkpoint_root(recipe, place.folder, phase_name))
+    newest = store.load_newest(on_skip, held_rooms(sharding))
     if newest is None or newest.step != num_steps:
         raise CheckpointError(
-            f"{store.root} has no valid checkpoint of step {num_steps}, from which this run went on. Restore "
-            "that folder, or start a new run."
+            f"{store.shown} has no valid checkpoint of step {num_steps}, from which this run went on. "
+            "Restore that folder, or start a new run."
         )
     return {
-        name: job.sharding.held(value).to(job.place.device)
+        name: sharding.held(value).to(place.device)
         for name, value in newest.under(f"meta/{BACKBONE}").items()
     }
 

@@ -10,6 +10,7 @@ import threading
 import time
 
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+END_NOW = signal.SIGUSR2  # by which an agent ends ranks that have lost a partner; nobody else sends it
 
 
 def watch_parent(number: signal.Signals) -> None:

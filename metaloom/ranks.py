@@ -15,6 +15,7 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing import LogsSpecs, PContext, start_processes
 
 from metaloom.faults import Fault, rank_fault
+from metaloom.processes import END_NOW
 from metaloom.whereabouts import last_failure, last_place
 
 STOP_S = 30  # how long ranks have to end when they are told to
@@ -121,12 +122,19 @@ class Ranks:
             )
         return faults
 
-    def stop(self, number: signal.Signals) -> None:
-        """Ends the ranks that still run by a signal, after `STOP_S` by SIGKILL, and tidies up."""
+    def ask(self, number: signal.Signals) -> None:
+        """Sends a signal to the ranks that still run."""
+        for local_rank, pid in self._processes.pids().items():
+            if local_rank not in self.exit_statuses():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+
+    def stop(self) -> None:
+        """Ends the ranks that still run, after `STOP_S` by SIGKILL, and tidies up."""
         for pid in self._processes.pids().values():
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGCONT)  # one that was stopped cannot end before it goes on
-        self._processes.close(number, STOP_S)
+        self._processes.close(END_NOW, STOP_S)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _silent(self, places: Sequence[str], statuses: dict[int, int | str]) -> str:

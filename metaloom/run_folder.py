@@ -8,6 +8,7 @@ metrics.jsonl        metrics by outer step
 cosines.jsonl        cosines between the gradients of tasks or groups, where the combiner measures them
 broken.jsonl         damaged samples that were passed over
 checkpoints/         pretrain/, meta/, ordinary_*/: one folder of checkpoints each
+train.lock, evaluate.lock   held by the command that works on the run
 logs/                the ranks' standard error
 mlflow.db, mlflow/   the tracking store, unless the recipe or the environment names a server
 evaluation.json      results of the last evaluation; evaluation-recipe.yaml is what it was asked
@@ -17,9 +18,15 @@ export/, adapted/    what was taken away: a folder for each format, and for each
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
+import fcntl
 import json
+import os
+import socket
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,13 +107,52 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             # Under a name of its own: the commands of two hosts may be here at once.
             tempfile.TemporaryFile(dir=self.path).close()
-            # Of a start that was refused: its tracked run is not this one.
-            (self.path / "run.json").unlink(missing_ok=True)
         except OSError as error:
             raise LaunchError(
                 f"the run folder {self.path} cannot be written: {error.strerror or error}. "
                 "Name another folder with --run."
             ) from error
+
+    def forget_start(self) -> None:
+        """Forgets what a start that was refused has recorded: its tracked run is not this one."""
+        (self.path / "run.json").unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def locked(self, purpose: str) -> Iterator[int | None]:
+        """While it lasts, no other command does the same with this run. What is left of one that was killed
+        is no lock: the kernel takes it back.
+
+        Args:
+            purpose: what is done: `train`, `evaluate`.
+
+        Yields:
+            The open file that holds the lock, which processes that inherit it hold too; None where this file
+            system has no locks.
+
+        Raises:
+            LaunchError: another command does it now.
+        """
+        path = self.path / f"{purpose}.lock"
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+                raise LaunchError(
+                    f"{self.path}: another `metaloom {purpose}` works on this run ({holder}). Wait for its "
+                    "end, or stop it; another run needs a folder of its own (--run)."
+                ) from None
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+                    raise
+                yield None
+                return
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+            yield descriptor
+        finally:
+            os.close(descriptor)
 
     def has_started(self) -> bool:
         """Whether a job has logged or saved anything here; one that was refused at its start has not."""

@@ -7,10 +7,10 @@ import json
 import math
 import resource
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from metaloom.adapting import measured_episodes
@@ -24,30 +24,47 @@ from metaloom.build import (
     outer_settings,
     task_batch,
 )
-from metaloom.checkpoints import Checkpoint, CheckpointStore
-from metaloom.checkpoints.store import require_same_tensors
+from metaloom.checkpoints.manifest import Manifest
+from metaloom.checkpoints.retention import retention_of
+from metaloom.checkpoints.store import (
+    Checkpoint,
+    CheckpointStore,
+    from_rank_0,
+    require_same_tensors,
+)
+from metaloom.checkpoints.tensors import dtype_of
 from metaloom.choosing import choose
 from metaloom.datasets import Episode, EpisodeSource, EpisodeStream
 from metaloom.engine.algorithms.base import Algorithm
 from metaloom.engine.combiners.base import Combiner
 from metaloom.engine.learner import TaskBatch
-from metaloom.engine.outer import OuterOptimizer
+from metaloom.engine.outer import OuterOptimizer, parameter_of
 from metaloom.engine.precision import LossScaler, Precision
+from metaloom.engine.sharding.base import Sharding
 from metaloom.engine.sharding.deepspeed_zero import DeepSpeedZero
 from metaloom.engine.step import StepTasks, outer_step
+from metaloom.errors import RecipeError
 from metaloom.files import replace_file
 from metaloom.group_measures import worst_of_groups
-from metaloom.job import Job, Place, open_job, stored_room
+from metaloom.job import Job, Place, open_job
+from metaloom.keeping import (
+    Keeper,
+    checkpoint_root,
+    held_rooms,
+    require_recorded,
+    writing_alone,
+)
 from metaloom.ordinary import finished_weights, train_ordinary
 from metaloom.recipe import Pretrain, Recipe
 from metaloom.recipe.tasks import tokens_per_task
 from metaloom.sources import episode_source, pretraining_samples
+from metaloom.tracking.console import Phase
 from metaloom.tracking.cosines import CosineRecord, add_cosines
 from metaloom.weights import HeldModel
 
 
 def train(recipe: Recipe, place: Place) -> None:
-    """Meta-trains by a recipe, from the newest checkpoint in the run folder or from the start.
+    """Meta-trains by a recipe, from the newest checkpoint or from the start.
 
     Every rank must call.
 
@@ -56,48 +73,115 @@ def train(recipe: Recipe, place: Place) -> None:
     """
     notes: list[str] = []
     sharding = build_sharding(recipe, place.device)
-    store = CheckpointStore(
-        place.folder.checkpoints("meta"),
-        keep_last=recipe.checkpoint.keep_last,
-        room=stored_room(sharding),
-    )
-    newest = store.load_newest(notes.append)
-    first_step = _first_step(recipe, place, newest)
-    with open_job(recipe, place, sharding, is_training=True, first_step=first_step) as job:
-        for note in notes:
-            job.console.warn(note)
-        job.tracker.artifact(place.folder.recipe)
+    with writing_alone(recipe, place) as lease:
+        root = checkpoint_root(recipe, place.folder, "meta")
+        store = CheckpointStore(root, retention=retention_of(recipe), lease=lease)
         model = build_model(recipe, place.device, sharding)
-        # Before any training: what is refused must not cost a pre-training.
-        if newest is not None:
-            choices = Choices.load(newest.scalars["choices"])
-        else:
-            choices = choose(job, model, _train_source(job))
-        algorithm = build_algorithm(recipe, model, choices, place.device, sharding=job.sharding)
-        if recipe.pretrain is not None:
-            is_resumed = newest is not None
-            model.load(_pretrained(job, recipe.pretrain, model, must_be_done=is_resumed))
-        outer = OuterOptimizer(
-            algorithm.meta_parameters(),
-            outer_settings(recipe),
-            job.sharding,
-            tracked=algorithm.tracked(),
+        resumed = _resumed(recipe, place, sharding, store, model, notes.append)
+        first_step = _first_step(recipe, place, resumed)
+        with open_job(recipe, place, sharding, is_training=True, first_step=first_step) as job:
+            for note in notes:
+                job.console.warn(note)
+            job.tracker.artifact(place.folder.recipe)
+            run = resumed or _new_run(job, model)
+            if isinstance(job.sharding, DeepSpeedZero):
+                _tell_of_deepspeed(job, job.sharding)
+            if resumed is not None:
+                job.console.note(
+                    f"resumed after outer step {run.state.outer.step} of {recipe.outer.num_steps}"
+                )
+            store.remove_remains()
+            is_saved = resumed is not None and run.state.unfinished is None
+            last_step = run.state.outer.step if is_saved else None
+            _outer_loop(job, run, Keeper(job, store, last_step=last_step, noun="outer step"))
+            if job.sharding.rank == 0 and job.place.folder.cosines.exists():
+                job.tracker.artifact(job.place.folder.cosines)
+            where = job.tracker.describe()
+    if sharding.rank == 0:
+        _say_closing(job, run.state, where)
+
+
+@dataclasses.dataclass
+class Run:
+    """What trains, and the state that it trains from."""
+
+    algorithm: Algorithm
+    state: State
+
+
+def _resumed(
+    recipe: Recipe,
+    place: Place,
+    sharding: Sharding,
+    store: CheckpointStore,
+    model: HeldModel,
+    on_skip: Callable[[str], None],
+) -> Run | None:
+    """The run as its newest valid checkpoint has it; None where there is none yet. Every rank must call.
+
+    Raises:
+        CheckpointError: no checkpoint is valid, or they belong to another model.
+    """
+    built: list[Run] = []
+
+    def rooms(manifest: Manifest) -> dict[str, Tensor]:
+        # Before anything is read: what belongs to another model is refused at once.
+        run = _run(recipe, place, sharding, model, Choices.load(manifest.scalars["choices"]))
+        _require_same(run.state.outer, manifest, source=store.shown)
+        built[:] = [run]
+        return held_rooms(sharding)(manifest)
+
+    if recipe.pretrain is not None and from_rank_0(store.steps):
+        num_steps = recipe.pretrain.num_steps
+        model.load(
+            finished_weights(recipe, place, sharding, "pretrain", num_steps=num_steps, on_skip=on_skip)
         )
-        model.hold_once(outer.meta)
-        if isinstance(job.sharding, DeepSpeedZero):
-            _tell_of_deepspeed(job, job.sharding)
-        combiner = build_combiner(recipe, outer.meta, job.sharding, metric_names=algorithm.metric_names)
-        state = State(outer, combiner, LossScaler(Precision(recipe.precision.compute)), Progress(), choices)
-        if newest is not None:
-            require_same_tensors(outer.stored_meta(), newest.under("meta/"), source=store.root)
-            state.load(newest)
-            job.console.note(f"resumed after outer step {outer.step} of {recipe.outer.num_steps}")
-        _outer_loop(job, algorithm, state, store)
-        if job.sharding.rank == 0 and job.place.folder.cosines.exists():
-            job.tracker.artifact(job.place.folder.cosines)
-        where = job.tracker.describe()
-    if job.sharding.rank == 0:
-        _say_closing(job, state, where)
+    newest = store.load_newest(on_skip, rooms)
+    require_recorded(place.folder, newest)
+    if newest is None:
+        return None
+    (run,) = built
+    run.state.load(newest)
+    return run
+
+
+def _require_same(outer: OuterOptimizer, manifest: Manifest, *, source: str) -> None:
+    """Checks that a checkpoint is of what this recipe trains.
+
+    Raises:
+        CheckpointError: it is not; all differences are listed.
+    """
+    expected = outer.room()
+    meta = outer.stored_meta()
+    for key, found in manifest.tensors.items():
+        like = meta.get(parameter_of(key))
+        if key.startswith("optimizer/") and like is not None:
+            # What an optimizer keeps of a parameter is shaped like that, or a number.
+            shape = found.shape if found.shape in ((), tuple(like.shape)) else like.shape
+            expected[key] = torch.empty(shape, dtype=dtype_of(found), device="meta")
+    require_same_tensors(expected, manifest.tensors, source=source)
+
+
+def _new_run(job: Job, model: HeldModel) -> Run:
+    """The run at its start, after what the recipe has come before."""
+    recipe = job.recipe
+    # Before any training: what is refused must not cost a pre-training.
+    choices = choose(job, model, _train_source(job))
+    build_algorithm(recipe, model, choices, job.place.device, sharding=job.sharding)
+    if recipe.pretrain is not None:
+        model.load(_pretrained(job, recipe.pretrain, model))
+    return _run(recipe, job.place, job.sharding, model, choices)
+
+
+def _run(recipe: Recipe, place: Place, sharding: Sharding, model: HeldModel, choices: Choices) -> Run:
+    algorithm = build_algorithm(recipe, model, choices, place.device, sharding=sharding, points=place.points)
+    outer = OuterOptimizer(
+        algorithm.meta_parameters(), outer_settings(recipe), sharding, tracked=algorithm.tracked()
+    )
+    model.hold_once(outer.meta)
+    combiner = build_combiner(recipe, outer.meta, sharding, metric_names=algorithm.metric_names)
+    scaler = LossScaler(Precision(recipe.precision.compute))
+    return Run(algorithm, State(outer, combiner, scaler, Progress(), choices))
 
 
 @dataclasses.dataclass
@@ -105,52 +189,65 @@ class Progress:
     """What decides on the best step and on an early stop; saved with every checkpoint.
 
     Attributes:
-        best_step: the outer step with the lowest validation loss so far, None before the first.
-        best_loss: that loss.
+        best_step: the outer step with the best validation so far, None before the first.
+        best_value: what it was the best by.
         num_worse: validations in a row that did not improve on the best before them by `min_delta`.
     """
 
     best_step: int | None = None
-    best_loss: float | None = None
+    best_value: float | None = None
     num_worse: int = 0
 
-    def take(self, step: int, loss: float, *, min_delta: float) -> bool:
+    def take(self, step: int, value: float, *, is_higher_better: bool, min_delta: float) -> bool:
         """Takes in one validation; True if it is the best so far."""
-        best = math.inf if self.best_loss is None else self.best_loss
-        self.num_worse = 0 if loss < best - min_delta else self.num_worse + 1
-        if not loss < best:
+        sign = -1.0 if is_higher_better else 1.0
+        best = math.inf if self.best_value is None else sign * self.best_value
+        self.num_worse = 0 if sign * value < best - min_delta else self.num_worse + 1
+        if not sign * value < best:
             return False
-        self.best_step, self.best_loss = step, loss
+        self.best_step, self.best_value = step, value
         return True
 
 
 @dataclasses.dataclass
 class State:
-    """What a run is, apart from its recipe: what a checkpoint holds."""
+    """What a run is, apart from its recipe: what a checkpoint holds.
+
+    Attributes:
+        unfinished: the metrics of the last outer step, where they were not logged yet.
+    """
 
     outer: OuterOptimizer
     combiner: Combiner
     scaler: LossScaler
     progress: Progress
     choices: Choices
+    unfinished: dict[str, float] | None = None
 
-    def checkpoint(self) -> Checkpoint:
-        """Everything that the next outer step depends on."""
+    def checkpoint(self, origin: Mapping[str, Any], metrics: Mapping[str, float]) -> Checkpoint:
+        """Everything that the next outer step depends on.
+
+        Args:
+            origin: what the run is, for whoever finds the checkpoint alone.
+            metrics: of the last validation, where it was after this step.
+        """
         scalars = self.outer.scalars() | {
             "combiner": self.combiner.scalars(),
             "progress": dataclasses.asdict(self.progress),
             "scaler": self.scaler.scalars(),
             "choices": self.choices.scalars(),
+            "unfinished": self.unfinished,
+            "origin": dict(origin),
         }
-        return Checkpoint(self.outer.step, self.outer.tensors(), scalars)
+        return Checkpoint(self.outer.step, self.outer.tensors(), scalars, dict(metrics))
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Takes over what `checkpoint` returned; the choices are made before."""
         self.outer.load(checkpoint.tensors, checkpoint.scalars)
-        # Before tasks could be combined otherwise, there was nothing to keep.
-        self.combiner.load(checkpoint.scalars.get("combiner", {}))
+        self.combiner.load(checkpoint.scalars["combiner"])
         self.scaler.load(checkpoint.scalars["scaler"])
         self.progress = Progress(**checkpoint.scalars["progress"])
+        self.unfinished = checkpoint.scalars["unfinished"]
 
 
 def _train_source(job: Job) -> EpisodeSource:
@@ -159,10 +256,8 @@ def _train_source(job: Job) -> EpisodeSource:
     return episode_source(recipe, job.data, "train", seed=recipe.seed, num_steps=num_inner)
 
 
-def _pretrained(job: Job, pretrain: Pretrain, model: HeldModel, *, must_be_done: bool) -> dict[str, Tensor]:
+def _pretrained(job: Job, pretrain: Pretrain, model: HeldModel) -> dict[str, Tensor]:
     """The weights after the recipe's ordinary training phase, from its checkpoint if it is done."""
-    if must_be_done:
-        return finished_weights(job, "pretrain", num_steps=pretrain.num_steps)
     return train_ordinary(
         job,
         model,
@@ -182,11 +277,20 @@ def _tell_of_deepspeed(job: Job, sharding: DeepSpeedZero) -> None:
     job.tracker.artifact(job.place.folder.deepspeed)
 
 
-def _outer_loop(job: Job, algorithm: Algorithm, state: State, store: CheckpointStore) -> None:
+def _outer_loop(job: Job, run: Run, keeper: Keeper) -> None:
+    """Trains until the last step, or until the run is stopped: then its last whole step is saved.
+
+    Raises:
+        Stopped: it was.
+    """
+    with keeper.saving_when_stopped(lambda: _checkpoint(job, run.state, {})):
+        _steps(job, run, keeper)
+
+
+def _steps(job: Job, run: Run, keeper: Keeper) -> None:
     recipe, sharding = job.recipe, job.sharding
-    outer, progress = state.outer, state.progress
-    num_inner = recipe.adaptation.num_steps
-    validation = episode_source(recipe, job.data, "validation", seed=recipe.seed, num_steps=num_inner)
+    algorithm, state = run.algorithm, run.state
+    outer, points = state.outer, job.place.points
     clock = _Clock(job)
     stream = EpisodeStream(
         _train_source(job),
@@ -199,9 +303,12 @@ def _outer_loop(job: Job, algorithm: Algorithm, state: State, store: CheckpointS
         num_workers=recipe.loading.num_workers,
         is_lockstep=sharding.is_lockstep,
     )
-    phases = job.console.phase("meta-train", total=recipe.outer.num_steps, num_done=outer.step)
+    num_done = outer.step - (state.unfinished is not None)
+    phases = job.console.phase("meta-train", total=recipe.outer.num_steps, num_done=num_done)
     with stream, phases as phase:
-        while outer.step < recipe.outer.num_steps and not _stops_early(recipe, progress):
+        if state.unfinished is not None:
+            _finish_step(job, run, keeper, phase)
+        while outer.step < recipe.outer.num_steps and not _stops_early(recipe, state.progress):
             job.place.whereabouts.enter(f"outer step {outer.step + 1}")
             clock.start_step()
             _, episodes = next(stream)
@@ -213,25 +320,37 @@ def _outer_loop(job: Job, algorithm: Algorithm, state: State, store: CheckpointS
                 recipe.outer.tasks_per_step,
                 recipe.outer.side_by_side or max(1, len(episodes)),
             )
-            metrics = outer_step(tasks, algorithm, state.combiner, outer, state.scaler)
+            metrics = outer_step(tasks, algorithm, state.combiner, outer, state.scaler, points=points)
             metrics |= clock.end_step()
+            waited_s = keeper.waited_s()
+            if waited_s > 0.0:
+                metrics["checkpoint_wait_s"] = waited_s
             if job.broken.count:
                 metrics["broken_samples"] = job.broken.count
-            is_best = False
-            if _is_due(outer.step, recipe.validation.every_steps, recipe.outer.num_steps):
-                parameters = outer.evaluation_parameters()
-                metrics |= validate(job, algorithm, parameters, validation, step=outer.step)
-                early = recipe.validation.early_stopping
-                min_delta = 0.0 if early is None else early.min_delta
-                is_best = progress.take(outer.step, metrics["validation_loss"], min_delta=min_delta)
-            job.tracker.log(metrics, outer.step)
-            phase.advance(1, **_shown(metrics))
-            if "validation_loss" in metrics or outer.step == recipe.outer.num_steps:
+            state.unfinished = metrics
+            if _is_validated(recipe, outer.step) or outer.step == recipe.outer.num_steps:
                 _keep_cosines(job, state)
-            is_last = outer.step == recipe.outer.num_steps or _stops_early(recipe, progress)
-            if is_best or is_last or clock.is_checkpoint_due(outer.step):
-                _save(store, state)
-                clock.checkpoint_done()
+            _finish_step(job, run, keeper, phase)
+
+
+def _finish_step(job: Job, run: Run, keeper: Keeper, phase: Phase) -> None:
+    """What follows on an outer step: validation, the records of it, a checkpoint. A run that is stopped in
+    the midst of it begins with this when it goes on."""
+    recipe, state = job.recipe, run.state
+    outer, progress = state.outer, state.progress
+    assert state.unfinished is not None
+    metrics, is_best = dict(state.unfinished), False
+    if _is_validated(recipe, outer.step):
+        validated = validate(job, run.algorithm, outer.evaluation_parameters(), step=outer.step)
+        is_best = _is_best(recipe, progress, validated, step=outer.step)
+        metrics |= validated
+    job.tracker.log(metrics, outer.step)
+    state.unfinished = None
+    phase.advance(1, **_shown(metrics))
+    if outer.step == recipe.outer.num_steps or _stops_early(recipe, progress):
+        keeper.save_last(_checkpoint(job, state, metrics))
+    elif keeper.is_due(outer.step) or is_best:
+        keeper.save(_checkpoint(job, state, metrics))
 
 
 def _keep_cosines(job: Job, state: State) -> None:
@@ -250,9 +369,7 @@ def _own_tasks(job: Job, episodes: Sequence[Episode], *, num_dummies: int) -> Ta
     return task_batch(job.recipe, episodes, job.place.device, num_steps=num_inner, num_dummies=num_dummies)
 
 
-def validate(
-    job: Job, algorithm: Algorithm, meta: Mapping[str, Tensor], source: EpisodeSource, *, step: int
-) -> dict[str, float]:
+def validate(job: Job, algorithm: Algorithm, meta: Mapping[str, Tensor], *, step: int) -> dict[str, float]:
     """Mean query loss and scores over the recipe's validation episodes, always the same ones; and of the
     worst group, where these have groups.
 
@@ -267,6 +384,7 @@ def validate(
     names = (*(f"{name}_before" for name in measures), *measures)
     sums = {name: torch.zeros((), dtype=torch.float64) for name in names}
     num_steps = recipe.adaptation.num_steps
+    source = episode_source(recipe, job.data, "validation", seed=recipe.seed, num_steps=num_steps)
     own: list[tuple[str | None, tuple[float, ...]]] = []  # of each episode here: its group, what is measured
     for episodes, curve in measured_episodes(
         job, algorithm.curve, meta, source, num_episodes=num_episodes, num_steps=num_steps, step=step
@@ -277,6 +395,7 @@ def validate(
         after = zip(*(curve[name][:, -1].tolist() for name in measures), strict=True)
         own += zip((episode.group for episode in episodes), after, strict=True)
     on_device = {name: value.to(job.place.device) for name, value in sums.items()}
+    job.place.points.meet()
     total = sharding.sum_over_ranks(on_device)
     means = {name: float(value) / num_episodes for name, value in total.items()}
     groups, values = zip(*sharding.gather(own), strict=True)
@@ -285,19 +404,41 @@ def validate(
     return {f"validation_{name}": value for name, value in means.items()}
 
 
-def _save(store: CheckpointStore, state: State) -> None:
-    best_step = state.progress.best_step
-    store.save(state.checkpoint(), protect=frozenset() if best_step is None else frozenset({best_step}))
+def _is_best(recipe: Recipe, progress: Progress, validated: Mapping[str, float], *, step: int) -> bool:
+    """Takes in one validation; whether it is the best so far.
+
+    Raises:
+        RecipeError: what it should be the best by was not measured.
+    """
+    settings = recipe.validation
+    name = f"validation_{settings.best_by}"
+    if name not in validated:
+        raise RecipeError(
+            f"validation.best_by: {settings.best_by}; validations of this run measure "
+            f"{', '.join(sorted(key.removeprefix('validation_') for key in validated))}: name one of these."
+        )
+    min_delta = 0.0 if settings.early_stopping is None else settings.early_stopping.min_delta
+    is_higher_better = settings.best_by.endswith("accuracy")
+    return progress.take(step, validated[name], is_higher_better=is_higher_better, min_delta=min_delta)
 
 
-def _first_step(recipe: Recipe, place: Place, newest: Checkpoint | None) -> int:
+def _checkpoint(job: Job, state: State, metrics: Mapping[str, float]) -> Checkpoint:
+    """The run as it is now, and where it comes from: what a new run folder could be made of."""
+    recipe = job.recipe
+    # All that a stream's position is: the next episode's number, which follows from the step.
+    origin = {**job.origin, "next_episode": state.outer.step * recipe.outer.tasks_per_step}
+    validated = {name: value for name, value in metrics.items() if name.startswith("validation_")}
+    return state.checkpoint(origin, validated)
+
+
+def _first_step(recipe: Recipe, place: Place, resumed: Run | None) -> int:
     """The first step whose metrics this process will write: what is there from it on is dropped."""
-    if newest is not None:
-        return newest.step + 1
+    if resumed is not None:
+        return resumed.state.outer.step + (resumed.state.unfinished is None)
     if recipe.pretrain is None:
         return 0
-    store = CheckpointStore(place.folder.checkpoints("pretrain"))
-    return max(store.steps(), default=0) - recipe.pretrain.num_steps + 1
+    store = CheckpointStore(checkpoint_root(recipe, place.folder, "pretrain"))
+    return max(from_rank_0(store.steps), default=0) - recipe.pretrain.num_steps + 1
 
 
 def _stops_early(recipe: Recipe, progress: Progress) -> bool:
@@ -305,8 +446,10 @@ def _stops_early(recipe: Recipe, progress: Progress) -> bool:
     return early is not None and progress.num_worse >= early.patience
 
 
-def _is_due(step: int, every: int | None, last: int) -> bool:
-    return every is not None and (step % every == 0 or step == last)
+def _is_validated(recipe: Recipe, step: int) -> bool:
+    """Whether a validation follows on an outer step."""
+    every = recipe.validation.every_steps
+    return every is not None and (step % every == 0 or step == recipe.outer.num_steps)
 
 
 def _shown(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -318,11 +461,10 @@ def _shown(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 class _Clock:
-    """Times of one outer step, and when the next checkpoint is due by time."""
+    """Times of one outer step."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._last_checkpoint_s = time.monotonic()
 
     def start_step(self) -> None:
         self._start_s = time.monotonic()
@@ -346,27 +488,14 @@ class _Clock:
             metrics["peak_gpu_memory_mib"] = torch.cuda.max_memory_allocated(self._job.place.device) / 2**20
         return metrics
 
-    def is_checkpoint_due(self, step: int) -> bool:
-        """By steps or by rank 0's clock. Every rank must call."""
-        settings = self._job.recipe.checkpoint
-        if settings.every_steps is not None and step % settings.every_steps == 0:
-            return True
-        if settings.every_minutes is None:
-            return False
-        late = time.monotonic() - self._last_checkpoint_s >= 60.0 * settings.every_minutes
-        flag = torch.tensor([int(late)])
-        if dist.is_initialized():
-            dist.broadcast(flag, src=0)
-        return bool(flag.item())
-
-    def checkpoint_done(self) -> None:
-        self._last_checkpoint_s = time.monotonic()
-
 
 def _say_closing(job: Job, state: State, where: str) -> None:
     folder, outer, progress = job.place.folder.path, state.outer, state.progress
     job.console.note(f"meta-trained for {outer.step} outer steps; the run is in {folder}")
     if progress.best_step is not None:
-        job.console.note(f"best validation loss {progress.best_loss:.4f} at outer step {progress.best_step}")
+        best_by = job.recipe.validation.best_by.replace("_", " ")
+        job.console.note(
+            f"best validation {best_by} {progress.best_value:.4f} at outer step {progress.best_step}"
+        )
     job.console.note(f"tracked in {where}")
     job.console.note(f"next: metaloom evaluate {folder}")

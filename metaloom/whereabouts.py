@@ -12,8 +12,9 @@ START = "the start"
 END = "the end"
 
 # mistake: an error that users can meet, as a message for them. defect: anything else that was raised.
-# lost_partner: a collective failed, since another rank was gone or silent: an effect, never the cause.
-FailureKind = Literal["mistake", "defect", "lost_partner"]
+# stopped: the job was asked to stop, from outside. lost_partner: a collective failed, since another rank was
+# gone or silent: an effect, never the cause.
+FailureKind = Literal["mistake", "defect", "stopped", "lost_partner"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ code that says why: 0, the code of a `MetaloomError`, or 1.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import os
 import re
@@ -21,15 +22,18 @@ from types import FrameType
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from metaloom.check import check
 from metaloom.errors import MetaloomError
 from metaloom.evaluate import evaluate
+from metaloom.faults import START_AGAIN
 from metaloom.job import Place, Shutdown
-from metaloom.processes import watch_parent
-from metaloom.recipe import Recipe, load_recipe
+from metaloom.notices import Source, watching
+from metaloom.processes import END_NOW, watch_parent
+from metaloom.recipe import Recipe, ShardedSharding, load_recipe
 from metaloom.run_folder import RunFolder
+from metaloom.stopping import Stopped, StopWatch
 from metaloom.train import train
 from metaloom.whereabouts import END, Failure, FailureKind, Whereabouts
 
@@ -49,14 +53,27 @@ def main() -> int:
     arguments = parser.parse_args()
     watch_parent(signal.SIGKILL)
     whereabouts = Whereabouts(arguments.whereabouts)
+    signals = Signals()
     try:
         recipe = load_recipe(arguments.recipe)
-        shutdown = _stop_on_signals()
         device = _join(recipe)
-        tracking_uri = os.environ.get("MLFLOW_TRACKING_URI") or None
-        place = Place(RunFolder(arguments.run), device, tracking_uri, shutdown, whereabouts)
-        JOBS[arguments.job](recipe, place)
+        points = _stop_watch(recipe, whereabouts)
+        signals.stop_by(points)
+        place = Place(
+            RunFolder(arguments.run),
+            device,
+            os.environ.get("MLFLOW_TRACKING_URI") or None,
+            signals.shutdown,
+            whereabouts,
+            points,
+            job_id=os.environ["TORCHELASTIC_RUN_ID"],
+            round_number=int(os.environ["TORCHELASTIC_RESTART_COUNT"]),
+        )
+        with _notices(recipe, points):
+            JOBS[arguments.job](recipe, place)
         whereabouts.enter(END)
+    except Stopped:
+        return _stopped(whereabouts, points.reason)
     except MetaloomError as error:
         _record(whereabouts, "mistake", str(error))
         return error.exit_code
@@ -70,41 +87,107 @@ def main() -> int:
         return 128 + signal.SIGINT
     except Exception as error:
         return _unexpected(whereabouts, error)
+    points.close()
     dist.destroy_process_group()
     return 0
 
 
-def _stop_on_signals() -> Shutdown:
-    """SIGINT and SIGTERM end the job by KeyboardInterrupt; what they have said is in the returned state.
+class Signals:
+    """What signals do to this rank.
 
-    A rank that waits in a collective for one that is gone would not see the interrupt before the
-    collective's timeout: on SIGTERM it ends `BLOCKED_S` later, unless it is delivering its last records.
+    SIGINT and SIGTERM ask the job to stop, on all ranks, with what it did saved; the second one ends this
+    rank at once, and so does `END_NOW`, by which the agent ends ranks that have lost a partner: by
+    KeyboardInterrupt. A rank that waits in a collective for one that is gone would not see that before the
+    collective's timeout: it ends `BLOCKED_S` later, unless it is delivering its last records.
+
+    Attributes:
+        shutdown: what the job knows of it.
     """
-    shutdown = Shutdown()
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT:
-            shutdown.was_asked = True
-        elif shutdown.is_closing:
-            return
+    def __init__(self) -> None:
+        self.shutdown = Shutdown()
+        self._points: StopWatch | None = None
+        self._asked_by: signal.Signals | None = None
+        # Python runs a handler between two of its own steps; the number of the signal is written at once.
+        self._reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        for number in (signal.SIGINT, signal.SIGTERM, END_NOW):
+            signal.signal(number, self._take)
+        threading.Thread(target=self._end_if_blocked, daemon=True).start()
+
+    def stop_by(self, points: StopWatch) -> None:
+        """From now on the job is stopped by these; before, it has done nothing that could be lost."""
+        self._points = points
+        if self._asked_by is not None:
+            points.ask(self._asked_by.name)
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        is_first = self._asked_by is None
+        if number == END_NOW:
+            if self.shutdown.is_closing:
+                return
+        else:
+            self.shutdown.was_asked = True
+            self._asked_by = signal.Signals(number)
+            if is_first:
+                if self._points is not None:
+                    self._points.ask(self._asked_by.name)
+                return
         raise KeyboardInterrupt
 
-    # Python runs `interrupt` between two of its own steps; the number of the signal is written at once.
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    signal.signal(signal.SIGINT, interrupt)
-    signal.signal(signal.SIGTERM, interrupt)
-
-    def end_if_blocked() -> None:
-        while os.read(reader, 1)[0] != signal.SIGTERM:
+    def _end_if_blocked(self) -> None:
+        while os.read(self._reader, 1)[0] != END_NOW:
             continue
         time.sleep(BLOCKED_S)
-        if not shutdown.is_closing:
+        if not self.shutdown.is_closing:
             os._exit(128 + signal.SIGTERM)
 
-    threading.Thread(target=end_if_blocked, daemon=True).start()
-    return shutdown
+
+def _stop_watch(recipe: Recipe, whereabouts: Whereabouts) -> StopWatch:
+    """What stops this rank where all others do, and ends it where that takes too long. Every rank must
+    call."""
+    limit_s = recipe.launcher.stop_within_s
+
+    def end_late() -> None:
+        time.sleep(limit_s)
+        text = (
+            f"stopped by {points.reason}, and not saved within {limit_s:g} s (launcher.stop_within_s): the "
+            f"job was at {whereabouts.text}. It goes on from the checkpoint before"
+        )
+        _record(whereabouts, "stopped", text)
+        os._exit(_stop_code(points.reason))
+
+    points = StopWatch(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        is_lockstep=isinstance(recipe.sharding, ShardedSharding),
+        connect=None if dist.get_world_size() == 1 else lambda: PrefixStore("stop", _store(recipe)),
+        on_asked=lambda: threading.Thread(target=end_late, daemon=True).start(),
+    )
+    return points
+
+
+def _notices(recipe: Recipe, points: StopWatch) -> contextlib.AbstractContextManager[object]:
+    """In this context a notice that the host is taken away stops the job; one rank of each host looks."""
+    notice = recipe.launcher.notice
+    if notice is None or os.environ["LOCAL_RANK"] != "0":
+        return contextlib.nullcontext()
+    return watching(
+        Source(notice.file, notice.url, notice.pattern, notice.header),
+        every_s=notice.every_s,
+        on_notice=points.ask,
+    )
+
+
+def _stopped(whereabouts: Whereabouts, reason: str) -> int:
+    _record(whereabouts, "stopped", f"stopped by {reason}")
+    return _stop_code(reason)
+
+
+def _stop_code(reason: str) -> int:
+    """A person who stops a job does not want it back; whatever else stops it does."""
+    return 128 + signal.SIGINT if reason == signal.SIGINT.name else START_AGAIN
 
 
 def _join(recipe: Recipe) -> torch.device:
@@ -118,26 +201,29 @@ def _join(recipe: Recipe) -> torch.device:
         # NCCL refuses two ranks on one GPU; gloo does not.
         shares_gpus = int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count()
         backend = "gloo" if shares_gpus else "cpu:gloo,cuda:nccl"
-    timeout = datetime.timedelta(seconds=recipe.launcher.timeout_s)
-    # The agents' store, which outlives this round of the job: what an earlier round has left there is
-    # kept apart.
+    dist.init_process_group(
+        backend,
+        store=_store(recipe),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=datetime.timedelta(seconds=recipe.launcher.timeout_s),
+    )
+    # Else DeepSpeed looks for an accelerator of its own, which may be another one.
+    os.environ["DS_ACCELERATOR"] = device.type
+    return device
+
+
+def _store(recipe: Recipe) -> Store:
+    """A connection to the agents' store, which outlives this round of the job: what an earlier round has left
+    there is kept apart."""
     store = TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         is_master=False,
         wait_for_workers=False,
-        timeout=timeout,
+        timeout=datetime.timedelta(seconds=recipe.launcher.timeout_s),
     )
-    dist.init_process_group(
-        backend,
-        store=PrefixStore(f"ranks/{os.environ['TORCHELASTIC_RESTART_COUNT']}", store),
-        rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]),
-        timeout=timeout,
-    )
-    # Else DeepSpeed looks for an accelerator of its own, which may be another one.
-    os.environ["DS_ACCELERATOR"] = device.type
-    return device
+    return PrefixStore(f"ranks/{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 def _is_broken_collective(error: RuntimeError) -> bool:
@@ -176,4 +262,8 @@ def _record(whereabouts: Whereabouts, kind: FailureKind, text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not by way of the interpreter's end: a thread may be inside a storage that does not answer.
+    os._exit(code)

@@ -40,6 +40,7 @@ from metaloom.engine.learned_loss import LearnedLoss
 from metaloom.engine.learner import Learner, Rehearsal
 from metaloom.engine.losses import LossParameter, SupportLoss
 from metaloom.engine.precision import Precision
+from metaloom.engine.stopping import StopPoints
 from metaloom.engine.unroll import Unroll
 from metaloom.recipe import (
     AdamWRule,
@@ -178,11 +179,18 @@ def build_rule(section: InnerRuleSection) -> InnerRule:
 
 
 def build_unroll(
-    recipe: Recipe, adapter: Adapter, *, rate: float, grain: Grain, learns_loss: bool = True
+    recipe: Recipe,
+    adapter: Adapter,
+    *,
+    rate: float,
+    grain: Grain,
+    learns_loss: bool = True,
+    points: StopPoints | None = None,
 ) -> Unroll:
     """The inner problem with a given rate, fixed or where learned rates start.
 
     Args:
+        points: where it may be broken off; None for nowhere.
         learns_loss: whether the loss parameters that the recipe learns are read from the meta-parameters;
             they stay where they start otherwise.
     """
@@ -214,6 +222,7 @@ def build_unroll(
         step_weights=step_weights(_step_weights(recipe), adaptation.num_steps),
         terms=meta_terms(recipe),
         head_first=_head_first(recipe, adapter),
+        points=points or StopPoints(),
     )
 
 

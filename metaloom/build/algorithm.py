@@ -36,6 +36,7 @@ from metaloom.engine.hypergradients.unrolled import Unrolled
 from metaloom.engine.precision import Precision
 from metaloom.engine.sharding.base import Sharding
 from metaloom.engine.snapshots import Binomial, HostMemory, KeepAll, SnapshotPlan
+from metaloom.engine.stopping import StopPoints
 from metaloom.engine.unroll import Unroll
 from metaloom.errors import CapabilityError
 from metaloom.recipe import (
@@ -81,13 +82,15 @@ def build_algorithm(
     device: torch.device,
     *,
     sharding: Sharding | None = None,
+    points: StopPoints | None = None,
 ) -> Algorithm:
     """The algorithm of a recipe, under its regularisation.
 
     Args:
         sharding: what the ranks that compute together agree by; None for a rank alone.
+        points: where its inner loop may be broken off; None for nowhere.
     """
-    return regularised(recipe, _plain(recipe, model, choices, device, sharding=sharding))
+    return regularised(recipe, _plain(recipe, model, choices, device, sharding=sharding, points=points))
 
 
 def _plain(
@@ -97,10 +100,12 @@ def _plain(
     device: torch.device,
     *,
     sharding: Sharding | None,
+    points: StopPoints | None,
 ) -> Algorithm:
     match recipe.algorithm:
         case MAMLAlgorithm():
-            return build_maml(recipe, recipe.algorithm, model, choices, device, sharding=sharding)
+            maml = recipe.algorithm
+            return build_maml(recipe, maml, model, choices, device, sharding=sharding, points=points)
         case ProtonetAlgorithm():
             backbone = build_backbone(recipe, model, chunk=recipe.algorithm.feature_chunk)
             return Protonet(backbone, num_classes(recipe))
@@ -112,7 +117,7 @@ def _plain(
         case InContextAlgorithm():
             return build_in_context(recipe, model)
         case CustomAlgorithm():
-            return build_custom(recipe, recipe.algorithm, model, choices)
+            return build_custom(recipe, recipe.algorithm, model, choices, points=points)
         case ERMAlgorithm() | MultiTaskAlgorithm() | ARMCMLAlgorithm() | ARMBNAlgorithm():
             return build_unlabelled(recipe, recipe.algorithm, model, device)
 
@@ -125,11 +130,13 @@ def build_maml(
     device: torch.device,
     *,
     sharding: Sharding | None = None,
+    points: StopPoints | None = None,
 ) -> Maml:
-    """An algorithm that adapts by inner steps, with the estimator of its hypergradient; `sharding` as in
-    `build_algorithm`."""
+    """An algorithm that adapts by inner steps, with the estimator of its hypergradient; `sharding` and
+    `points` as in `build_algorithm`."""
     rule, learned = recipe.adaptation.rule, section.meta_parameters
-    unroll = build_unroll(recipe, build_adapter(recipe, model, choices), rate=rule.lr, grain=rule.learned)
+    adapter = build_adapter(recipe, model, choices)
+    unroll = build_unroll(recipe, adapter, rate=rule.lr, grain=rule.learned, points=points)
     algorithm = Maml(
         unroll,
         build_hypergradient(recipe, choices, device, sharding=sharding),
@@ -180,8 +187,15 @@ def _annealing(recipe: Recipe, section: MAMLAlgorithm) -> MultiStepAnnealing | N
     return MultiStepAnnealing(section.annealing_steps or max(1, recipe.outer.num_steps // 2))
 
 
-def build_custom(recipe: Recipe, section: CustomAlgorithm, model: HeldModel, choices: Choices) -> Algorithm:
-    """The algorithm that a function outside of metaloom builds.
+def build_custom(
+    recipe: Recipe,
+    section: CustomAlgorithm,
+    model: HeldModel,
+    choices: Choices,
+    *,
+    points: StopPoints | None = None,
+) -> Algorithm:
+    """The algorithm that a function outside of metaloom builds; `points` as in `build_algorithm`.
 
     Raises:
         CapabilityError: there is no such function, or what it returns is no algorithm.
@@ -191,7 +205,7 @@ def build_custom(recipe: Recipe, section: CustomAlgorithm, model: HeldModel, cho
     adapter = build_adapter(recipe, model, choices)
     parts = Parts(
         backbone=build_backbone(recipe, model),
-        unroll=build_unroll(recipe, adapter, rate=rule.lr, grain=rule.learned),
+        unroll=build_unroll(recipe, adapter, rate=rule.lr, grain=rule.learned, points=points),
         num_classes=facts.num_outputs if facts.objective == "classification" else None,
         seed=recipe.seed,
         options=section.options,

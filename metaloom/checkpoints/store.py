@@ -1,47 +1,42 @@
-"""A folder of checkpoints.
+"""Checkpoints of one training: saved while it goes on, found, read at any number of ranks.
 
-    <root>/step-00000100/
-        __0_0.distcp, .metadata    tensors, in torch.distributed.checkpoint's format
-        manifest.json              written last and atomically; without it there is no checkpoint
-
-The manifest holds the format version, the step, everything that is not a tensor (`scalars`), the
-name, shape and dtype of every tensor, the size and SHA-256 of every other file, and its own SHA-256.
+A checkpoint is written by all ranks: each its share of the tensors into a file of its own, then rank 0 the
+manifest. What is saved is copied first, so training goes on meanwhile.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
-import shutil
+import datetime
+import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor
 
+from metaloom.checkpoints.catalogue import Catalogue, step_folder
+from metaloom.checkpoints.folder import Folder, MissingFileError
+from metaloom.checkpoints.lease import Lease
+from metaloom.checkpoints.manifest import MANIFEST, DamagedError, Manifest, StoredFile, StoredTensor
+from metaloom.checkpoints.retention import Retention
+from metaloom.checkpoints.tensors import CheckpointReader, CheckpointWriter, dtype_of
 from metaloom.errors import CheckpointError
-from metaloom.files import replace_file, sync_folder
 
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
+T = TypeVar("T")
+Rooms = Callable[[Manifest], dict[str, Tensor]]
 
-
-Room = Callable[[str, torch.Size, torch.dtype], Tensor]
-
-
-def whole_tensor(name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Room for all of a tensor."""
-    return torch.empty(shape, dtype=dtype)
+# A rank whose file takes hours to write is no fault: a rank that ends breaks its connections at once.
+_WRITING_TIMEOUT = datetime.timedelta(days=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +47,13 @@ class Checkpoint:
         step: outer steps done.
         tensors: by flat name.
         scalars: plain JSON values by name.
+        metrics: numbers that were measured at this step.
     """
 
     step: int
     tensors: dict[str, Tensor]
     scalars: dict[str, Any]
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def under(self, prefix: str) -> dict[str, Tensor]:
         """The tensors whose names begin with `prefix`, without it."""
@@ -67,236 +64,400 @@ class Checkpoint:
         }
 
 
-class CheckpointStore:
-    """Saves, finds, loads and prunes the checkpoints under one folder.
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How saving a checkpoint ended: the same on all ranks.
 
-    Args:
-        root: the folder; made on the first save.
-        keep_last: how many of the newest to keep; protected steps are kept besides.
-        room: `(name, shape, dtype)` to a tensor that a tensor of a checkpoint is read into: a `DTensor` of
-            that shape where a rank shall read a part of it alone.
+    Attributes:
+        step: of the checkpoint.
+        error: why it could not be written; None where it was.
+        note: what went wrong after it was written, as old ones were deleted; on rank 0 alone.
     """
 
-    def __init__(self, root: Path, *, keep_last: int = 2, room: Room = whole_tensor) -> None:
-        self.root = root
-        self._keep_last = keep_last
-        self._room = room
+    step: int
+    error: str | None = None
+    note: str | None = None
 
-    def save(self, checkpoint: Checkpoint, *, protect: frozenset[int] = frozenset()) -> Path:
-        """Writes a checkpoint and prunes old ones. Every rank must call, with the same tensors, or with its
-        shards of them (`DTensor`).
 
-        Args:
-            protect: steps that are not pruned (the best one, say).
+def whole_tensor(name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Room for all of a tensor."""
+    return torch.empty(shape, dtype=dtype)
 
-        Returns:
-            The checkpoint's folder.
+
+def rooms_by(room: Callable[[str, torch.Size, torch.dtype], Tensor]) -> Rooms:
+    """Where all tensors of a checkpoint are read to, given where one is, by name, shape and dtype: for a
+    `DTensor` of the whole's shape a rank reads its part alone."""
+
+    def rooms(manifest: Manifest) -> dict[str, Tensor]:
+        return {
+            name: room(name, torch.Size(tensor.shape), dtype_of(tensor))
+            for name, tensor in manifest.tensors.items()
+        }
+
+    return rooms
+
+
+class CheckpointStore:
+    """Saves, finds and loads the checkpoints under one path or URL.
+
+    Args:
+        root: the path or URL; made on the first save.
+        retention: which checkpoints stay when one was saved; that one does in any case.
+        lease: without which nothing is committed; None where something else sees to it that nobody else
+            writes here.
+    """
+
+    def __init__(
+        self, root: str | Path | Folder, *, retention: Retention | None = None, lease: Lease | None = None
+    ) -> None:
+        self.catalogue = Catalogue(root)
+        self._retention = retention or Retention()
+        self._lease = lease
+        self._group: dist.ProcessGroup | None = None
+        self._saving: _Saving | None = None
+
+    @property
+    def shown(self) -> str:
+        """The path or URL as messages may have it."""
+        return self.catalogue.folder.shown
+
+    # ------------------------------------------------------------ saving
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Writes a checkpoint, and deletes those that are not kept. Every rank must call, with the same
+        tensors, or with its shards of them (`DTensor`).
 
         Raises:
-            CheckpointError: the folder cannot be written; the cause is named.
+            CheckpointError: it cannot be written; the cause is named. What was there before still is.
         """
-        folder = self._folder(checkpoint.step)
-        rank = dist.get_rank() if dist.is_initialized() else 0
+        self.start_saving(checkpoint)
+        outcome = self.wait()
+        assert outcome is not None
+        if outcome.error is not None:
+            raise CheckpointError(outcome.error)
+
+    def start_saving(self, checkpoint: Checkpoint) -> float:
+        """Copies a checkpoint and begins to write it in the background. Every rank must call, with the same
+        tensors, or with its shards of them (`DTensor`), after the outcome of the one before was taken.
+
+        Returns:
+            How long it has held up the caller, in seconds.
+        """
+        assert self._saving is None, "the outcome of the last checkpoint was not taken"
+        begin = time.monotonic()
+        if dist.is_initialized() and self._group is None:
+            # Its collectives must not come between those of training.
+            self._group = dist.new_group(backend="gloo", timeout=_WRITING_TIMEOUT)
+        staged = dataclasses.replace(checkpoint, tensors=_staged(checkpoint.tensors))
+        self._saving = _Saving(staged, self._write)
+        return time.monotonic() - begin
+
+    @property
+    def step_being_saved(self) -> int | None:
+        """The step whose outcome was not taken yet."""
+        return None if self._saving is None else self._saving.step
+
+    def outcome(self) -> Outcome | None:
+        """How the last save ended, once; None while it goes on, and where there is none."""
+        return None if self._saving is None or self._saving.is_alive() else self.wait()
+
+    def wait(self, timeout_s: float | None = None) -> Outcome | None:
+        """How the last save ended, once, when it has; None where there is none, or it takes longer."""
+        if self._saving is None:
+            return None
+        self._saving.join(timeout_s)
+        if self._saving.is_alive():
+            return None
+        outcome, self._saving = self._saving.outcome, None
+        assert outcome is not None
+        return outcome
+
+    def _write(self, checkpoint: Checkpoint) -> Outcome:
+        notes: list[str] = []
+
+        def commit(tensors: dict[str, StoredTensor], files: dict[str, StoredFile]) -> None:
+            if self._lease is not None:
+                self._lease.require()
+            manifest = Manifest(checkpoint.step, checkpoint.metrics, checkpoint.scalars, tensors, files)
+            folder = self.catalogue.folder
+            folder.write(f"{step_folder(checkpoint.step)}/{MANIFEST}", manifest.to_bytes())
+            folder.sync()  # before older ones go
+            try:
+                self._tidy(manifest.step)
+            except CheckpointError as error:
+                notes.append(f"old checkpoints could not be deleted: {error}")
+
+        writer = CheckpointWriter(self.catalogue.folder, checkpoint.step, commit)
         try:
-            if rank == 0:
-                # Left by a run that was killed while it wrote: without a manifest it is nothing.
-                shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir(parents=True)
-            _barrier()
             with _one_process_is_intended():
                 save(
                     dict(checkpoint.tensors),
-                    storage_writer=FileSystemWriter(folder),
-                    no_dist=not dist.is_initialized(),
+                    storage_writer=writer,
+                    process_group=self._group,
+                    no_dist=self._group is None,
                 )
-            if rank == 0:
-                self._commit(folder, checkpoint)
-                self._prune(protect | {checkpoint.step})
-        except (OSError, CheckpointException) as error:
-            raise CheckpointError(f"{folder}: the checkpoint cannot be written: {_cause(error)}.") from error
-        _barrier()
-        return folder
+        except (Exception, CheckpointException) as error:  # the latter is no `Exception`
+            if not dist.is_initialized() or dist.get_rank() == 0:
+                # Files that nobody will read take the room that a full disk lacks.
+                with contextlib.suppress(CheckpointError):
+                    self._remove_unlisted(checkpoint.step)
+            where = f"{self.shown}/{step_folder(checkpoint.step)}"
+            return Outcome(checkpoint.step, f"{where}: the checkpoint cannot be written: {_cause(error)}")
+        return Outcome(checkpoint.step, note=notes[0] if notes else None)
+
+    def _tidy(self, step: int) -> None:
+        """Deletes what an earlier checkpoint of the same step has left, and those that are not kept."""
+        self._remove_unlisted(step)
+        self.catalogue.prune(self._retention, keep=frozenset({step}))
+
+    def _remove_unlisted(self, step: int) -> None:
+        """Deletes the files of a step that its manifest does not list, where it has one."""
+        folder = step_folder(step)
+        try:
+            listed = {*self.catalogue.manifest(step).files, MANIFEST}
+        except MissingFileError:
+            listed = set()
+        found = [name for name in self.catalogue.folder.sizes() if name.startswith(f"{folder}/")]
+        self.catalogue.folder.remove([name for name in found if name.rpartition("/")[2] not in listed])
+
+    def remove_remains(self) -> None:
+        """Deletes what a killed run has left of checkpoints that it was writing. Every rank must call.
+
+        Raises:
+            CheckpointError: something cannot be deleted.
+        """
+        from_rank_0(self.catalogue.remove_remains)
 
     def clear(self) -> None:
-        """Deletes all checkpoints. Every rank must call."""
-        _barrier()
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            shutil.rmtree(self.root, ignore_errors=True)
-        _barrier()
+        """Deletes all checkpoints. Every rank must call.
+
+        Raises:
+            CheckpointError: something cannot be deleted.
+        """
+
+        def remove_all() -> None:
+            for listing in self.catalogue.listings():
+                self.catalogue.remove(listing.step)
+
+        from_rank_0(remove_all)
+
+    # ------------------------------------------------------------ loading
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints that are complete, in rising order."""
-        names = (path.parent.name.removeprefix("step-") for path in self.root.glob(f"step-*/{MANIFEST}"))
-        return sorted(int(name) for name in names if name.isdecimal())
+        """Steps of the checkpoints that were committed, in rising order."""
+        return self.catalogue.steps()
 
-    def load_newest(self, on_skip: Callable[[str], None]) -> Checkpoint | None:
-        """The newest valid checkpoint, or None where there is none; the same one on every rank.
-
-        Every rank must call: rank 0 chooses, since ranks that see a shared folder differently would go on
-        from different steps.
+    def newest_manifest(self, on_skip: Callable[[str], None]) -> Manifest | None:
+        """What the newest checkpoint says of itself whose manifest and sizes are right; None where there is
+        no checkpoint. Every rank must call.
 
         Args:
             on_skip: called on rank 0 with one line for each checkpoint that was passed over.
 
         Raises:
-            CheckpointError: another rank than 0 cannot load what rank 0 could.
+            CheckpointError: there are checkpoints, and none of them is valid; or they cannot be read.
         """
-        chosen: Checkpoint | None = None
-        is_distributed = dist.is_initialized() and dist.get_world_size() > 1
-        if not is_distributed or dist.get_rank() == 0:
-            for step in reversed(self.steps()):
-                try:
-                    chosen = self.load(step)
-                    break
-                except CheckpointError as error:
-                    on_skip(f"skipped a checkpoint: {error}")
-        if not is_distributed:
-            return chosen
-        step_of_rank_0 = [None if chosen is None else chosen.step]
-        dist.broadcast_object_list(step_of_rank_0, src=0)
-        if dist.get_rank() == 0 or step_of_rank_0[0] is None:
-            return chosen
-        return self.load(step_of_rank_0[0])
+        found = self._newest(on_skip, lambda manifest: None)
+        return None if found is None else found[0]
 
-    def load(self, step: int) -> Checkpoint:
-        """The checkpoint of one step.
+    def load_newest(self, on_skip: Callable[[str], None], rooms: Rooms | None = None) -> Checkpoint | None:
+        """The newest valid checkpoint, the same one on every rank; None where there is no checkpoint. Every
+        rank must call.
+
+        Args:
+            on_skip: called on rank 0 with one line for each checkpoint that was passed over.
+            rooms: where the tensors are read to, given the manifest; it may raise a `CheckpointError` where
+                that is of another model. None reads all of every tensor.
 
         Raises:
-            CheckpointError: it is missing, incomplete, of another format version, or its bytes are
-                not those that were written.
+            CheckpointError: there are checkpoints, and none of them is valid; or they cannot be read, which
+                may pass.
         """
-        folder = self._folder(step)
-        manifest = read_manifest(folder)
-        for name, recorded in manifest["files"].items():
-            path = folder / name
-            if not path.is_file():
-                raise CheckpointError(f"{path} is missing, though the manifest lists it.")
+        rooms = rooms or rooms_by(whole_tensor)
+        found = self._newest(on_skip, lambda manifest: self._read(manifest, rooms(manifest)))
+        if found is None:
+            return None
+        manifest, tensors = found
+        return Checkpoint(manifest.step, tensors, dict(manifest.scalars), dict(manifest.metrics))
+
+    def load(self, step: int, rooms: Rooms | None = None) -> Checkpoint:
+        """The checkpoint of one step; arguments are those of `load_newest`. For each rank by itself.
+
+        Raises:
+            CheckpointError: it is missing, incomplete, of another format version, its bytes are not those
+                that were written, or they cannot be read.
+        """
+        manifest = self.catalogue.manifest(step)
+        self.catalogue.require_sizes(manifest)
+        tensors = self._read(manifest, (rooms or rooms_by(whole_tensor))(manifest))
+        return Checkpoint(step, tensors, dict(manifest.scalars), dict(manifest.metrics))
+
+    def _newest(
+        self, on_skip: Callable[[str], None], read: Callable[[Manifest], T]
+    ) -> tuple[Manifest, T] | None:
+        listings = from_rank_0(
+            lambda: [listing for listing in self.catalogue.listings() if listing.is_committed]
+        )
+        for listing in reversed(listings):
+
+            def manifest_of(step: int = listing.step, sizes: Mapping[str, int] = listing.sizes) -> Manifest:
+                manifest = self.catalogue.manifest(step)
+                self.catalogue.require_sizes(manifest, sizes)
+                return manifest
+
             try:
-                size, digest = path.stat().st_size, _sha256(path)
-            except OSError as error:
-                raise CheckpointError(f"{path} cannot be read: {_cause(error)}.") from error
-            if size != recorded["bytes"]:
-                raise CheckpointError(f"{path} has {size} bytes, the manifest says {recorded['bytes']}.")
-            if digest != recorded["sha256"]:
-                raise CheckpointError(f"{path}: the bytes are not those that were written (SHA-256 differs).")
-        tensors = {
-            name: self._room(name, torch.Size(entry["shape"]), getattr(torch, entry["dtype"]))
-            for name, entry in manifest["tensors"].items()
-        }
+                manifest = from_rank_0(manifest_of)
+                return manifest, _on_all_ranks(lambda manifest=manifest: read(manifest))  # type: ignore[misc]
+            except (DamagedError, MissingFileError) as error:
+                if not dist.is_initialized() or dist.get_rank() == 0:
+                    on_skip(f"skipped a checkpoint: {error}")
+        if listings:
+            raise CheckpointError(
+                f"{self.shown}: none of the {len(listings)} checkpoints is valid, so a run that went on from "
+                "them would begin anew. `metaloom checkpoints verify` says what is wrong with each. "
+                "Restore one of them, or delete the folder to start from the beginning."
+            )
+        return None
+
+    def _read(self, manifest: Manifest, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         try:
             with _one_process_is_intended():
-                load(tensors, storage_reader=FileSystemReader(folder), no_dist=True)
-        except (OSError, CheckpointException) as error:
-            raise CheckpointError(f"{folder}: the tensors cannot be read: {_cause(error)}.") from error
-        return Checkpoint(step, tensors, manifest["scalars"])
-
-    def _folder(self, step: int) -> Path:
-        return self.root / f"step-{step:08d}"
-
-    def _commit(self, folder: Path, checkpoint: Checkpoint) -> None:
-        manifest = {
-            "format": "metaloom-checkpoint",
-            "version": FORMAT_VERSION,
-            "step": checkpoint.step,
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "scalars": checkpoint.scalars,
-            "tensors": {
-                name: {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
-                for name, value in checkpoint.tensors.items()
-            },
-            "files": {
-                path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-                for path in sorted(folder.iterdir())
-            },
-        }
-        content = manifest | {"sha256": _manifest_sha256(manifest)}
-        replace_file(folder / MANIFEST, json.dumps(content, indent=1))
-        sync_folder(self.root)  # before older ones go
-
-    def _prune(self, protect: frozenset[int]) -> None:
-        for step in self.steps()[: -self._keep_last]:
-            if step not in protect:
-                folder = self._folder(step)
-                # The manifest goes first: what is half deleted is not taken for a checkpoint.
-                (folder / MANIFEST).unlink()
-                shutil.rmtree(folder)
+                load(tensors, storage_reader=CheckpointReader(self.catalogue, manifest), no_dist=True)
+        except CheckpointException as error:
+            (fault,) = (fault for fault, _ in error.failures.values())
+            if isinstance(fault, CheckpointError):
+                raise fault from None
+            where = f"{self.shown}/{step_folder(manifest.step)}"
+            raise CheckpointError(f"{where}: the tensors cannot be read: {fault}.") from fault
+        return tensors
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of one checkpoint folder.
+class _Saving:
+    """A checkpoint that is being written by a thread.
 
-    Raises:
-        CheckpointError: it is missing, not JSON, of a format version that is not known here, or not
-            what was written.
+    The thread is a daemon: a process that has to end does not wait for a storage that does not answer.
     """
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} holds no complete checkpoint ({MANIFEST} is missing).") from None
-    except (OSError, ValueError) as error:  # a broken file may be neither UTF-8 nor JSON
-        raise CheckpointError(f"{path} cannot be read: {error}.") from error
-    if not isinstance(manifest, dict):
-        raise CheckpointError(f"{path} cannot be read: it is no JSON object.")
-    if manifest.get("format") != "metaloom-checkpoint" or manifest.get("version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path}: format {manifest.get('format')!r} version {manifest.get('version')!r} is not known; "
-            f"this release reads version {FORMAT_VERSION}."
-        )
-    recorded = manifest.pop("sha256", None)
-    if recorded != _manifest_sha256(manifest):
-        raise CheckpointError(f"{path}: the contents are not those that were written (SHA-256 differs).")
-    return manifest
+
+    def __init__(self, checkpoint: Checkpoint, write: Callable[[Checkpoint], Outcome]) -> None:
+        self.step = checkpoint.step
+        self.outcome: Outcome | None = None
+        self._error: BaseException | None = None
+
+        def run() -> None:
+            try:
+                self.outcome = write(checkpoint)
+            except BaseException as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=run, name="metaloom-checkpoint", daemon=True)
+        self._thread.start()
+
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def join(self, timeout_s: float | None) -> None:
+        self._thread.join(timeout_s)
+        if self._error is not None:
+            raise self._error
 
 
 def require_same_tensors(
-    expected: Mapping[str, Tensor], found: Mapping[str, Tensor], *, source: Path
+    expected: Mapping[str, Tensor], found: Mapping[str, StoredTensor], *, source: str
 ) -> None:
-    """Checks that a checkpoint belongs to this model.
+    """Checks that a checkpoint belongs to this model, before any of its tensors is read.
 
     Raises:
-        CheckpointError: names or shapes differ; all differences are listed at once.
+        CheckpointError: names, shapes or dtypes differ; all differences are listed at once.
     """
     problems = [f"  {name}: in the model, not in the checkpoint" for name in expected if name not in found]
     problems += [f"  {name}: in the checkpoint, not in the model" for name in found if name not in expected]
-    problems += [
-        f"  {name}: shape {list(found[name].shape)} in the checkpoint, {list(value.shape)} in the model"
-        for name, value in expected.items()
-        if name in found and found[name].shape != value.shape
-    ]
+    for name, value in expected.items():
+        if name not in found:
+            continue
+        there = found[name]
+        if tuple(there.shape) != tuple(value.shape):
+            problems.append(
+                f"  {name}: shape {list(there.shape)} in the checkpoint, {list(value.shape)} in the model"
+            )
+        elif dtype_of(there) != value.dtype:
+            here = str(value.dtype).removeprefix("torch.")
+            problems.append(f"  {name}: {there.dtype} in the checkpoint, {here} in the model")
     if problems:
         raise CheckpointError(
             f"{source} belongs to another model ({len(problems)} differences):\n" + "\n".join(problems)
         )
 
 
-def _manifest_sha256(manifest: Mapping[str, Any]) -> str:
-    # As it reads back from JSON, where keys are text: they must sort alike before and after.
-    canonical = json.dumps(json.loads(json.dumps(manifest)), sort_keys=True)
-    return hashlib.sha256(canonical.encode()).hexdigest()
+def _staged(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in the host's memory of what this rank writes: its shards, and its share of what all ranks have
+    whole."""
+    own = _own_share(tensors)
+    return {name: tensors[name].detach().to("cpu", copy=True) for name in own}
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _own_share(tensors: Mapping[str, Tensor]) -> Sequence[str]:
+    """The names of the tensors that this rank writes: of those that all ranks have, as many bytes as any."""
+    if not dist.is_initialized():
+        return list(tensors)
+    whole = [name for name, value in tensors.items() if not isinstance(value, DTensor)]
+    num_bytes = [0] * dist.get_world_size()
+    writers: dict[str, int] = {}
+    for name in sorted(whole, key=lambda name: (-tensors[name].nbytes, name)):
+        writers[name] = min(range(len(num_bytes)), key=lambda rank: (num_bytes[rank], rank))
+        num_bytes[writers[name]] += tensors[name].nbytes
+    return [name for name in tensors if writers.get(name, dist.get_rank()) == dist.get_rank()]
 
 
-def _cause(error: OSError | CheckpointException) -> str:
+def from_rank_0(make: Callable[[], T]) -> T:
+    """What rank 0 makes, or the error that it meets, on all ranks. Every rank must call."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return make()
+    told: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            told[0] = make()
+        except CheckpointError as error:
+            told[1] = error
+    dist.broadcast_object_list(told, src=0)
+    if told[1] is not None:
+        raise told[1]
+    made: T = told[0]
+    return made
+
+
+def _on_all_ranks(make: Callable[[], T]) -> T:
+    """What each rank makes; or, on all ranks, the error of the first that meets one: what may pass before
+    damage. Every rank must call."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return make()
+    made: T | None = None
+    met: CheckpointError | None = None
+    try:
+        made = make()
+    except CheckpointError as error:
+        met = error
+    errors: list[CheckpointError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, met)
+    there = [error for error in errors if error is not None]
+    if there:
+        raise min(there, key=lambda error: isinstance(error, DamagedError))
+    return made  # type: ignore[return-value]
+
+
+def _cause(error: BaseException) -> str:
     """What went wrong, in a line. Torch wraps the ranks' faults in an exception that is no `Exception`,
     and prints it with their tracebacks."""
-    if isinstance(error, OSError):
-        return str(error)
-    return "; ".join(f"rank {rank}: {fault}" for rank, (fault, _) in sorted(error.failures.items()))
+    if not isinstance(error, CheckpointException):
+        return f"{type(error).__name__}: {error}"
+    faults = sorted(error.failures.items())
+    # The others follow from what rank 0 met.
+    said = [str(fault) if isinstance(fault, CheckpointError) else repr(fault) for _, (fault, _) in faults]
+    return "; ".join(dict.fromkeys(said))
 
 
 @contextlib.contextmanager
 def _one_process_is_intended() -> Iterator[None]:
-    """Silences torch's warning that no process group is there: every rank reads whole checkpoints."""
+    """Silences torch's warning that no process group is there: every rank reads by itself."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is (disabled|unavailable)", UserWarning)
         yield
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()

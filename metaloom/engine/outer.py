@@ -183,6 +183,14 @@ class OuterOptimizer:
             tensors |= {f"optimizer/{name}/{key}": stored(name, entry) for key, entry in states.items()}
         return tensors | {f"{COUNTED}{name}": value for name, value in self._tracked.items()}
 
+    def room(self) -> dict[str, Tensor]:
+        """The tensors that `load` needs, but for the optimizer's states: what they are like, not their values
+        at any step."""
+        stored = self.sharding.stored
+        tensors = {f"meta/{name}": value for name, value in self.stored_meta().items()}
+        tensors |= {f"average/{name}": stored(name, value) for name, value in (self._average or {}).items()}
+        return tensors | {f"{COUNTED}{name}": value for name, value in self._tracked.items()}
+
     def scalars(self) -> dict[str, int]:
         """What the next update depends on besides tensors."""
         return {"step": self.step, "skipped_in_a_row": self._skipped_in_a_row}

@@ -9,6 +9,7 @@ from metaloom.engine.combiners.base import Combiner
 from metaloom.engine.learner import TaskBatch
 from metaloom.engine.outer import OuterOptimizer
 from metaloom.engine.precision import LossScaler
+from metaloom.engine.stopping import StopPoints
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +31,24 @@ class StepTasks:
 
 
 def outer_step(
-    tasks: StepTasks, algorithm: Algorithm, combiner: Combiner, outer: OuterOptimizer, scaler: LossScaler
+    tasks: StepTasks,
+    algorithm: Algorithm,
+    combiner: Combiner,
+    outer: OuterOptimizer,
+    scaler: LossScaler,
+    *,
+    points: StopPoints | None = None,
 ) -> dict[str, float]:
-    """Moves the meta-parameters by one step; returns what to log. Every rank must call."""
+    """Moves the meta-parameters by one step; returns what to log. Every rank must call.
+
+    Args:
+        points: where the step may be broken off; None for nowhere.
+    """
+    points = points or StopPoints()
     parts = [part for batch in tasks.micro_batches() for part in combiner.parts(batch)]
     algorithm = algorithm.at_step(outer.meta, parts, outer.sharding.gather)
     for index, batch in enumerate(parts):
+        points.between_passes()
         # What the last part makes final is sent while the rest is computed.
         on_final = combiner.on_final if index == len(parts) - 1 else None
         part = algorithm.meta_gradient(
@@ -43,6 +56,7 @@ def outer_step(
         )
         combiner.add(part, batch)
         outer.count(part.tracked)
+    points.meet()
     combined = combiner.combine(tasks.num_global)  # out of lockstep the one place where ranks meet
     metrics = combined.metrics | scaler.metrics()
     # An overflow that smaller scales may mend is no sign of a broken run.

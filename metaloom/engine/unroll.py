@@ -19,6 +19,7 @@ from metaloom.engine.inner_loops.head_first import HeadFirst
 from metaloom.engine.inner_loops.rates import Rates
 from metaloom.engine.learner import Learner, TaskBatch
 from metaloom.engine.precision import Scales
+from metaloom.engine.stopping import StopPoints
 from metaloom.engine.terms import MetaTerm
 
 Tensors = Mapping[str, Tensor]
@@ -36,6 +37,7 @@ class Unroll:
         scales: what losses are multiplied by inside, in half precision.
         terms: what is added to the meta-loss beside query losses.
         head_first: the steps that move the head alone; None for none.
+        points: where the unroll may be broken off.
     """
 
     learner: Learner
@@ -45,6 +47,7 @@ class Unroll:
     scales: Scales = dataclasses.field(default_factory=Scales)
     terms: tuple[MetaTerm, ...] = ()
     head_first: HeadFirst | None = None
+    points: StopPoints = dataclasses.field(default_factory=StopPoints)
 
     @property
     def num_steps(self) -> int:
@@ -92,6 +95,7 @@ class Unroll:
         self, meta: Tensors, fast: Tensors, batch: TaskBatch, step: int, *, derivative: Derivative
     ) -> dict[str, Tensor]:
         """`S * g_k`, S the loss scale; as `support_gradient`."""
+        self.points.between_passes()
         losses, _ = self.learner.losses("support", meta, fast, batch, step, derivative=derivative)
         # Zero where the inner loss has no part of a fast weight, as of the head of another objective.
         grads = torch.autograd.grad(

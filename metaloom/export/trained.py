@@ -164,11 +164,11 @@ def result_of_run(
     Raises:
         CheckpointError: there is no such checkpoint.
     """
-    checkpoint = stored_result(folder, step, warn)
+    checkpoint = stored_result(recipe, folder, step, warn)
     alone = _alone(recipe, keeps_source=True)
     model = build_model(alone, _CPU, Replicated())
     if recipe.pretrain is not None:
-        model.load(stored_pretraining(folder, recipe.pretrain.num_steps, warn))
+        model.load(stored_pretraining(recipe, folder, recipe.pretrain.num_steps, warn))
     algorithm = build_algorithm(alone, model, Choices(), _CPU)
     meta = result_parameters(recipe, algorithm, checkpoint.tensors, torch.clone)
     if recipe.maml is not None:

@@ -14,7 +14,9 @@ from types import FrameType
 from metaloom.launchers.network import address_towards, interface_of, is_here, resolve
 from metaloom.recipe import LocalLauncher
 
-AGENT_STOP_TIMEOUT_S = 50.0  # the agent gives its ranks 30 s to end, and other hosts 10 s to hear of it
+# Beside the time that the recipe gives ranks to stop: the agent grants 5 s more, then gives those that are
+# left 30 s to end, and other hosts 10 s to hear of it.
+AGENT_STOP_MARGIN_S = 50.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +65,7 @@ def agent_command(
         "--log-dir": log_dir,
         "--digest": digest,
         "--address": standing.address,
+        "--stop-within-s": launcher.stop_within_s,
     }
     if hosts is not None:
         min_hosts = hosts.num_hosts if hosts.min_hosts is None else hosts.min_hosts
@@ -93,32 +96,56 @@ def agent_environment(launcher: LocalLauncher, standing: Standing) -> dict[str, 
 
 
 def launch(
-    worker_args: Sequence[str], launcher: LocalLauncher, standing: Standing, *, log_dir: Path, digest: str
+    worker_args: Sequence[str],
+    launcher: LocalLauncher,
+    standing: Standing,
+    *,
+    log_dir: Path,
+    digest: str,
+    inherited: Sequence[int] = (),
 ) -> int:
     """Runs this machine's ranks of a job to its end and returns the job's exit code.
 
-    Ctrl-C ends the job, on all hosts. A SIGTERM or SIGHUP to this process ends this machine's part of it. The
-    ranks have 30 seconds to end. The arguments are those of `agent_command`.
+    Ctrl-C ends the job, on all hosts. A SIGTERM or SIGHUP to this process ends this machine's part of it.
+    What was done is saved first; a second signal ends all at once. The arguments are as for `agent_command`.
+
+    Args:
+        inherited: open files that the agent shall have too: locks, which last as long as it does.
     """
     command = agent_command(worker_args, launcher, standing, log_dir=log_dir, digest=digest)
     environment = agent_environment(launcher, standing)
     # In a session of its own, so that Ctrl-C reaches it once: from here.
-    with subprocess.Popen(command, env=environment, start_new_session=True) as agent:
+    with subprocess.Popen(command, env=environment, start_new_session=True, pass_fds=inherited) as agent:
         stopping = (signal.SIGTERM, signal.SIGHUP)
         previous = {number: signal.signal(number, _raise_stopped) for number in stopping}
         try:
-            return agent.wait()
+            return _wait(agent, None, timeout_s=None)
         except (KeyboardInterrupt, _StoppedError) as stop:
-            number = stop.number if isinstance(stop, _StoppedError) else signal.SIGINT
-            agent.send_signal(number)
+            first = _number(stop)
             try:
-                agent.wait(AGENT_STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                agent.kill()
-            return 128 + number
+                return _wait(agent, first, timeout_s=launcher.stop_within_s + AGENT_STOP_MARGIN_S)
+            except (KeyboardInterrupt, _StoppedError) as again:
+                return _wait(agent, _number(again), timeout_s=AGENT_STOP_MARGIN_S)
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+
+def _wait(agent: subprocess.Popen[bytes], number: int | None, *, timeout_s: float | None) -> int:
+    """The agent's exit code; a signal is passed on to it first, and it is killed where it does not end."""
+    if number is not None:
+        agent.send_signal(number)
+    try:
+        code = agent.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        agent.kill()
+        code = agent.wait()
+    # A negative code is a signal's, which a shell shows so.
+    return code if code >= 0 else 128 - code
+
+
+def _number(stop: BaseException) -> int:
+    return stop.number if isinstance(stop, _StoppedError) else signal.SIGINT
 
 
 class _StoppedError(Exception):

@@ -134,6 +134,7 @@ from metaloom.recipe.views import (
     dump_recipe,
     flatten_recipe,
     json_schema,
+    plain_recipe,
     recipe_digest,
 )
 
@@ -257,6 +258,7 @@ __all__ = [
     "flatten_recipe",
     "json_schema",
     "load_recipe",
+    "plain_recipe",
     "recipe_digest",
     "recipe_from_dict",
     "shares_passes",

@@ -6,13 +6,16 @@ from pydantic import Field
 
 from metaloom.recipe.base import Count, FloatOrZero, PositiveFloat, Section, Text
 
+BestBy = Literal["loss", "accuracy", "worst_group_loss", "worst_group_accuracy"]
+
 
 class EarlyStopping(Section):
-    """Stop when the validation loss no longer improves."""
+    """Stop when validations no longer improve."""
 
     patience: Count = Field(description="validations in a row without improvement after which the run stops")
     min_delta: FloatOrZero = Field(
-        default=0.0, description="smallest fall of the validation loss that counts"
+        default=0.0,
+        description="smallest improvement that counts, in the unit of what validation.best_by names",
     )
 
 
@@ -23,6 +26,11 @@ class Validation(Section):
         default=None, description="outer steps between validations; null for none"
     )
     num_episodes: Count = Field(default=100, description="episodes per validation")
+    best_by: BestBy = Field(
+        default="loss",
+        description="what says which validation is the best: of all episodes, or of the group where it is "
+        "worst. An evaluation takes the best step; its checkpoint is kept",
+    )
     early_stopping: EarlyStopping | None = Field(
         default=None, description="when to stop early; null for never"
     )
@@ -94,9 +102,25 @@ class Checkpoint(Section):
         default=None, description="outer steps between checkpoints; null: not by steps"
     )
     every_minutes: PositiveFloat | None = Field(
-        default=None, description="minutes between checkpoints; null: not by time"
+        default=10.0, description="minutes between checkpoints; null: not by time"
     )
-    keep_last: Count = Field(default=2, description="checkpoints kept; older ones are removed")
+    url: Text | None = Field(
+        default=None,
+        description="path or fsspec URL that checkpoints are written to (s3://bucket/name), without "
+        "credentials, of this run alone; null for the run folder",
+    )
+    keep_last: Count = Field(default=2, description="newest checkpoints that are kept")
+    keep_every: Count | None = Field(
+        default=None,
+        description="checkpoints of outer steps that are multiples of it are kept too; null: none",
+    )
+    keep_best: Count = Field(
+        default=1, description="checkpoints that are kept too, of those that validation.best_by says are best"
+    )
+    patience_minutes: PositiveFloat = Field(
+        default=60.0,
+        description="how long a run goes on when checkpoints cannot be written; it tries again all the while",
+    )
 
 
 class MLflowTracking(Section):

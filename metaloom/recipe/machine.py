@@ -130,6 +130,23 @@ class Hosts(Section):
     )
 
 
+class Notice(Section):
+    """What tells that this host is about to be taken away: it is looked at every few seconds."""
+
+    file: Text | None = Field(default=None, description="a file that is there then; null for none")
+    url: Text | None = Field(
+        default=None, description="an http URL that answers with status 200 then; null for none"
+    )
+    pattern: Text | None = Field(
+        default=None,
+        description="regular expression that the answer has to match besides, TRUE for example; null: none",
+    )
+    header: Text | None = Field(
+        default=None, description="header of the request, for example 'Metadata-Flavor: Google'; null: none"
+    )
+    every_s: float = Field(default=5.0, ge=0.1, le=3600, description="seconds between two looks")
+
+
 class LocalLauncher(Section):
     """Processes on this machine, and on others where the same command is started."""
 
@@ -146,5 +163,16 @@ class LocalLauncher(Section):
         default=3,
         description="how often the ranks start again from the last checkpoint when one of them is killed, "
         "crashes or hangs; mistakes in the recipe or the data are not tried again",
+    )
+    stop_within_s: float = Field(
+        default=25.0,
+        ge=1,
+        le=1e5,
+        description="how long the ranks have to save what they did and end, when the job is asked to stop, "
+        "in seconds; clusters kill what takes longer than they grant, often 30",
+    )
+    notice: Notice | None = Field(
+        default=None,
+        description="what announces that a host is taken away, so that the job stops; null: none",
     )
     hosts: Hosts | None = Field(default=None, description="several hosts; null for this machine alone")

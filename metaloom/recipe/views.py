@@ -23,12 +23,12 @@ for _tag, _pattern, _first in RESOLVERS:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML with every default spelled out; reading it gives an equal recipe."""
-    return yaml.dump(_plain(recipe), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+    return yaml.dump(plain_recipe(recipe), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 def recipe_digest(recipe: Recipe) -> str:
     """SHA-256 (hexadecimal) of the recipe's canonical JSON: equal recipes, however written, have the same."""
-    canonical = json.dumps(_plain(recipe), sort_keys=True, separators=(",", ":"))
+    canonical = json.dumps(plain_recipe(recipe), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
@@ -46,7 +46,7 @@ def flatten_recipe(recipe: Recipe) -> dict[str, str]:
         else:
             flat[path] = value if isinstance(value, str) else json.dumps(value)
 
-    add("", _plain(recipe))
+    add("", plain_recipe(recipe))
     return flat
 
 
@@ -128,5 +128,6 @@ def _within(path: str, sections: tuple[str, ...]) -> bool:
     )
 
 
-def _plain(recipe: Recipe) -> dict[str, Any]:
+def plain_recipe(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as plain JSON values, defaults spelled out."""
     return recipe.model_dump(mode="json")

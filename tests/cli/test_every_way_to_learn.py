@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from metaloom.checkpoints import CheckpointStore
+from metaloom.checkpoints.store import CheckpointStore
 from metaloom.recipe import Recipe, load_recipe
 from metaloom.sources import episode_source, open_data
 from tests.commands import RECIPES, curve, run_well

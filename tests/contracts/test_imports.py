@@ -43,14 +43,13 @@ EDGES = {
     },
     "metaloom.run_folder": {ERRORS, FILES, RECIPE},
     # Which checkpoint is a run's result, and what of it is taken away.
-    RESULT: {ERRORS, RECIPE, CHECKPOINTS, "metaloom.engine", "metaloom.run_folder"},
+    RESULT: {ERRORS, RECIPE, CHECKPOINTS, "metaloom.engine", "metaloom.keeping", "metaloom.run_folder"},
     "metaloom.export": {
         "metaloom",
         ERRORS,
         FILES,
         RECIPE,
         RESULT,
-        CHECKPOINTS,
         "metaloom.build",
         "metaloom.engine",
         "metaloom.models",

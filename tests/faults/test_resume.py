@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from metaloom.checkpoints import CheckpointStore
+from metaloom.checkpoints.store import CheckpointStore
 from tests.commands import (
     RECIPES,
     command,

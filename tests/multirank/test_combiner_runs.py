@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from metaloom.checkpoints import CheckpointStore
+from metaloom.checkpoints.store import CheckpointStore
 from metaloom.tracking.cosines import read_cosines
 from tests.commands import curve
 from tests.multirank.processes import run_ranks

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from metaloom.checkpoints import Checkpoint, CheckpointStore
+from metaloom.checkpoints.store import Checkpoint, CheckpointStore
 from metaloom.engine.combiners.mean import Mean
 from metaloom.engine.hypergradients.base import MetaGradient
 from metaloom.engine.outer import OuterOptimizer, OuterSettings

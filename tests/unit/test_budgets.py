@@ -28,7 +28,7 @@ def job(recipe_name: str, *overrides: str) -> Job:
     console = LineConsole(io.StringIO(), io.StringIO())
     sharding = Replicated()
     broken = BrokenRecord(Path("unused"), max_broken=0, sharding=sharding, console=console, first_step=None)
-    return Job(recipe, place, open_data(recipe), sharding, console, NullTracker(), broken)
+    return Job(recipe, place, open_data(recipe), sharding, console, NullTracker(), {}, broken)
 
 
 def test_equal_data_counts_every_sample_of_every_task_once(glyphs: Path, stdlib: Path) -> None:

@@ -8,6 +8,7 @@ from metaloom.recipe.model import SingleLayerModel
 from metaloom.recipe.rules.base import Broken, Rule, repeated
 from metaloom.recipe.rules.model import has_tied_head
 from metaloom.recipe.schema import Recipe
+from metaloom.recipe.tasks import may_have_groups, task_facts
 
 
 def tuning_rates_differ(recipe: Recipe) -> Broken:
@@ -92,6 +93,34 @@ def fine_tuning_has_whole_weights(recipe: Recipe) -> Broken:
         )
 
 
+def validations_choose_the_best(recipe: Recipe) -> Broken:
+    best_by, keep_best = recipe.validation.best_by, recipe.checkpoint.keep_best
+    if recipe.validation.every_steps is None:
+        reason = "has no effect, since validation.every_steps is null and nothing is validated; set that"
+        if best_by != "loss":
+            yield "validation.best_by", f"{best_by}; {reason}"
+        if keep_best != 1:
+            yield "checkpoint.keep_best", f"{keep_best}; {reason}"
+    elif best_by.endswith("accuracy") and task_facts(recipe).objective == "regression":
+        yield "validation.best_by", f"{best_by}; a regression has a loss alone; set it to loss"
+    elif best_by.startswith("worst_group") and not may_have_groups(recipe):
+        yield (
+            "validation.best_by",
+            f"{best_by}; these tasks have no groups; set it to loss or accuracy, or take data.kind groups or "
+            "mixture",
+        )
+
+
+def checkpoint_url_has_no_secret(recipe: Recipe) -> Broken:
+    url = recipe.checkpoint.url
+    if url is not None and has_credentials(url):
+        yield (
+            "checkpoint.url",
+            "holds a user name, password or token (not shown), and a recipe is stored with each run; remove "
+            "it: credentials come from the environment, as those of data.url do",
+        )
+
+
 def tracking_uri_has_no_secret(recipe: Recipe) -> Broken:
     tracking = recipe.tracking
     if isinstance(tracking, MLflowTracking) and tracking.uri is not None and has_credentials(tracking.uri):
@@ -111,5 +140,7 @@ RULES: tuple[Rule, ...] = (
     baselines_differ,
     a_linear_probe_has_a_head,
     fine_tuning_has_whole_weights,
+    validations_choose_the_best,
+    checkpoint_url_has_no_secret,
     tracking_uri_has_no_secret,
 )

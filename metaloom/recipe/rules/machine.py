@@ -143,6 +143,26 @@ def hosts_meet_at_one_of_them(recipe: Recipe) -> Broken:
         yield path, f"{shown}; is another machine on each host; name one that all of them reach"
 
 
+def a_notice_can_be_found(recipe: Recipe) -> Broken:
+    notice = recipe.launcher.notice
+    if notice is None:
+        return
+    if notice.file is None and notice.url is None:
+        yield "launcher.notice", "names neither a file nor a url to look at; give one, or set it to null"
+    for name in ("pattern", "header"):
+        if notice.url is None and getattr(notice, name) is not None:
+            yield f"launcher.notice.{name}", "has no effect without launcher.notice.url; give that"
+    if notice.url is not None and not re.match(r"https?://", notice.url):
+        yield "launcher.notice.url", f"{without_credentials(notice.url)!r}; must be an http or https URL"
+    if notice.header is not None and ":" not in notice.header:
+        yield "launcher.notice.header", "must be 'Name: value', for example 'Metadata-Flavor: Google'"
+    if notice.pattern is not None:
+        try:
+            re.compile(notice.pattern)
+        except re.error as error:
+            yield "launcher.notice.pattern", f"{notice.pattern!r}; is no regular expression: {error}"
+
+
 RULES: tuple[Rule, ...] = (
     snapshots_have_a_use,
     vmap_recomputes_nothing,
@@ -155,4 +175,5 @@ RULES: tuple[Rule, ...] = (
     shards_are_gathered_again,
     fewer_hosts_are_not_more,
     hosts_meet_at_one_of_them,
+    a_notice_can_be_found,
 )
