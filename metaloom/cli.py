@@ -1,4 +1,5 @@
-"""The command line: `metaloom train | evaluate | check | plan | data | checkpoints | recipe`.
+"""The command line: `metaloom train | evaluate | export | adapt | check | plan | data | checkpoints |
+recipe`.
 
 Everything that can be checked is checked here, before any process is started and without importing torch.
 """
@@ -20,10 +21,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from metaloom import __version__
+from metaloom.adapt_command import add_adapt_command
 from metaloom.arguments import add_command
 from metaloom.checkpoints_command import add_checkpoint_commands
 from metaloom.data_command import add_data_commands
 from metaloom.errors import LaunchError, MetaloomError, RecipeError, StreamError
+from metaloom.export_command import add_export_command
 from metaloom.files import replace_file
 from metaloom.planning.hardware import DEVICES, HERE, LINKS
 from metaloom.planning.request import DEFAULT_RANKS, Request, check_comparison, checked, ranks_in
@@ -192,6 +195,8 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="print JSON in place of tables")
     plan.set_defaults(run_command=_plan)
 
+    add_export_command(commands)
+    add_adapt_command(commands)
     add_data_commands(commands)
     add_checkpoint_commands(commands)
 

@@ -28,15 +28,14 @@ from metaloom.checkpoints.store import Checkpoint, CheckpointStore
 from metaloom.engine.algorithms.arm import ArmBn, ArmCml
 from metaloom.engine.algorithms.base import Algorithm
 from metaloom.engine.evaluation import Curve, adaptation_curve
-from metaloom.engine.outer import COUNTED
 from metaloom.engine.streams import StreamCurve
 from metaloom.engine.unroll import Unroll
-from metaloom.errors import CheckpointError
 from metaloom.job import Job
 from metaloom.keeping import checkpoint_root, held_rooms
 from metaloom.ordinary import finished_weights, train_ordinary
 from metaloom.recipe import FullFast, GroupsData, HeadFast, Recipe
 from metaloom.recipe.tasks import task_facts
+from metaloom.result import best_result, newest_result, result_parameters
 from metaloom.sources import ordinary_samples
 
 ORDINARY_WARMUP_SHARE = 0.05
@@ -88,22 +87,17 @@ class Contender:
 
 def meta_trained(job: Job, newest: Checkpoint) -> Contender:
     recipe = job.recipe
-    best_step = newest.scalars["progress"]["best_step"]  # None where there was no validation
-    checkpoint = newest if best_step is None else _checkpoints(job).load(best_step, held_rooms(job.sharding))
+    checkpoint = best_result(_checkpoints(job), newest, held_rooms(job.sharding))
     model = build_model(recipe, job.place.device, job.sharding)
     if recipe.pretrain is not None:
         model.load(_pretrained(job))
     choices = Choices.load(newest.scalars["choices"])
     algorithm = build_algorithm(recipe, model, choices, job.place.device, sharding=job.sharding)
-    prefix = "meta/" if recipe.outer.ema is None else "average/"
-    meta = {
-        name: job.sharding.held(checkpoint.tensors[prefix + name]).to(job.place.device)
-        for name in algorithm.meta_parameters()
-    }
-    meta |= {
-        name: job.sharding.held(checkpoint.tensors[COUNTED + name]).to(job.place.device)
-        for name in algorithm.tracked()
-    }
+
+    def hold(stored: Tensor) -> Tensor:
+        return job.sharding.held(stored).to(job.place.device)
+
+    meta = result_parameters(recipe, algorithm, checkpoint.tensors, hold)
     tasks = recipe.outer.tasks_per_step
     return Contender(
         name="meta-trained",
@@ -132,13 +126,8 @@ def _own_rate(recipe: Recipe) -> str:
 
 
 def newest_checkpoint(job: Job) -> Checkpoint:
-    folder = job.place.folder
-    newest = _checkpoints(job).load_newest(job.console.warn, held_rooms(job.sharding))
-    if newest is None:
-        raise CheckpointError(
-            f"{folder.path} has no checkpoint yet: train it with `metaloom train --resume {folder.path}`."
-        )
-    return newest
+    rooms = held_rooms(job.sharding)
+    return newest_result(_checkpoints(job), job.place.folder, job.console.warn, rooms)
 
 
 def _checkpoints(job: Job) -> CheckpointStore:

@@ -18,12 +18,12 @@ from metaloom.recipe import (
     ARMCMLAlgorithm,
     ClassesData,
     Conv4Model,
-    GPTModel,
     InContextAlgorithm,
     Recipe,
     load_recipe,
 )
 from metaloom.recipe.tasks import (
+    loss_name,
     num_in_context,
     num_inputs,
     positions_in_context,
@@ -76,11 +76,7 @@ def evaluate(recipe: Recipe, place: Place) -> None:
 
 
 def _metric(recipe: Recipe) -> str:
-    objective = task_facts(recipe).objective
-    if objective != "language_modelling":
-        return "accuracy" if objective == "classification" else "mean squared error"
-    is_bytes = isinstance(recipe.model, GPTModel) and recipe.model.vocabulary == 256
-    return "bits per byte" if is_bytes else "bits per token"
+    return "accuracy" if task_facts(recipe).objective == "classification" else loss_name(recipe)
 
 
 def _data_name(job: Job) -> str:

@@ -13,6 +13,7 @@ logs/                the ranks' standard error
 mlflow.db, mlflow/   the tracking store, unless the recipe or the environment names a server
 evaluation.json      results of the last evaluation; evaluation-recipe.yaml is what it was asked
 report.html          the same as a page, with its pictures beside it
+export/, adapted/    what was taken away: a folder for each format, and for each task adapted to
 """
 
 from __future__ import annotations

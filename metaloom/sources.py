@@ -177,6 +177,18 @@ def episode_source(recipe: Recipe, data: Data, split: str, *, seed: int, num_ste
     source = sources[0]
     if len(sources) > 1:
         source = Mixture(sources, weights, seed=seed, split=split, names=_part_names(recipe, data))
+    return with_rehearsal(recipe, data, source, split, seed=seed, num_steps=num_steps)
+
+
+def with_rehearsal(
+    recipe: Recipe, data: Data, source: EpisodeSource, split: str, *, seed: int, num_steps: int
+) -> EpisodeSource:
+    """Episodes of a source with what they rehearse, if anything; outside of training also with what retention
+    is measured on.
+
+    Args:
+        num_steps: as in `episode_source`.
+    """
     if recipe.adaptation.rehearsal is None:
         return source
     retained = 0 if split == "train" else NUM_RETENTION_SAMPLES
@@ -294,7 +306,7 @@ def _tasks_of(
                 index,
                 split,
                 ways=_ways(section),
-                inputs=_inputs(recipe, section.inputs),
+                inputs=inputs_of(recipe, section.inputs),
                 labels=section.labels,
                 window=None if window is None else Window(window.num_classes, window.num_episodes),
                 affine=_affine(section.affine),
@@ -305,7 +317,7 @@ def _tasks_of(
             groups = GroupEpisodes(
                 index,
                 split,
-                inputs=_inputs(recipe, section.inputs),
+                inputs=inputs_of(recipe, section.inputs),
                 targets=_targets(section.targets),
                 num_support=section.num_support,
                 num_query=None if section.query_is_support else section.num_query,
@@ -344,7 +356,7 @@ def _ready(recipe: Recipe, section: EpisodesData, index: Index, split: str, *, s
     return ReadyEpisodes(
         index,
         split,
-        inputs=_inputs(recipe, section.inputs),
+        inputs=inputs_of(recipe, section.inputs),
         targets=None if isinstance(targets, TokenTargets) else _targets(targets),
         num_support=section.num_support,
         num_query=section.num_query,
@@ -365,11 +377,11 @@ def _samples_of(
                 index,
                 "train",
                 seed=seed,
-                inputs=_inputs(recipe, section.inputs),
+                inputs=inputs_of(recipe, section.inputs),
                 affine=_affine(section.affine),
             )
         case GroupsData():
-            inputs, targets = _inputs(recipe, section.inputs), _targets(section.targets)
+            inputs, targets = inputs_of(recipe, section.inputs), _targets(section.targets)
             return GroupSamples(index, "train", inputs=inputs, targets=targets, seed=seed)
         case DocumentsData():
             return DocumentSamples(
@@ -407,7 +419,7 @@ def _rehearsal_samples(recipe: Recipe, data: Data, *, seed: int) -> Samples:
             vocabulary=_vocabulary(recipe),
             seed=seed,
         )
-    samples = ClassSamples(index, section.split, seed=seed, inputs=_inputs(recipe, section.inputs))
+    samples = ClassSamples(index, section.split, seed=seed, inputs=inputs_of(recipe, section.inputs))
     if samples.num_classes != section.num_classes:
         raise StreamError(
             f"adaptation.rehearsal.data.num_classes is {section.num_classes}, and split {section.split!r} of "
@@ -425,7 +437,8 @@ def _ways(section: ClassesData) -> Ways | VariableWays:
     return Ways(section.n_way, section.n_shot, section.n_query)
 
 
-def _inputs(recipe: Recipe, section: InputSection) -> datasets.Inputs:
+def inputs_of(recipe: Recipe, section: InputSection) -> datasets.Inputs:
+    """How what a model is shown is read of a sample."""
     match section:
         case ImageInputs(size=size, channels=channels):
             return datasets.ImageInputs(size, channels)

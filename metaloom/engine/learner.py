@@ -280,6 +280,19 @@ class Learner:
         measures["rehearsal_loss"] = rehearsed.detach().double()
         return (1.0 - ratio) * loss + ratio * rehearsed, measures
 
+    def outputs(self, meta: Tensors, fast: Tensors, inputs: Tensor, step: int) -> Tensor:
+        """What the model says of examples, `[T, N, ..., V]`, as the objective `query` reads it.
+
+        Args:
+            meta, fast, step: as for `losses`.
+            inputs: `[T, N, ...]`.
+        """
+        # With the head in the pass: nothing is differentiated here.
+        whole = dataclasses.replace(self, head_chunk=None)
+        reading = Reading(self.criterion, self.head, step=step, objective="query")
+        bottleneck = self._bottleneck(reading)
+        return whole._readout(meta, fast, {"inputs": inputs}, reading, "once", bottleneck).features
+
     def _inner_losses(
         self,
         meta: Tensors,

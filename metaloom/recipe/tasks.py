@@ -265,6 +265,15 @@ def num_rehearsed_outside(recipe: Recipe) -> int:
     return 0 if rehearsal is None or rehearsal.outer_ratio == 0.0 else rehearsal.outer_samples
 
 
+def loss_name(recipe: Recipe) -> str:
+    """What the tasks' loss is called where people read it; of what begins with `bits` in bits, not nats."""
+    objective = task_facts(recipe).objective
+    if objective != "language_modelling":
+        return "loss" if objective == "classification" else "mean squared error"
+    is_bytes = isinstance(recipe.model, GPTModel) and recipe.model.vocabulary == 256
+    return "bits per byte" if is_bytes else "bits per token"
+
+
 def num_inputs(inputs: InputSection) -> int:
     """Numbers of one sample."""
     match inputs:

@@ -19,6 +19,8 @@ from tests.commands import RECIPES, curve, run, run_well
         [],
         ["train"],
         ["evaluate"],
+        ["export"],
+        ["adapt"],
         ["check"],
         ["data"],
         ["data", "make"],

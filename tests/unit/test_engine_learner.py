@@ -166,3 +166,12 @@ def test_a_split_batch_without_rehearsal_has_none() -> None:
     for piece in TaskBatch((0, 1), part(S, 1), part(Q, 2)).split(1):
         assert piece.rehearsal is None
         assert piece.retention is None
+
+
+def test_outputs_are_what_the_query_loss_is_read_from() -> None:
+    learner, query = Learner(Linear(), Precision()), batch().query
+    in_chunks = dataclasses.replace(learner, head_chunk=2)
+    outputs = in_chunks.outputs({}, weights(), query["inputs"], 1)
+    expected, _ = learner.losses("query", {}, weights(), batch(), 1)
+    read = [F.cross_entropy(own, targets) for own, targets in zip(outputs, query["targets"], strict=True)]
+    torch.testing.assert_close(torch.stack(read), expected)

@@ -1,0 +1,47 @@
+"""A safetensors file of all that is evaluated, with its card.
+
+Names are those of the run: `init.*` (where adaptation starts), `backbone.*` (weights that tasks share),
+`rates.*` and so on; and `model.*`, weights of the network that were not meta-learned, without which it could
+not be run.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from metaloom.engine.adapters.base import BACKBONE, INIT
+from metaloom.export.card import Card, read_card, write_card
+from metaloom.export.formats import SAFETENSORS
+from metaloom.export.tensors import MODEL_FILE, read_tensors, write_tensors
+from metaloom.export.trained import MODEL, Trained, rebuilt
+
+LOADING = (
+    "from metaloom.export import load",
+    "trained = load(FOLDER)",
+    "outputs = trained.outputs(inputs)",
+)
+
+
+def write(trained: Trained, card: Card, folder: Path) -> None:
+    """Writes `model.safetensors` and `card.json`."""
+    others = {
+        MODEL + name: value
+        for name, value in trained.weights().items()
+        if BACKBONE + name not in trained.meta and INIT + name not in trained.meta
+    }
+    write_tensors(folder / MODEL_FILE, trained.meta | others)
+    write_card(card, folder, kind=SAFETENSORS, loading=LOADING)
+
+
+def read(folder: Path) -> Trained:
+    """What `write` has written.
+
+    Raises:
+        CheckpointError: it is missing, or cannot be read.
+    """
+    card = read_card(folder, kind=SAFETENSORS)
+    tensors = read_tensors(folder / MODEL_FILE)
+    weights = {name.removeprefix(MODEL): value for name, value in tensors.items() if name.startswith(MODEL)}
+    meta = {name: value for name, value in tensors.items() if not name.startswith(MODEL)}
+    num_steps = 0 if card.adapted is None else card.adapted.num_steps
+    return rebuilt(card.recipe, card.step, weights, meta, num_steps=num_steps)

@@ -1,0 +1,1 @@
+"""Adaptation to one task whose examples lie in files: `metaloom adapt`."""
