@@ -107,6 +107,12 @@ ONLY_BY = {
 TORCH_FREE = (
     "metaloom.adapt_command",
     "metaloom.arguments",
+    "metaloom.checkpoints.catalogue",
+    "metaloom.checkpoints.folder",
+    "metaloom.checkpoints.lease",
+    "metaloom.checkpoints.manifest",
+    "metaloom.checkpoints.retention",
+    "metaloom.checkpoints_command",
     "metaloom.cli",
     "metaloom.computed",
     "metaloom.data_command",

@@ -133,7 +133,15 @@ def test_a_dump_spells_out_every_default(load: Load) -> None:
         "weight_decay": 0.0,
     }
     assert dumped["algorithm"]["hypergradient"] == {"kind": "auto", "limit_gib": None}
-    assert dumped["checkpoint"] == {"every_steps": None, "every_minutes": None, "keep_last": 2}
+    assert dumped["checkpoint"] == {
+        "every_steps": None,
+        "every_minutes": 10.0,
+        "url": None,
+        "keep_last": 2,
+        "keep_every": None,
+        "keep_best": 1,
+        "patience_minutes": 60.0,
+    }
 
 
 @pytest.mark.parametrize("name", ["1e-3", "007", "1_000", "null", "true", "no", "2020-01-01", "0x1f", "1.5"])
