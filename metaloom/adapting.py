@@ -61,7 +61,8 @@ def measured_episodes(
     num_workers = recipe.loading.num_workers
     with drawn_ahead(source.episode, share.positions, read_ahead=2 * size, num_workers=num_workers) as drawn:
         for start in range(0, len(share.positions), size):
-            episodes = drawn.take(size)
+            with job.place.points.waiting():
+                episodes = drawn.take(size)
             broken += (each for episode in episodes for each in episode.broken)
             batch = task_batch(recipe, episodes, job.place.device, num_steps=num_steps)
             job.place.points.between_passes()

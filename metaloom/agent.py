@@ -28,15 +28,16 @@ from typing import Literal, NoReturn
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
 
 from metaloom.errors import MetaloomError
-from metaloom.faults import FAULT, START_AGAIN, Fault, Verdict, cause, judge
+from metaloom.faults import FAULT, NOT_SAVED, START_AGAIN, Fault, Verdict, cause, judge
 from metaloom.meeting import BROKEN, FAREWELL_S, POLL_S, JobOver, Meeting, Round, Terms
 from metaloom.processes import watch_parent
-from metaloom.ranks import Ranks
+from metaloom.ranks import STOP_S, Ranks
 
 NEWS_S = 1.0  # how often an agent asks what the others say
 SETTLE_S = 1.0  # how long a rank's cause may take to show after a partner's loss
 VERDICT_S = 3.0  # how long an agent whose ranks lost a partner waits for the cause from another host
 MARGIN_S = 5.0  # what an agent grants its ranks beyond the time that they have to stop
+AT_ONCE_S = 2  # how long ranks have to end that are not to wait for anything
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 Outcome = Verdict | Literal["finished", "regroup"]
@@ -154,6 +155,7 @@ class Agent:
         code = 128 + int(number)
         self._exit_code = code
         verdict, num_others = self._farewell(number, code)
+        self._stop_ranks(AT_ONCE_S)
         return self._leave(verdict, num_others, code)
 
     def _farewell(self, number: signal.Signals, code: int) -> tuple[Verdict | None, int]:
@@ -187,8 +189,9 @@ class Agent:
                 with contextlib.suppress(*BROKEN):
                     self._round.beat(ranks.places()[0])
                 next_news = time.monotonic() + NEWS_S
-        for fault in ranks.faults()[:1]:
-            self._farewell_text = fault.text if fault.kind == "stopped" else self._farewell_text
+        for fault in ranks.faults():
+            if fault.kind == "stopped" and NOT_SAVED in fault.text:
+                self._farewell_text = fault.text
 
     def _leave(self, verdict: Verdict | None, num_others: int, code: int) -> int:
         meeting, current = self._meeting, self._round
@@ -294,10 +297,10 @@ class Agent:
         count = f"restart {verdict.num_restarts} of {self._max_restarts}"
         say(f"fault: {verdict.fault.text}\n{count}, from the last checkpoint")
 
-    def _stop_ranks(self) -> None:
+    def _stop_ranks(self, within_s: int = STOP_S) -> None:
         self._watchman.expect_nothing()
         if self._ranks is not None:
-            self._ranks.stop()
+            self._ranks.stop(within_s)
             self._ranks = None
 
     # ------------------------------------------------------------ ending

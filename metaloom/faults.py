@@ -24,6 +24,7 @@ _BLAMED: dict[FaultKind, int] = {
 FAULT = 1  # the exit code of what is no mistake of the user
 # The exit code of a job that was asked to stop and would go on where it was: EX_TEMPFAIL of sysexits.h.
 START_AGAIN = 75
+NOT_SAVED = "not saved within"  # what a rank says that had too little time
 
 
 @dataclasses.dataclass(frozen=True)

@@ -109,9 +109,10 @@ def train_ordinary(
         job.console.phase(shown_name, total=settings.num_steps, num_done=outer.step) as phase,
     ):
         while outer.step < settings.num_steps:
-            job.place.points.pass_point()
             job.place.whereabouts.enter(f"step {outer.step + 1} of {shown_name}")
-            drawn = next(ahead)
+            with job.place.points.waiting():
+                drawn = next(ahead)
+            job.place.points.meet()
             job.broken.take(drawn.broken, step=outer.step + 1 - settings.num_steps)
             arrays = {name: array[rows] for name, array in drawn.arrays.items()}
             batch = as_tensors(arrays, job.place.device)

@@ -129,12 +129,12 @@ class Ranks:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
 
-    def stop(self) -> None:
-        """Ends the ranks that still run, after `STOP_S` by SIGKILL, and tidies up."""
+    def stop(self, within_s: int = STOP_S) -> None:
+        """Ends the ranks that still run, after so long by SIGKILL, and tidies up."""
         for pid in self._processes.pids().values():
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGCONT)  # one that was stopped cannot end before it goes on
-        self._processes.close(END_NOW, STOP_S)
+        self._processes.close(END_NOW, within_s)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _silent(self, places: Sequence[str], statuses: dict[int, int | str]) -> str:

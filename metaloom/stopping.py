@@ -4,8 +4,9 @@ A rank that is asked to stop tells the others through the store. Every rank then
 it has passed that all ranks pass, and nobody passes another one before the largest of these numbers is known:
 all can come so far, since one has, and none has to come farther. There each rank raises `Stopped`.
 
-Out of lockstep ranks are on their own between two meetings, so that one that waits for others, and one whose
-share of a step takes long, both stop at once: unless one has left the meeting already, and all others will.
+A rank that waits for the others in a meeting, or for data, has passed what it passed before, and stops there.
+Out of lockstep ranks are on their own between two meetings, and stop at once as well. Unless one has left the
+meeting already: then all others will.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import contextlib
 import datetime
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -40,6 +41,8 @@ class StopWatch(StopPoints):
         is_lockstep: whether all ranks call `between_passes` as often as each other.
         timeout: how long a rank waits in `meet` for the others.
         on_asked: called once, by a thread, when this rank knows that the job is to stop.
+        wake: called once, by a thread, when all have agreed: sends the main thread a signal whose handler
+            calls `interrupt`.
 
     Every rank must make one.
     """
@@ -53,6 +56,7 @@ class StopWatch(StopPoints):
         connect: Callable[[], Store] | None,
         timeout: datetime.timedelta = datetime.timedelta(minutes=30),
         on_asked: Callable[[], None] = lambda: None,
+        wake: Callable[[], None] = lambda: None,
     ) -> None:
         assert (connect is None) == (world_size == 1), "ranks agree through a store"
         self._rank = rank
@@ -60,6 +64,8 @@ class StopWatch(StopPoints):
         self.is_lockstep = is_lockstep
         self._connect = connect
         self._on_asked = on_asked
+        self._wake = wake
+        self._is_waiting = False
         self._lock = threading.Lock()
         self._num_passed = 0
         self._agreed = 0
@@ -96,11 +102,11 @@ class StopWatch(StopPoints):
 
     def between_passes(self) -> None:
         if self.is_lockstep:
-            self.pass_point()
+            self._pass()
         elif self._is_asked:
             self._stop_unless_behind()
 
-    def pass_point(self) -> None:
+    def _pass(self) -> None:
         """One of the points that all ranks pass, in the same order.
 
         Raises:
@@ -117,8 +123,8 @@ class StopWatch(StopPoints):
                 return
 
     def meet(self) -> None:
-        if self.is_lockstep or self._world_size == 1:
-            self.pass_point()
+        if self._group is None:
+            self._pass()
             return
         # In a group of its own: gradients may be under way that other ranks send behind it.
         work = dist.all_reduce(torch.zeros(1, dtype=torch.uint8), group=self._group, async_op=True)
@@ -130,7 +136,27 @@ class StopWatch(StopPoints):
             time.sleep(nap_s)
             nap_s = min(_LONGEST_NAP_S, 1.5 * nap_s)
         work.wait()
-        self.pass_point()
+        self._pass()
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        if self._is_asked:
+            self._stop_unless_behind()
+        self._is_waiting = True
+        try:
+            yield
+        finally:
+            self._is_waiting = False
+
+    def interrupt(self) -> None:
+        """What the signal does that wakes the main thread while it waits: see `wake`.
+
+        Raises:
+            Stopped: it waits, and all ranks stop.
+        """
+        if self._is_waiting and self._is_decided.is_set() and self._num_passed >= self._agreed:
+            self._is_waiting = False
+            raise Stopped
 
     def _stop_unless_behind(self) -> None:
         self._is_decided.wait()
@@ -158,6 +184,7 @@ class StopWatch(StopPoints):
                 self._agreed = self._agree(store)
         # Also where the store is gone, and with it what could be agreed on: the job ends either way.
         self._is_decided.set()
+        self._wake()
 
     def _agree(self, store: Store) -> int:
         """The largest number of points that any rank has passed."""

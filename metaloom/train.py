@@ -291,7 +291,7 @@ def _outer_loop(job: Job, run: Run, keeper: Keeper) -> None:
 
 def _steps(job: Job, run: Run, keeper: Keeper) -> None:
     recipe, sharding = job.recipe, job.sharding
-    state, outer = run.state, run.state.outer
+    state, outer, points = run.state, run.state.outer, job.place.points
     clock = _Clock(job)
     left_out = LeftOutLog(sharding, job.console, num_tasks=recipe.outer.tasks_per_step)
     stream = EpisodeStream(
@@ -313,8 +313,10 @@ def _steps(job: Job, run: Run, keeper: Keeper) -> None:
         while outer.step < recipe.outer.num_steps and not _stops_early(recipe, state.progress):
             job.place.whereabouts.enter(f"outer step {outer.step + 1}")
             clock.start_step()
-            _, episodes = next(stream)
+            with points.waiting():
+                _, episodes = next(stream)
             clock.data_ready()
+            points.meet()
             met = [broken for episode in episodes for broken in episode.broken]
             job.broken.take(met, step=outer.step + 1)
             tasks = StepTasks(

@@ -27,7 +27,7 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 from metaloom.check import check
 from metaloom.errors import MetaloomError
 from metaloom.evaluate import evaluate
-from metaloom.faults import START_AGAIN
+from metaloom.faults import NOT_SAVED, START_AGAIN
 from metaloom.job import Place, Shutdown
 from metaloom.notices import Source, watching
 from metaloom.processes import END_NOW, watch_parent
@@ -38,6 +38,7 @@ from metaloom.train import train
 from metaloom.whereabouts import END, Failure, FailureKind, Whereabouts
 
 LOST_PARTNER_EXIT_CODE = 90
+WAKE = signal.SIGUSR1  # wakes a rank that waits for data when all have agreed to stop
 BLOCKED_S = 5.0  # how long a rank may take to notice that it is to end
 
 JOBS: dict[str, Callable[[Recipe, Place], None]] = {"train": train, "evaluate": evaluate, "check": check}
@@ -114,11 +115,13 @@ class Signals:
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         for number in (signal.SIGINT, signal.SIGTERM, END_NOW):
             signal.signal(number, self._take)
+        signal.signal(WAKE, signal.SIG_IGN)
         threading.Thread(target=self._end_if_blocked, daemon=True).start()
 
     def stop_by(self, points: StopWatch) -> None:
         """From now on the job is stopped by these; before, it has done nothing that could be lost."""
         self._points = points
+        signal.signal(WAKE, lambda number, frame: points.interrupt())
         if self._asked_by is not None:
             points.ask(self._asked_by.name)
 
@@ -152,12 +155,13 @@ def _stop_watch(recipe: Recipe, whereabouts: Whereabouts) -> StopWatch:
     def end_late() -> None:
         time.sleep(limit_s)
         text = (
-            f"stopped by {points.reason}, and not saved within {limit_s:g} s (launcher.stop_within_s): the "
+            f"stopped by {points.reason}, and {NOT_SAVED} {limit_s:g} s (launcher.stop_within_s): the "
             f"job was at {whereabouts.text}. It goes on from the checkpoint before"
         )
         _record(whereabouts, "stopped", text)
         os._exit(_stop_code(points.reason))
 
+    main_thread = threading.get_ident()
     points = StopWatch(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -165,6 +169,7 @@ def _stop_watch(recipe: Recipe, whereabouts: Whereabouts) -> StopWatch:
         timeout=datetime.timedelta(seconds=recipe.launcher.timeout_s),
         connect=None if dist.get_world_size() == 1 else lambda: PrefixStore("stop", _store(recipe)),
         on_asked=lambda: threading.Thread(target=end_late, daemon=True).start(),
+        wake=lambda: signal.pthread_kill(main_thread, WAKE),
     )
     return points
 

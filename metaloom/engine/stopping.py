@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 
 class StopPoints:
     """Places in a job at which it may be stopped: here at none.
@@ -14,9 +16,10 @@ class StopPoints:
         """Called before each inner step, forwards and backwards, and before each micro-batch. In lockstep all
         ranks call it as often."""
 
-    def pass_point(self) -> None:
-        """Called where all ranks come by, in the same order."""
-
     def meet(self) -> None:
-        """Called when this rank has done its share of a work, before ranks meet over it. Every rank calls it;
-        out of lockstep none comes back before all have."""
+        """Called when this rank has done its share of a work, before ranks meet over it. Every rank calls it,
+        and none comes back before all have."""
+
+    def waiting(self) -> contextlib.AbstractContextManager[object]:
+        """In this context this rank waits for something from outside, and needs no other rank to go on."""
+        return contextlib.nullcontext()

@@ -31,7 +31,8 @@ EDGES = {
     "metaloom.engine": {ERRORS},
     "metaloom.models": set[str](),
     "metaloom.datasets": {CREDENTIALS, ERRORS, FILES, PROCESSES},
-    CHECKPOINTS: {ERRORS, FILES, RECIPE},
+    # What drivers' errors mean, and when a request is made again, stands once.
+    CHECKPOINTS: {ERRORS, FILES, RECIPE, "metaloom.datasets.connection", "metaloom.datasets.drivers"},
     # The version is recorded with a run.
     "metaloom.tracking": {"metaloom", ERRORS, FILES, RECIPE},
     # What cannot be given is refused before anything starts; these tables import no torch.

@@ -1,0 +1,295 @@
+"""A job that is asked to stop, by whatever and on whichever rank, loses no outer step, and says that it would
+go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from metaloom.faults import START_AGAIN
+from tests.commands import (
+    ADDED,
+    RECIPES,
+    command,
+    curve,
+    environment,
+    kill_tree,
+    rank_of,
+    run_well,
+    wait_for_step,
+)
+from tests.faults.test_resume import final_tensors
+from tests.hosts import held
+
+SMOKE = RECIPES / "smoke.yaml"
+STEPS = 12
+RUN = (
+    f"outer.num_steps={STEPS}",
+    "outer.ema=0.9",
+    "checkpoint={every_steps: null, every_minutes: null}",
+    "validation.every_steps=4",
+    "tracking=none",
+)
+# From the fifth outer step on, an inner step takes a quarter of a second on rank 1 alone.
+SLOW = """
+import os, time
+if os.environ.get("RANK") == "1":
+    from metaloom.datasets import EpisodeStream
+    from metaloom.engine.unroll import Unroll
+    reached = []
+    def read(stream, read=EpisodeStream.__next__):
+        step, episodes = read(stream)
+        if step == int(os.environ["SLOW_FROM"]):
+            reached.append(step)
+        return step, episodes
+    def slowly(unroll, *args, once=Unroll.scaled_support_gradient, **keywords):
+        if reached:
+            time.sleep(0.25)
+        return once(unroll, *args, **keywords)
+    EpisodeStream.__next__ = read
+    Unroll.scaled_support_gradient = slowly
+"""
+
+
+@contextmanager
+def slow_from(folder: Path, step: int) -> Iterator[None]:
+    """Commands of a test whose outer steps take minutes from one on."""
+    place = folder / "slow"
+    place.mkdir()
+    (place / "sitecustomize.py").write_text(SLOW)
+    added = {"PYTHONPATH": f"{place}:{environment()['PYTHONPATH']}", "SLOW_FROM": str(step)}
+    ADDED.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del ADDED[name]
+
+
+@contextmanager
+def started(*words: str | Path, run: Path) -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen(
+        command("train", SMOKE, *words, "--run", run),
+        cwd=run.parent,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            kill_tree(process.pid)
+            process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("target", "sharding"),
+    [("command", "replicated"), ("rank 0", "replicated"), ("rank 1", "replicated"), ("rank 0", "sharded")],
+)
+def test_a_stopped_run_breaks_off_a_long_step_and_goes_on_as_if_it_had_not_been_stopped(
+    tmp_path: Path, glyphs: Path, target: str, sharding: str
+) -> None:
+    words: tuple[str, ...] = (
+        f"data.url={glyphs}",
+        *RUN,
+        "adaptation.num_steps=100",
+        "adaptation.rule.lr=0.002",
+    )
+    if sharding == "sharded":
+        # What is in shards is a backbone that tasks share: the head alone is fast.
+        words = (
+            *words,
+            "adaptation.fast=head",
+            "sharding=sharded",
+            "memory.recompute_blocks=true",
+            "algorithm.meta_parameters={backbone: true}",
+        )
+    whole = tmp_path / "whole"
+    run_well("train", SMOKE, *words, "--run", whole, cwd=tmp_path)
+    folder = tmp_path / "run"
+    # 16 tasks and more of 200 passes each are left of the sixth step: an hour, of which nobody waits for more
+    # than one inner step.
+    with slow_from(tmp_path, 5), started(*words, run=folder) as process:
+        wait_for_step(folder / "metrics.jsonl", 5, process)
+        pid = process.pid if target == "command" else rank_of(process.pid, int(target[-1]))
+        os.kill(pid, signal.SIGTERM)
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == START_AGAIN, (output, errors)
+    assert b"saved after outer step 5" in output
+    assert errors.decode().endswith("stopped by SIGTERM\n")
+    assert b"Traceback" not in output + errors
+    output = run_well("train", "--resume", folder, cwd=tmp_path)
+    assert "resumed after outer step 5 of 12" in output
+    assert curve(folder) == curve(whole)
+    assert final_tensors(folder) == final_tensors(whole)
+
+
+def test_a_run_that_waits_for_data_stops_too(tmp_path: Path, glyphs: Path) -> None:
+    folder = tmp_path / "run"
+    with held(tmp_path) as hold:
+        hold.at(2)
+        with started(f"data.url={glyphs}", *RUN, run=folder) as process:
+            wait_for_step(folder / "metrics.jsonl", 2, process)
+            process.terminate()
+            output, errors = process.communicate(timeout=60)
+    assert process.returncode == START_AGAIN
+    assert b"saved after outer step 2" in output
+    assert b"not saved" not in errors
+
+
+def test_a_run_that_is_stopped_while_it_validates_repeats_the_validation_alone(
+    tmp_path: Path, glyphs: Path
+) -> None:
+    words = (f"data.url={glyphs}", *RUN)
+    run_well("train", SMOKE, *words, "--run", tmp_path / "whole", cwd=tmp_path)
+    folder, place = tmp_path / "run", tmp_path / "slow"
+    place.mkdir()
+    (place / "sitecustomize.py").write_text(
+        """
+import os, time
+if "RANK" in os.environ:
+    from metaloom.engine.algorithms.maml import Maml
+    def slowly(algorithm, *args, once=Maml.curve, **keywords):
+        open(os.environ["VALIDATING"], "a").close()
+        time.sleep(0.5)
+        return once(algorithm, *args, **keywords)
+    Maml.curve = slowly
+"""
+    )
+    mark = tmp_path / "validating"
+    added = {"PYTHONPATH": f"{place}:{environment()['PYTHONPATH']}", "VALIDATING": str(mark)}
+    ADDED.update(added)
+    try:
+        with started(*words, run=folder) as process:
+            wait_for_step(folder / "metrics.jsonl", 3, process)
+            while not mark.exists():
+                assert process.poll() is None
+            process.terminate()
+            output, _ = process.communicate(timeout=60)
+    finally:
+        for name in added:
+            del ADDED[name]
+    assert process.returncode == START_AGAIN
+    assert b"saved after outer step 4" in output
+    assert [record["step"] for record in curve(folder)] == [1, 2, 3]
+    run_well("train", "--resume", folder, cwd=tmp_path)
+    assert curve(folder) == curve(tmp_path / "whole")
+    assert final_tensors(folder) == final_tensors(tmp_path / "whole")
+
+
+def test_a_second_signal_stops_at_once(tmp_path: Path, glyphs: Path) -> None:
+    folder = tmp_path / "run"
+    # Nobody comes to a point at which all could stop.
+    (tmp_path / "stuck").mkdir()
+    (tmp_path / "stuck" / "sitecustomize.py").write_text(
+        """
+import os, time
+if "RANK" in os.environ:
+    from metaloom.engine.outer import OuterOptimizer
+    def stuck(outer, *args, update=OuterOptimizer.update, **keywords):
+        while outer.step == 3:
+            time.sleep(0.1)
+        return update(outer, *args, **keywords)
+    OuterOptimizer.update = stuck
+"""
+    )
+    ADDED["PYTHONPATH"] = f"{tmp_path / 'stuck'}:{environment()['PYTHONPATH']}"
+    try:
+        with started(f"data.url={glyphs}", *RUN, "launcher.stop_within_s=1000", run=folder) as process:
+            wait_for_step(folder / "metrics.jsonl", 3, process)
+            process.send_signal(signal.SIGINT)
+            assert process.stderr is not None
+            first = process.stderr.readline()
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=30)
+    finally:
+        del ADDED["PYTHONPATH"]
+    assert first == b"SIGINT: stopping, with what was done saved; another signal stops at once\n"
+    assert errors == b"stopped by SIGINT\n"
+    assert process.returncode == 130
+
+
+def test_a_run_that_cannot_be_saved_in_time_ends_all_the_same(tmp_path: Path, glyphs: Path) -> None:
+    folder, place = tmp_path / "run", tmp_path / "stalled"
+    place.mkdir()
+    (place / "sitecustomize.py").write_text(
+        """
+import os, time
+if "RANK" in os.environ:
+    from metaloom.checkpoints.folder import Folder
+    def stall(folder, name, fill):
+        time.sleep(1000)
+    Folder.write_stream = stall
+"""
+    )
+    ADDED["PYTHONPATH"] = f"{place}:{environment()['PYTHONPATH']}"
+    try:
+        long = ("outer.num_steps=100000", "launcher.stop_within_s=2")
+        with started(f"data.url={glyphs}", *RUN, *long, run=folder) as process:
+            wait_for_step(folder / "metrics.jsonl", 3, process)
+            process.terminate()
+            output, errors = process.communicate(timeout=60)
+    finally:
+        del ADDED["PYTHONPATH"]
+    assert process.returncode == START_AGAIN, errors
+    assert b"stopped by SIGTERM, and not saved within 2 s (launcher.stop_within_s)" in errors
+    assert b"saved after" not in output
+
+
+def test_a_notice_in_a_file_stops_the_run(tmp_path: Path, glyphs: Path) -> None:
+    folder, notice = tmp_path / "run", tmp_path / "notice"
+    words = (f"launcher.notice={{file: '{notice}', every_s: 0.2}}", "outer.num_steps=100000")
+    with started(f"data.url={glyphs}", *RUN, *words, run=folder) as process:
+        wait_for_step(folder / "metrics.jsonl", 3, process)
+        notice.touch()
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == START_AGAIN
+    assert errors.decode() == f"stopped by a notice: {notice} is there\n"
+    assert b"saved after outer step" in output
+
+
+class Metadata(BaseHTTPRequestHandler):
+    """What a cloud tells a machine of itself."""
+
+    is_preempted = threading.Event()
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        """Quiet."""
+
+    def do_GET(self) -> None:
+        is_asked_well = self.headers["Metadata-Flavor"] == "Google" and self.path == "/preempted"
+        body = b"TRUE" if self.is_preempted.is_set() else b"FALSE"
+        self.send_response(200 if is_asked_well else 403)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def test_a_notice_at_a_url_stops_the_run(tmp_path: Path, glyphs: Path) -> None:
+    folder = tmp_path / "run"
+    with ThreadingHTTPServer(("127.0.0.1", 0), Metadata) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/preempted"
+        section = f"url: '{url}', pattern: TRUE, header: 'Metadata-Flavor: Google', every_s: 0.2"
+        words = (f"launcher.notice={{{section.replace('TRUE', chr(39) + 'TRUE' + chr(39))}}}",)
+        try:
+            with started(f"data.url={glyphs}", *RUN, *words, "outer.num_steps=100000", run=folder) as process:
+                wait_for_step(folder / "metrics.jsonl", 20, process)
+                Metadata.is_preempted.set()
+                _, errors = process.communicate(timeout=60)
+        finally:
+            server.shutdown()
+            thread.join()
+    assert process.returncode == START_AGAIN
+    assert errors.decode() == f"stopped by a notice: {url} says 'TRUE'\n"
