@@ -1,0 +1,163 @@
+"""Checkpoints at a URL: on an object store that answers, that fails, and that is gone for a while."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from metaloom.checkpoints.catalogue import Catalogue
+from metaloom.checkpoints.folder import Folder, MissingFileError
+from metaloom.checkpoints.retention import Retention
+from metaloom.checkpoints.store import Checkpoint, CheckpointStore
+from metaloom.datasets.connection import Persistence
+from metaloom.errors import CheckpointError
+from tests.commands import RECIPES, command, curve, environment, kill_tree, run, run_well, wait_for_step
+from tests.object_store import SECRET_KEY, ObjectStore, running_object_store
+
+SMOKE = RECIPES / "smoke.yaml"
+QUICK = Persistence(num_attempts=3, backoff_s=0.02, max_backoff_s=0.05, timeout_s=5.0)
+RUN = ("outer.num_steps=12", "outer.ema=0.9", "checkpoint.every_steps=4", "tracking=none")
+
+
+def checkpoint(step: int) -> Checkpoint:
+    return Checkpoint(step, {"a": torch.arange(1000.0) + step, "b": torch.zeros(0)}, {"step": step})
+
+
+def test_an_object_store_holds_checkpoints_as_a_folder_does(s3: ObjectStore) -> None:
+    url = f"{s3.new_bucket()}/runs/one"
+    store = CheckpointStore(url, retention=Retention(last=2))
+    assert store.load_newest(pytest.fail) is None
+    for step in (1, 2, 3):
+        store.save(checkpoint(step))
+    assert store.steps() == [2, 3]
+    assert {listing.step for listing in Catalogue(url).listings()} == {2, 3}  # nothing is left of the first
+    newest = CheckpointStore(url).load_newest(pytest.fail)
+    assert newest is not None
+    assert torch.equal(newest.tensors["a"], checkpoint(3).tensors["a"])
+    assert store.catalogue.verify(3).step == 3
+
+
+def test_damage_on_an_object_store_is_found_and_passed_over(s3: ObjectStore) -> None:
+    url = f"{s3.new_bucket()}/run"
+    store = CheckpointStore(url)
+    for step in (1, 2):
+        store.save(checkpoint(step))
+    (name,) = store.catalogue.manifest(2).files
+    content = bytearray(store.catalogue.folder.read(f"step-00000002/{name}"))
+    content[-1] ^= 1
+    s3.put(f"{url}/step-00000002/{name}", bytes(content))
+    notes: list[str] = []
+    newest = store.load_newest(notes.append)
+    assert newest is not None
+    assert newest.step == 1
+    assert "SHA-256 differs" in notes[0]
+
+
+def test_a_storage_that_cannot_be_reached_is_never_taken_for_one_without_checkpoints(tmp_path: Path) -> None:
+    with running_object_store(tmp_path / "s3.log") as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        url = f"{server.new_bucket()}/run"
+        store = CheckpointStore(Folder(url, QUICK))
+        store.save(checkpoint(1))
+    store = CheckpointStore(Folder(url, QUICK))
+    with pytest.raises(
+        CheckpointError, match=r"could not be listed in 3 attempts .* See whether the storage is up"
+    ):
+        store.load_newest(pytest.fail)
+    with pytest.raises(CheckpointError, match=r"cannot be written: .*in 3 attempts"):
+        store.save(checkpoint(2))
+
+
+def test_wrong_credentials_are_told_at_once_and_not_shown(
+    s3: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"{s3.new_bucket()}/run"
+
+    class Forbidding:
+        """A driver that refuses."""
+
+        def pipe_file(self, path: str, content: bytes) -> None:
+            raise PermissionError(f"Forbidden {SECRET_KEY[:0]}")
+
+    folder = Folder(url, QUICK)
+    monkeypatch.setattr(folder, "_filesystem", Forbidding())
+    with pytest.raises(
+        CheckpointError, match=r"cannot be written: .*Credentials for s3:// come from"
+    ) as caught:
+        folder.write("lease.json", b"")
+    assert SECRET_KEY not in str(caught.value)
+
+
+def test_a_passing_fault_is_tried_again_and_a_full_disk_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Folder(tmp_path, QUICK)
+    faults = [OSError(5, "Input/output error"), OSError(116, "Stale file handle")]
+    calls = []
+
+    def flaky(path: Path, content: bytes) -> None:
+        calls.append(path.name)
+        if faults:
+            raise faults.pop()
+        path.write_bytes(content)
+
+    monkeypatch.setattr("metaloom.checkpoints.folder.replace_file", flaky)
+    folder.write("a", b"content")
+    assert folder.read("a") == b"content"
+    assert len(calls) == 3
+    faults.append(OSError(28, "No space left on device"))
+    with pytest.raises(CheckpointError, match="b cannot be written: No space left on device"):
+        folder.write("b", b"")
+    assert len(calls) == 4
+    with pytest.raises(MissingFileError):
+        folder.read("b")
+
+
+def test_a_run_with_checkpoints_on_an_object_store_that_is_killed_goes_on_bit_for_bit(
+    tmp_path: Path, glyphs: Path, s3: ObjectStore
+) -> None:
+    bucket = s3.new_bucket()
+    words = ("train", SMOKE, f"data.url={glyphs}", *RUN)
+    run_well(*words, f"checkpoint.url={bucket}/whole", "--run", tmp_path / "whole", cwd=tmp_path)
+    folder, url = tmp_path / "killed", f"{bucket}/killed"
+    process = subprocess.Popen(
+        command(*words, f"checkpoint.url={url}", "--run", folder),
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        wait_for_step(folder / "metrics.jsonl", 6, process)
+    finally:
+        kill_tree(process.pid)
+        process.wait()
+    assert not (folder / "checkpoints").exists()
+    output = run_well("train", "--resume", folder, cwd=tmp_path)
+    assert "resumed after outer step" in output
+    assert curve(folder) == curve(tmp_path / "whole")
+    ours, theirs = (Catalogue(f"{bucket}/{name}/meta").manifest(12) for name in ("killed", "whole"))
+    digests = [
+        {name: [chunk.sha256 for chunk in tensor.chunks] for name, tensor in manifest.tensors.items()}
+        for manifest in (ours, theirs)
+    ]
+    assert digests[0] == digests[1]
+    listed = run_well("checkpoints", "list", folder, cwd=tmp_path)
+    assert f"{url}\n" in listed
+    assert "as written" in run_well("checkpoints", "verify", folder, cwd=tmp_path)
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(tmp_path: Path, glyphs: Path) -> None:
+    folder, url = tmp_path / "run", tmp_path / "elsewhere"
+    run_well(
+        "train", SMOKE, f"data.url={glyphs}", *RUN, f"checkpoint.url={url}", "--run", folder, cwd=tmp_path
+    )
+    url.rename(tmp_path / "lost")
+    finished = run("train", "--resume", folder, cwd=tmp_path)
+    assert finished.code == CheckpointError.exit_code
+    assert f"{url}/meta has held a checkpoint of step 12 of this run, and there is none" in finished.errors
