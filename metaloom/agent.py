@@ -116,7 +116,7 @@ class Agent:
                     self._round = current = meeting.next_round(before)
                 except JobOver:
                     return self._end(meeting, meeting.outcome())
-                self._start_ranks(current, logs, meeting.job if terms.max_hosts == 1 else terms.address)
+                self._start_ranks(current, logs, meeting.job)
                 outcome = self._watch(meeting, current)
                 if outcome == "finished":
                     return self._end(meeting, None)
@@ -218,10 +218,11 @@ class Agent:
             redirects[0] = Std.ERR
         return DefaultLogsSpecs(str(folder), redirects=redirects)
 
-    def _start_ranks(self, current: Round, logs: DefaultLogsSpecs, name: str) -> None:
+    def _start_ranks(self, current: Round, logs: DefaultLogsSpecs, job: str) -> None:
         self._watchman.expect_nothing()
         self._is_done = False
-        self._ranks = Ranks(current.seats, name, self._worker_args, logs)
+        name = job if self._terms.max_hosts == 1 else self._terms.address
+        self._ranks = Ranks(current.seats, name, job, self._worker_args, logs)
         _take_signals()  # torch elastic has put its own in their place
         if self._terms.max_hosts > 1:
             hosts = f"{current.num_hosts} host" + ("s" if current.num_hosts > 1 else "")

@@ -53,7 +53,7 @@ def check(recipe: Recipe, place: Place) -> None:
     reports: dict[str, CheckReport] = {}
     impossible: list[str] = []
     for name, choices in ways.items():
-        algorithm = build_maml(in_float64, section, model, choices, place.device)
+        algorithm = build_maml(in_float64, section, model, choices, place.device, points=place.points)
         meta = away_from_symmetry(algorithm.meta_parameters(), seed=recipe.seed)
         kind = algorithm.hypergradient.name
         kinds = {kind_of(parameter) for parameter in meta}

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import json
 import sys
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -94,6 +93,8 @@ def _place(words: str) -> Place:
     from metaloom.recipe import load_recipe
 
     folder = RunFolder(Path(words))
+    if Path(words).name == "checkpoints" and RunFolder(Path(words).parent).recipe.is_file():
+        folder = RunFolder(Path(words).parent)
     if "://" in words or not folder.recipe.is_file():
         return Place(words.rstrip("/"), None, None)
     recipe = load_recipe(folder.recipe)
@@ -241,16 +242,11 @@ def _nobody_training(place: Place) -> Iterator[None]:
     Raises:
         MetaloomError: one does.
     """
-    if place.folder is not None:
-        with place.folder.locked("train"):
-            yield
-        return
-    from metaloom.checkpoints.folder import Folder
-    from metaloom.checkpoints.lease import Lease
+    from metaloom.alone import leased, working_alone
 
-    lease = Lease(Folder(place.root), owner=uuid.uuid4().hex, about="metaloom checkpoints prune")
-    lease.acquire()
-    try:
-        yield
-    finally:
-        lease.release()
+    if place.folder is not None:
+        with working_alone(place.folder, "train"):
+            yield
+    else:
+        with leased(place.root, "train"):
+            yield

@@ -25,7 +25,7 @@ from metaloom.adapt_command import add_adapt_command
 from metaloom.arguments import add_command
 from metaloom.checkpoints_command import add_checkpoint_commands
 from metaloom.data_command import add_data_commands
-from metaloom.errors import LaunchError, MetaloomError, RecipeError, StreamError
+from metaloom.errors import CheckpointError, LaunchError, MetaloomError, RecipeError, StreamError
 from metaloom.export_command import add_export_command
 from metaloom.files import replace_file
 from metaloom.planning.hardware import DEVICES, HERE, LINKS
@@ -140,7 +140,12 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("recipe", nargs="?", metavar="RECIPE", help="a YAML file (not needed with --resume)")
     _add_overrides(train)
     train.add_argument("--run", type=Path, metavar="DIR", help="folder of the new run (default: runs/NAME)")
-    train.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run where it stopped")
+    train.add_argument(
+        "--resume",
+        metavar="RUN",
+        help="go on with a run where it stopped; or, in a new folder (--run), with the one whose "
+        "checkpoints are at a URL (checkpoint.url)",
+    )
     train.set_defaults(run_command=_train)
 
     evaluate = add_command(commands, "evaluate", "evaluate a run on tasks never seen", EVALUATE_EXAMPLES)
@@ -253,7 +258,7 @@ def _train(arguments: argparse.Namespace) -> int:
     with _alone(folder, "train", hosts) as inherited:
         if hosts.is_first:
             folder.forget_start()
-            folder.record(data_digest=digest)
+            folder.record(data_digest=digest, run=uuid.uuid4().hex)
             _write_recipe(recipe, folder.recipe)
         return _launch("train", recipe, folder, folder.recipe, hosts, inherited=inherited)
 
@@ -261,10 +266,15 @@ def _train(arguments: argparse.Namespace) -> int:
 def _resume(arguments: argparse.Namespace) -> int:
     from metaloom.recipe import load_recipe
 
-    folder = RunFolder(arguments.resume)
-    folder.require()
-    if arguments.run is not None:
-        raise LaunchError("--run names a new run's folder and --resume an existing one: give one of them.")
+    if "://" in arguments.resume:
+        folder = _taken_over(arguments.resume, arguments.run)
+    else:
+        folder = RunFolder(Path(arguments.resume))
+        folder.require()
+        if arguments.run is not None:
+            raise LaunchError(
+                "--run names a new run's folder and --resume an existing one: give one of them."
+            )
     # With --resume the first argument may already be an override.
     overrides = list(arguments.overrides)
     source = arguments.recipe
@@ -272,6 +282,44 @@ def _resume(arguments: argparse.Namespace) -> int:
         overrides.insert(0, source)
         source = None
     return _go_on(load_recipe(source or folder.recipe, overrides), folder)
+
+
+def _taken_over(url: str, path: Path | None) -> RunFolder:
+    """The folder of a run whose own is lost, made of what its newest checkpoint says; as it is, where the run
+    goes on in it already.
+
+    Raises:
+        MetaloomError: there is no checkpoint, or the folder holds another run.
+    """
+    from metaloom.checkpoints.catalogue import Catalogue
+    from metaloom.recipe import dump_recipe
+    from metaloom.recipe.loading import recipe_from_dict
+
+    if path is None:
+        raise LaunchError(f"name the folder in which the run of {url} goes on, with --run DIR.")
+    folder = RunFolder(path)
+    catalogue = Catalogue(f"{url.rstrip('/')}/meta")
+    steps = catalogue.steps()
+    if not steps:
+        raise CheckpointError(
+            f"{catalogue.folder.shown} holds no complete checkpoint: name what the run's recipe has as "
+            "checkpoint.url."
+        )
+    origin = catalogue.manifest(steps[-1]).scalars["origin"]
+    if folder.facts().get("run") == origin["run"]:
+        return folder
+    folder.create()
+    with _alone(folder, "train", None):
+        folder.forget_start()
+        folder.record(
+            run=origin["run"],
+            data_digest=origin["data_digest"],
+            tracking_run_id=origin["tracking_run_id"],
+        )
+        recipe = recipe_from_dict(origin["recipe"], source=catalogue.folder.shown)
+        moved = recipe.checkpoint.model_copy(update={"url": url})
+        replace_file(folder.recipe, dump_recipe(recipe.model_copy(update={"checkpoint": moved})))
+    return folder
 
 
 def _go_on(new: Recipe, folder: RunFolder) -> int:
@@ -391,7 +439,7 @@ def _standing(recipe: Recipe) -> Standing:
 
 
 @contextlib.contextmanager
-def _alone(folder: RunFolder, purpose: str, hosts: Standing) -> Iterator[list[int]]:
+def _alone(folder: RunFolder, purpose: str, hosts: Standing | None) -> Iterator[list[int]]:
     """While it lasts, no other command works on the run; of several hosts, the first sees to that.
 
     Yields:
@@ -400,25 +448,13 @@ def _alone(folder: RunFolder, purpose: str, hosts: Standing) -> Iterator[list[in
     Raises:
         LaunchError: another command does now.
     """
-    if not hosts.is_first:
+    if hosts is not None and not hosts.is_first:
         yield []
         return
-    with folder.locked(purpose) as lock:
-        if lock is not None:
-            yield [lock]
-            return
-        # A file system without locks.
-        from metaloom.checkpoints.folder import Folder
-        from metaloom.checkpoints.lease import Lease
+    from metaloom.alone import working_alone
 
-        lease = Lease(
-            Folder(folder.path), owner=uuid.uuid4().hex, about=f"metaloom {purpose}", name=f"{purpose}-lease"
-        )
-        lease.acquire()
-        try:
-            yield []
-        finally:
-            lease.release()
+    with working_alone(folder, purpose) as inherited:
+        yield inherited
 
 
 def _launch(

@@ -87,7 +87,7 @@ class Contender:
 
 def meta_trained(job: Job, newest: Checkpoint) -> Contender:
     recipe = job.recipe
-    checkpoint = best_result(_checkpoints(job), newest, held_rooms(job.sharding))
+    checkpoint = best_result(_checkpoints(job), newest, job.console.warn, held_rooms(job.sharding))
     model = build_model(recipe, job.place.device, job.sharding)
     if recipe.pretrain is not None:
         model.load(_pretrained(job))

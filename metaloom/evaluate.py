@@ -13,6 +13,7 @@ from metaloom.contenders import IN_CONTEXT, TRANSFERRED, Contender, baseline, me
 from metaloom.datasets import slice_for_rank
 from metaloom.group_measures import group_results
 from metaloom.job import Job, Place, open_job
+from metaloom.keeping import writing_alone
 from metaloom.recipe import (
     ARMBNAlgorithm,
     ARMCMLAlgorithm,
@@ -54,9 +55,11 @@ def evaluate(recipe: Recipe, place: Place) -> None:
         CheckpointError: the run has no checkpoint yet.
         MetaloomError: the data or the tracking store cannot be used.
     """
-    with open_job(
-        recipe, place, build_sharding(recipe, place.device), is_training=False, first_step=None
-    ) as job:
+    sharding = build_sharding(recipe, place.device)
+    with (
+        writing_alone(recipe, place, "evaluate") as lease,
+        open_job(recipe, place, sharding, is_training=False, first_step=None, lease=lease) as job,
+    ):
         newest = newest_checkpoint(job)
         baselines = [baseline(job, name, newest) for name in recipe.baselines]
         contenders = [meta_trained(job, newest), *baselines]

@@ -24,7 +24,7 @@ examples:
   metaloom export runs/stdlib-lora --format huggingface --merge
   metaloom export runs/glyphs-maml --step 400 --output step-400
 
-What is written is of the outer step with the lowest validation loss, at which adaptation to a task starts; no
+What is written is of the outer step with the best validation, at which adaptation to a task starts; no
 data are needed. The formats are peft, huggingface, safetensors and mlflow: docs/operations.md.
 """
 

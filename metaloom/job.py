@@ -11,12 +11,14 @@ from typing import Any
 import torch
 
 from metaloom.broken_record import BrokenRecord
+from metaloom.checkpoints.lease import Lease
 from metaloom.datasets import SampleError
 from metaloom.engine.sharding.base import Sharding
 from metaloom.engine.stopping import StopPoints
 from metaloom.recipe import MLflowTracking, Recipe, flatten_recipe, plain_recipe, recipe_digest
 from metaloom.run_folder import RunFolder
 from metaloom.sources import Data, open_data
+from metaloom.stopping import Stopped
 from metaloom.tracking import FinishStatus, RunTracker, environment_facts, make_tracker
 from metaloom.tracking.console import Console, make_console
 from metaloom.whereabouts import Whereabouts
@@ -28,8 +30,8 @@ class Shutdown:
 
     Attributes:
         was_asked: the job was asked to stop, from outside.
-        is_closing: the job is delivering its last records, which a SIGTERM shall not cut short: torch
-            elastic sends one to the ranks that are left when one has failed.
+        is_closing: the job is delivering its last records, which the agent shall not cut short that ends the
+            ranks that are left when one has failed.
     """
 
     was_asked: bool = False
@@ -68,6 +70,7 @@ class Job:
     Attributes:
         origin: what it comes from, as plain JSON values: the recipe, the tracked run's id, the digest of the
             data, versions.
+        lease: without which checkpoints are not to be written; None where none is needed.
     """
 
     recipe: Recipe
@@ -78,11 +81,18 @@ class Job:
     tracker: RunTracker
     origin: Mapping[str, Any]
     broken: BrokenRecord
+    lease: Lease | None = None
 
 
 @contextlib.contextmanager
 def open_job(
-    recipe: Recipe, place: Place, sharding: Sharding, *, is_training: bool, first_step: int | None
+    recipe: Recipe,
+    place: Place,
+    sharding: Sharding,
+    *,
+    is_training: bool,
+    first_step: int | None,
+    lease: Lease | None = None,
 ) -> Iterator[Job]:
     """Opens the data, starts or continues the tracked run, and ends it with the right status.
 
@@ -92,6 +102,7 @@ def open_job(
         is_training: whether this job is the training.
         first_step: metrics and damaged samples of this step and later ones, left by a run that went on after
             its last checkpoint, are dropped; None drops none.
+        lease: without which checkpoints are not to be written; None where none is needed.
 
     Raises:
         MetaloomError: the data or a tracking store that was named cannot be used.
@@ -136,12 +147,13 @@ def open_job(
     try:
         origin = {
             "recipe": plain_recipe(recipe),
+            "run": place.folder.facts().get("run"),
             "tracking_run_id": run_id,
             "data_digest": data.digest,
             "versions": facts,
             "world_size": sharding.world_size,
         }
-        yield Job(recipe, place, data, sharding, console, tracker, origin, broken)
+        yield Job(recipe, place, data, sharding, console, tracker, origin, broken, lease)
         if is_training:
             status = "finished"
     except BaseException as error:
@@ -149,7 +161,8 @@ def open_job(
             broken.end_with(error.all_broken)
         # A stopped rank may end in `Stopped`, in KeyboardInterrupt, or in a collective whose partner stopped
         # first.
-        if is_training and not place.shutdown.was_asked:
+        was_stopped = place.shutdown.was_asked or isinstance(error, Stopped)
+        if is_training and not was_stopped:
             status = "failed"
         raise
     finally:

@@ -14,6 +14,7 @@ from torch import Tensor
 from metaloom.checkpoints.catalogue import step_folder
 from metaloom.checkpoints.folder import Folder
 from metaloom.checkpoints.lease import Lease
+from metaloom.checkpoints.manifest import Manifest
 from metaloom.checkpoints.store import Checkpoint, CheckpointStore, Outcome, Rooms, from_rank_0, rooms_by
 from metaloom.engine.outer import parameter_of
 from metaloom.engine.sharding.base import Sharding
@@ -42,10 +43,14 @@ def held_rooms(sharding: Sharding) -> Rooms:
 
 
 @contextlib.contextmanager
-def writing_alone(recipe: Recipe, place: Place) -> Iterator[Lease | None]:
-    """While it lasts, no other run writes checkpoints where this one does. Every rank must call.
+def writing_alone(recipe: Recipe, place: Place, purpose: str) -> Iterator[Lease | None]:
+    """While it lasts, no other job of this purpose writes checkpoints where this one does. Every rank must
+    call.
 
     In a run's own folder the command that has started it sees to that.
+
+    Args:
+        purpose: `train` or `evaluate`, which write checkpoints of other phases.
 
     Raises:
         CheckpointError: another run does; or the storage cannot be used.
@@ -55,7 +60,11 @@ def writing_alone(recipe: Recipe, place: Place) -> Iterator[Lease | None]:
         yield None
         return
     lease = Lease(
-        Folder(url), owner=place.job_id, term=place.round_number, about=f"the run in {place.folder.path}"
+        Folder(url),
+        owner=place.job_id,
+        term=place.round_number,
+        about=f"the run in {place.folder.path}",
+        name=f"{purpose}-lease",
     )
     from_rank_0(lease.acquire)
     try:
@@ -75,13 +84,19 @@ class Keeper:
     Args:
         last_step: of the checkpoint that the training goes on from; None where there is none.
         noun: what a step of it is called.
+        is_recorded: whether the run's folder says that there was a checkpoint: without it the run does not go
+            on then.
 
     Attributes:
         store: as given.
     """
 
-    def __init__(self, job: Job, store: CheckpointStore, *, last_step: int | None, noun: str) -> None:
+    def __init__(
+        self, job: Job, store: CheckpointStore, *, last_step: int | None, noun: str, is_recorded: bool = False
+    ) -> None:
         self._noun = noun
+        self._is_recorded = is_recorded
+        self._is_stopping = False
         self._job = job
         self.store = store
         self._settings = job.recipe.checkpoint
@@ -147,6 +162,7 @@ class Keeper:
             yield
         except Stopped:
             self._job.place.whereabouts.enter("the checkpoint of a stop")
+            self._is_stopping = True
             now = checkpoint()
             self._settle()
             if self._saved_step != now.step and now.step > 0:
@@ -176,9 +192,14 @@ class Keeper:
             if self._failing_since_s is not None:
                 console.note(f"checkpoints are written again: {step_folder(outcome.step)}")
             self._failing_since_s = None
-            if self._job.sharding.rank == 0:
+            if self._is_recorded and self._job.sharding.rank == 0:
                 self._job.place.folder.record(checkpoint={"root": self.store.shown, "step": outcome.step})
             return
+        if self._is_stopping:
+            console.warn(f"{outcome.error} The run goes on from the checkpoint before.")
+            return
+        if outcome.is_final:
+            raise CheckpointError(outcome.error)
         if self._failing_since_s is None:
             self._failing_since_s = now_s
             console.warn(
@@ -195,6 +216,24 @@ class Keeper:
                 f"{outcome.error} So it has been for {(now_s - self._failing_since_s) / 60:.0f} min, longer "
                 f"than checkpoint.patience_minutes. {last}"
             )
+
+
+def require_own(folder: RunFolder, manifest: Manifest, *, shown: str) -> None:
+    """Checks that a checkpoint is of the run in a folder, before the run goes on from it.
+
+    Args:
+        shown: where the checkpoint is, for the message.
+
+    Raises:
+        CheckpointError: it is another run's.
+    """
+    theirs, ours = manifest.scalars["origin"]["run"], folder.facts().get("run")
+    if theirs != ours:
+        raise CheckpointError(
+            f"{shown} holds checkpoints of another run than the one in {folder.path}. Give this run another "
+            f"checkpoint.url; or go on with that one: metaloom train --resume {shown.rpartition('/')[0]} "
+            "--run DIR."
+        )
 
 
 def require_recorded(folder: RunFolder, newest: Checkpoint | None) -> None:

@@ -61,7 +61,8 @@ def train_ordinary(
         Stopped: the job was asked to stop.
     """
     root = checkpoint_root(job.recipe, job.place.folder, phase_name)
-    store = CheckpointStore(root, retention=Retention(last=1))
+    store = CheckpointStore(root, retention=Retention(last=1), lease=job.lease)
+    store.remove_remains()
     outer = OuterOptimizer(prefixed(BACKBONE, model.values()), settings, job.sharding)
     made_by = dataclasses.asdict(settings) | {"batch_size": batch_size}
     if any(isinstance(module, nn.BatchNorm2d) for module in model.module.modules()):

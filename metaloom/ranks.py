@@ -44,8 +44,13 @@ class Seats:
         last = self.first_rank + self.num_here - 1
         return f"rank {last}" if self.num_here == 1 else f"ranks {self.first_rank} to {last}"
 
-    def environment(self, local_rank: int, job: str) -> dict[str, str]:
-        """The variables of one rank, named as torch elastic names them."""
+    def environment(self, local_rank: int, name: str, job: str) -> dict[str, str]:
+        """The variables of one rank, mostly named as torch elastic names them.
+
+        Args:
+            name: of the folder of the ranks' logs.
+            job: a name that no other job has.
+        """
         return {
             "RANK": str(self.first_rank + local_rank),
             "LOCAL_RANK": str(local_rank),
@@ -53,7 +58,8 @@ class Seats:
             "LOCAL_WORLD_SIZE": str(self.num_here),
             "MASTER_ADDR": self.store[0],
             "MASTER_PORT": str(self.store[1]),
-            "TORCHELASTIC_RUN_ID": job,
+            "TORCHELASTIC_RUN_ID": name,
+            "METALOOM_JOB": job,
             "TORCHELASTIC_RESTART_COUNT": str(self.round_number),
         }
 
@@ -62,11 +68,14 @@ class Ranks:
     """The processes of one host in one round.
 
     Args:
-        job: names the folder of their logs.
+        name: names the folder of their logs.
+        job: a name that no other job has.
         worker_args: arguments of `metaloom.worker`.
     """
 
-    def __init__(self, seats: Seats, job: str, worker_args: Sequence[str], logs: LogsSpecs) -> None:
+    def __init__(
+        self, seats: Seats, name: str, job: str, worker_args: Sequence[str], logs: LogsSpecs
+    ) -> None:
         self.seats = seats
         local_ranks = range(seats.num_here)
         self._folder = Path(tempfile.mkdtemp(prefix="metaloom-ranks-"))
@@ -80,7 +89,7 @@ class Ranks:
                 local_rank: ("-m", "metaloom.worker", "--whereabouts", str(folder), *worker_args)
                 for local_rank, folder in enumerate(self._folders)
             },
-            envs={local_rank: seats.environment(local_rank, job) for local_rank in local_ranks},
+            envs={local_rank: seats.environment(local_rank, name, job) for local_rank in local_ranks},
             logs_specs=logs,
         )
 

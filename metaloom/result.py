@@ -7,7 +7,14 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from metaloom.checkpoints.manifest import Manifest
-from metaloom.checkpoints.store import Checkpoint, CheckpointStore, Rooms, rooms_by, whole_tensor
+from metaloom.checkpoints.store import (
+    Checkpoint,
+    CheckpointStore,
+    Rooms,
+    from_rank_0,
+    rooms_by,
+    whole_tensor,
+)
 from metaloom.engine.adapters.base import BACKBONE
 from metaloom.engine.algorithms.base import Algorithm
 from metaloom.engine.outer import COUNTED
@@ -37,10 +44,22 @@ def newest_result(
     return newest
 
 
-def best_result(store: CheckpointStore, newest: Checkpoint, rooms: Rooms) -> Checkpoint:
-    """The checkpoint of the step with the lowest validation loss; the newest where nothing was validated."""
+def best_result(
+    store: CheckpointStore, newest: Checkpoint, warn: Callable[[str], None], rooms: Rooms
+) -> Checkpoint:
+    """The checkpoint of the step with the best validation; the newest where nothing was validated, or where
+    that of the best step could not be written. Every rank must call; arguments are those of
+    `newest_result`."""
     best_step = newest.scalars["progress"]["best_step"]
-    return newest if best_step in (None, newest.step) else store.load(best_step, rooms)
+    if best_step in (None, newest.step):
+        return newest
+    if best_step not in from_rank_0(store.steps):
+        warn(
+            f"the checkpoint of outer step {best_step}, the best one, is not in {store.shown}: that of step "
+            f"{newest.step} is taken"
+        )
+        return newest
+    return store.load(best_step, rooms)
 
 
 def stored_result(
@@ -58,7 +77,7 @@ def stored_result(
     store = CheckpointStore(checkpoint_root(recipe, folder, "meta"))
     rooms = _only((_prefix(recipe), COUNTED))
     if step is None:
-        return best_result(store, newest_result(store, folder, warn, rooms), rooms)
+        return best_result(store, newest_result(store, folder, warn, rooms), warn, rooms)
     steps = store.steps()
     if step not in steps:
         raise CheckpointError(

@@ -133,7 +133,10 @@ class RunFolder:
             LaunchError: another command does it now.
         """
         path = self.path / f"{purpose}.lock"
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise LaunchError(f"{path} cannot be written: {error.strerror or error}.") from error
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -199,4 +199,6 @@ class StopWatch(StopPoints):
     def _wait_for_keys(self, store: Store, keys: list[str]) -> None:
         # In steps, since `wait` has a timeout of its own and holds the connection.
         while not store.check(keys):
+            if self._is_over.is_set():  # of a job that has ended meanwhile
+                raise dist.DistStoreError("nobody is there any more")
             time.sleep(0.02)

@@ -51,6 +51,7 @@ from metaloom.keeping import (
     Keeper,
     checkpoint_root,
     held_rooms,
+    require_own,
     require_recorded,
     writing_alone,
 )
@@ -75,13 +76,13 @@ def train(recipe: Recipe, place: Place) -> None:
     """
     notes: list[str] = []
     sharding = build_sharding(recipe, place.device)
-    with writing_alone(recipe, place) as lease:
+    with writing_alone(recipe, place, "train") as lease:
         root = checkpoint_root(recipe, place.folder, "meta")
         store = CheckpointStore(root, retention=retention_of(recipe), lease=lease)
         model = build_model(recipe, place.device, sharding)
         resumed = _resumed(recipe, place, sharding, store, model, notes.append)
         first_step = _first_step(recipe, place, resumed)
-        with open_job(recipe, place, sharding, is_training=True, first_step=first_step) as job:
+        with open_job(recipe, place, sharding, is_training=True, first_step=first_step, lease=lease) as job:
             for note in notes:
                 job.console.warn(note)
             job.tracker.artifact(place.folder.recipe)
@@ -95,7 +96,9 @@ def train(recipe: Recipe, place: Place) -> None:
             store.remove_remains()
             is_saved = resumed is not None and run.state.unfinished is None
             last_step = run.state.outer.step if is_saved else None
-            _outer_loop(job, run, Keeper(job, store, last_step=last_step, noun="outer step"))
+            _outer_loop(
+                job, run, Keeper(job, store, last_step=last_step, noun="outer step", is_recorded=True)
+            )
             if job.sharding.rank == 0 and job.place.folder.cosines.exists():
                 job.tracker.artifact(job.place.folder.cosines)
             where = job.tracker.describe()
@@ -127,7 +130,8 @@ def _resumed(
     built: list[Run] = []
 
     def rooms(manifest: Manifest) -> dict[str, Tensor]:
-        # Before anything is read: what belongs to another model is refused at once.
+        # Before anything is read: what belongs to another run, or model, is refused at once.
+        require_own(place.folder, manifest, shown=store.shown)
         run = _run(recipe, place, sharding, model, Choices.load(manifest.scalars["choices"]))
         _require_same(run.state.outer, manifest, source=store.shown)
         built[:] = [run]

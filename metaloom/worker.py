@@ -67,7 +67,7 @@ def main() -> int:
             signals.shutdown,
             whereabouts,
             points,
-            job_id=os.environ["TORCHELASTIC_RUN_ID"],
+            job_id=os.environ["METALOOM_JOB"],
             round_number=int(os.environ["TORCHELASTIC_RESTART_COUNT"]),
         )
         with _notices(recipe, points):
@@ -85,7 +85,9 @@ def main() -> int:
             return _lost_partner(whereabouts, error)
         return _unexpected(whereabouts, error)
     except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+        if signals.asked_by is not None:
+            _record(whereabouts, "stopped", f"stopped by {signals.asked_by.name}, at once")
+        return 128 + (signals.asked_by or signal.SIGINT)
     except Exception as error:
         return _unexpected(whereabouts, error)
     points.close()
@@ -103,12 +105,13 @@ class Signals:
 
     Attributes:
         shutdown: what the job knows of it.
+        asked_by: the last signal that asked; None before the first.
     """
 
     def __init__(self) -> None:
         self.shutdown = Shutdown()
         self._points: StopWatch | None = None
-        self._asked_by: signal.Signals | None = None
+        self.asked_by: signal.Signals | None = None
         # Python runs a handler between two of its own steps; the number of the signal is written at once.
         self._reader, writer = os.pipe()
         os.set_blocking(writer, False)
@@ -119,23 +122,20 @@ class Signals:
         threading.Thread(target=self._end_if_blocked, daemon=True).start()
 
     def stop_by(self, points: StopWatch) -> None:
-        """From now on the job is stopped by these; before, it has done nothing that could be lost."""
+        """From now on the job is stopped by these; before, it has nothing to lose, and ends at once."""
         self._points = points
         signal.signal(WAKE, lambda number, frame: points.interrupt())
-        if self._asked_by is not None:
-            points.ask(self._asked_by.name)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        is_first = self._asked_by is None
+        is_first = self.asked_by is None
         if number == END_NOW:
             if self.shutdown.is_closing:
                 return
         else:
             self.shutdown.was_asked = True
-            self._asked_by = signal.Signals(number)
-            if is_first:
-                if self._points is not None:
-                    self._points.ask(self._asked_by.name)
+            self.asked_by = signal.Signals(number)
+            if is_first and self._points is not None:
+                self._points.ask(self.asked_by.name)
                 return
         raise KeyboardInterrupt
 

@@ -119,7 +119,8 @@ class Catalogue:
             self._checked(step, name, 0, file.header_bytes, file.header_sha256)
         for tensor in manifest.tensors.values():
             for chunk in tensor.chunks:
-                self.read_chunk(step, chunk)
+                if chunk.num_bytes:
+                    self.read_chunk(step, chunk)
         return manifest
 
     def remove(self, step: int) -> None:

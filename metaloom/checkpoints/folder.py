@@ -88,11 +88,7 @@ class Folder:
 
         def find() -> dict[str, int]:
             if self.local is not None:
-                return {
-                    path.relative_to(self.local).as_posix(): path.stat().st_size
-                    for path in self.local.rglob("*")
-                    if path.is_file()
-                }
+                return _sizes_under(self.local)
             self._filesystem.invalidate_cache()
             found: dict[str, dict[str, Any]] = self._filesystem.find(self._root, detail=True)
             prefix = f"{self._root}/"
@@ -253,3 +249,19 @@ class Folder:
 
     def _shown(self, name: str) -> str:
         return f"{self.shown}/{name}" if name else self.shown
+
+
+def _sizes_under(root: Path) -> dict[str, int]:
+    """The size of every file; those that go while this looks are passed over."""
+    sizes: dict[str, int] = {}
+
+    def fail(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    for folder, _, names in os.walk(root, onerror=fail):
+        for name in names:
+            path = Path(folder) / name
+            with contextlib.suppress(FileNotFoundError):
+                sizes[path.relative_to(root).as_posix()] = path.stat().st_size
+    return sizes

@@ -23,6 +23,10 @@ WATCHED_PERIODS = 4  # for how long another run watches
 SETTLE_S = 1.0  # between the writing of a lease and its reading: two runs may come at once
 
 
+class LostLeaseError(CheckpointError):
+    """Another run has, or has taken, the right to write."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Holder:
     """A process that holds, or held, a lease.
@@ -88,7 +92,8 @@ class Lease:
         """Takes the lease. Where its last owner was killed on another machine, that takes some 20 seconds.
 
         Raises:
-            CheckpointError: another run has it; or the storage cannot be used.
+            LostLeaseError: another run has it.
+            CheckpointError: the storage cannot be used.
         """
         found = self._read()
         if found is not None and not self._follows(found) and not found.is_dead():
@@ -111,7 +116,8 @@ class Lease:
         """Checks that the lease is still this run's.
 
         Raises:
-            CheckpointError: another run has taken it; or the storage cannot be read.
+            LostLeaseError: another run has taken it.
+            CheckpointError: the storage cannot be read.
         """
         found = self._read()
         if found is None or not self._is_own(found):
@@ -125,7 +131,7 @@ class Lease:
         """
         self._is_released.set()
         if self._renewing is not None:
-            self._renewing.join()
+            self._renewing.join(self._period_s)  # it may wait for a storage that is down
         found = self._read()
         if found is not None and self._is_own(found):
             self._folder.remove([self._file])
@@ -161,11 +167,11 @@ class Lease:
         holder = dataclasses.replace(self._own, beat=secrets.token_hex(8))
         self._folder.write(self._file, json.dumps(dataclasses.asdict(holder)).encode())
 
-    def _refusal(self, found: Holder | None) -> CheckpointError:
+    def _refusal(self, found: Holder | None) -> LostLeaseError:
         who = "nobody, since the file is gone"
         if found is not None:
             who = f"{found.about}, process {found.pid} on {found.host}"
-        return CheckpointError(
+        return LostLeaseError(
             f"{self._folder.shown}: another run works here ({who}). Wait for its end or stop it, or give "
             "this run a place of its own (checkpoint.url)."
         )

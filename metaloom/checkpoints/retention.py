@@ -55,6 +55,6 @@ def retention_of(recipe: Recipe) -> Retention:
         last=settings.keep_last,
         every=settings.keep_every,
         best=settings.keep_best,
-        metric=f"validation_{best_by}" if recipe.validation.every_steps is not None else None,
+        metric=f"validation_{best_by}",
         is_higher_better=best_by.endswith("accuracy"),
     )

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from metaloom.checkpoints.catalogue import Catalogue, step_folder
 from metaloom.checkpoints.folder import Folder, MissingFileError
-from metaloom.checkpoints.lease import Lease
+from metaloom.checkpoints.lease import Lease, LostLeaseError
 from metaloom.checkpoints.manifest import MANIFEST, DamagedError, Manifest, StoredFile, StoredTensor
 from metaloom.checkpoints.retention import Retention
 from metaloom.checkpoints.tensors import CheckpointReader, CheckpointWriter, dtype_of
@@ -72,11 +72,13 @@ class Outcome:
         step: of the checkpoint.
         error: why it could not be written; None where it was.
         note: what went wrong after it was written, as old ones were deleted; on rank 0 alone.
+        is_final: whether no further attempt can be better: another run has taken over.
     """
 
     step: int
     error: str | None = None
     note: str | None = None
+    is_final: bool = False
 
 
 def whole_tensor(name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -200,15 +202,25 @@ class CheckpointStore:
             if not dist.is_initialized() or dist.get_rank() == 0:
                 # Files that nobody will read take the room that a full disk lacks.
                 with contextlib.suppress(CheckpointError):
-                    self._remove_unlisted(checkpoint.step)
+                    self._remove_attempt(checkpoint.step, writer.attempt)
             where = f"{self.shown}/{step_folder(checkpoint.step)}"
-            return Outcome(checkpoint.step, f"{where}: the checkpoint cannot be written: {_cause(error)}")
+            is_final = isinstance(error, CheckpointException) and any(
+                isinstance(fault, LostLeaseError) for fault, _ in error.failures.values()
+            )
+            text = f"{where}: the checkpoint cannot be written: {_cause(error)}"
+            return Outcome(checkpoint.step, text, is_final=is_final)
         return Outcome(checkpoint.step, note=notes[0] if notes else None)
 
     def _tidy(self, step: int) -> None:
         """Deletes what an earlier checkpoint of the same step has left, and those that are not kept."""
         self._remove_unlisted(step)
         self.catalogue.prune(self._retention, keep=frozenset({step}))
+
+    def _remove_attempt(self, step: int, attempt: str) -> None:
+        """Deletes the files of an attempt at writing a step that has failed, and no others."""
+        prefix = f"{step_folder(step)}/{attempt}-"
+        found = [name for name in self.catalogue.folder.sizes() if attempt and name.startswith(prefix)]
+        self.catalogue.folder.remove(found)
 
     def _remove_unlisted(self, step: int) -> None:
         """Deletes the files of a step that its manifest does not list, where it has one."""

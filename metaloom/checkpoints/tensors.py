@@ -63,6 +63,9 @@ class CheckpointWriter(StorageWriter):
     Args:
         commit: called on rank 0 with the tensors and files when all ranks have written theirs; writes the
             manifest.
+
+    Attributes:
+        attempt: what the names of this attempt's files begin with, on rank 0; empty before there are any.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class CheckpointWriter(StorageWriter):
         self._folder = folder
         self._step = step
         self._commit = commit
+        self.attempt = ""
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         pass
@@ -89,7 +93,7 @@ class CheckpointWriter(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        attempt = secrets.token_hex(4)
+        self.attempt = attempt = secrets.token_hex(4)
         return [
             dataclasses.replace(plan, storage_data=f"{attempt}-{rank:05d}.safetensors")
             for rank, plan in enumerate(plans)
@@ -186,7 +190,9 @@ class CheckpointReader(StorageReader):
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         for item in plan.items:
             chunk = self._chunks[item.storage_index]
-            content = bytearray(self._catalogue.read_chunk(self._manifest.step, chunk))
+            content = bytearray()
+            if chunk.num_bytes:  # storages refuse to read nothing
+                content = bytearray(self._catalogue.read_chunk(self._manifest.step, chunk))
             dtype = dtype_of(self._manifest.tensors[item.storage_index.fqn])
             part = torch.empty(chunk.sizes, dtype=dtype)
             if content:

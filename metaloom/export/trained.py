@@ -154,7 +154,7 @@ def rebuilt(
 def result_of_run(
     folder: RunFolder, recipe: Recipe, step: int | None, warn: Callable[[str], None]
 ) -> Trained:
-    """A run's result: of the step with the lowest validation loss, or the newest where there was no
+    """A run's result: of the step with the best validation, or the newest where there was no
     validation. Needs no data.
 
     Args:

@@ -118,6 +118,7 @@ def launch(
     with subprocess.Popen(command, env=environment, start_new_session=True, pass_fds=inherited) as agent:
         stopping = (signal.SIGTERM, signal.SIGHUP)
         previous = {number: signal.signal(number, _raise_stopped) for number in stopping}
+        previous[signal.SIGINT] = signal.getsignal(signal.SIGINT)
         try:
             return _wait(agent, None, timeout_s=None)
         except (KeyboardInterrupt, _StoppedError) as stop:
@@ -125,6 +126,8 @@ def launch(
             try:
                 return _wait(agent, first, timeout_s=launcher.stop_within_s + AGENT_STOP_MARGIN_S)
             except (KeyboardInterrupt, _StoppedError) as again:
+                for each in (*stopping, signal.SIGINT):
+                    signal.signal(each, signal.SIG_IGN)
                 return _wait(agent, _number(again), timeout_s=AGENT_STOP_MARGIN_S)
         finally:
             for number, handler in previous.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,20 @@ from metaloom.checkpoints.folder import Folder, MissingFileError
 from metaloom.checkpoints.retention import Retention
 from metaloom.checkpoints.store import Checkpoint, CheckpointStore
 from metaloom.datasets.connection import Persistence
-from metaloom.errors import CheckpointError
+from metaloom.errors import CheckpointError, LaunchError
 from tests.commands import RECIPES, command, curve, environment, kill_tree, run, run_well, wait_for_step
+from tests.hosts import held
 from tests.object_store import SECRET_KEY, ObjectStore, running_object_store
 
 SMOKE = RECIPES / "smoke.yaml"
 QUICK = Persistence(num_attempts=3, backoff_s=0.02, max_backoff_s=0.05, timeout_s=5.0)
-RUN = ("outer.num_steps=12", "outer.ema=0.9", "checkpoint.every_steps=4", "tracking=none")
+RUN = (
+    "outer.num_steps=12",
+    "outer.ema=0.9",
+    "checkpoint.every_steps=4",
+    "validation.every_steps=12",
+    "tracking=none",
+)
 
 
 def checkpoint(step: int) -> Checkpoint:
@@ -56,13 +64,17 @@ def test_damage_on_an_object_store_is_found_and_passed_over(s3: ObjectStore) -> 
     assert "SHA-256 differs" in notes[0]
 
 
-def test_a_storage_that_cannot_be_reached_is_never_taken_for_one_without_checkpoints(tmp_path: Path) -> None:
+def test_a_storage_that_cannot_be_reached_is_never_taken_for_one_without_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with running_object_store(tmp_path / "s3.log") as server, pytest.MonkeyPatch.context() as patch:
         for name, value in server.environment.items():
             patch.setenv(name, value)
         url = f"{server.new_bucket()}/run"
         store = CheckpointStore(Folder(url, QUICK))
         store.save(checkpoint(1))
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
     store = CheckpointStore(Folder(url, QUICK))
     with pytest.raises(
         CheckpointError, match=r"could not be listed in 3 attempts .* See whether the storage is up"
@@ -124,22 +136,28 @@ def test_a_run_with_checkpoints_on_an_object_store_that_is_killed_goes_on_bit_fo
     words = ("train", SMOKE, f"data.url={glyphs}", *RUN)
     run_well(*words, f"checkpoint.url={bucket}/whole", "--run", tmp_path / "whole", cwd=tmp_path)
     folder, url = tmp_path / "killed", f"{bucket}/killed"
-    process = subprocess.Popen(
-        command(*words, f"checkpoint.url={url}", "--run", folder),
-        cwd=tmp_path,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        wait_for_step(folder / "metrics.jsonl", 6, process)
-    finally:
-        kill_tree(process.pid)
-        process.wait()
+    with held(tmp_path) as hold:
+        hold.at(6)
+        process = subprocess.Popen(
+            command(*words, f"checkpoint.url={url}", "--run", folder),
+            cwd=tmp_path,
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            wait_for_step(folder / "metrics.jsonl", 6, process)
+            deadline = time.monotonic() + 60
+            while Catalogue(f"{url}/meta").steps() != [4]:  # written in the background
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+        finally:
+            kill_tree(process.pid)
+            process.wait()
     assert not (folder / "checkpoints").exists()
     output = run_well("train", "--resume", folder, cwd=tmp_path)
-    assert "resumed after outer step" in output
+    assert "resumed after outer step 4" in output
     assert curve(folder) == curve(tmp_path / "whole")
     ours, theirs = (Catalogue(f"{bucket}/{name}/meta").manifest(12) for name in ("killed", "whole"))
     digests = [
@@ -161,3 +179,53 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(tmp_path: Path, gl
     finished = run("train", "--resume", folder, cwd=tmp_path)
     assert finished.code == CheckpointError.exit_code
     assert f"{url}/meta has held a checkpoint of step 12 of this run, and there is none" in finished.errors
+
+
+def test_a_run_whose_folder_is_lost_goes_on_from_its_url_in_another(tmp_path: Path, glyphs: Path) -> None:
+    url = tmp_path / "store"
+    words = ("train", SMOKE, f"data.url={glyphs}", *RUN, "checkpoint.keep_last=3")
+    run_well(*words, f"checkpoint.url=file://{url}", "--run", tmp_path / "lost", cwd=tmp_path)
+    Catalogue(url / "meta").remove(12)
+    again = run_well("train", "--resume", f"file://{url}", "--run", tmp_path / "found", cwd=tmp_path)
+    assert "resumed after outer step 8 of 12" in again
+    assert curve(tmp_path / "found") == curve(tmp_path / "lost")[8:]
+
+
+def test_a_new_run_does_not_go_on_from_the_checkpoints_of_another(tmp_path: Path, glyphs: Path) -> None:
+    url = tmp_path / "store"
+    words = ("train", SMOKE, f"data.url={glyphs}", *RUN, f"checkpoint.url={url}")
+    run_well(*words, "--run", tmp_path / "first", cwd=tmp_path)
+    finished = run(*words, "--run", tmp_path / "second", cwd=tmp_path)
+    assert finished.code == CheckpointError.exit_code
+    assert (
+        f"{url}/meta holds checkpoints of another run than the one in {tmp_path / 'second'}"
+        in finished.errors
+    )
+
+
+def test_two_runs_cannot_write_to_one_url_at_once(tmp_path: Path, glyphs: Path) -> None:
+    url = tmp_path / "store"
+    words = ("train", SMOKE, f"data.url={glyphs}", *RUN, f"checkpoint.url={url}")
+    with held(tmp_path) as hold:
+        hold.at(2)
+        process = subprocess.Popen(
+            command(*words, "--run", tmp_path / "first"),
+            cwd=tmp_path,
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            wait_for_step(tmp_path / "first" / "metrics.jsonl", 2, process)
+            second = run(*words, "--run", tmp_path / "second", cwd=tmp_path)
+            in_the_same_folder = run("train", "--resume", tmp_path / "first", cwd=tmp_path)
+        finally:
+            kill_tree(process.pid)
+            process.wait()
+    assert second.code == CheckpointError.exit_code
+    assert f"{url}: another run works here (the run in {tmp_path / 'first'}, process " in second.errors
+    assert in_the_same_folder.code == LaunchError.exit_code
+    assert "another `metaloom train` works on this run (process " in in_the_same_folder.errors
+    # Killed, it keeps nobody out.
+    run_well("train", "--resume", tmp_path / "first", cwd=tmp_path)
