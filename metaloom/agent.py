@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import logging
 import math
 import os
@@ -187,7 +188,7 @@ class Agent:
             time.sleep(POLL_S)
             if self._round is not None and self._round.num_hosts > 1 and time.monotonic() >= next_news:
                 with contextlib.suppress(*BROKEN):
-                    self._round.beat(ranks.places()[0])
+                    self._round.beat(ranks.places()[0], ranks.seen())
                 next_news = time.monotonic() + NEWS_S
         for fault in ranks.faults():
             if fault.kind == "stopped" and NOT_SAVED in fault.text:
@@ -259,6 +260,9 @@ class Agent:
             deadline = time.monotonic() + VERDICT_S
             while current.verdict() is None and time.monotonic() < deadline:
                 time.sleep(POLL_S)
+            elsewhere = current.seen_elsewhere()
+            if elsewhere:
+                fault = dataclasses.replace(fault, text=f"{fault.text}; on other hosts: {elsewhere}")
         if fault.kind == "stopped":
             # All ranks have stopped; a host that leaves has said whether the others go on.
             announced = current.announced()
@@ -269,7 +273,7 @@ class Agent:
     def _news(self, meeting: Meeting, current: Round, ranks: Ranks) -> Outcome | None:
         """What the other hosts say, after telling them that this one is there."""
         here = ranks.places()[0]
-        current.beat(here)
+        current.beat(here, ranks.seen())
         verdict = current.verdict()
         if verdict is not None:
             return verdict

@@ -5,7 +5,7 @@ One agent serves a store, which all others reach. In it lie
     job, digest                the folder of the job's logs and the recipe's digest: all hosts must agree
     outcome, farewells         how the job ended, and how many hosts have read it
     <round>/plan               who is the first host, the round's number, the fault before
-    <round>/beat/<host>        a number that changes every second, and where the host's first rank is
+    <round>/beat/<host>        a number that changes every second, and where the host's ranks are
     <round>/leaving            the verdict of a host that leaves, whose ranks still have all others stop
     <round>/verdict, done      what ended the round; on how many hosts all ranks have ended well
 
@@ -112,9 +112,14 @@ class Round:
         self._num_beats = 0
         self._heard: dict[int, tuple[bytes, float]] = {}
 
-    def beat(self, place: str) -> None:
-        """Tells the others that this host is there, and where its first rank is."""
-        self._store.set(f"beat/{self.position}", f"{self._num_beats} {place}")
+    def beat(self, place: str, seen: str) -> None:
+        """Tells the others that this host is there.
+
+        Args:
+            place: where its first rank is.
+            seen: where each of its ranks is, and what it does there.
+        """
+        self._store.set(f"beat/{self.position}", f"{self._num_beats} {place}\n{seen}")
         self._num_beats += 1
 
     def silent_host(self, limit_s: float) -> tuple[Seats, str] | None:
@@ -129,8 +134,14 @@ class Round:
             elif now - since_s > limit_s:
                 first_rank = position * self.seats.num_here
                 seats = dataclasses.replace(self.seats, first_rank=first_rank)
-                return seats, beat.decode().partition(" ")[2] or START
+                return seats, beat.decode().partition(" ")[2].partition("\n")[0] or START
         return None
+
+    def seen_elsewhere(self) -> str:
+        """What the other hosts said last of their ranks; empty where nothing was said."""
+        keys = [f"beat/{position}" for position in range(self.num_hosts) if position != self.position]
+        beats = [self._store.get(key).decode() for key in keys if self._store.check([key])]
+        return "; ".join(filter(None, (beat.partition("\n")[2] for beat in beats)))
 
     def post(self, verdict: Verdict) -> Verdict:
         """The one verdict of the round: this one, unless another host was first."""

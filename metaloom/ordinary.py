@@ -111,11 +111,13 @@ def train_ordinary(
     ):
         while outer.step < settings.num_steps:
             job.place.whereabouts.enter(f"step {outer.step + 1} of {shown_name}")
+            job.place.whereabouts.begin("reading its samples")
             with job.place.points.waiting():
                 drawn = next(ahead)
             job.place.points.meet()
             job.broken.take(drawn.broken, step=outer.step + 1 - settings.num_steps)
             arrays = {name: array[rows] for name, array in drawn.arrays.items()}
+            job.place.whereabouts.begin("computing its samples")
             batch = as_tensors(arrays, job.place.device)
             draws = Draws(job.recipe.seed, share.positions, outer.step)
             own, totals = _gradient(job, model, outer, batch, draws, scaler.scales.loss, share.num_dummies)

@@ -16,7 +16,7 @@ from torch.distributed.elastic.multiprocessing import LogsSpecs, PContext, start
 
 from metaloom.faults import Fault, rank_fault
 from metaloom.processes import END_NOW
-from metaloom.whereabouts import last_failure, last_place
+from metaloom.whereabouts import last_failure, last_place, last_seen
 
 STOP_S = 30  # how long ranks have to end when they are told to
 
@@ -97,6 +97,11 @@ class Ranks:
         """Where in the job each rank is, or was last."""
         return [last_place(folder) for folder in self._folders]
 
+    def seen(self) -> str:
+        """Where each rank is, or was last, and what it does there, in words."""
+        ranks = enumerate(self._folders, self.seats.first_rank)
+        return "; ".join(f"rank {rank} at {last_seen(folder)}" for rank, folder in ranks)
+
     def exit_statuses(self) -> dict[int, int | str]:
         """Of those ranks that have ended, by local rank: the exit code, or the name of the signal."""
         statuses: dict[int, int | str] = {}
@@ -118,7 +123,7 @@ class Ranks:
             failure = last_failure(self._folders[local_rank])
             kind, text = (None, "") if failure is None else (failure.kind, failure.text)
             if kind == "lost_partner":
-                text += self._silent(places, statuses)
+                text += f" (last seen: {self.seen()})"
             faults.append(
                 rank_fault(
                     kind,
@@ -145,15 +150,6 @@ class Ranks:
                 os.killpg(pid, signal.SIGCONT)  # one that was stopped cannot end before it goes on
         self._processes.close(END_NOW, within_s)
         shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _silent(self, places: Sequence[str], statuses: dict[int, int | str]) -> str:
-        """Those ranks of this host that have not noticed, in words: what others wait for is among them."""
-        silent = [
-            f"rank {self.seats.first_rank + local_rank} at {place}"
-            for local_rank, place in enumerate(places)
-            if local_rank not in statuses
-        ]
-        return f" (still running here: {', '.join(silent)})" if silent else ""
 
     def _output(self, local_rank: int) -> str:
         return str(Path(self._processes.stderrs[local_rank]).parent)

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from metaloom.engine.stopping import StopPoints
+from metaloom.whereabouts import Whereabouts
 
 POLL_S = 0.25
 _LONGEST_NAP_S = 1e-3
@@ -39,6 +40,7 @@ class StopWatch(StopPoints):
         connect: opens a connection of its own to a store that all ranks share, under names that no other job
             uses; None where this rank is the only one.
         is_lockstep: whether all ranks call `between_passes` as often as each other.
+        whereabouts: told when this rank waits for the others.
         timeout: how long a rank waits in `meet` for the others.
         on_asked: called once, by a thread, when this rank knows that the job is to stop.
         wake: called once, by a thread, when all have agreed: sends the main thread a signal whose handler
@@ -54,6 +56,7 @@ class StopWatch(StopPoints):
         world_size: int,
         is_lockstep: bool,
         connect: Callable[[], Store] | None,
+        whereabouts: Whereabouts | None = None,
         timeout: datetime.timedelta = datetime.timedelta(minutes=30),
         on_asked: Callable[[], None] = lambda: None,
         wake: Callable[[], None] = lambda: None,
@@ -65,6 +68,7 @@ class StopWatch(StopPoints):
         self._connect = connect
         self._on_asked = on_asked
         self._wake = wake
+        self._whereabouts = whereabouts or Whereabouts()
         self._is_waiting = False
         self._lock = threading.Lock()
         self._num_passed = 0
@@ -126,6 +130,7 @@ class StopWatch(StopPoints):
         if self._group is None:
             self._pass()
             return
+        self._whereabouts.begin("waiting for the other ranks")
         # In a group of its own: gradients may be under way that other ranks send behind it.
         work = dist.all_reduce(torch.zeros(1, dtype=torch.uint8), group=self._group, async_op=True)
         assert work is not None
@@ -136,6 +141,7 @@ class StopWatch(StopPoints):
             time.sleep(nap_s)
             nap_s = min(_LONGEST_NAP_S, 1.5 * nap_s)
         work.wait()
+        self._whereabouts.begin("exchanging with the other ranks")
         self._pass()
 
     @contextlib.contextmanager

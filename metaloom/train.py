@@ -317,6 +317,7 @@ def _steps(job: Job, run: Run, keeper: Keeper) -> None:
         while outer.step < recipe.outer.num_steps and not _stops_early(recipe, state.progress):
             job.place.whereabouts.enter(f"outer step {outer.step + 1}")
             clock.start_step()
+            job.place.whereabouts.begin("reading its tasks")
             with points.waiting():
                 _, episodes = next(stream)
             clock.data_ready()
@@ -328,6 +329,7 @@ def _steps(job: Job, run: Run, keeper: Keeper) -> None:
                 recipe.outer.tasks_per_step,
                 recipe.outer.side_by_side or max(1, len(episodes)),
             )
+            job.place.whereabouts.begin("computing its tasks")
             metrics = _one_step(job, tasks, run, keeper.store, left_out)
             metrics |= clock.end_step()
             waited_s = keeper.waited_s()
@@ -349,6 +351,7 @@ def _finish_step(job: Job, run: Run, keeper: Keeper, phase: Phase) -> None:
     assert state.unfinished is not None
     metrics, is_best = dict(state.unfinished), False
     if _is_validated(recipe, outer.step):
+        job.place.whereabouts.begin("validating")
         validated = validate(job, run.algorithm, outer.evaluation_parameters(), step=outer.step)
         is_best = _is_best(recipe, progress, validated, step=outer.step)
         metrics |= validated
@@ -356,6 +359,7 @@ def _finish_step(job: Job, run: Run, keeper: Keeper, phase: Phase) -> None:
     state.unfinished = None
     phase.advance(1, **_shown(metrics))
     if outer.step == recipe.outer.num_steps or _stops_early(recipe, progress):
+        job.place.whereabouts.begin("writing the last checkpoint")
         keeper.save_last(_checkpoint(job, state, metrics))
     elif keeper.is_due(outer.step) or is_best:
         keeper.save(_checkpoint(job, state, metrics))

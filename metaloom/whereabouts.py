@@ -40,8 +40,12 @@ class Whereabouts:
     def enter(self, text: str) -> None:
         """Says where the rank is from now on. It costs one small write, which no power cut has to survive."""
         self.text = text
+        self.begin("")
+
+    def begin(self, phase: str) -> None:
+        """Says what the rank does there from now on, in words such as `reading tasks`."""
         if self._file is not None:
-            os.pwrite(self._file, f"{text}\n".encode().ljust(80), 0)
+            os.pwrite(self._file, f"{self.text}\n{phase}\n".encode().ljust(160), 0)
 
     def record(self, failure: Failure) -> None:
         """Leaves the reason of a failure for whoever started the rank."""
@@ -57,6 +61,15 @@ def last_place(folder: Path) -> str:
         return _place(folder).read_text(encoding="utf-8", errors="replace").partition("\n")[0] or START
     except FileNotFoundError:
         return START
+
+
+def last_seen(folder: Path) -> str:
+    """The same, with what the rank did there, where it has said so: `outer step 14, reading tasks`."""
+    try:
+        place, phase, *_ = [*_place(folder).read_text(encoding="utf-8", errors="replace").split("\n"), "", ""]
+    except FileNotFoundError:
+        return START
+    return ", ".join(filter(None, (place or START, phase)))
 
 
 def last_failure(folder: Path) -> Failure | None:

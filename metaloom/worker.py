@@ -166,6 +166,7 @@ def _stop_watch(recipe: Recipe, whereabouts: Whereabouts) -> StopWatch:
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         is_lockstep=isinstance(recipe.sharding, ShardedSharding),
+        whereabouts=whereabouts,
         timeout=datetime.timedelta(seconds=recipe.launcher.timeout_s),
         connect=None if dist.get_world_size() == 1 else lambda: PrefixStore("stop", _store(recipe)),
         on_asked=lambda: threading.Thread(target=end_late, daemon=True).start(),

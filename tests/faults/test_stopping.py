@@ -128,8 +128,8 @@ def test_a_stopped_run_breaks_off_a_long_step_and_goes_on_as_if_it_had_not_been_
     assert b"saved after outer step 5" in output
     assert errors.decode().endswith("stopped by SIGTERM\n")
     assert b"Traceback" not in output + errors
-    output = run_well("train", "--resume", folder, cwd=tmp_path)
-    assert "resumed after outer step 5 of 12" in output
+    resumed = run_well("train", "--resume", folder, cwd=tmp_path)
+    assert "resumed after outer step 5 of 12" in resumed
     assert curve(folder) == curve(whole)
     assert final_tensors(folder) == final_tensors(whole)
 

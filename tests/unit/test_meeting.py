@@ -90,14 +90,14 @@ def test_a_host_is_silent_when_its_beat_does_not_change(terms: Terms) -> None:
         found = []
         deadline = time.monotonic() + 1.0
         while time.monotonic() < deadline:
-            mine.beat("outer step 5")
+            mine.beat("outer step 5", "rank 0 at outer step 5")
             beat()
             silent = mine.silent_host(0.5)
             if silent is not None:
                 found.append((silent[0].first_rank, silent[1]))
         return found
 
-    assert silent_after(lambda: theirs.beat("outer step 4")) == []
+    assert silent_after(lambda: theirs.beat("outer step 4", "")) == []
     assert set(silent_after(lambda: None)) == {(3, "outer step 4")}
     first.close(None)
     assert second.outcome() is None
