@@ -8,28 +8,26 @@ from collections.abc import Iterator
 
 from metaloom.checkpoints.folder import Folder
 from metaloom.checkpoints.lease import Lease
-from metaloom.run_folder import RunFolder
+from metaloom.run_folder import Lock, RunFolder
 
 
 @contextlib.contextmanager
-def working_alone(folder: RunFolder, purpose: str) -> Iterator[list[int]]:
-    """While it lasts, no other command does the same with the run.
+def working_alone(folder: RunFolder, purpose: str, *, party: str = "") -> Iterator[Lock]:
+    """While it lasts, no other command does the same with the run, also where the file system has no locks.
 
     Args:
         purpose: what is done: `train`, `evaluate`.
-
-    Yields:
-        Open files that hold the lock, for the processes that outlive this one.
+        party: as in `RunFolder.locked`.
 
     Raises:
         MetaloomError: another command does it now.
     """
-    with folder.locked(purpose) as lock:
-        if lock is not None:
-            yield [lock]
+    with folder.locked(purpose, party=party) as lock:
+        if lock.descriptor is not None or not lock.is_own:
+            yield lock
             return
-        with leased(str(folder.path), purpose):  # a file system without locks
-            yield []
+        with leased(str(folder.path), purpose):
+            yield lock
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ from metaloom.export_command import add_export_command
 from metaloom.files import replace_file
 from metaloom.planning.hardware import DEVICES, HERE, LINKS
 from metaloom.planning.request import DEFAULT_RANKS, Request, check_comparison, checked, ranks_in
-from metaloom.run_folder import RunFolder, new_run_path
+from metaloom.run_folder import Lock, RunFolder, new_run_path
 
 if TYPE_CHECKING:
     from metaloom.launchers.local import Standing
@@ -255,12 +255,12 @@ def _train(arguments: argparse.Namespace) -> int:
     hosts = _standing(recipe)
     if hosts.is_first:
         folder.create()
-    with _alone(folder, "train", hosts) as inherited:
-        if hosts.is_first:
+    with _alone(folder, "train", hosts) as lock:
+        if lock.is_own:
             folder.forget_start()
             folder.record(data_digest=digest, run=uuid.uuid4().hex)
             _write_recipe(recipe, folder.recipe)
-        return _launch("train", recipe, folder, folder.recipe, hosts, inherited=inherited)
+        return _launch("train", recipe, folder, folder.recipe, hosts, lock=lock)
 
 
 def _resume(arguments: argparse.Namespace) -> int:
@@ -309,7 +309,7 @@ def _taken_over(url: str, path: Path | None) -> RunFolder:
     if folder.facts().get("run") == origin["run"]:
         return folder
     folder.create()
-    with _alone(folder, "train", None):
+    with _alone(folder, "train"):
         folder.forget_start()
         folder.record(
             run=origin["run"],
@@ -338,10 +338,10 @@ def _go_on(new: Recipe, folder: RunFolder) -> int:
         print(f"changed: {change.path}: {change.old} -> {change.new}")
     _check_data(new, of_run=folder)
     hosts = _standing(new)
-    with _alone(folder, "train", hosts) as inherited:
-        if hosts.is_first:
+    with _alone(folder, "train", hosts) as lock:
+        if lock.is_own:
             _write_recipe(new, folder.recipe)
-        return _launch("train", new, folder, folder.recipe, hosts, inherited=inherited)
+        return _launch("train", new, folder, folder.recipe, hosts, lock=lock)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
@@ -372,10 +372,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             f"{folder.path} has no checkpoint yet: train it with `metaloom train --resume {folder.path}`."
         )
     hosts = _standing(recipe)
-    with _alone(folder, "evaluate", hosts) as inherited:
-        if hosts.is_first:
+    with _alone(folder, "evaluate", hosts) as lock:
+        if lock.is_own:
             _write_recipe(recipe, folder.evaluation_recipe)
-        return _launch("evaluate", recipe, folder, folder.evaluation_recipe, hosts, inherited=inherited)
+        return _launch("evaluate", recipe, folder, folder.evaluation_recipe, hosts, lock=lock)
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -439,22 +439,20 @@ def _standing(recipe: Recipe) -> Standing:
 
 
 @contextlib.contextmanager
-def _alone(folder: RunFolder, purpose: str, hosts: Standing | None) -> Iterator[list[int]]:
+def _alone(folder: RunFolder, purpose: str, hosts: Standing | None = None) -> Iterator[Lock]:
     """While it lasts, no other command works on the run; of several hosts, the first sees to that.
 
-    Yields:
-        Open files that hold the lock, for the processes that outlive this one.
-
     Raises:
-        LaunchError: another command does now.
+        MetaloomError: another command does now.
     """
     if hosts is not None and not hosts.is_first:
-        yield []
+        yield Lock(None, is_own=False)
         return
     from metaloom.alone import working_alone
 
-    with working_alone(folder, purpose) as inherited:
-        yield inherited
+    party = "" if hosts is None or hosts.endpoint is None else hosts.endpoint
+    with working_alone(folder, purpose, party=party) as lock:
+        yield lock
 
 
 def _launch(
@@ -464,7 +462,7 @@ def _launch(
     recipe_path: Path,
     hosts: Standing,
     *,
-    inherited: Sequence[int] = (),
+    lock: Lock | None = None,
 ) -> int:
     """Runs this machine's part of a job.
 
@@ -485,7 +483,7 @@ def _launch(
             hosts,
             log_dir=folder.logs,
             digest=recipe_digest(recipe),
-            inherited=inherited,
+            inherited=[] if lock is None or lock.descriptor is None else [lock.descriptor],
         )
 
 

@@ -35,6 +35,20 @@ from metaloom.files import replace_file
 
 
 @dataclasses.dataclass(frozen=True)
+class Lock:
+    """What keeps other commands out of a run's folder.
+
+    Attributes:
+        descriptor: the open file that holds it, which processes that inherit it hold too; None where this
+            file system has no locks, or another command of the party holds it.
+        is_own: whether this command is the one that works on the folder: writes what all others read.
+    """
+
+    descriptor: int | None
+    is_own: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class RunFolder:
     """The paths of one run."""
 
@@ -118,16 +132,14 @@ class RunFolder:
         (self.path / "run.json").unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def locked(self, purpose: str) -> Iterator[int | None]:
+    def locked(self, purpose: str, *, party: str = "") -> Iterator[Lock]:
         """While it lasts, no other command does the same with this run. What is left of one that was killed
         is no lock: the kernel takes it back.
 
         Args:
             purpose: what is done: `train`, `evaluate`.
-
-        Yields:
-            The open file that holds the lock, which processes that inherit it hold too; None where this file
-            system has no locks.
+            party: where several commands do it together, what they all meet at: they do not exclude each
+                other. The first of them holds the lock.
 
         Raises:
             LaunchError: another command does it now.
@@ -142,6 +154,9 @@ class RunFolder:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+                if party and holder.endswith(f", at {party}"):
+                    yield Lock(None, is_own=False)
+                    return
                 raise LaunchError(
                     f"{self.path}: another `metaloom {purpose}` works on this run ({holder}). Wait for its "
                     "end, or stop it; another run needs a folder of its own (--run)."
@@ -149,11 +164,12 @@ class RunFolder:
             except OSError as error:
                 if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
                     raise
-                yield None
+                yield Lock(None, is_own=True)
                 return
             os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-            yield descriptor
+            holder = f"process {os.getpid()} on {socket.gethostname()}" + (f", at {party}" if party else "")
+            os.pwrite(descriptor, f"{holder}\n".encode(), 0)
+            yield Lock(descriptor, is_own=True)
         finally:
             os.close(descriptor)
 

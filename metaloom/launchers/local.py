@@ -26,10 +26,12 @@ class Standing:
     Attributes:
         address: of this machine, for the others.
         is_first: whether it is the one where they meet, and where the run's folder is written.
+        endpoint: where they meet; None for a machine alone.
     """
 
     address: str
     is_first: bool
+    endpoint: str | None = None
 
 
 ALONE = Standing("127.0.0.1", is_first=True)
@@ -45,7 +47,7 @@ def standing(launcher: LocalLauncher) -> Standing:
         return ALONE
     host = launcher.hosts.endpoint.rpartition(":")[0].strip("[]")
     endpoint = resolve(host, timeout_s=launcher.hosts.wait_s)
-    return Standing(address_towards(endpoint), is_first=is_here(endpoint))
+    return Standing(address_towards(endpoint), is_first=is_here(endpoint), endpoint=launcher.hosts.endpoint)
 
 
 def agent_command(

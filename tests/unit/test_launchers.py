@@ -30,7 +30,9 @@ def test_names_and_addresses_that_lead_nowhere_are_told() -> None:
 
 def test_the_same_recipe_stands_for_the_first_host_where_the_endpoint_is() -> None:
     assert standing(LocalLauncher()) == ALONE
-    assert standing(LocalLauncher(hosts=HOSTS)) == Standing("127.0.0.1", is_first=True)
+    assert standing(LocalLauncher(hosts=HOSTS)) == Standing(
+        "127.0.0.1", is_first=True, endpoint=HOSTS.endpoint
+    )
 
 
 def test_all_hosts_start_the_same_agent_but_for_who_serves_and_their_addresses() -> None:
