@@ -27,7 +27,7 @@ MOVED := moved
 endif
 endif
 
-.PHONY: help demo test lint check format reproduce clean moved
+.PHONY: help demo test lint check format reproduce soak clean moved
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -56,6 +56,9 @@ format: $(STAMP) ## repair style and format
 
 reproduce: $(STAMP) ## run what papers report and is not stored yet, and write its tables; hours
 	.venv/bin/python -m benchmarks.reproduce $(REPRODUCE_ARGS)
+
+soak: $(STAMP) ## kill trainings at random moments, 50 seeds, and see that none ends otherwise; some 15 minutes
+	.venv/bin/python -m tests.faults.soak
 
 clean: ## remove .venv and all caches; runs/ and data/ stay
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist metaloom.egg-info
