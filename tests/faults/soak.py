@@ -4,9 +4,9 @@
     .venv/bin/python -m tests.faults.soak --seeds 3 17    some of them
 
 A seed draws what is killed (a rank, the agent, the command, or all), by which signal, and when: at a moment
-of the clock, or in the midst of saving a checkpoint, of which it draws the place too. A job that has not started
-its ranks again by itself is resumed. Bit for bit equal have to be every logged metric, but for times, and every
-tensor of the last checkpoint.
+of the clock, or in the midst of saving a checkpoint, of which it draws the place too. A job that has not
+started its ranks again by itself is resumed. Bit for bit equal have to be every logged metric, but for times,
+and every tensor of the last checkpoint.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ RUN = (
     "validation.every_steps=8",
     "tracking=none",
 )
-# Where a rank kills itself: as it copies the state, when a part of its file is written, when all files are and
-# the manifest is not, and just after the manifest.
+# Where a rank kills itself: as it copies the state, when a part of its file is written, when all files are
+# and the manifest is not, and just after the manifest.
 PLACES = ("staging", "upload", "before the manifest", "after the manifest")
 KILLING = """
 import os, signal

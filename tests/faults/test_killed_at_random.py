@@ -1,4 +1,4 @@
-"""A few of the seeds of `make soak`: ranks that die at each place of saving a checkpoint, and by the clock."""
+"""A few of the seeds of `make soak`: ranks that die at each place of a save, and by the clock."""
 
 from __future__ import annotations
 

@@ -1,0 +1,323 @@
+"""Runs that meet full disks, storages that fail, damaged files and clocks that jump, and end as those that do
+not."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from metaloom.checkpoints.catalogue import Catalogue
+from tests.commands import (
+    ADDED,
+    RECIPES,
+    command,
+    curve,
+    environment,
+    kill_tree,
+    run,
+    run_well,
+    wait_for_step,
+)
+from tests.hosts import held
+from tests.object_store import ObjectStore
+
+SMOKE = RECIPES / "smoke.yaml"
+RUN = (
+    "outer.num_steps=12",
+    "outer.ema=0.9",
+    "checkpoint={every_steps: 2, keep_last: 9}",
+    "validation.every_steps=6",
+    "tracking=none",
+)
+
+
+@contextmanager
+def changed(folder: Path, code: str, **variables: str) -> Iterator[None]:
+    """Commands of a test whose processes run `code` when they start."""
+    place = folder / "changed"
+    place.mkdir()
+    (place / "sitecustomize.py").write_text(code)
+    added = {"PYTHONPATH": f"{place}:{environment()['PYTHONPATH']}", **variables}
+    ADDED.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del ADDED[name]
+
+
+def digests(root: str | Path) -> dict[str, list[str]]:
+    """Of every tensor of the last checkpoint."""
+    catalogue = Catalogue(root)
+    manifest = catalogue.verify(catalogue.steps()[-1])
+    return {name: [chunk.sha256 for chunk in tensor.chunks] for name, tensor in manifest.tensors.items()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, glyphs: Path) -> Path:
+    """A run that nothing happens to."""
+    folder = tmp_path_factory.mktemp("whole")
+    run_well("train", SMOKE, f"data.url={glyphs}", *RUN, "--run", folder / "run", cwd=folder)
+    return folder / "run"
+
+
+def assert_equal(folder: Path, whole: Path, root: str | Path | None = None) -> None:
+    assert curve(folder) == curve(whole)
+    assert digests(root or folder / "checkpoints" / "meta") == digests(whole / "checkpoints" / "meta")
+
+
+# The disk of rank 1 is full until six files could not be written.
+FULL = """
+import errno, os
+if os.environ.get("RANK") == "1":
+    import metaloom.keeping
+    from metaloom.checkpoints import folder
+    metaloom.keeping.RETRY_S = 0.0
+    failed = []
+    def full(file, name, fill, write=folder.Folder.write_stream):
+        if len(failed) < 6:
+            def fill_up(sink, fill=fill):
+                sink.write(b"some of it")
+                failed.append(name)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return write(file, name, fill_up)
+        return write(file, name, fill)
+    folder.Folder.write_stream = full
+elif "RANK" in os.environ:
+    import metaloom.keeping
+    metaloom.keeping.RETRY_S = 0.0
+"""
+
+
+def test_a_disk_that_is_full_for_a_while_costs_checkpoints_and_nothing_else(
+    tmp_path: Path, glyphs: Path, whole: Path
+) -> None:
+    with changed(tmp_path, FULL):
+        output = run_well("train", SMOKE, f"data.url={glyphs}", *RUN, "--run", tmp_path / "run", cwd=tmp_path)
+    assert "the checkpoint cannot be written: " in output
+    assert "No space left on device. Training goes on, and it is tried again, for up to 60 min" in output
+    assert "checkpoints are written again: step-" in output
+    assert_equal(tmp_path / "run", whole)
+    # Nothing is left of what was not finished.
+    folders = list((tmp_path / "run" / "checkpoints" / "meta").iterdir())
+    assert all((folder / "manifest.json").exists() for folder in folders if any(folder.iterdir()))
+
+
+def test_a_run_whose_checkpoints_cannot_be_written_for_too_long_ends_and_names_the_last(
+    tmp_path: Path, glyphs: Path
+) -> None:
+    code = FULL.replace("len(failed) < 6", "name.startswith('step-00000002') is False")
+    with changed(tmp_path, code):
+        finished = run(
+            "train",
+            SMOKE,
+            f"data.url={glyphs}",
+            *RUN,
+            "checkpoint.patience_minutes=1e-9",
+            "--run",
+            tmp_path / "run",
+            cwd=tmp_path,
+        )
+    assert finished.code == 4, finished
+    assert "No space left on device." in finished.errors
+    assert "longer than checkpoint.patience_minutes. The last one is " in finished.errors
+    assert "checkpoints/meta/step-00000002." in finished.errors
+    assert "Traceback" not in finished.errors
+
+
+class Proxy(BaseHTTPRequestHandler):
+    """What stands between a run and its object store: passes requests on, unless it is told to refuse those
+    that write, or to let them wait."""
+
+    protocol_version = "HTTP/1.1"
+    target = ""
+    mode = "pass"
+    num_refused = 0
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        """Quiet."""
+
+    def _pass(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if Proxy.mode != "pass" and self.command in ("PUT", "POST"):
+            Proxy.num_refused += 1
+            if Proxy.mode == "stall":
+                time.sleep(1.5)
+            self._answer(500, {}, b"<Error><Code>InternalError</Code></Error>")
+            return
+        connection = http.client.HTTPConnection(urlsplit(Proxy.target).netloc)
+        connection.request(self.command, self.path, body, dict(self.headers))
+        answer = connection.getresponse()
+        content = answer.read()
+        connection.close()
+        self._answer(answer.status, dict(answer.headers), content)
+
+    def _answer(self, status: int, headers: dict[str, str], content: bytes) -> None:
+        self.send_response(status)
+        length = str(len(content))
+        for name, value in headers.items():
+            if name.lower() == "content-length" and self.command == "HEAD":
+                length = value
+            elif name.lower() not in ("content-length", "transfer-encoding", "connection", "server", "date"):
+                self.send_header(name, value)
+        self.send_header("Content-Length", length)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    do_GET = _pass  # noqa: N815
+    do_PUT = _pass  # noqa: N815
+    do_POST = _pass  # noqa: N815
+    do_DELETE = _pass  # noqa: N815
+    do_HEAD = _pass  # noqa: N815
+
+
+@pytest.fixture
+def proxy(s3: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The object store behind a proxy, to this process and its children."""
+    Proxy.target, Proxy.mode, Proxy.num_refused = s3.endpoint, "pass", 0
+    with ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as server:
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_address[1]}")
+        yield
+        server.shutdown()
+        thread.join()
+
+
+QUICK = """
+import os
+if "RANK" in os.environ:
+    import metaloom.keeping
+    from metaloom.checkpoints import folder
+    from metaloom.datasets.connection import Persistence
+    metaloom.keeping.RETRY_S = 0.5
+    folder.PERSISTENCE = Persistence(num_attempts=2, backoff_s=0.01, max_backoff_s=0.02, timeout_s=1.0)
+    folder.Folder.__init__.__defaults__ = (folder.PERSISTENCE,)
+"""
+
+
+@pytest.mark.usefixtures("proxy")
+@pytest.mark.parametrize("mode", ["refuse", "stall"])
+def test_an_object_store_that_fails_for_a_while_neither_stops_nor_changes_a_run(
+    tmp_path: Path, glyphs: Path, whole: Path, s3: ObjectStore, mode: str
+) -> None:
+    url = f"{s3.new_bucket()}/run"
+    with held(tmp_path) as hold:
+        with (tmp_path / "held" / "sitecustomize.py").open("a") as file:
+            file.write(QUICK)
+        hold.at(3)
+        process = subprocess.Popen(
+            command(
+                "train", SMOKE, f"data.url={glyphs}", *RUN, f"checkpoint.url={url}", "--run", tmp_path / "run"
+            ),
+            cwd=tmp_path,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            wait_for_step(tmp_path / "run" / "metrics.jsonl", 3, process)
+            wait_until(lambda: Catalogue(f"{url}/meta").steps() == [2])
+            Proxy.mode = mode
+            hold.at(9)
+            wait_for_step(tmp_path / "run" / "metrics.jsonl", 9, process)  # training goes on
+            wait_until(lambda: Proxy.num_refused >= 8)  # a save has failed for good by then
+            Proxy.mode = "pass"
+            hold.at(12)
+            output, _ = process.communicate(timeout=120)
+        finally:
+            if process.poll() is None:
+                kill_tree(process.pid)
+                process.communicate()
+    assert process.returncode == 0, output
+    assert b"Training goes on, and it is tried again" in output
+    assert b"checkpoints are written again" in output
+    assert_equal(tmp_path / "run", whole, f"{url}/meta")
+
+
+def wait_until(is_so: object, timeout_s: float = 60.0) -> None:
+    assert callable(is_so)
+    deadline = time.monotonic() + timeout_s
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "no manifest"])
+def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(
+    tmp_path: Path, glyphs: Path, whole: Path, damage: str
+) -> None:
+    folder = tmp_path / "run"
+    with held(tmp_path) as hold:
+        hold.at(7)
+        process = subprocess.Popen(
+            command("train", SMOKE, f"data.url={glyphs}", *RUN, "--run", folder),
+            cwd=tmp_path,
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            wait_for_step(folder / "metrics.jsonl", 7, process)
+            wait_until(lambda: 6 in Catalogue(folder / "checkpoints" / "meta").steps())
+        finally:
+            kill_tree(process.pid)
+            process.wait()
+    newest = folder / "checkpoints" / "meta" / "step-00000006"
+    shard = max(newest.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    content = bytearray(shard.read_bytes())
+    if damage == "truncated":
+        os.truncate(shard, len(content) - 3)
+    elif damage == "flipped":
+        content[-1] ^= 4
+        shard.write_bytes(content)
+    else:
+        (newest / "manifest.json").unlink()
+    output = run_well("train", "--resume", folder, cwd=tmp_path)
+    assert "resumed after outer step 4 of 12" in output
+    if damage != "no manifest":  # then it is not known that there was one
+        assert f"skipped a checkpoint: {shard}" in output
+    assert_equal(folder, whole)
+
+
+# The clock of the machine goes back and forth by days, between any two looks at it.
+JUMPS = """
+import random, time
+real, jumps = time.time, random.Random(0)
+time.time = lambda: real() + jumps.choice([-3, -1, 0, 1, 3]) * 86400
+"""
+
+
+def test_clocks_that_jump_change_nothing(tmp_path: Path, glyphs: Path, whole: Path) -> None:
+    folder = tmp_path / "run"
+    with changed(tmp_path, JUMPS):
+        process = subprocess.Popen(
+            command("train", SMOKE, f"data.url={glyphs}", *RUN, "--run", folder),
+            cwd=tmp_path,
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            wait_for_step(folder / "metrics.jsonl", 4, process)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait()
+        run_well("train", "--resume", folder, cwd=tmp_path)
+    assert_equal(folder, whole)
