@@ -172,9 +172,9 @@ class StopWatch(StopPoints):
     # ------------------------------------------------------------ what the ranks' threads tell each other
 
     def _watch(self) -> None:
-        store = None if self._connect is None else self._connect()
-        # A rank whose partners are gone is told so by its collectives.
+        # A rank whose store is gone is told so by its collectives, and by its agent.
         with contextlib.suppress(dist.DistError):
+            store = None if self._connect is None else self._connect()
             while not self._is_wished.wait(POLL_S):
                 if store is not None and store.check(["reason"]):
                     break
@@ -188,9 +188,10 @@ class StopWatch(StopPoints):
             self._on_asked()
             if store is not None:
                 self._agreed = self._agree(store)
-        # Also where the store is gone, and with it what could be agreed on: the job ends either way.
-        self._is_decided.set()
-        self._wake()
+        if self._is_asked:
+            # Also where the store is gone, and with it what could be agreed on: the job ends either way.
+            self._is_decided.set()
+            self._wake()
 
     def _agree(self, store: Store) -> int:
         """The largest number of points that any rank has passed."""
