@@ -92,7 +92,7 @@ def test_a_lease_on_another_machine_that_is_renewed_is_respected(tmp_path: Path)
 
 
 def test_a_job_keeps_its_lease_when_it_starts_its_ranks_again(tmp_path: Path) -> None:
-    before = lease_on(tmp_path, "job", term=0)
+    before = Lease(Folder(tmp_path), owner="job", about="the run of job", period_s=600.0)
     before.acquire()
     after = lease_on(tmp_path, "job", term=1)
     after.acquire()
