@@ -57,7 +57,7 @@ def row(path: str, folder: Path) -> str:
         "tracking=none",
     ]
     if recipe.pretrain is not None:
-        words.append("pretrain.num_steps=2")
+        words += ["pretrain.num_steps=2", "pretrain.warmup_steps=1"]
     if recipe.outer.schedule.warmup_steps:
         words.append("outer.schedule.warmup_steps=1")
     if not isinstance(recipe.data, SyntheticData):
