@@ -117,7 +117,7 @@ def _list(arguments: argparse.Namespace) -> int:
             row.phase,
             str(row.step),
             row.written,
-            f"{row.num_bytes / 2**20:.1f} MiB",
+            _size(row.num_bytes),
             str(row.num_files),
             row.state if row.state != "complete" else _shown(row.metrics),
         )
@@ -166,6 +166,10 @@ def _shown(metrics: dict[str, float]) -> str:
     return ", ".join(f"{name.removeprefix('validation_')} {metrics[name]:.4g}" for name in names)
 
 
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:.1f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:.1f} KiB"
+
+
 def _verify(arguments: argparse.Namespace) -> int:
     from metaloom.checkpoints.folder import MissingFileError
     from metaloom.checkpoints.manifest import DamagedError
@@ -183,7 +187,7 @@ def _verify(arguments: argparse.Namespace) -> int:
                 print(f"{phase} step {step}: damaged: {error}")
             else:
                 num_sound += 1
-                print(f"{phase} step {step}: {manifest.num_bytes / 2**20:.1f} MiB, as written")
+                print(f"{phase} step {step}: {_size(manifest.num_bytes)}, as written")
     if num_damaged + num_sound == 0:
         of_step = "" if arguments.step is None else f" of step {arguments.step}"
         raise CheckpointError(f"{place.root} holds no complete checkpoint{of_step}.")
