@@ -218,6 +218,10 @@ class CheckpointStore:
 
     def _remove_attempt(self, step: int, attempt: str) -> None:
         """Deletes the files of an attempt at writing a step that has failed, and no others."""
+        # A partner may be lost after the manifest was written: then the attempt has not failed.
+        with contextlib.suppress(MissingFileError):
+            if any(name.startswith(f"{attempt}-") for name in self.catalogue.manifest(step).files):
+                return
         prefix = f"{step_folder(step)}/{attempt}-"
         found = [name for name in self.catalogue.folder.sizes() if attempt and name.startswith(prefix)]
         self.catalogue.folder.remove(found)
