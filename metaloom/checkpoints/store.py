@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import datetime
 import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -138,21 +137,16 @@ class CheckpointStore:
         if outcome.error is not None:
             raise CheckpointError(outcome.error)
 
-    def start_saving(self, checkpoint: Checkpoint) -> float:
+    def start_saving(self, checkpoint: Checkpoint) -> None:
         """Copies a checkpoint and begins to write it in the background. Every rank must call, with the same
         tensors, or with its shards of them (`DTensor`), after the outcome of the one before was taken.
-
-        Returns:
-            How long it has held up the caller, in seconds.
         """
         assert self._saving is None, "the outcome of the last checkpoint was not taken"
-        begin = time.monotonic()
         if dist.is_initialized() and self._group is None:
             # Its collectives must not come between those of training.
             self._group = dist.new_group(backend="gloo", timeout=_WRITING_TIMEOUT)
         staged = dataclasses.replace(checkpoint, tensors=_staged(checkpoint.tensors))
         self._saving = _Saving(staged, self._write)
-        return time.monotonic() - begin
 
     @property
     def step_being_saved(self) -> int | None:
@@ -267,19 +261,6 @@ class CheckpointStore:
         """The path or URL of the newest checkpoint that is complete; None where there is none."""
         steps = self.steps()
         return f"{self.shown}/{step_folder(steps[-1])}" if steps else None
-
-    def newest_manifest(self, on_skip: Callable[[str], None]) -> Manifest | None:
-        """What the newest checkpoint says of itself whose manifest and sizes are right; None where there is
-        no checkpoint. Every rank must call.
-
-        Args:
-            on_skip: called on rank 0 with one line for each checkpoint that was passed over.
-
-        Raises:
-            CheckpointError: there are checkpoints, and none of them is valid; or they cannot be read.
-        """
-        found = self._newest(on_skip, lambda manifest: None)
-        return None if found is None else found[0]
 
     def load_newest(self, on_skip: Callable[[str], None], rooms: Rooms | None = None) -> Checkpoint | None:
         """The newest valid checkpoint, the same one on every rank; None where there is no checkpoint. Every

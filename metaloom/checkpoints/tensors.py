@@ -190,9 +190,7 @@ class CheckpointReader(StorageReader):
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         for item in plan.items:
             chunk = self._chunks[item.storage_index]
-            content = bytearray()
-            if chunk.num_bytes:  # storages refuse to read nothing
-                content = bytearray(self._catalogue.read_chunk(self._manifest.step, chunk))
+            content = bytearray(self._catalogue.read_chunk(self._manifest.step, chunk))
             dtype = dtype_of(self._manifest.tensors[item.storage_index.fqn])
             part = torch.empty(chunk.sizes, dtype=dtype)
             if content:
