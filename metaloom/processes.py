@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 END_NOW = signal.SIGUSR2  # by which an agent ends ranks that have lost a partner; nobody else sends it
@@ -46,3 +47,18 @@ def end_with_parent(parent: int) -> None:
         watch_parent(signal.SIGKILL)
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def code_of(main: Callable[[], int]) -> int:
+    """The exit code of a process that does `main`: 130 for Ctrl-C; 0 where the reader of a pipe has seen
+    enough."""
+    try:
+        code = main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Nothing more can be written, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code

@@ -1,25 +1,17 @@
 """The process that writes an export: `python -m metaloom.export REQUEST`, started by `metaloom export`."""
 
-import os
 import sys
+
+from metaloom.processes import code_of
 
 
 def main() -> int:
-    """Writes what the argument asks for; returns the exit code."""
-    try:
-        # Imported here, as torch takes its time, and an interrupt meanwhile is no fault.
-        from metaloom.export.command import main as make
+    """Does what the arguments ask for; returns the exit code."""
+    # Imported here, as torch takes its time, and an interrupt meanwhile is no fault.
+    from metaloom.export.command import main as write
 
-        code = make(sys.argv[1])
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        # The reader of a pipe has seen enough; nothing more can be written, not even at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    return code
+    return write(sys.argv[1])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(code_of(main))

@@ -49,6 +49,7 @@ EDGES = {
         "metaloom",
         ERRORS,
         FILES,
+        PROCESSES,
         RECIPE,
         RESULT,
         "metaloom.build",
@@ -59,6 +60,7 @@ EDGES = {
     },
     "metaloom.new_task": {
         ERRORS,
+        PROCESSES,
         RECIPE,
         "metaloom.build",
         "metaloom.datasets",
