@@ -8,12 +8,14 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from metaloom.checkpoints import store as store_module
 from metaloom.checkpoints.catalogue import Catalogue
 from metaloom.checkpoints.folder import Folder, Sink
 from metaloom.checkpoints.manifest import MANIFEST, DamagedError, Manifest, StoredTensor, parse_manifest
@@ -157,6 +159,19 @@ def test_shards_without_a_manifest_are_cleared_away(tmp_path: Path) -> None:
     assert not folder_of(tmp_path, 2).exists()
     again.save(checkpoint(2))
     assert again.steps() == [1, 2]
+
+
+def test_a_checkpoint_that_is_committed_stays_whole_though_a_partner_is_lost_before_it_hears_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save_and_lose(*args: Any, save: Callable[..., object] = store_module.save, **keywords: Any) -> None:
+        save(*args, **keywords)
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(store_module, "save", save_and_lose)
+    with pytest.raises(CheckpointError, match="Connection closed by peer"):
+        CheckpointStore(tmp_path).save(checkpoint(1))
+    assert CheckpointStore(tmp_path).catalogue.verify(1).step == 1
 
 
 def test_saving_a_step_again_leaves_the_new_checkpoint_alone(tmp_path: Path) -> None:
