@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +65,25 @@ def run_well(*words: str | Path, cwd: Path, timeout_s: float = 120.0) -> str:
     finished = run(*words, cwd=cwd, timeout_s=timeout_s)
     assert finished.code == 0, f"{finished.output}\n{finished.errors}\n{logs(cwd)}"
     return finished.output
+
+
+@contextmanager
+def killed_at_end(*words: str | Path, cwd: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    """`metaloom ...`, started and seen by nobody; on leaving, it and all that it started are killed."""
+    process = subprocess.Popen(
+        command(*words),
+        cwd=cwd,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            kill_tree(process.pid)
+        process.wait()
 
 
 def logs(folder: Path) -> str:

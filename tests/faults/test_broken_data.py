@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import threading
 import time
 import zlib
@@ -15,7 +14,7 @@ import pytest
 
 from metaloom.datasets import Index
 from tests import commands
-from tests.commands import RECIPES, Finished, curve, environment, kill_tree, read_records, run, wait_for_step
+from tests.commands import RECIPES, Finished, curve, read_records, run, wait_for_step
 from tests.flaky_server import FlakyServer, running_flaky_server
 from tests.object_store import ObjectStore
 from tests.tiny_sets import class_set, damage
@@ -90,19 +89,8 @@ def test_killed_and_resumed_with_workers_equals_uninterrupted_damage_included(
 ) -> None:
     folder = tmp_path / "run"
     words = ("train", RECIPES / "smoke.yaml", f"data.url={damaged}", *WORDS, "loading.num_workers=1")
-    process = subprocess.Popen(
-        commands.command(*words, "--run", folder),
-        cwd=tmp_path,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
+    with commands.killed_at_end(*words, "--run", folder, cwd=tmp_path) as process:
         wait_for_step(folder / "metrics.jsonl", 6, process)
-    finally:
-        kill_tree(process.pid)
-        process.wait()
     assert len(curve(folder)) < STEPS
     output = commands.run_well("train", "--resume", folder, cwd=tmp_path)
     assert "resumed after outer step" in output

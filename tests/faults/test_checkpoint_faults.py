@@ -25,6 +25,7 @@ from tests.commands import (
     curve,
     environment,
     kill_tree,
+    killed_at_end,
     run,
     run_well,
     wait_for_step,
@@ -264,20 +265,11 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(
     folder = tmp_path / "run"
     with held(tmp_path) as hold:
         hold.at(7)
-        process = subprocess.Popen(
-            command("train", SMOKE, f"data.url={glyphs}", *RUN, "--run", folder),
-            cwd=tmp_path,
-            env=environment(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        try:
+        with killed_at_end(
+            "train", SMOKE, f"data.url={glyphs}", *RUN, "--run", folder, cwd=tmp_path
+        ) as process:
             wait_for_step(folder / "metrics.jsonl", 7, process)
             wait_until(lambda: 6 in Catalogue(folder / "checkpoints" / "meta").steps())
-        finally:
-            kill_tree(process.pid)
-            process.wait()
     newest = folder / "checkpoints" / "meta" / "step-00000006"
     shard = max(newest.glob("*.safetensors"), key=lambda path: path.stat().st_size)
     content = bytearray(shard.read_bytes())

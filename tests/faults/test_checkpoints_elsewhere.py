@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from metaloom.checkpoints.retention import Retention
 from metaloom.checkpoints.store import Checkpoint, CheckpointStore
 from metaloom.datasets.connection import Persistence
 from metaloom.errors import CheckpointError, LaunchError
-from tests.commands import RECIPES, command, curve, environment, kill_tree, run, run_well, wait_for_step
+from tests.commands import RECIPES, curve, killed_at_end, run, run_well, wait_for_step
 from tests.hosts import held
 from tests.object_store import SECRET_KEY, ObjectStore, running_object_store
 
@@ -138,23 +137,12 @@ def test_a_run_with_checkpoints_on_an_object_store_that_is_killed_goes_on_bit_fo
     folder, url = tmp_path / "killed", f"{bucket}/killed"
     with held(tmp_path) as hold:
         hold.at(6)
-        process = subprocess.Popen(
-            command(*words, f"checkpoint.url={url}", "--run", folder),
-            cwd=tmp_path,
-            env=environment(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        try:
+        with killed_at_end(*words, f"checkpoint.url={url}", "--run", folder, cwd=tmp_path) as process:
             wait_for_step(folder / "metrics.jsonl", 6, process)
             deadline = time.monotonic() + 60
             while Catalogue(f"{url}/meta").steps() != [4]:  # written in the background
                 assert time.monotonic() < deadline
                 time.sleep(0.1)
-        finally:
-            kill_tree(process.pid)
-            process.wait()
     assert not (folder / "checkpoints").exists()
     output = run_well("train", "--resume", folder, cwd=tmp_path)
     assert "resumed after outer step 4" in output
@@ -208,21 +196,10 @@ def test_two_runs_cannot_write_to_one_url_at_once(tmp_path: Path, glyphs: Path) 
     words = ("train", SMOKE, f"data.url={glyphs}", *RUN, f"checkpoint.url={url}")
     with held(tmp_path) as hold:
         hold.at(2)
-        process = subprocess.Popen(
-            command(*words, "--run", tmp_path / "first"),
-            cwd=tmp_path,
-            env=environment(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        try:
+        with killed_at_end(*words, "--run", tmp_path / "first", cwd=tmp_path) as process:
             wait_for_step(tmp_path / "first" / "metrics.jsonl", 2, process)
             second = run(*words, "--run", tmp_path / "second", cwd=tmp_path)
             in_the_same_folder = run("train", "--resume", tmp_path / "first", cwd=tmp_path)
-        finally:
-            kill_tree(process.pid)
-            process.wait()
     assert second.code == CheckpointError.exit_code
     assert f"{url}: another run works here (the run in {tmp_path / 'first'}, process " in second.errors
     assert in_the_same_folder.code == LaunchError.exit_code

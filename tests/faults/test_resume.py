@@ -17,6 +17,7 @@ from tests.commands import (
     descendants,
     environment,
     kill_tree,
+    killed_at_end,
     rank_of,
     run_well,
     wait_for_step,
@@ -50,26 +51,22 @@ STDLIB = (
 )
 
 
-def start(*words: str | Path, run: Path, output: int = subprocess.PIPE) -> "subprocess.Popen[bytes]":
+def start(*words: str | Path, run: Path) -> "subprocess.Popen[bytes]":
     """Starts `metaloom ... --run RUN` in the run's parent folder."""
     return subprocess.Popen(
         command(*words, "--run", run),
         cwd=run.parent,
         env=environment(),
-        stdout=output,
-        stderr=output,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         start_new_session=True,
     )
 
 
 def kill_at_step(step: int, *words: str | Path, run: Path) -> None:
     """Starts a training, and kills every process of it when it has logged a step."""
-    process = start(*words, run=run, output=subprocess.DEVNULL)
-    try:
+    with killed_at_end(*words, "--run", run, cwd=run.parent) as process:
         wait_for_step(run / "metrics.jsonl", step, process)
-    finally:
-        kill_tree(process.pid)
-        process.wait()
 
 
 def final_tensors(run: Path, phase: str = "meta") -> dict[str, bytes]:

@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict_saver import save
 
-from metaloom.checkpoints import store as store_module
 from metaloom.checkpoints.catalogue import Catalogue
 from metaloom.checkpoints.folder import Folder, Sink
 from metaloom.checkpoints.manifest import MANIFEST, DamagedError, Manifest, StoredTensor, parse_manifest
@@ -164,11 +164,11 @@ def test_shards_without_a_manifest_are_cleared_away(tmp_path: Path) -> None:
 def test_a_checkpoint_that_is_committed_stays_whole_though_a_partner_is_lost_before_it_hears_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def save_and_lose(*args: Any, save: Callable[..., object] = store_module.save, **keywords: Any) -> None:
+    def save_and_lose(*args: Any, **keywords: Any) -> None:
         save(*args, **keywords)
         raise RuntimeError("Connection closed by peer")
 
-    monkeypatch.setattr(store_module, "save", save_and_lose)
+    monkeypatch.setattr("metaloom.checkpoints.store.save", save_and_lose)
     with pytest.raises(CheckpointError, match="Connection closed by peer"):
         CheckpointStore(tmp_path).save(checkpoint(1))
     assert CheckpointStore(tmp_path).catalogue.verify(1).step == 1
