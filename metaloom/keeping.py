@@ -25,6 +25,7 @@ from metaloom.run_folder import RunFolder
 from metaloom.stopping import Stopped
 
 RETRY_S = 15.0  # between two attempts at writing checkpoints that cannot be written
+LATE_S = 1.0  # how long training waits for a checkpoint to be written before the next one is put off
 
 
 def checkpoint_root(recipe: Recipe, folder: RunFolder, phase: str) -> str | Path:
@@ -108,7 +109,8 @@ class Keeper:
         self._waited_s = 0.0
 
     def is_due(self, step: int) -> bool:
-        """Whether a checkpoint is due after a step: by steps, by rank 0's clock, or since one is missing."""
+        """Whether a checkpoint is due after a step: by steps, by rank 0's clock, or since one is missing. One
+        is put off to a later step where the one before takes long to be written."""
         self._take(self.store.outcome())
         settings, now_s = self._settings, time.monotonic()
         is_due = settings.every_steps is not None and step % settings.every_steps == 0
@@ -117,6 +119,10 @@ class Keeper:
         if self._failing_since_s is not None:
             is_due |= now_s - self._failed_s >= RETRY_S
         is_due |= self._is_late
+        if is_due and self._failing_since_s is None:
+            # Rather that than another step than the recipe says: most are written in less.
+            self._take(self.store.wait(LATE_S))
+            self._waited_s += time.monotonic() - now_s
         self._is_late = is_due and self.store.step_being_saved is not None
         flag = torch.tensor([is_due and not self._is_late])
         if dist.is_initialized():

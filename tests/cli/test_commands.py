@@ -211,10 +211,7 @@ def test_checkpoints_by_time(tmp_path: Path, glyphs: Path) -> None:
         "tracking=none",
         cwd=tmp_path,
     )
-    names = {path.name for path in (tmp_path / "runs" / "smoke" / "checkpoints" / "meta").iterdir()}
-    # One is due after each of the six steps, but for steps in which another is still being written.
-    assert len(names) > 1
-    assert {"step-00000001", "step-00000006"} <= names
+    assert len(list((tmp_path / "runs" / "smoke" / "checkpoints" / "meta").iterdir())) == 6
 
 
 def test_a_run_with_bfloat16_and_micro_batches_learns_finite_numbers(tmp_path: Path, glyphs: Path) -> None:
