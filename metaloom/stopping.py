@@ -116,15 +116,12 @@ class StopWatch(StopPoints):
         Raises:
             Stopped: all ranks stop here.
         """
-        while True:
-            with self._lock:
-                if not self._is_asked:
-                    self._num_passed += 1
-                    return
-            self._stop_unless_behind()
-            with self._lock:
+        with self._lock:
+            if not self._is_asked:
                 self._num_passed += 1
                 return
+        self._stop_unless_behind()
+        self._num_passed += 1
 
     def meet(self) -> None:
         if self._group is None:
