@@ -121,7 +121,7 @@ class Keeper:
         is_due |= self._is_late
         if is_due and self._failing_since_s is None:
             # Rather that than another step than the recipe says: most are written in less.
-            self._take(self.store.wait(LATE_S))
+            self._take(self.store.outcome_within(LATE_S))
             self._waited_s += time.monotonic() - now_s
         self._is_late = is_due and self.store.step_being_saved is not None
         flag = torch.tensor([is_due and not self._is_late])

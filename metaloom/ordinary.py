@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import functools
 from collections.abc import Callable
 
@@ -61,7 +62,8 @@ def train_ordinary(
         Stopped: the job was asked to stop.
     """
     root = checkpoint_root(job.recipe, job.place.folder, phase_name)
-    store = CheckpointStore(root, retention=Retention(last=1), lease=job.lease)
+    timeout = datetime.timedelta(seconds=job.recipe.launcher.timeout_s)
+    store = CheckpointStore(root, retention=Retention(last=1), lease=job.lease, timeout=timeout)
     store.remove_remains()
     outer = OuterOptimizer(prefixed(BACKBONE, model.values()), settings, job.sharding)
     made_by = dataclasses.asdict(settings) | {"batch_size": batch_size}

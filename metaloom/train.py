@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import math
 import resource
@@ -78,7 +79,8 @@ def train(recipe: Recipe, place: Place) -> None:
     sharding = build_sharding(recipe, place.device)
     with writing_alone(recipe, place, "train") as lease:
         root = checkpoint_root(recipe, place.folder, "meta")
-        store = CheckpointStore(root, retention=retention_of(recipe), lease=lease)
+        timeout = datetime.timedelta(seconds=recipe.launcher.timeout_s)
+        store = CheckpointStore(root, retention=retention_of(recipe), lease=lease, timeout=timeout)
         model = build_model(recipe, place.device, sharding)
         resumed = _resumed(recipe, place, sharding, store, model, notes.append)
         first_step = _first_step(recipe, place, resumed)
@@ -362,6 +364,7 @@ def _finish_step(job: Job, run: Run, keeper: Keeper, phase: Phase) -> None:
         job.place.whereabouts.begin("writing the last checkpoint")
         keeper.save_last(_checkpoint(job, state, metrics))
     elif keeper.is_due(outer.step) or is_best:
+        job.place.whereabouts.begin("writing a checkpoint")
         keeper.save(_checkpoint(job, state, metrics))
 
 

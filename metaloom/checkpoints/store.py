@@ -34,8 +34,10 @@ from metaloom.errors import CheckpointError
 T = TypeVar("T")
 Rooms = Callable[[Manifest], dict[str, Tensor]]
 
-# A rank whose file takes hours to write is no fault: a rank that ends breaks its connections at once.
+# A rank whose file takes hours to write is no fault: a rank that ends breaks its connections at once, and
+# one that hangs is noticed by those that train or wait on.
 _WRITING_TIMEOUT = datetime.timedelta(days=1)
+_ALIVE_S = 0.5  # how often ranks that wait for a checkpoint tell each other that they are there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,15 +108,24 @@ class CheckpointStore:
         retention: which checkpoints stay when one was saved; that one does in any case.
         lease: without which nothing is committed; None where something else sees to it that nobody else
             writes here.
+        timeout: how long a rank may be silent while the others wait for a checkpoint; writing may take
+            longer.
     """
 
     def __init__(
-        self, root: str | Path | Folder, *, retention: Retention | None = None, lease: Lease | None = None
+        self,
+        root: str | Path | Folder,
+        *,
+        retention: Retention | None = None,
+        lease: Lease | None = None,
+        timeout: datetime.timedelta = dist.default_pg_timeout,
     ) -> None:
         self.catalogue = Catalogue(root)
         self._retention = retention or Retention()
         self._lease = lease
-        self._group: dist.ProcessGroup | None = None
+        self._timeout = timeout
+        self._group: dist.ProcessGroup | None = None  # of the threads that write
+        self._waiting_group: dist.ProcessGroup | None = None  # of those that wait for them
         self._saving: _Saving | None = None
 
     @property
@@ -143,8 +154,11 @@ class CheckpointStore:
         """
         assert self._saving is None, "the outcome of the last checkpoint was not taken"
         if dist.is_initialized() and self._group is None:
-            # Its collectives must not come between those of training.
-            self._group = dist.new_group(backend="gloo", timeout=_WRITING_TIMEOUT)
+            # Their collectives must not come between those of training.
+            self._waiting_group = dist.new_group(backend="gloo", timeout=self._timeout)
+            # Making a group waits for all ranks, too.
+            self._group = dist.new_group(backend="gloo", timeout=self._timeout)
+            dist.distributed_c10d._set_pg_timeout(_WRITING_TIMEOUT, self._group)
         staged = dataclasses.replace(checkpoint, tensors=_staged(checkpoint.tensors))
         self._saving = _Saving(staged, self._write)
 
@@ -155,10 +169,11 @@ class CheckpointStore:
 
     def outcome(self) -> Outcome | None:
         """How the last save ended, once; None while it goes on, and where there is none."""
-        return None if self._saving is None or self._saving.is_alive() else self.wait()
+        return self.outcome_within(0.0)
 
-    def wait(self, timeout_s: float | None = None) -> Outcome | None:
-        """How the last save ended, once, when it has; None where there is none, or it takes longer."""
+    def outcome_within(self, timeout_s: float) -> Outcome | None:
+        """How the last save ended, once; None where there is none, or it takes longer. For each rank by
+        itself."""
         if self._saving is None:
             return None
         self._saving.join(timeout_s)
@@ -167,6 +182,22 @@ class CheckpointStore:
         outcome, self._saving = self._saving.outcome, None
         assert outcome is not None
         return outcome
+
+    def wait(self) -> Outcome | None:
+        """How the last save ended, once, when it has on all ranks; None where there is none, or it was told.
+        Every rank must call.
+
+        Raises:
+            RuntimeError: a rank is gone, or was silent for longer than the timeout.
+        """
+        outcome: Outcome | None = None
+        while True:
+            outcome = outcome or self.outcome_within(_ALIVE_S)
+            num_writing = torch.tensor(int(self._saving is not None))
+            if self._waiting_group is not None:
+                dist.all_reduce(num_writing, group=self._waiting_group)
+            if not num_writing:
+                return outcome
 
     def _write(self, checkpoint: Checkpoint) -> Outcome:
         notes: list[str] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import http.client
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -135,6 +136,57 @@ def test_a_run_whose_checkpoints_cannot_be_written_for_too_long_ends_and_names_t
     assert "longer than checkpoint.patience_minutes. The last one is " in finished.errors
     assert "checkpoints/meta/step-00000002." in finished.errors
     assert "Traceback" not in finished.errors
+
+
+# Rank 1 does something as it comes to the checkpoint of a step, or writes its file of it.
+AT_A_CHECKPOINT = """
+import os, signal, time
+if os.environ.get("RANK") == "1":
+    from metaloom.checkpoints import folder, store
+    def at_the_start(self, checkpoint, start=store.CheckpointStore.start_saving):
+        if checkpoint.step == {step}:
+            {act}
+        start(self, checkpoint)
+    def in_the_midst(self, name, fill, write=folder.Folder.write_stream):
+        if name.startswith("step-{step:08}"):
+            {act}
+        return write(self, name, fill)
+    if "{place}" == "start":
+        store.CheckpointStore.start_saving = at_the_start
+    else:
+        folder.Folder.write_stream = in_the_midst
+"""
+
+
+@pytest.mark.parametrize(("step", "place"), [(2, "start"), (12, "start"), (12, "midst")])
+def test_a_rank_that_hangs_over_a_checkpoint_is_noticed(
+    step: int, place: str, tmp_path: Path, glyphs: Path
+) -> None:
+    hangs = AT_A_CHECKPOINT.format(step=step, place=place, act="os.kill(os.getpid(), signal.SIGSTOP)")
+    limits = ("launcher.timeout_s=3", "launcher.max_restarts=0")
+    with changed(tmp_path, hangs):
+        finished = run(
+            "train", SMOKE, f"data.url={glyphs}", *RUN, *limits, "--run", tmp_path / "run", cwd=tmp_path
+        )
+    assert finished.code == 1, finished
+    assert f"error: rank 0 at outer step {step}: a collective failed, since another rank" in finished.errors
+    assert re.search(rf"rank 1 at outer step {step}, writing (a|the last) checkpoint", finished.errors)
+
+
+def test_a_rank_may_take_its_time_to_write_its_file(tmp_path: Path, glyphs: Path, whole: Path) -> None:
+    lingers = AT_A_CHECKPOINT.format(step=12, place="midst", act="time.sleep(7)")
+    with changed(tmp_path, lingers):
+        run_well(
+            "train",
+            SMOKE,
+            f"data.url={glyphs}",
+            *RUN,
+            "launcher.timeout_s=3",
+            "--run",
+            tmp_path / "run",
+            cwd=tmp_path,
+        )
+    assert_equal(tmp_path / "run", whole)
 
 
 class Proxy(BaseHTTPRequestHandler):

@@ -78,6 +78,7 @@ def end(process: "subprocess.Popen[bytes]", timeout_s: float = 120.0) -> tuple[i
     finally:
         if process.poll() is None:
             kill_tree(process.pid)
+            process.communicate()
     return process.returncode, output.decode(), errors.decode()
 
 

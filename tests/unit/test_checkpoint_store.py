@@ -130,7 +130,7 @@ def test_training_may_go_on_while_a_checkpoint_is_written(
     assert store.outcome() is None
     assert store.step_being_saved == 5
     assert store.steps() == []  # invisible until it is complete
-    assert store.wait(timeout_s=0.01) is None
+    assert store.outcome_within(0.01) is None
     may_write.set()
     outcome = store.wait()
     assert outcome is not None
