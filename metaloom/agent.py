@@ -58,6 +58,7 @@ def main() -> int:
         arguments.worker_args,
         max_restarts=arguments.max_restarts,
         num_lost=arguments.num_lost,
+        shows_all_ranks=arguments.show_all_ranks,
     )
     try:
         return agent.run()
@@ -81,10 +82,20 @@ class Agent:
         worker_args: arguments of `metaloom.worker`.
         max_restarts: restarts that faults may cost.
         num_lost: how often this agent has lost the store's host and started anew.
+        shows_all_ranks: whether it prints what its ranks print, each line after its rank.
     """
 
-    def __init__(self, terms: Terms, worker_args: list[str], *, max_restarts: int, num_lost: int) -> None:
+    def __init__(
+        self,
+        terms: Terms,
+        worker_args: list[str],
+        *,
+        max_restarts: int,
+        num_lost: int,
+        shows_all_ranks: bool,
+    ) -> None:
         self._terms = terms
+        self._shows_all_ranks = shows_all_ranks
         self._worker_args = worker_args
         self._max_restarts = max_restarts
         self._num_lost = num_lost
@@ -212,9 +223,12 @@ class Agent:
     # ------------------------------------------------------------ one round
 
     def _logs(self, meeting: Meeting) -> DefaultLogsSpecs:
-        """Where the ranks' output goes: rank 0's standard output is the command's, all else to files."""
+        """Where the ranks' output goes: rank 0's standard output is the command's, all else to files; or all
+        to files, and from there to the command's."""
         folder = self._terms.log_dir / (meeting.job if self._terms.max_hosts > 1 else "")
         redirects = dict.fromkeys(range(self._terms.num_processes), Std.ALL)
+        if self._shows_all_ranks:
+            return DefaultLogsSpecs(str(folder), redirects=redirects, tee=redirects)
         if meeting.serves:
             redirects[0] = Std.ERR
         return DefaultLogsSpecs(str(folder), redirects=redirects)
@@ -411,6 +425,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--wait-s", type=float, default=600.0, help="how long to wait for min-hosts")
     parser.add_argument("--silence-s", type=float, default=60.0, help="when a host counts as lost")
     parser.add_argument("--stop-within-s", type=float, default=25.0, help="how long ranks take to stop")
+    parser.add_argument("--index", type=int, default=0, help="of this host, by which ranks are given out")
+    parser.add_argument("--own-folders", action="store_true", help="each host has a run folder of its own")
+    parser.add_argument("--show-all-ranks", action="store_true", help="print what all ranks print")
     parser.add_argument("--num-lost", type=int, default=0, help="set by the agent itself")
     parser.add_argument("worker_args", nargs=argparse.REMAINDER, help="arguments of metaloom.worker")
     return parser.parse_args()
@@ -430,6 +447,8 @@ def _terms(arguments: argparse.Namespace) -> Terms:
         digest=arguments.digest,
         log_dir=arguments.log_dir,
         stop_within_s=arguments.stop_within_s,
+        index=arguments.index,
+        has_own_folder=arguments.own_folders,
     )
 
 

@@ -24,7 +24,7 @@ class BrokenRecord:
     which it was met first (negative in ordinary training, as of the metrics; null in an evaluation).
 
     Args:
-        path: of the file, which all ranks see.
+        path: of the file, that of rank 0 counts.
         max_broken: how many samples may be damaged.
         first_step: what was met at this step or later, by a run that went on after its last checkpoint, or
             in an evaluation, will be met again, and is dropped; None drops nothing.
@@ -37,7 +37,7 @@ class BrokenRecord:
         self._sharding, self._console = sharding, console
         self._known: dict[tuple[str, str, str], dict[str, Any]] = {}
         self._num_told = 0
-        records = _read(path)
+        records = sharding.gather(_read(path) if sharding.rank == 0 else [])
         for record in records:
             if first_step is None or (record["step"] is not None and record["step"] < first_step):
                 self._known[record["url"], record["shard"], record["key"]] = record

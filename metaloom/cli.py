@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from metaloom import __version__
 from metaloom.adapt_command import add_adapt_command
@@ -146,6 +147,12 @@ def _parser() -> argparse.ArgumentParser:
         help="go on with a run where it stopped; or, in a new folder (--run), with the one whose "
         "checkpoints are at a URL (checkpoint.url)",
     )
+    train.add_argument(
+        "--run-id",
+        metavar="ID",
+        help="a name that no other run has: the command goes on with the run of that name where its folder, "
+        "or checkpoint.url, has it, and else begins it; so a cluster can give it again and again",
+    )
     train.set_defaults(run_command=_train)
 
     evaluate = add_command(commands, "evaluate", "evaluate a run on tasks never seen", EVALUATE_EXAMPLES)
@@ -247,25 +254,80 @@ def _train(arguments: argparse.Namespace) -> int:
             "launcher.hosts: several hosts work on one run folder; name it with --run DIR, on a file system "
             "that all of them share."
         )
+    run_id = _checked_run_id(arguments.run_id, arguments.run)
     folder = RunFolder(arguments.run or new_run_path(recipe.name))
-    if recipe.launcher.hosts is not None and folder.has_started():
+    if (recipe.launcher.hosts is not None or run_id is not None) and folder.has_started():
         # The same command is given on every host, and again on one that comes back.
+        if run_id is not None:
+            _require_run(folder, run_id)
         return _go_on(recipe, folder)
-    digest = _check_data(recipe)
     hosts = _standing(recipe)
+    url = recipe.checkpoint.url
+    if run_id is not None and url is not None and hosts.is_first and _has_checkpoints(url, run_id):
+        return _go_on(recipe, _taken_over(url, folder.path))
+    digest = _check_data(recipe)
     if hosts.is_first:
         folder.create()
     with _alone(folder, "train", hosts) as lock:
         if lock.is_own:
             folder.forget_start()
-            folder.record(data_digest=digest, run=uuid.uuid4().hex)
+            folder.record(data_digest=digest, run=run_id or uuid.uuid4().hex)
             _write_recipe(recipe, folder.recipe)
         return _launch("train", recipe, folder, folder.recipe, hosts, lock=lock)
+
+
+def _checked_run_id(run_id: str | None, path: Path | None) -> str | None:
+    if run_id is None:
+        return None
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", run_id) is None:
+        raise LaunchError(
+            f"--run-id {run_id!r}: at most 63 letters, digits, points, hyphens and underscores, of which the "
+            "first is a letter or digit."
+        )
+    if path is None:
+        raise LaunchError("--run-id: name the run's folder too, with --run DIR, to find it there again.")
+    return run_id
+
+
+def _require_run(folder: RunFolder, run_id: str) -> None:
+    found = folder.facts().get("run")
+    if found != run_id:
+        raise LaunchError(
+            f"{folder.path} holds another run (id {found}) than --run-id {run_id}: name another folder with "
+            "--run, or the run that is meant."
+        )
+
+
+def _has_checkpoints(url: str, run_id: str) -> bool:
+    """Whether the checkpoints at a URL are of the run of that id."""
+    origin = _newest_origin(url)
+    return origin is not None and origin["run"] == run_id
+
+
+def _newest_origin(url: str) -> dict[str, Any] | None:
+    """What the newest checkpoint at a URL that can be read says of where it comes from; None where there is
+    none.
+
+    Raises:
+        CheckpointError: the storage cannot be read.
+    """
+    from metaloom.checkpoints.catalogue import Catalogue
+    from metaloom.checkpoints.folder import MissingFileError
+    from metaloom.checkpoints.manifest import DamagedError
+
+    catalogue = Catalogue(f"{url.rstrip('/')}/meta")
+    for step in reversed(catalogue.steps()):
+        with contextlib.suppress(DamagedError, MissingFileError):  # training says so when it loads one
+            origin: dict[str, Any] = catalogue.manifest(step).scalars["origin"]
+            return origin
+    return None
 
 
 def _resume(arguments: argparse.Namespace) -> int:
     from metaloom.recipe import load_recipe
 
+    if arguments.run_id is not None:
+        raise LaunchError("--run-id begins or continues a run by itself: leave out --resume.")
     if "://" in arguments.resume:
         folder = _taken_over(arguments.resume, arguments.run)
     else:
@@ -291,21 +353,19 @@ def _taken_over(url: str, path: Path | None) -> RunFolder:
     Raises:
         MetaloomError: there is no checkpoint, or the folder holds another run.
     """
-    from metaloom.checkpoints.catalogue import Catalogue
+    from metaloom.credentials import without_credentials
     from metaloom.recipe import dump_recipe
     from metaloom.recipe.loading import recipe_from_dict
 
     if path is None:
         raise LaunchError(f"name the folder in which the run of {url} goes on, with --run DIR.")
     folder = RunFolder(path)
-    catalogue = Catalogue(f"{url.rstrip('/')}/meta")
-    steps = catalogue.steps()
-    if not steps:
+    shown = f"{without_credentials(url).rstrip('/')}/meta"
+    origin = _newest_origin(url)
+    if origin is None:
         raise CheckpointError(
-            f"{catalogue.folder.shown} holds no complete checkpoint: name what the run's recipe has as "
-            "checkpoint.url."
+            f"{shown} holds no complete checkpoint: name what the run's recipe has as checkpoint.url."
         )
-    origin = catalogue.manifest(steps[-1]).scalars["origin"]
     if folder.facts().get("run") == origin["run"]:
         return folder
     folder.create()
@@ -316,7 +376,7 @@ def _taken_over(url: str, path: Path | None) -> RunFolder:
             data_digest=origin["data_digest"],
             tracking_run_id=origin["tracking_run_id"],
         )
-        recipe = recipe_from_dict(origin["recipe"], source=catalogue.folder.shown)
+        recipe = recipe_from_dict(origin["recipe"], source=shown)
         moved = recipe.checkpoint.model_copy(update={"url": url})
         replace_file(folder.recipe, dump_recipe(recipe.model_copy(update={"checkpoint": moved})))
     return folder

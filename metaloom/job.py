@@ -129,6 +129,7 @@ def open_job(
         warn=console.warn,
     )
     facts = environment_facts()
+    recorded = place.folder.facts()
     run_id = tracker.start(
         run_name=place.folder.path.name,
         params=flatten_recipe(recipe),
@@ -138,7 +139,9 @@ def open_job(
             "data_digest": data.digest,
             "world_size": str(sharding.world_size),
         },
-        resume_id=place.folder.facts().get("tracking_run_id"),
+        resume_id=recorded.get("tracking_run_id"),
+        # Whoever has lost the folder before its first checkpoint finds the tracked run by it.
+        new_id=recorded.get("run"),
     )
     # What is left of a training that is killed before it can say anything.
     status: FinishStatus = "killed" if is_training else place.folder.facts().get("status", "killed")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -224,16 +225,17 @@ class Keeper:
             )
 
 
-def require_own(folder: RunFolder, manifest: Manifest, *, shown: str) -> None:
+def require_own(folder: RunFolder, facts: Mapping[str, Any], manifest: Manifest, *, shown: str) -> None:
     """Checks that a checkpoint is of the run in a folder, before the run goes on from it.
 
     Args:
+        facts: of the folder, as rank 0 has it.
         shown: where the checkpoint is, for the message.
 
     Raises:
         CheckpointError: it is another run's.
     """
-    theirs, ours = manifest.scalars["origin"]["run"], folder.facts().get("run")
+    theirs, ours = manifest.scalars["origin"]["run"], facts.get("run")
     if theirs != ours:
         raise CheckpointError(
             f"{shown} holds checkpoints of another run than the one in {folder.path}. Give this run another "
@@ -242,16 +244,17 @@ def require_own(folder: RunFolder, manifest: Manifest, *, shown: str) -> None:
         )
 
 
-def require_recorded(folder: RunFolder, newest: Checkpoint | None) -> None:
+def require_recorded(facts: Mapping[str, Any], newest: Checkpoint | None) -> None:
     """Checks that a run whose checkpoints are gone does not begin anew unnoticed.
 
     Args:
+        facts: of the run's folder, as rank 0 has it.
         newest: the newest checkpoint; None where there is none.
 
     Raises:
         CheckpointError: the run has had a checkpoint, and there is none.
     """
-    recorded = folder.facts().get("checkpoint")
+    recorded = facts.get("checkpoint")
     if newest is None and recorded is not None:
         raise CheckpointError(
             f"{recorded['root']} has held a checkpoint of step {recorded['step']} of this run, and there is "

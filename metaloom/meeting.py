@@ -47,6 +47,7 @@ from metaloom.whereabouts import START
 
 POLL_S = 0.1
 CONNECT_S = 60.0
+INDEX_S = 10.0  # how long hosts have to say their index, when they have met
 FAREWELL_S = 10.0  # how long the store stays for the others to read the outcome
 SHARED_FOLDER_S = 90.0  # network file systems show a new folder to other hosts this late
 
@@ -69,6 +70,8 @@ class Terms:
         digest: of the recipe, which all hosts must share.
         log_dir: where the ranks' output goes, on a file system that all hosts share.
         stop_within_s: how long ranks have to stop and save what they did.
+        index: of this host: those with lower ones have lower ranks, but for the one that serves.
+        has_own_folder: whether `log_dir` is this host's alone.
     """
 
     endpoint: tuple[str, int]
@@ -82,6 +85,8 @@ class Terms:
     digest: str
     log_dir: Path
     stop_within_s: float
+    index: int = 0
+    has_own_folder: bool = False
 
     @property
     def where(self) -> str:
@@ -215,15 +220,20 @@ class Meeting:
                 f"within {terms.wait_s:g} s (launcher.hosts.wait_s). Start the same command on every host, "
                 "or lower min_hosts."
             ) from None
+        met.store.set(f"index/{met.rank}", str(terms.index))
         if self.serves:
             said = None if before is None else before.to_json()
-            plan: dict[str, Any] = {"number": self._num_rounds, "first": met.rank, "before": said}
+            plan: dict[str, Any] = {
+                "number": self._num_rounds,
+                "order": _in_order(met.store, first=met.rank, num_hosts=met.world_size),
+                "before": said,
+            }
             met.store.set("plan", json.dumps(plan))
             self._num_rounds += 1
         else:
             plan = json.loads(_read(met.store, "plan", is_over=self.is_over))
             before = None if plan["before"] is None else Verdict.from_json(plan["before"])
-        position = 0 if self.serves else met.rank + (met.rank < plan["first"])
+        position = plan["order"].index(met.rank)
         seats = Seats(
             round_number=plan["number"],
             first_rank=position * terms.num_processes,
@@ -270,13 +280,16 @@ class Meeting:
 
     def _open_job(self) -> None:
         if self._terms.max_hosts > 1:
-            folder = self._terms.log_dir / self.job
-            try:
-                folder.mkdir(parents=True)
-            except OSError as error:
-                raise LaunchError(f"{folder} cannot be made: {error.strerror or error}.") from error
+            self._make_log_folder(self.job)
         self._board.set("job", self.job)
         self._board.set("digest", self._terms.digest)
+
+    def _make_log_folder(self, job: str) -> None:
+        folder = self._terms.log_dir / job
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise LaunchError(f"{folder} cannot be made: {error.strerror or error}.") from error
 
     def _join_job(self) -> str:
         """The name of the job, once it is clear that this host belongs to it."""
@@ -289,12 +302,16 @@ class Meeting:
                 "another port."
             )
         job = _read(self._board, "job").decode()
+        if terms.has_own_folder:
+            self._make_log_folder(job)
+            return job
         deadline = time.monotonic() + min(SHARED_FOLDER_S, terms.wait_s)
         while not (terms.log_dir / job).is_dir():
             if time.monotonic() > deadline:
                 raise LaunchError(
                     f"{terms.log_dir.parent} is not the folder that the host at {terms.where} sees: a run's "
-                    "folder has to lie on a file system that all hosts share. Name one with --run."
+                    "folder has to lie on a file system that all hosts share. Name one with --run; or let "
+                    "each have its own (launcher.hosts.own_folders)."
                 )
             time.sleep(POLL_S)
         return job
@@ -361,6 +378,17 @@ def _parameters(terms: Terms) -> RendezvousParameters:
         keep_alive_interval=interval,
         keep_alive_max_attempt=max(2, math.ceil(terms.silence_s / interval)),
     )
+
+
+def _in_order(store: Store, *, first: int, num_hosts: int) -> list[int]:
+    """The hosts as the rendezvous numbers them, in the order of their ranks: by their indices, after the one
+    that serves. One that says nothing is lost already, which its silence will tell: it comes last."""
+    keys = [f"index/{host}" for host in range(num_hosts)]
+    deadline = time.monotonic() + INDEX_S
+    while not store.check(keys) and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+    indices = [int(store.get(key)) if store.check([key]) else num_hosts for key in keys]
+    return sorted(range(num_hosts), key=lambda host: (host != first, indices[host], host))
 
 
 def _read(store: Store, key: str, *, is_over: Callable[[], bool] = lambda: False) -> bytes:

@@ -91,6 +91,8 @@ class Ranks:
             },
             envs={local_rank: seats.environment(local_rank, name, job) for local_rank in local_ranks},
             logs_specs=logs,
+            # Of lines that an agent shows beside its own.
+            log_line_prefixes={local: f"[rank {seats.first_rank + local}] " for local in local_ranks},
         )
 
     def places(self) -> list[str]:

@@ -130,10 +130,11 @@ def _resumed(
         CheckpointError: no checkpoint is valid, or they belong to another model.
     """
     built: list[Run] = []
+    facts = from_rank_0(place.folder.facts)  # other hosts may have folders of their own
 
     def rooms(manifest: Manifest) -> dict[str, Tensor]:
         # Before anything is read: what belongs to another run, or model, is refused at once.
-        require_own(place.folder, manifest, shown=store.shown)
+        require_own(place.folder, facts, manifest, shown=store.shown)
         run = _run(recipe, place, sharding, model, Choices.load(manifest.scalars["choices"]))
         _require_same(run.state.outer, manifest, source=store.shown)
         built[:] = [run]
@@ -145,7 +146,7 @@ def _resumed(
             finished_weights(recipe, place, sharding, "pretrain", num_steps=num_steps, on_skip=on_skip)
         )
     newest = store.load_newest(on_skip, rooms)
-    require_recorded(place.folder, newest)
+    require_recorded(facts, newest)
     if newest is None:
         return None
     (run,) = built

@@ -1,5 +1,6 @@
 """Jobs of several hosts as tests use them: the same command on each, its output, and a hold on its steps."""
 
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,13 @@ if "RANK" in os.environ:
         return step, episodes
     EpisodeStream.__next__ = wait_and_read
 """
+
+
+def free_port() -> int:
+    """A port of this machine that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 class Hold:

@@ -11,8 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from metaloom.errors import LaunchError
 from metaloom.launchers.network import address_towards, interface_of, is_here, resolve
 from metaloom.recipe import LocalLauncher
+
+HOST_INDEX = "METALOOM_HOST_INDEX"
 
 # Beside the time that the recipe gives ranks to stop: the agent grants 5 s more, then gives those that are
 # left 30 s to end, and other hosts 10 s to hear of it.
@@ -27,11 +30,13 @@ class Standing:
         address: of this machine, for the others.
         is_first: whether it is the one where they meet, and where the run's folder is written.
         endpoint: where they meet; None for a machine alone.
+        index: its number among them, as a cluster counts them: ranks follow these.
     """
 
     address: str
     is_first: bool
     endpoint: str | None = None
+    index: int = 0
 
 
 ALONE = Standing("127.0.0.1", is_first=True)
@@ -47,7 +52,22 @@ def standing(launcher: LocalLauncher) -> Standing:
         return ALONE
     host = launcher.hosts.endpoint.rpartition(":")[0].strip("[]")
     endpoint = resolve(host, timeout_s=launcher.hosts.wait_s)
-    return Standing(address_towards(endpoint), is_first=is_here(endpoint), endpoint=launcher.hosts.endpoint)
+    return Standing(
+        address_towards(endpoint),
+        is_first=is_here(endpoint),
+        endpoint=launcher.hosts.endpoint,
+        index=_host_index(),
+    )
+
+
+def _host_index() -> int:
+    """This machine's number among the hosts, where whoever has started it says so."""
+    index = os.environ.get(HOST_INDEX, "0")
+    if not index.isdecimal():
+        raise LaunchError(
+            f"{HOST_INDEX}={index} in the environment is no number of a host: give 0, 1 ... or leave it out."
+        )
+    return int(index)
 
 
 def agent_command(
@@ -77,9 +97,12 @@ def agent_command(
             "--max-hosts": hosts.num_hosts,
             "--wait-s": hosts.wait_s,
             "--silence-s": hosts.silence_s,
+            "--index": standing.index,
         }
     words = [f"{name}={value}" for name, value in options.items()]
     words += ["--may-serve"] if standing.is_first else []
+    words += ["--own-folders"] if hosts is not None and hosts.own_folders else []
+    words += ["--show-all-ranks"] if launcher.show_all_ranks else []
     return [sys.executable, "-m", "metaloom.agent", *words, *worker_args]
 
 

@@ -106,7 +106,7 @@ class DeepSpeedZeroSharding(Section):
 
 
 class Hosts(Section):
-    """Several hosts: the same command is started on each of them, and all see the run's folder."""
+    """Several hosts: the same command is started on each of them."""
 
     endpoint: Text = Field(
         description="name or address of one of the hosts and a free port of it, as host:port; all hosts "
@@ -127,6 +127,11 @@ class Hosts(Section):
         ge=4,
         le=1e5,
         description="how long a host may be silent before it counts as lost, in seconds",
+    )
+    own_folders: bool = Field(
+        default=False,
+        description="whether each host has a run folder of its own: that of the endpoint's host is the "
+        "run's, and checkpoints are where all can read them (checkpoint.url); false: all see one folder",
     )
 
 
@@ -170,6 +175,11 @@ class LocalLauncher(Section):
         le=1e5,
         description="how long the ranks have to save what they did and end, when the job is asked to stop, "
         "in seconds; clusters kill what takes longer than they grant, often 30",
+    )
+    show_all_ranks: bool = Field(
+        default=False,
+        description="whether the command shows what all ranks on its host print, each line after its rank, "
+        "and not only what rank 0 tells people; the run's logs have it either way",
     )
     notice: Notice | None = Field(
         default=None,

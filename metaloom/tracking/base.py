@@ -41,6 +41,7 @@ class RunTracker(ABC):
         params: Mapping[str, str],
         tags: Mapping[str, str],
         resume_id: str | None,
+        new_id: str | None = None,
     ) -> str:
         """The id of the run, to be saved in checkpoints and given back as `resume_id`.
 
@@ -50,6 +51,8 @@ class RunTracker(ABC):
             tags: free facts, such as those of `environment_facts`.
             resume_id: None for a new run; otherwise the id that an earlier `start` returned,
                 and the run is continued under the same id.
+            new_id: the id of a new run; None for one that no other run has. Where the store has a run
+                of that id, it is that one.
 
         Raises:
             TrackingError: a store that the user named cannot be used.

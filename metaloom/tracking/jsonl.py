@@ -133,6 +133,7 @@ class JsonlTracker(RunTracker):
         params: Mapping[str, str],
         tags: Mapping[str, str],
         resume_id: str | None,
+        new_id: str | None = None,
     ) -> str:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +144,7 @@ class JsonlTracker(RunTracker):
                 f"{self._path}: metrics cannot be written there ({error}). The file holds JSON lines in a "
                 "writable folder; choose another run folder or move the file away."
             ) from error
-        return resume_id or uuid.uuid4().hex
+        return resume_id or new_id or uuid.uuid4().hex
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         reserved = RESERVED_METRIC_NAMES & metrics.keys()

@@ -175,6 +175,7 @@ class MlflowTracker(RunTracker):
         params: Mapping[str, str],
         tags: Mapping[str, str],
         resume_id: str | None,
+        new_id: str | None = None,
     ) -> str:
         if is_folder(self._uri):
             raise TrackingError(
@@ -183,7 +184,7 @@ class MlflowTracker(RunTracker):
                 "or leave it out for an sqlite store in the run folder."
             )
         self._run_id = self._journal.start(
-            run_name=run_name, params=params, tags=tags, resume_id=resume_id or uuid.uuid4().hex
+            run_name=run_name, params=params, tags=tags, resume_id=resume_id or new_id or uuid.uuid4().hex
         )
         # Lines of earlier processes count as handed over: the store may lack some of them.
         offset_of_new = self._journal_path.stat().st_size
@@ -441,7 +442,7 @@ class _Sender:
             tags = {RUN_ID_TAG: self.run_id, **self.tags}
             run = client.create_run(experiment_id, run_name=self.run_name, tags=tags)
         self._log_params(client, run)
-        if self.is_continued:
+        if found:
             for name in run.data.metrics:
                 history = client.get_metric_history(run.info.run_id, name)
                 self.known[name] = {metric.step: metric.value for metric in history}

@@ -17,8 +17,9 @@ class NullTracker(RunTracker):
         params: Mapping[str, str],
         tags: Mapping[str, str],
         resume_id: str | None,
+        new_id: str | None = None,
     ) -> str:
-        return resume_id or uuid.uuid4().hex
+        return resume_id or new_id or uuid.uuid4().hex
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         pass

@@ -2,7 +2,6 @@
 
 import pickle
 import signal
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -13,18 +12,12 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 
 from tests.commands import ADDED, RECIPES, curve, environment, run_well
-from tests.hosts import Host, held
+from tests.hosts import Host, free_port, held
 
 SMOKE = RECIPES / "smoke.yaml"
 RUN = ("precision.compute=float64", "tracking=none", "outer.num_steps=12", "checkpoint.every_steps=2")
 STEPS = 12
 STOPPING = "stopping, with what was done saved; another signal stops at once"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def hosts(*, min_hosts: int) -> tuple[str, str]:

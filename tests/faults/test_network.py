@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import RECIPES, curve, run_well
+from metaloom.checkpoints.catalogue import Catalogue
+from tests.commands import ADDED, RECIPES, curve, run_well
 from tests.hosts import Host, held
 
 pytestmark = pytest.mark.netns
@@ -69,10 +70,10 @@ class Network:
                 os.kill(int(pid), 9)
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
 
-    def host(self, folder: Path, index: int, *words: str | Path) -> Host:
+    def host(self, folder: Path, index: int, *words: str | Path, shown: str | None = None) -> Host:
         """The command on one of the hosts."""
-        name = self.names[index]
-        return Host(folder, f"host-{index}", *words, within=("ip", "netns", "exec", name))
+        within = ("ip", "netns", "exec", self.names[index])
+        return Host(folder, shown or f"host-{index}", *words, within=within)
 
     @property
     def launcher(self) -> str:
@@ -136,3 +137,60 @@ def test_a_host_that_is_cut_off_says_where_it_was_and_comes_back_by_itself(
     assert len(curve(folder)) == STEPS
     for ours, theirs in zip(curve(folder), curve(tmp_path / "whole"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-7)  # sums over tasks are added in another order
+
+
+def digests(root: Path) -> dict[str, list[str]]:
+    """Of every tensor of the last checkpoint."""
+    catalogue = Catalogue(root / "meta")
+    manifest = catalogue.verify(catalogue.steps()[-1])
+    return {name: [chunk.sha256 for chunk in tensor.chunks] for name, tensor in manifest.tensors.items()}
+
+
+def test_a_job_survives_the_loss_of_each_host_with_its_folder(
+    tmp_path: Path, glyphs: Path, network: Network
+) -> None:
+    """As clusters replace what is lost: each host has a folder of its own, which goes with it, and then its
+    command is given again."""
+    words = (f"data.url={glyphs}", *RUN)
+    whole = (*words, "launcher.num_processes=2", f"checkpoint.url={(tmp_path / 'whole').as_uri()}")
+    run_well("train", RECIPES / "smoke.yaml", *whole, "--run", tmp_path / "whole-run", cwd=tmp_path)
+    endpoint = f"endpoint: '{network.addresses[0]}:29400', num_hosts: 2"
+    words = (
+        *words,
+        f"checkpoint.url={(tmp_path / 'checkpoints').as_uri()}",
+        f"launcher.hosts={{{endpoint}, silence_s: {SILENCE_S}, wait_s: 120, own_folders: true}}",
+        "--run-id",
+        "one",
+    )
+    folders = tmp_path / "folders"
+    with ExitStack() as stack:
+        hold = stack.enter_context(held(tmp_path))
+
+        def host(index: int, name: str) -> Host:
+            ADDED["METALOOM_HOST_INDEX"] = str(index)
+            made = network.host(tmp_path, index, *words, "--run", folders / name, shown=name)
+            del ADDED["METALOOM_HOST_INDEX"]
+            stack.callback(made.close)
+            return made
+
+        first, second = host(0, "first"), host(1, "second")
+        first.wait_for("rank 0 of 2 here, on 2 hosts\n")
+        hold.at(3)
+        first.wait_for_step(folders / "first" / "metrics.jsonl", 3)
+        second.kill()
+        shutil.rmtree(folders / "second")
+        again = host(1, "second-again")
+        again.wait_for("rank 1 of 2 here, on 2 hosts")
+        hold.at(5)
+        first.wait_for_step(folders / "first" / "metrics.jsonl", 5)
+        # Where the hosts meet, with the run's own folder.
+        first.kill()
+        shutil.rmtree(folders / "first")
+        last = host(0, "first-again")
+        last.wait_for("rank 0 of 2 here, on 2 hosts\n")
+        hold.at(STEPS)
+        assert (last.end(), again.end()) == (0, 0), last.errors + again.errors
+    assert "resumed after outer step 4 of 12" in last.output
+    assert digests(tmp_path / "checkpoints") == digests(tmp_path / "whole")
+    assert not (folders / "second-again" / "metrics.jsonl").exists()
+    assert curve(folders / "first-again") == curve(tmp_path / "whole-run")[4:]

@@ -129,3 +129,28 @@ def test_a_machine_on_which_no_port_can_be_opened_says_so(terms: Terms) -> None:
         alone = dataclasses.replace(terms, endpoint=endpoint, min_hosts=1, max_hosts=1)
         with pytest.raises(LaunchError, match="this machine's ranks cannot be joined: "):
             Meeting(alone)
+
+
+def test_ranks_follow_the_indices_of_hosts(terms: Terms) -> None:
+    terms = dataclasses.replace(terms, min_hosts=3, max_hosts=3, index=2, address="127.0.0.3")
+    first = Meeting(terms)
+    indices = {"127.0.0.1": 1, "127.0.0.2": 0}
+    others = [
+        Meeting(dataclasses.replace(terms, may_serve=False, address=address, index=index))
+        for address, index in indices.items()
+    ]
+    with ThreadPoolExecutor(3) as threads:
+        rounds = list(threads.map(lambda meeting: meeting.next_round(None), [first, *others]))
+    # Rank 0 is where the store is, and the others are in the order of their indices, not of their addresses.
+    assert [each.seats.first_rank for each in rounds] == [0, 6, 3]
+    first.close(None)
+    for meeting in others:
+        meeting.close(None)
+
+
+def test_a_host_with_a_folder_of_its_own_makes_one_for_its_logs(terms: Terms, tmp_path: Path) -> None:
+    first = Meeting(dataclasses.replace(terms, has_own_folder=True))
+    own = dataclasses.replace(other(terms, log_dir=tmp_path / "own" / "logs"), has_own_folder=True)
+    second = Meeting(own)
+    assert (own.log_dir / second.job).is_dir()
+    assert second.job == first.job

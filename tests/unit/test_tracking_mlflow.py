@@ -295,6 +295,33 @@ def test_a_continued_run_keeps_its_params_and_gets_what_was_lost_but_nothing_twi
     assert query(store, "select status from runs") == [("FINISHED",)]
 
 
+def test_a_run_is_found_again_by_its_id_where_nothing_else_is_left_of_it(tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path / 'shared.db'}"
+    for name, first_step, steps in (("first", 0, (0, 1)), ("second", 0, (1, 2))):
+        tracker = MlflowTracker(
+            uri,
+            "exp",
+            journal_path=tmp_path / name / "metrics.jsonl",
+            first_step=first_step,
+            finish_timeout_s=40,
+        )
+        run_id = tracker.start(run_name="run", params={}, tags={}, resume_id=None, new_id="the-job")
+        assert run_id == "the-job"
+        for step in steps:
+            tracker.log({"loss": step + (0.5 if name == "second" else 0.0)}, step)
+        tracker.finish("finished")
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("exp")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    history = client.get_metric_history(run.info.run_id, "loss")
+    # The step that was done again is there once, as it was recorded first.
+    assert {metric.step: metric.value for metric in history} == {0: 0.0, 1: 1.0, 2: 2.5}
+    assert len(history) == 3
+
+
 def test_an_evaluation_that_is_repeated_is_sent_again_only_where_it_differs(tmp_path: Path) -> None:
     journal, store = tmp_path / "metrics.jsonl", tmp_path / "mlflow.db"
     run_id = None

@@ -129,6 +129,16 @@ def fewer_hosts_are_not_more(recipe: Recipe) -> Broken:
         )
 
 
+def own_folders_hold_no_checkpoints(recipe: Recipe) -> Broken:
+    hosts = recipe.launcher.hosts
+    if hosts is not None and hosts.own_folders and recipe.checkpoint.url is None:
+        yield (
+            "launcher.hosts.own_folders",
+            "true; checkpoints would lie in the run folder of one host, where the others cannot read them; "
+            "say with checkpoint.url where all can, or set it to false",
+        )
+
+
 def hosts_meet_at_one_of_them(recipe: Recipe) -> Broken:
     hosts = recipe.launcher.hosts
     if hosts is None:
@@ -174,6 +184,7 @@ RULES: tuple[Rule, ...] = (
     shards_are_gathered_for_all_tasks,
     shards_are_gathered_again,
     fewer_hosts_are_not_more,
+    own_folders_hold_no_checkpoints,
     hosts_meet_at_one_of_them,
     a_notice_can_be_found,
 )

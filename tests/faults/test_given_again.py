@@ -1,0 +1,82 @@
+"""What clusters rely on that start a command again and again: the run's id, and output that tells ranks
+apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.commands import ADDED, RECIPES, environment, run, run_well
+
+SMOKE = RECIPES / "smoke.yaml"
+STEPS = 8
+RUN = ("precision.compute=float64", f"outer.num_steps={STEPS}", "checkpoint.every_steps=2")
+
+
+def test_a_command_with_a_run_id_begins_continues_and_finishes_one_run(tmp_path: Path, glyphs: Path) -> None:
+    url = (tmp_path / "checkpoints").as_uri()
+    words = ("train", SMOKE, f"data.url={glyphs}", *RUN, f"checkpoint.url={url}", "tracking=none")
+    named = (*words, "--run-id", "one")
+    assert "resumed" not in run_well(*named, "--run", tmp_path / "a", cwd=tmp_path)
+    assert f"resumed after outer step {STEPS} of {STEPS}" in run_well(
+        *named, "--run", tmp_path / "a", cwd=tmp_path
+    )
+    # In another folder, as where the first is lost.
+    assert "resumed after outer step" in run_well(*named, "--run", tmp_path / "b", cwd=tmp_path)
+    other = run(*words, "--run-id", "two", "--run", tmp_path / "a", cwd=tmp_path)
+    assert other.code == 5
+    assert f"{tmp_path / 'a'} holds another run (id one) than --run-id two" in other.errors
+    taken = run(*words, "--run-id", "two", "--run", tmp_path / "c", cwd=tmp_path)
+    assert taken.code == 4
+    assert "holds checkpoints of another run than the one in" in taken.errors
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--run-id", "a/b", "--run", "run"), "--run-id 'a/b': at most 63 letters, digits, points"),
+        (("--run-id", "one"), "--run-id: name the run's folder too, with --run DIR"),
+        (("--run-id", "one", "--resume", "run"), "begins or continues a run by itself: leave out --resume"),
+    ],
+)
+def test_a_run_id_that_cannot_be_used_is_refused(
+    words: tuple[str, ...], message: str, tmp_path: Path, glyphs: Path
+) -> None:
+    refused = run("train", SMOKE, f"data.url={glyphs}", *words, cwd=tmp_path)
+    assert refused.code == 5
+    assert message in refused.errors
+
+
+TALKATIVE = """
+import os
+if "RANK" in os.environ:
+    import sys
+    print(f"rank {os.environ['RANK']} says hello", file=sys.stderr)
+"""
+
+
+def test_what_all_ranks_print_is_shown_after_their_names(tmp_path: Path, glyphs: Path) -> None:
+    (tmp_path / "talkative").mkdir()
+    (tmp_path / "talkative" / "sitecustomize.py").write_text(TALKATIVE)
+    ADDED["PYTHONPATH"] = f"{tmp_path / 'talkative'}:{environment()['PYTHONPATH']}"
+    try:
+        finished = run(
+            "train",
+            SMOKE,
+            f"data.url={glyphs}",
+            "tracking=none",
+            "launcher.show_all_ranks=true",
+            "--run",
+            tmp_path / "run",
+            cwd=tmp_path,
+        )
+    finally:
+        del ADDED["PYTHONPATH"]
+    assert finished.code == 0, finished
+    assert "[rank 0] rank 0 says hello\n" in finished.errors
+    assert "[rank 1] rank 1 says hello\n" in finished.errors
+    lines = finished.output.splitlines()
+    assert "[rank 0] meta-train: 6 steps" in lines
+    assert all(line.startswith("[rank 0] ") for line in lines)
+    assert any(line.startswith("[rank 0] next: metaloom evaluate ") for line in lines)  # to the last line
