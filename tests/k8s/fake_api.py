@@ -3,7 +3,7 @@
     with FakeCluster(tmp_path) as cluster:                  # core, batch, authorization; namespace "team"
         environ["KUBECONFIG"] = str(cluster.kubeconfig)     # context "fake", user "dev"
         ... Cluster.connect(), `metaloom submit`, kubectl ...
-        pods = cluster.pods("glyphs")                       # of the Job of that name; the controller made them
+        pods = cluster.pods("glyphs")                       # of that Job; the controller made them
         pods.run()                                          # all containers start; pods.run(1): that one's
         pods.log(0, "[rank 0] meta-train: 10 of 50 steps")  # its output; it is followed as it is written
         pods.out_of_memory(1)                               # or .fail(1, code=3), .preempt(1), .succeed(),
@@ -13,7 +13,7 @@
 After each of these the Job's controller does what the Job says: replacements, podFailurePolicy,
 backoffLimit with the deletion of the siblings, FailureTarget before Failed, SuccessCriteriaMet before
 Complete. `cluster.exceed_deadline(JOB)` ends a Job as its activeDeadlineSeconds would. There are no
-operators: `FakeCluster(tmp_path, kinds=[JOB_SETS, ...])` serves their kinds, a test adds their pods with `add`
+operators: `FakeCluster(tmp_path, kinds=[JOB_SETS])` serves their kinds, a test adds their pods with `add`
 and writes their status with `set_status`. A Job with the label of a Kueue queue is suspended where
 LOCAL_QUEUES are served, until `cluster.admit(JOB)`.
 
