@@ -1,0 +1,1 @@
+"""Runs on Kubernetes: what is sent, how it is sent, and what is told of it."""
