@@ -69,8 +69,8 @@ def label_value_fault(value: str) -> str | None:
     """What is wrong with a label's value; None: nothing."""
     if value and (len(value) > MAX_LABEL or _QUALIFIED.fullmatch(value) is None):
         return (
-            f"{value!r} is no value of a label: at most {MAX_LABEL} letters, digits, '-', '_' and '.', beginning "
-            "and ending with a letter or digit"
+            f"{value!r} is no value of a label: at most {MAX_LABEL} letters, digits, '-', '_' and '.', "
+            "beginning and ending with a letter or digit"
         )
     return None
 

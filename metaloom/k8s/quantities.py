@@ -16,7 +16,7 @@ _MAX_EXPONENT = 30
 # What people write for a quantity, by the first letter of its unit.
 _WORDS = re.compile(
     r"\s*(?P<number>[0-9]+(?:\.[0-9]+)?)\s*"
-    r"(?P<unit>k|m|g|t|p|kb|mb|gb|tb|pb|kib|mib|gib|tib|pib|ki|mi|gi|ti|pi|kilo\w*|meg\w*|gig\w*|tera\w*|peta\w*)\s*",
+    r"(?P<unit>[kmgtp]i?b?|kilo\w*|meg\w*|gig\w*|tera\w*|peta\w*)\s*",
     re.IGNORECASE,
 )
 _CORES = re.compile(r"\s*(?P<number>[0-9]+(?:\.[0-9]+)?)\s*(?:cpus?|v?cores?|vcpus?)\s*", re.IGNORECASE)
@@ -33,7 +33,7 @@ def parse_quantity(text: str) -> Fraction:
         meant = _meant(text)
         hint = f"; did you mean {meant}?" if meant else ""
         raise ValueError(
-            f"{text!r} is no quantity: a number and its unit without a space, as in 500m, 4, 512Mi or 4Gi{hint}"
+            f"{text!r} is not a quantity: a number and its unit together, as in 500m, 4, 512Mi or 4Gi{hint}"
         )
     number = Fraction(match["number"])
     if match["exponent"] is not None:

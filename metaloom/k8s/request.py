@@ -18,6 +18,8 @@ SHARED_MEMORY = "/dev/shm"
 SCRATCH = "/tmp"
 # What a ConfigMap may hold, in bytes.
 MAX_RECIPE_BYTES = 2**20
+# How long a finished job can be looked at: a week.
+DEFAULT_TTL_S = 7 * 24 * 3600
 # Environment variables by which a pod knows its place; the cluster sets them.
 PLACE = ("METALOOM_HOST_INDEX", "JOB_COMPLETION_INDEX")
 EFFECTS = ("NoSchedule", "PreferNoSchedule", "NoExecute")
@@ -166,7 +168,7 @@ class JobRequest:
     rdma: tuple[str, int] | None = None
     max_restarts: int = 3
     stop_within_s: float = 25.0
-    ttl_s: int | None = 7 * 24 * 3600
+    ttl_s: int | None = DEFAULT_TTL_S
     active_deadline_s: int | None = None
     user_id: int = 1000
     group_id: int = 1000
@@ -256,7 +258,7 @@ def _counts(request: JobRequest) -> Iterator[str]:
     for option, number in (("--user", request.user_id), ("--group", request.group_id)):
         if not 1 <= number <= _MAX_INT32:
             yield (
-                f"{option} is {number}; pods run as a user and a group that are not root: at least 1, at most "
+                f"{option} is {number}; pods run as a user and a group that are not root: between 1 and "
                 f"{_MAX_INT32}"
             )
 
@@ -284,8 +286,8 @@ def _quantities(request: JobRequest) -> Iterator[str]:
     memory, shared = values.get("--memory"), values.get("--shared-memory")
     if memory is not None and shared is not None and shared > memory:
         yield (
-            f"--shared-memory is {request.shared_memory}, more than --memory {request.memory}, of which it is "
-            "a part"
+            f"--shared-memory is {request.shared_memory}, more than --memory {request.memory}, of which it "
+            "is a part"
         )
 
 
@@ -315,16 +317,16 @@ def _environment(request: JobRequest) -> Iterator[str]:
     for name, value in request.env.items():
         if _ENV_NAME.fullmatch(name) is None:
             yield (
-                f"--env: {name!r} is no name of a variable: letters, digits, '_', '-' and '.', not beginning with "
-                "a digit"
+                f"--env: {name!r} is no name of a variable: letters, digits, '_', '-' and '.', not beginning "
+                "with a digit"
             )
         elif name in PLACE:
             yield f"--env: {name} is set by the cluster, for each pod"
         elif (_SECRET.search(name) and not _is_mounted(value, request)) or has_credentials(value):
             yield (
-                f"--env: {name} reads like a secret, and everyone who may look at the job would see its value; "
-                f"put it into a Secret (kubectl create secret generic NAME --from-literal={name}=...) and give "
-                "--env-from-secret NAME"
+                f"--env: {name} reads like a secret, and everyone who may look at the job would see its "
+                f"value: put it into a Secret (kubectl create secret generic NAME --from-literal={name}=...), "
+                "and give --env-from-secret NAME"
             )
         elif "\0" in value:
             yield f"--env: the value of {name} holds a zero byte"
@@ -365,14 +367,14 @@ def _run_folder(request: JobRequest) -> Iterator[str]:
         return
     if volume is None and not request.own_folders:
         yield (
-            f"--run: {folder} is on each pod's own disk, and {request.nodes} pods are to see the same; mount a "
-            "claim there (--volume CLAIM:PATH, one that many nodes may write), or let each pod have its own "
-            "(--own-folders)"
+            f"--run: {folder} is on each pod's own disk, and {request.nodes} pods are to see the same: mount "
+            "a claim there (--volume CLAIM:PATH, one that many nodes may write), or let each pod have its "
+            "own (--own-folders)"
         )
     if volume is not None and request.own_folders:
         yield (
-            f"--run: {folder} is on the claim {volume.claim}, which all pods see, and each is to have its own; "
-            "leave out --own-folders, or choose a path that is not on a claim"
+            f"--run: {folder} is on the claim {volume.claim}, which all pods see, and each is to have its "
+            "own; leave out --own-folders, or choose a path that is not on a claim"
         )
 
 
@@ -380,8 +382,8 @@ def _recipe(request: JobRequest) -> Iterator[str]:
     size = len(request.recipe.encode())
     if size > MAX_RECIPE_BYTES:
         yield (
-            f"the recipe {request.recipe_name} has {size:,} bytes; a ConfigMap holds at most {MAX_RECIPE_BYTES:,}"
-            ": put what is large into files of the image or at a URL"
+            f"the recipe {request.recipe_name} has {size:,} bytes; a ConfigMap holds at most "
+            f"{MAX_RECIPE_BYTES:,}: put what is large into files of the image or at a URL"
         )
     if not request.recipe.strip():
         yield f"the recipe {request.recipe_name} is empty"

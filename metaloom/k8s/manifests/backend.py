@@ -20,20 +20,24 @@ class Backend:
     Attributes:
         name: as in --backend.
         resource: of the object that is the job.
+        creates: what `build` makes besides, in its order.
         container: the name of the pods' container.
         needs: what a cluster has to have, in words.
         build: a request to its objects, in the order in which they are created; one of them is the job.
         first_host: the name under which pods of the same namespace find host 0.
         longest_suffix: what the cluster puts behind the job's name for its longest host name.
-        index_variable: an environment variable that the cluster sets to the pod's index, where no annotation of the
-            pod has it; None where one has.
+        index_variable: an environment variable that the cluster sets to the pod's index, where no annotation
+            of the pod has it; None where one has.
+        refusals: what of a request it cannot do, in words.
     """
 
     name: str
     resource: Resource
+    creates: tuple[Resource, ...]
     container: str
     needs: str
     build: Callable[[JobRequest], list[dict[str, Any]]]
     first_host: Callable[[JobRequest], str]
     longest_suffix: Callable[[JobRequest], str]
     index_variable: str | None = None
+    refusals: Callable[[JobRequest], list[str]] = lambda request: []

@@ -7,7 +7,7 @@ from metaloom.k8s.request import RECIPE_FILE, RECIPE_FOLDER, JobRequest
 
 
 def host_command(request: JobRequest, backend: Backend) -> list[str]:
-    """The command with its arguments, run without a shell: the same at the first start and at every restart."""
+    """The command with its arguments, run without a shell; the same at the first start and at every other."""
     command = [
         "metaloom",
         "train",

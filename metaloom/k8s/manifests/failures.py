@@ -8,7 +8,7 @@ from metaloom.k8s.request import JobRequest
 
 # Stopped from outside, and saved: goes on where it stopped.
 ASKED_TO_STOP = 75
-# Of the recipe, data, checkpoints, launch or run folder, tracking store: they come again; and someone's Ctrl-C.
+# Of recipe, data, checkpoint, launch or run folder, tracking store: they come again. And someone's Ctrl-C.
 MISTAKES = (2, 3, 4, 5, 6, 130)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,24 +47,25 @@ def job_metadata(request: JobRequest, backend: str) -> dict[str, Any]:
     }
 
 
-def owned_by(obj: Mapping[str, Any], owner: Mapping[str, Any]) -> dict[str, Any]:
-    """The object, so that the cluster deletes it when it has deleted its owner.
+def owner_reference(owner: Mapping[str, Any]) -> dict[str, Any]:
+    """By it the cluster deletes an object when it has deleted its owner.
 
-    It does not hold up the deletion of its owner: a TrainingRuntime stays until the last TrainJob of it is gone,
-    and each would wait for the other.
+    It does not hold up the deletion of the owner: a TrainingRuntime stays until the last TrainJob that names
+    it is gone, and each would wait for the other.
 
     Args:
         owner: as the API server returned it, with its uid; in the same namespace.
     """
-    owned = copy.deepcopy(dict(obj))
-    owned["metadata"]["ownerReferences"] = [
-        {
-            "apiVersion": owner["apiVersion"],
-            "kind": owner["kind"],
-            "name": owner["metadata"]["name"],
-            "uid": owner["metadata"]["uid"],
-            "controller": False,
-            "blockOwnerDeletion": False,
-        }
-    ]
-    return owned
+    return {
+        "apiVersion": owner["apiVersion"],
+        "kind": owner["kind"],
+        "name": owner["metadata"]["name"],
+        "uid": owner["metadata"]["uid"],
+        "controller": False,
+        "blockOwnerDeletion": False,
+    }
+
+
+def owned_by(obj: Mapping[str, Any], owner: Mapping[str, Any]) -> dict[str, Any]:
+    """The object with its `owner_reference`; the given one is left as it is."""
+    return {**obj, "metadata": {**obj["metadata"], "ownerReferences": [owner_reference(owner)]}}

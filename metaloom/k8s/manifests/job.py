@@ -9,7 +9,7 @@ from metaloom.k8s.manifests.failures import num_failures, pod_failure_policy
 from metaloom.k8s.manifests.identity import job_labels, job_metadata, metadata
 from metaloom.k8s.manifests.pod import pod_template, recipe_config_map
 from metaloom.k8s.request import JobRequest
-from metaloom.k8s.resources import JOBS, SERVICES
+from metaloom.k8s.resources import CONFIG_MAPS, JOBS, SERVICES
 
 
 def build(request: JobRequest) -> list[dict[str, Any]]:
@@ -18,14 +18,14 @@ def build(request: JobRequest) -> list[dict[str, Any]]:
     The Job alone is deleted after its time, or by whoever cancels it. The others go with it once they are
     `owned_by` it, which takes the uid that it has when it is created: the sender sees to that.
 
-    A pod that fails is replaced, and the new one meets the others, which wait for it. The one that failed must be
-    gone first (podReplacementPolicy): the next one has its host name, its index and its volumes.
+    A pod that fails is replaced, and the new one meets the others, which wait for it. The one that failed is
+    to be gone first (podReplacementPolicy): the next one has its host name, its index and its volumes.
     """
     return [recipe_config_map(request), _service(request), _job(request)]
 
 
 def first_host(request: JobRequest) -> str:
-    """`<job>-0.<service>`: looked for in the pod's own namespace first, whatever the cluster's domain is called.
+    """`<job>-0.<service>`: looked up in the pod's own namespace first, whatever the cluster's domain is.
 
     With the namespace and `svc` behind it, it is found by the same list of domains, only later in it.
     """
@@ -55,7 +55,7 @@ def _job(request: JobRequest) -> dict[str, Any]:
         "backoffLimit": num_failures(request),
         "podFailurePolicy": pod_failure_policy(BACKEND.container),
         "podReplacementPolicy": "Failed",
-        "template": pod_template(request, BACKEND, subdomain=request.name),
+        "template": pod_template(request, BACKEND, restart_policy="Never", subdomain=request.name),
     }
     if request.ttl_s is not None:
         spec["ttlSecondsAfterFinished"] = request.ttl_s
@@ -72,6 +72,7 @@ def _job(request: JobRequest) -> dict[str, Any]:
 BACKEND = Backend(
     name="job",
     resource=JOBS,
+    creates=(CONFIG_MAPS, SERVICES),
     container="metaloom",
     needs="Kubernetes 1.29 or newer",
     build=build,

@@ -50,18 +50,18 @@ def grace_period_s(request: JobRequest) -> int:
 
 
 def pod_template(
-    request: JobRequest, backend: Backend, *, subdomain: str | None = None, restart_policy: str = "Never"
+    request: JobRequest, backend: Backend, *, restart_policy: str | None, subdomain: str | None = None
 ) -> dict[str, Any]:
     """The template of the pods.
 
     Args:
+        restart_policy: Never where podFailurePolicy is to hear of failures: a container that starts again in
+            its pod tells it nothing. None where another object has it.
         subdomain: the headless Service under which the pods are found, where the cluster does not make one.
-        restart_policy: Never: a container that starts again in its pod tells podFailurePolicy nothing.
     """
     spec: dict[str, Any] = {
-        "restartPolicy": restart_policy,
         "terminationGracePeriodSeconds": grace_period_s(request),
-        # Credentials of the cluster's API and variables for every Service of the namespace: no run needs them.
+        # Credentials of the cluster's API, variables for every Service of the namespace: no run needs them.
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
         "securityContext": {
@@ -77,6 +77,7 @@ def pod_template(
         "volumes": [volume for volume, _ in _volumes(request)],
     }
     optional = {
+        "restartPolicy": restart_policy,
         "subdomain": subdomain,
         "serviceAccountName": request.service_account,
         "priorityClassName": request.priority_class,
@@ -99,7 +100,6 @@ def _container(request: JobRequest, backend: Backend) -> dict[str, Any]:
         "command": command,
         "env": _environment(request, backend),
         "ports": [{"name": "rendezvous", "containerPort": PORT, "protocol": "TCP"}],
-        "resources": _resources(request),
         "securityContext": {
             "allowPrivilegeEscalation": False,
             "readOnlyRootFilesystem": True,
@@ -110,6 +110,8 @@ def _container(request: JobRequest, backend: Backend) -> dict[str, Any]:
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "volumeMounts": [mount for _, mounts in _volumes(request) for mount in mounts],
     }
+    if resources := _resources(request):
+        container["resources"] = resources
     if request.image_pull_policy is not None:
         container["imagePullPolicy"] = request.image_pull_policy
     if request.env_from_secrets:
@@ -118,8 +120,8 @@ def _container(request: JobRequest, backend: Backend) -> dict[str, Any]:
 
 
 def _environment(request: JobRequest, backend: Backend) -> list[dict[str, Any]]:
-    # The user's number may have no name in the image, and torch names its caches after it; what is written at home
-    # goes where it can be written.
+    # The user's number may have no name in the image, and torch names its caches after it; a home has to be
+    # where files can be written.
     plain = {"HOME": SCRATCH, "USER": "metaloom"} | dict(request.env)
     environment: list[dict[str, Any]] = [
         {"name": name, "value": literal(value)} for name, value in plain.items()
