@@ -325,7 +325,7 @@ def _environment(request: JobRequest) -> Iterator[str]:
         elif (_SECRET.search(name) and not _is_mounted(value, request)) or has_credentials(value):
             yield (
                 f"--env: {name} reads like a secret, and everyone who may look at the job would see its "
-                f"value: put it into a Secret (kubectl create secret generic NAME --from-literal={name}=...), "
+                f"value: put it into a Secret (kubectl create secret generic NAME --from-literal={name}=...) "
                 "and give --env-from-secret NAME"
             )
         elif "\0" in value:

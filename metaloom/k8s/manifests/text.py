@@ -9,6 +9,8 @@ from typing import Any
 import yaml
 
 # What kubectl may read as a number, a date or as true where PyYAML sees a text: 1e3, 0o17, y.
+# What ends a line for some readers and not for others, or is nothing that can be seen.
+_UNSEEN = re.compile(r"[^\n\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd]")
 _MISREAD = re.compile(r"[-+.]*[0-9][-+.:_0-9a-fA-FxXoObBTZ]*|[yYnN]")
 
 
@@ -20,7 +22,13 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    style = "|" if "\n" in text else "'" if _MISREAD.fullmatch(text) else None
+    style = None
+    if _UNSEEN.search(text):
+        style = '"'
+    elif "\n" in text:
+        style = "|"
+    elif _MISREAD.fullmatch(text):
+        style = "'"
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
