@@ -1,1 +1,1 @@
-"""Runs on Kubernetes: what is sent, how it is sent, and what is told of it."""
+"""Kubernetes: requests, manifests, the client, and what is going on in a cluster; without torch."""
