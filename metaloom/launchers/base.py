@@ -11,11 +11,14 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from metaloom.errors import LaunchError
+from metaloom.run_folder import RunFolder
 
 if TYPE_CHECKING:
     import argparse
@@ -46,7 +49,7 @@ class Submission:
     """A job of training, whoever starts it.
 
     Attributes:
-        recipe: with the overrides applied, and without `launcher.hosts`: where hosts meet is the launcher's.
+        recipe: with the overrides applied. Of `launcher.hosts` the launcher sets where hosts meet, and how many.
         source: the recipe's file, as the user has named it.
         overrides: `key=value` changes to that file, which `recipe` has already.
         name: of the job.
@@ -195,14 +198,44 @@ def size_problems(submission: Submission) -> list[str]:
     ]
 
 
-def host_overrides(submission: Submission, *, endpoint: str, num_hosts: int, num_ranks: int) -> list[str]:
+def host_overrides(*, endpoint: str, num_hosts: int, num_ranks: int) -> list[str]:
     """The overrides with which a host's `metaloom train` takes its part in a job of several hosts, or of one
-    whose command is given again to go on."""
+    whose command is given again to go on. What else the recipe has under `launcher.hosts` stays."""
     return [
         f"launcher.num_processes={num_ranks}",
         f"launcher.hosts.endpoint={endpoint}",
         f"launcher.hosts.num_hosts={num_hosts}",
     ]
+
+
+def host_problems(submission: Submission, num_hosts: int) -> list[str]:
+    """What the recipe says of hosts that cannot be with so many."""
+    hosts = submission.recipe.launcher.hosts
+    if hosts is not None and hosts.min_hosts is not None and hosts.min_hosts > num_hosts:
+        return [f"launcher.hosts.min_hosts is {hosts.min_hosts}, but the job has {num_hosts} hosts."]
+    return []
+
+
+def metaloom_command() -> list[str]:
+    """The words that start metaloom as this process runs it, for hosts that see the same files."""
+    return [sys.executable, "-m", "metaloom.cli"]
+
+
+def run_path(submission: Submission) -> Path:
+    """The absolute path of the run's folder, on a file system that the job's hosts share.
+
+    Raises:
+        LaunchError: a run has started there that is not meant to go on, or the other way round.
+    """
+    path = Path(submission.folder, submission.run or f"runs/{submission.name}")
+    has_started = RunFolder(path).has_started()
+    if has_started and not submission.is_resumed:
+        raise LaunchError(
+            f"{path} already holds a run. Go on with it by --resume, or name another folder with --run."
+        )
+    if submission.is_resumed and not has_started:
+        raise LaunchError(f"--resume: no run has started in {path}. Leave --resume out, or name its folder.")
+    return path
 
 
 def shell_words(words: Sequence[str]) -> str:

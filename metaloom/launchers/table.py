@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 # Where each one is: its module, and the class in it.
 LAUNCHERS = {
-    "local": "metaloom.launchers.here:LocalLauncher",
-    "slurm": "metaloom.launchers.slurm:SlurmLauncher",
-    "deepspeed": "metaloom.launchers.deepspeed:DeepSpeedLauncher",
-    "kubernetes": "metaloom.launchers.kubernetes:KubernetesLauncher",
+    "local": "metaloom.launchers.local:Local",
+    "slurm": "metaloom.launchers.slurm:Slurm",
+    "deepspeed": "metaloom.launchers.deepspeed:DeepSpeed",
+    "kubernetes": "metaloom.launchers.kubernetes:Kubernetes",
 }
 
 
