@@ -1,4 +1,4 @@
-"""What all launchers share: what is to run, as options that none of them owns, and what a launcher does with it.
+"""What all launchers share: what is to run, in options that none of them owns, and what each does with it.
 
     request = launcher.plan(submission)       pure: the text that --dry-run prints
     submitted = launcher.submit(submission)   sends it
@@ -49,7 +49,7 @@ class Submission:
     """A job of training, whoever starts it.
 
     Attributes:
-        recipe: with the overrides applied. Of `launcher.hosts` the launcher sets where hosts meet, and how many.
+        recipe: with the overrides applied. Of `launcher.hosts` the launcher sets where and how many meet.
         source: the recipe's file, as the user has named it.
         overrides: `key=value` changes to that file, which `recipe` has already.
         name: of the job.
@@ -222,12 +222,16 @@ def metaloom_command() -> list[str]:
 
 
 def run_path(submission: Submission) -> Path:
-    """The absolute path of the run's folder, on a file system that the job's hosts share.
+    """The absolute path of the run's folder, on a file system that the job's hosts share."""
+    return Path(submission.folder, submission.run or f"runs/{submission.name}")
+
+
+def check_run(submission: Submission, path: Path) -> None:
+    """Checks that a run has started in a folder where it is meant to go on, and none where one is to begin.
 
     Raises:
-        LaunchError: a run has started there that is not meant to go on, or the other way round.
+        LaunchError: it is the other way round.
     """
-    path = Path(submission.folder, submission.run or f"runs/{submission.name}")
     has_started = RunFolder(path).has_started()
     if has_started and not submission.is_resumed:
         raise LaunchError(
@@ -235,7 +239,6 @@ def run_path(submission: Submission) -> Path:
         )
     if submission.is_resumed and not has_started:
         raise LaunchError(f"--resume: no run has started in {path}. Leave --resume out, or name its folder.")
-    return path
 
 
 def shell_words(words: Sequence[str]) -> str:
