@@ -221,6 +221,13 @@ def metaloom_command() -> list[str]:
     return [sys.executable, "-m", "metaloom.cli"]
 
 
+def recipe_text(submission: Submission) -> str:
+    """The recipe as a file that reads back equal, all that it extends and all overrides in it."""
+    from metaloom.recipe import dump_recipe  # takes longer than all else: commands that need none are quick
+
+    return dump_recipe(submission.recipe)
+
+
 def run_path(submission: Submission) -> Path:
     """The absolute path of the run's folder, on a file system that the job's hosts share."""
     return Path(submission.folder, submission.run or f"runs/{submission.name}")

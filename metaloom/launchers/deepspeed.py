@@ -31,6 +31,7 @@ from metaloom.launchers.base import (
     host_overrides,
     host_problems,
     metaloom_command,
+    recipe_text,
     refuse,
     run_path,
     shell_words,
@@ -38,7 +39,6 @@ from metaloom.launchers.base import (
 )
 from metaloom.launchers.far_end import HERE, SIGNALS
 from metaloom.launchers.hostfile import Slots, excluded, included, read_hostfile
-from metaloom.recipe import dump_recipe
 
 if TYPE_CHECKING:
     import argparse
@@ -138,7 +138,7 @@ class DeepSpeed(Launcher):
         requests = {
             host: {
                 "words": words,
-                "recipe": dump_recipe(submission.recipe),
+                "recipe": recipe_text(submission),
                 "environment": self._environment(submission, slots, host),
             }
             for host in slots

@@ -22,12 +22,12 @@ from metaloom.launchers.base import (
     host_overrides,
     host_problems,
     metaloom_command,
+    recipe_text,
     refuse,
     run_path,
     shell_words,
     size_problems,
 )
-from metaloom.recipe import dump_recipe
 
 if TYPE_CHECKING:
     import argparse
@@ -177,7 +177,7 @@ class Slurm(Launcher):
             f'faults={shlex.quote(beside)}"-$SLURM_JOB_ID.faults"',
             f"max_faults={self.max_faults}",
         ]
-        recipe = dump_recipe(submission.recipe)
+        recipe = recipe_text(submission)
         mark = "END_OF_RECIPE"
         while mark in recipe:
             mark += "_"

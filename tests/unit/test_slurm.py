@@ -125,7 +125,7 @@ def test_the_script_of_a_job_is_as_it_was_reviewed(
     submission: Submission, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "executable", "/opt/metaloom/bin/python")
-    monkeypatch.setattr("metaloom.launchers.slurm.dump_recipe", lambda recipe: "name: smoke\n...: ...\n")
+    monkeypatch.setattr("metaloom.launchers.slurm.recipe_text", lambda given: "name: smoke\n...: ...\n")
     whole = dataclasses.replace(
         submission,
         folder="/shared/home/ada",
