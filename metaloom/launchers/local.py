@@ -3,23 +3,90 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING, ClassVar, NoReturn
 
 from metaloom.errors import LaunchError
+from metaloom.launchers.base import (
+    Launcher,
+    Need,
+    Submission,
+    check_run,
+    metaloom_command,
+    refuse,
+    run_path,
+    shell_words,
+    size_problems,
+)
 from metaloom.launchers.network import address_towards, interface_of, is_here, resolve
-from metaloom.recipe import LocalLauncher
+
+if TYPE_CHECKING:
+    from metaloom.recipe import LocalLauncher
 
 HOST_INDEX = "METALOOM_HOST_INDEX"
 
 # Beside the time that the recipe gives ranks to stop: the agent grants 5 s more, then gives those that are
 # left 30 s to end, and other hosts 10 s to hear of it.
 AGENT_STOP_MARGIN_S = 50.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Local(Launcher):
+    """`metaloom train` on this machine, in the place of the command that submits it."""
+
+    name: ClassVar[str] = "local"
+    summary: ClassVar[str] = "this machine, while the command runs"
+    unused: ClassVar[Mapping[str, str]] = {
+        "nodes": "give the command on each host, with launcher.hosts; or use another launcher.",
+        "cpus_per_node": "nothing is reserved here.",
+        "memory_per_node": "nothing is reserved here.",
+        "time_limit_s": "stop the command, by Ctrl-C or SIGTERM, and go on with --resume.",
+        "queue": "nothing waits.",
+    }
+
+    @classmethod
+    def needs(cls) -> list[Need]:
+        return [
+            Need(
+                "the package torch",
+                importlib.util.find_spec("torch") is not None,
+                "install metaloom with its dependencies",
+            )
+        ]
+
+    def plan(self, submission: Submission) -> str:
+        """The command."""
+        refuse(self.unused_options(submission) + size_problems(submission))
+        variables = [f"{name}={value}" for name, value in submission.environment.items()]
+        words = [*(["env", *variables] if variables else []), "metaloom", *_train_words(submission)]
+        return shell_words(words) + "\n"
+
+    def submit(self, submission: Submission) -> NoReturn:
+        """Becomes the command: signals, output and exit code are its own."""
+        self.plan(submission)
+        check_run(submission, run_path(submission))
+        sys.stdout.flush()
+        words = [*metaloom_command(), *_train_words(submission)]
+        try:
+            os.execve(words[0], words, os.environ | submission.environment)
+        except OSError as error:
+            raise LaunchError(f"{words[0]} cannot be started: {error.strerror or error}.") from error
+
+
+def _train_words(submission: Submission) -> list[str]:
+    """A run that has started is known by its folder; its recipe takes the same changes."""
+    run = str(run_path(submission))
+    overrides = [*submission.overrides, f"launcher.num_processes={submission.num_ranks}"]
+    if submission.is_resumed:
+        return ["train", submission.source, "--resume", run, *overrides]
+    return ["train", submission.source, "--run", run, *overrides]
 
 
 @dataclasses.dataclass(frozen=True)
