@@ -1,4 +1,4 @@
-"""What the last lines of a run's log tell: progress, when it was last heard of, faults, restarts, the error."""
+"""What the last lines of a run's log tell: progress, when it was last heard of, restarts, the error."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from metaloom.k8s.wording import time_of
 
 _STAMPED = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\S*) ?(.*)", re.DOTALL)
 _RANK = re.compile(r"\[rank (\d+)\] ?")
-_STEP = re.compile(r"([^:]+): (?:(done:|stopped after) )?(\d+)(?: of (\d+))? steps?\b(.*)")
+_STEP = re.compile(r"([\w -]+): (?:(done:|stopped after) )?(\d+)(?: of (\d+))? steps?\b(.*)")
 _RESUMED = re.compile(r"resumed after outer step (\d+) of (\d+)")
 _LEFT = re.compile(r"((?:\d+ h )?(?:\d+ min)?(?: ?[\d.]+ s)?) left$")
 _UNITS = re.compile(r"([\d.]+) (h|min|s)")
@@ -92,6 +92,7 @@ def read_heartbeat(lines: Sequence[str]) -> Heartbeat:
             continue
         if text.startswith("fault: "):
             beat = dataclasses.replace(beat, fault=text.removeprefix("fault: "))
+            continue
         restart = _RESTART.match(text)
         if restart is not None:
             numbers = (int(restart[1]), int(restart[2]))

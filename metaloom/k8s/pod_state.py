@@ -180,7 +180,8 @@ class _Pod:
         if phase == "Failed":
             return dataclasses.replace(base, phase="failed", words=self._failed_words(base))
         if self._is_lost():
-            return dataclasses.replace(base, phase="lost", words=self._lost_words(base))
+            is_ending = self._meta.get("deletionTimestamp") is not None
+            return dataclasses.replace(base, phase="lost", words=self._lost_words(base), is_stuck=is_ending)
         if self._meta.get("deletionTimestamp") is not None:
             return dataclasses.replace(base, phase="stopping", words=self._stopping_words(base))
         if phase == "Running":
@@ -290,7 +291,7 @@ class _Pod:
 
     def _ended_words(self, base: NodeState) -> str:
         if base.is_out_of_memory:
-            return f"out of memory{self._memory_words()}"
+            return f"out of memory ({self._memory_words()}{OUT_OF_MEMORY}, exit code {base.exit_code})"
         if base.exit_code == 0:
             return "done"
         if base.exit_code is None:
@@ -302,7 +303,7 @@ class _Pod:
 
     def _memory_words(self) -> str:
         limit = ((self._declared.get("resources") or {}).get("limits") or {}).get("memory")
-        return f", of which it may have {limit}" if limit else ""
+        return f"limit {limit}, " if limit else ""
 
     def _disruption(self) -> str:
         found = self._conditions.get("DisruptionTarget") or {}

@@ -55,7 +55,8 @@ def read_lack(message: str) -> Lack | None:
     found = _NODES.search(message)
     if found is None:
         return None
-    said = re.split(r"\.? ?preemption: ", found[3])[0].strip().rstrip(".")
+    # After the first full stop come other things than the nodes' reasons: claims of devices, preemption.
+    said = re.split(r"\. |,? ?preemption: ", found[3])[0].strip().rstrip(".")
     reasons: list[tuple[int, str]] = []
     is_of_gpus = False
     for part in _FIRST_COUNTS.split(said):
@@ -108,22 +109,32 @@ def read_refusal(happening: Happening) -> Refusal:
     return Refusal(message, False)
 
 
-def kueue_words(others: Sequence[Mapping[str, Any]], happenings: Sequence[Happening]) -> tuple[str, str]:
-    """What Kueue says: by what the job was evicted ("" if it was not), and why it waits.
+@dataclasses.dataclass(frozen=True)
+class KueueWords:
+    """What Kueue says of a job that waits: whether it ran before, and why it does not now."""
+
+    evicted_by: str = ""
+    why_evicted: str = ""
+    why_waiting: str = ""
+
+
+def kueue_words(others: Sequence[Mapping[str, Any]], happenings: Sequence[Happening]) -> KueueWords:
+    """What Kueue says.
 
     Args:
-        others: objects beside the job; its Workload and its LocalQueue are read.
+        others: objects beside the job, of which its Workload is read.
     """
-    evicted, why = "", ""
+    evicted, why_evicted, why = "", "", ""
     for workload in (one for one in others if one.get("kind") == "Workload"):
         for one in true_conditions(workload):
             if one.kind == "Evicted":
-                evicted = one.message or one.reason
+                evicted = "preempted" if one.reason == "Preempted" else f"evicted ({one.reason})"
+                why_evicted = one.message
         for condition in (workload.get("status") or {}).get("conditions") or []:
             if condition.get("type") == "QuotaReserved" and condition.get("status") == "False":
                 why = (condition.get("message") or "").strip()
     pending = [one for one in happenings if one.kind == "Workload" and one.reason == "Pending"]
-    return evicted, (why or (pending[-1].message if pending else "")).rstrip(".")
+    return KueueWords(evicted, why_evicted, (why or (pending[-1].message if pending else "")).rstrip("."))
 
 
 def queue_details(others: Sequence[Mapping[str, Any]]) -> list[str]:

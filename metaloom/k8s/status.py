@@ -28,8 +28,10 @@ from metaloom.k8s.wording import (
 State = Literal["queued", "starting", "running", "restarting", "stopping", "done", "failed", "unknown"]
 ENDED: tuple[State, ...] = ("done", "failed")
 _POLICY = re.compile(r"Container \S+ for pod (\S+) failed with exit code (\d+) matching")
+_INDEXED = re.compile(r"-(\d+)-[a-z0-9]{5}$")
 _MISTAKES = (2, 3, 4, 5, 6)
 _MAX_MESSAGE = 400
+_UNATTENDED_S = 120
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +77,7 @@ def read_status(
     top: Mapping[str, Any],
     pods: Sequence[Mapping[str, Any]],
     events: Sequence[Mapping[str, Any]],
-    log_tail: Sequence[str],
+    log_tail: Sequence[str] | None,
     now: datetime.datetime,
     *,
     others: Sequence[Mapping[str, Any]] = (),
@@ -86,14 +88,16 @@ def read_status(
         top: its Job, JobSet, PyTorchJob or TrainJob.
         pods: with its label; those of an earlier job of that name are passed over.
         events: of its namespace, in either form.
-        log_tail: the last lines of the node of rank 0, oldest first, with their times where there are any.
+        log_tail: the last lines of the node of rank 0, oldest first, with their times where there are any;
+            None where they could not be read, so that their absence says nothing.
         others: its Kueue Workload and LocalQueue, and the Jobs that a JobSet or TrainJob has made.
     """
     job = read_top(top)
     happenings = happenings_of(job.name, events)
     states = [read_pod(pod, happenings, now) for pod in pods if _is_of(pod, job)]
     present, earlier = _sorted_out(states, job)
-    view = View(job, present, earlier, happenings, read_heartbeat(log_tail), list(others), now)
+    beat = None if log_tail is None else read_heartbeat(log_tail)
+    view = View(job, present, earlier, happenings, beat or Heartbeat(), beat is not None, list(others), now)
     told = next(told for told in (rule(view) for rule in RULES) if told is not None)
     return Status(
         name=job.name,
@@ -129,6 +133,7 @@ class View:
     Attributes:
         present: the pods that count now, by index.
         earlier: pods of attempts before, which were replaced or are about to be.
+        is_heard: whether the log could be read.
     """
 
     job: Top
@@ -136,6 +141,7 @@ class View:
     earlier: list[NodeState]
     happenings: list[Happening]
     beat: Heartbeat
+    is_heard: bool
     others: list[Mapping[str, Any]]
     now: datetime.datetime
 
@@ -201,13 +207,10 @@ class View:
             together = [one for one in gone if one.words == last.words and one.attempt == last.attempt]
             who = self.who(last) if len({one.index for one in together}) == 1 else self.what(together)
             return f"{who} {_verb(last, len(together))}"
-        if self.job.kind in ("JobSet", "TrainJob") and self.num_restarts():
-            return self._restart_words()
-        return ""
-
-    def _restart_words(self) -> str:
         number, of = self.num_restarts(), self.job.max_restarts
-        return f"restart {number}" + ("" if of is None else f" of {of}") + " of the whole job"
+        if self.job.kind in ("JobSet", "TrainJob") and number:
+            return f"restart {number}" + ("" if of is None else f" of {of}") + " of all nodes"
+        return ""
 
 
 def _verb(node: NodeState, number: int) -> str:
@@ -289,7 +292,8 @@ def _failed(view: View) -> Told | None:
     condition = view.job.outcome[1]
     words, details, code = _failure(view, condition)
     took = _took(view)
-    return Told("failed", f"failed{f' after {took}' if took else ''}: {words}", details, exit_code=code)
+    headline = f"failed{f' after {took}' if took else ''}: {words}"
+    return Told("failed", headline, [*details, *_restarted_lines(view)], exit_code=code)
 
 
 def _failure(view: View, condition: Condition) -> tuple[str, list[str], int | None]:
@@ -312,11 +316,19 @@ def _failure(view: View, condition: Condition) -> tuple[str, list[str], int | No
         named = _POLICY.search(one.message)
         if named is not None:
             code = int(named[2])
-            who = f"pod {named[1].rpartition('/')[2]}"
+            who = _named_node(named[1].rpartition("/")[2], view)
             first = f": {error[0]}" if error else ""
             return f"{who} ended with {exit_words(code)}{first}", [*error[1:], *reached], code
     words = condition.message or condition.reason or "the cluster gives no reason"
     return words, [*(f"error: {error[0]}" if error else "",), *error[1:], *reached], None
+
+
+def _named_node(pod: str, view: View) -> str:
+    """A pod that is gone, as the node that it was, by the index in its name."""
+    index = _INDEXED.search(pod)
+    if index is None:
+        return f"pod {pod}"
+    return view.who(NodeState(int(index[1]), pod, None, "failed", ""))
 
 
 def _failed_condition(other: Mapping[str, Any]) -> Condition | None:
@@ -349,7 +361,7 @@ def _cause(view: View, node: NodeState, error: Sequence[str]) -> tuple[str, list
 
 def _steps_reached(view: View) -> list[str]:
     words = _progress_words(view.beat.progress)
-    return [f"it had come to {words}", *_restarted_lines(view)] if words else _restarted_lines(view)
+    return [f"it had come to {words}"] if words else []
 
 
 def _restarted_lines(view: View) -> list[str]:
@@ -358,7 +370,7 @@ def _restarted_lines(view: View) -> list[str]:
     number = view.num_restarts()
     if number:
         before = view.before()
-        cause = f", the last time since {before}" if before and "of the whole job" not in before else ""
+        cause = f", the last time since {before}" if before and not before.startswith("restart ") else ""
         lines.append(f"started again by the cluster {_times(number)}{cause}")
     if view.beat.restart is not None:
         at, of = view.beat.restart
@@ -406,12 +418,12 @@ def _suspended(view: View) -> Told | None:
     if not view.job.queue:
         headline = f"queued for {wanted}: suspended, so it has no pods until spec.suspend is false"
         return Told("queued", headline)
-    evicted, why = kueue_words(view.others, view.happenings)
-    again = f"evicted ({evicted.rstrip('.')}), and " if evicted else ""
+    told = kueue_words(view.others, view.happenings)
+    again = f"{told.evicted_by}, and " if told.evicted_by else ""
     headline = (
-        f"queued for {wanted}: {again}waiting in Kueue's queue {view.job.queue}{' again' if evicted else ''}"
+        f"queued for {wanted}: {again}waiting in Kueue's queue {view.job.queue}{' again' if again else ''}"
     )
-    details = [*([why] if why else []), *queue_details(view.others), *_restarted_lines(view)]
+    details = [told.why_evicted, told.why_waiting, *queue_details(view.others), *_restarted_lines(view)]
     return Told("queued", headline, details)
 
 
@@ -472,12 +484,10 @@ def _unscheduled(view: View) -> Told | None:
     message = next((one.unscheduled for one in waiting if one.unscheduled), "")
     lack = read_lack(message)
     details = _autoscaler_lines(view)
-    if len(waiting) < view.job.nodes and not before:
-        have = view.what([one for one in view.present if one.phase != "queued"])
-        if have != "0 pods":
-            details.append(
-                f"{have} {'has' if have.startswith('node ') else 'have'} a machine, and wait for the rest"
-            )
+    placed = [one for one in view.present if one.phase != "queued"]
+    if placed and not before:
+        verbs = "has a machine, and waits" if len(placed) == 1 else "have machines, and wait"
+        details.append(f"{view.what(placed)} {verbs} for the rest")
     prefix = f"queued{' again' if again else ''} for {wanted}"
     if lack is None:
         why = message or waiting[0].words
@@ -488,7 +498,8 @@ def _unscheduled(view: View) -> Told | None:
         if len(reasons) == 1:
             reasons = []
     elif len(reasons) == 1 and lack.reasons[0][0] == 0:
-        headline, reasons = f"{prefix}: {reasons[0]}", []
+        # Of the pod itself, as a claim that is not there: no node will change that.
+        return Told("queued", f"{again}{prefix}: {reasons[0]}", details, is_stuck=True)
     else:
         headline = f"{prefix}: none of the cluster's {counted(lack.num_total, 'node')} can take it"
     return Told("queued", f"{again}{headline}", [*reasons, *details])
@@ -518,11 +529,11 @@ def _disrupted(view: View) -> Told | None:
         details = [f"error: {more[0]}", *more[1:]] if more else []
     else:
         words, details = _cause(view, node, view.error_lines(node))
-    return Told("restarting", f"restarting: {words}", [*details, *_going_lines(view)])
-
-
-def _going_lines(view: View) -> list[str]:
-    return [*_steps_reached(view)]
+    if node.exit_code in _MISTAKES:
+        return Told(
+            "stopping", f"stopping: {words}", [*details, *_steps_reached(view)], exit_code=node.exit_code
+        )
+    return Told("restarting", f"restarting: {words}", [*details, *_steps_reached(view)])
 
 
 def _lost(view: View) -> Told | None:
@@ -534,8 +545,16 @@ def _lost(view: View) -> Told | None:
     what = (
         f"{view.who(lost[0])}: {lost[0].words}" if len(lost) == 1 else f"{view.what(lost)}: {lost[0].words}"
     )
-    details = ["the cluster replaces the pods of a machine that stays silent, by default after 5 minutes"]
-    return Told("unknown", f"unknown: {what}{others}", [*details, *_steps_reached(view)])
+    stuck = [one for one in lost if one.is_stuck]
+    if stuck:
+        detail = (
+            f"pod {stuck[0].pod} was to end and cannot: it stays until its machine is back, or is taken out "
+            f"of the cluster (kubectl delete node {stuck[0].machine})"
+        )
+    else:
+        detail = "the cluster replaces the pods of a machine that stays silent, by default after 5 minutes"
+    details = [detail, *_steps_reached(view)]
+    return Told("unknown", f"unknown: {what}{others}", details, is_stuck=bool(stuck))
 
 
 def _starting(view: View) -> Told | None:
@@ -545,17 +564,30 @@ def _starting(view: View) -> Told | None:
         return None
     before = view.before()
     state: State = "restarting" if before else "starting"
-    prefix = f"restarting, since {before}: " if before else "starting: "
-    if not starting and not view.present:
-        return Told(state, f"{prefix}the cluster has it, and no pod is there yet", _going_lines(view))
-    if not starting:
-        which = counted(missing, "node")
+    prefix = f"restarting: {before}; " if before else "starting: "
+    details = _steps_reached(view) if before else []
+    if starting:
+        words = starting[0].words.removeprefix("starting: ")
+        who = f"{view.what(starting)}: " if len(starting) < view.job.nodes else ""
+        return Told(state, f"{prefix}{who}{words}", details)
+    if view.present:
+        have = "has" if missing == 1 else "have"
         return Told(
-            state, f"{prefix}{which} of {view.job.nodes} {'has' if missing == 1 else 'have'} no pod yet"
+            state, f"{prefix}{missing} of {counted(view.job.nodes, 'node')} {have} no pod yet", details
         )
-    words = starting[0].words.removeprefix("starting: ")
-    who = f"{view.what(starting)}: " if len(starting) < view.job.nodes else ""
-    return Told(state, f"{prefix}{who}{words}", _going_lines(view) if before else ())
+    return _without_pods(view, state, prefix, details)
+
+
+def _without_pods(view: View, state: State, prefix: str, details: list[str]) -> Told:
+    warning = next((one for one in reversed(view.happenings) if one.is_warning and one.kind != "Pod"), None)
+    said = [f"{warning.kind} {warning.name}: {warning.reason}: {warning.message}"] if warning else []
+    since = view.job.created
+    waited_s = 0.0 if since is None else (view.now - since).total_seconds()
+    if waited_s > _UNATTENDED_S and not view.job.is_seen:
+        controller = f"the controller of {view.job.kind}s"
+        words = f"nobody has taken it up for {duration_words(waited_s)}: is {controller} running?"
+        return Told(state, f"{prefix}{words}", [*said, *details], is_stuck=True)
+    return Told(state, f"{prefix}the cluster has it, and no pod is there yet", [*said, *details])
 
 
 def _running(view: View) -> Told | None:
@@ -606,11 +638,12 @@ def _going_words(view: View, running: Sequence[NodeState]) -> str:
 def _silence(view: View, running: Sequence[NodeState]) -> str:
     """Since when nothing was heard, where that is longer than a run that goes well is silent; else ""."""
     started = max((one.started for one in running if one.started is not None), default=None)
-    heard = view.beat.heard_at or (started if not view.beat.num_lines else None)
-    if heard is None or (started is not None and heard < started and view.beat.num_lines):
-        heard = started if heard is not None else None
-    if heard is None:
+    if not view.is_heard or (view.beat.num_lines and view.beat.heard_at is None):
         return ""
+    times = [moment for moment in (started, view.beat.heard_at) if moment is not None]
+    if not times:
+        return ""
+    heard = max(times)
     silent_s = (view.now - heard).total_seconds()
     if silent_s <= allowed_silence_s(view.beat.progress):
         return ""

@@ -42,6 +42,7 @@ class Top:
         num_restarts: of the whole job, as the object counts them.
         max_restarts: how many it may take; None where the object does not say.
         deadline_s: how long it may take; None for any time.
+        is_seen: whether its controller has written a status.
     """
 
     kind: str
@@ -61,6 +62,7 @@ class Top:
     num_restarts: int
     max_restarts: int | None
     deadline_s: int | None
+    is_seen: bool
 
 
 def read_top(top: Mapping[str, Any]) -> Top:
@@ -92,6 +94,7 @@ def read_top(top: Mapping[str, Any]) -> Top:
         num_restarts=_number(status.get("restarts")) or 0,
         max_restarts=_number(failure_policy.get("maxRestarts")),
         deadline_s=_number(run_spec.get("activeDeadlineSeconds")),
+        is_seen=any(status.values()),
     )
 
 
