@@ -1,0 +1,327 @@
+"""What an API server refuses: names, labels, quantities, pods, Jobs and quotas, in its own words."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
+from typing import Any
+
+from metaloom.k8s.resources import JOBS, PODS, SERVICES, Resource
+from tests.k8s.fake_store import Object, Refusal
+
+LABEL = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
+SUBDOMAIN = rf"{LABEL}(\.{LABEL})*"
+WORD = r"([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?"
+QUANTITY = re.compile(r"([+-]?[0-9.]+)([numkMGTPE]|[KMGTPE]i|[eE][+-]?[0-9]+)?")
+FACTORS = {"n": "1e-9", "u": "1e-6", "m": "1e-3", "k": "1e3", "M": "1e6", "G": "1e9", "T": "1e12"} | {
+    "P": "1e15",
+    "E": "1e18",
+}
+
+Cause = dict[str, str]
+
+
+def cause(field: str, kind: str, value: object, message: str) -> Cause:
+    """One field of an object that is invalid, as in `details.causes` of a Status."""
+    words = {"Required": "Required value", "Invalid": "Invalid value", "NotSupported": "Unsupported value"}
+    shown = "" if kind == "Required" else f": {value!r}".replace("'", '"')
+    return {"reason": f"FieldValue{kind}", "message": f"{words[kind]}{shown}: {message}", "field": field}
+
+
+def quantity(text: object) -> Decimal:
+    """The number that a quantity stands for.
+
+    Raises:
+        ValueError: it is none.
+    """
+    match = QUANTITY.fullmatch(str(text))
+    if match is None or match[1].strip("+-").count(".") > 1 or not match[1].strip("+-."):
+        raise ValueError(text)
+    suffix = match[2] or ""
+    if suffix.endswith("i"):
+        return Decimal(match[1]) * Decimal(1024) ** ("KMGTPE".index(suffix[0]) + 1)
+    if suffix[:1] in ("e", "E") and suffix != "E":
+        return Decimal(match[1] + suffix)
+    return Decimal(match[1]) * Decimal(FACTORS.get(suffix, "1"))
+
+
+def check(resource: Resource, obj: Object) -> None:
+    """Raises the refusal of an object that the server would not take.
+
+    Raises:
+        Refusal: 422 with all causes; 400 for a quantity that cannot be read.
+    """
+    causes = list(_metadata_causes(resource, obj["metadata"]))
+    if resource == JOBS:
+        causes += _job_causes(obj)
+    if resource == PODS:
+        causes += _pod_causes(obj.get("spec", {}), "spec", ("Always", "OnFailure", "Never"))
+    _refuse(resource, obj["metadata"]["name"], causes)
+
+
+def check_update(resource: Resource, old: Object, new: Object) -> None:
+    """Raises the refusal of a change that the server would not take.
+
+    Raises:
+        Refusal: 409 for an outdated version, 422 for a field that is immutable.
+    """
+    name = old["metadata"]["name"]
+    version = new["metadata"].get("resourceVersion")
+    if version and version != old["metadata"]["resourceVersion"]:
+        raise Refusal(
+            409,
+            "Conflict",
+            f'Operation cannot be fulfilled on {resource.full_name} "{name}": the object has been modified; '
+            "please apply your changes to the latest version and try again",
+        )
+    fixed: Sequence[str] = ()
+    if resource == JOBS:
+        fixed = ("completions", "completionMode", "selector", "podFailurePolicy", "template")
+        if old["spec"].get("suspend"):
+            fixed = fixed[:-1]
+    _refuse(
+        resource,
+        name,
+        [
+            cause(f"spec.{field}", "Invalid", "...", "field is immutable")
+            for field in fixed
+            if old["spec"].get(field) != new["spec"].get(field)
+        ],
+    )
+    check(resource, new)
+
+
+def _refuse(resource: Resource, name: str, causes: list[Cause]) -> None:
+    if not causes:
+        return
+    told = [f"{each['field']}: {each['message']}" for each in causes]
+    kind = f"{resource.kind}.{resource.group}" if resource.group else resource.kind
+    raise Refusal(
+        422,
+        "Invalid",
+        f'{kind} "{name}" is invalid: ' + (told[0] if len(told) == 1 else f"[{', '.join(told)}]"),
+        details={"name": name, "group": resource.group, "kind": resource.kind, "causes": causes},
+    )
+
+
+def _metadata_causes(resource: Resource, metadata: Object) -> Iterator[Cause]:
+    name = metadata["name"]
+    if resource == SERVICES:
+        if len(name) > 63 or not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name):
+            yield cause("metadata.name", "Invalid", name, "a DNS-1035 label must consist of lower case ...")
+    elif len(name) > 253 or not re.fullmatch(SUBDOMAIN, name):
+        yield cause(
+            "metadata.name",
+            "Invalid",
+            name,
+            "a lowercase RFC 1123 subdomain must consist of lower case alphanumeric characters, '-' or '.', "
+            "and must start and end with an alphanumeric character",
+        )
+    yield from _label_causes(metadata.get("labels") or {}, "metadata.labels")
+    for key, value in (metadata.get("annotations") or {}).items():
+        if not isinstance(value, str):
+            message = f"cannot unmarshal {type(value).__name__} into Go struct field ObjectMeta.metadata"
+            raise Refusal(400, "BadRequest", f"{resource.kind} in version {resource.version!r}: {message}")
+        yield from _key_causes(key, "metadata.annotations")
+
+
+def _label_causes(labels: Mapping[str, Any], field: str) -> Iterator[Cause]:
+    for key, value in labels.items():
+        yield from _key_causes(key, field)
+        if not isinstance(value, str):
+            raise Refusal(400, "BadRequest", f"cannot unmarshal {value!r} of {field} into string")
+        if len(value) > 63:
+            yield cause(field, "Invalid", value, "must be no more than 63 characters")
+        elif not re.fullmatch(WORD, value):
+            yield cause(
+                field,
+                "Invalid",
+                value,
+                "a valid label must be an empty string or consist of alphanumeric characters, '-', '_' or "
+                "'.', and must start and end with an alphanumeric character",
+            )
+
+
+def _key_causes(key: str, field: str) -> Iterator[Cause]:
+    prefix, slash, name = key.rpartition("/")
+    if (
+        (slash and (len(prefix) > 253 or not re.fullmatch(SUBDOMAIN, prefix)))
+        or not name
+        or len(name) > 63
+        or not re.fullmatch(WORD, name)
+    ):
+        message = "name part must consist of alphanumeric characters, '-', '_' or '.'"
+        yield cause(field, "Invalid", key, message)
+
+
+def _job_causes(job: Object) -> Iterator[Cause]:
+    spec = job.get("spec", {})
+    name = job["metadata"]["name"]
+    template = spec.get("template", {}).get("spec", {})
+    if spec.get("completionMode") == "Indexed":
+        if spec.get("completions") is None:
+            message = "when completion mode is Indexed"
+            yield cause("spec.completions", "Required", "", message)
+        elif len(name) + len(f"-{max(spec['completions'] - 1, 0)}") > 63:
+            yield cause("metadata.name", "Invalid", name, "must be no more than 63 characters")
+    elif len(name) > 63:
+        yield cause("metadata.name", "Invalid", name, "must be no more than 63 characters")
+    for field in ("completions", "parallelism", "backoffLimit", "activeDeadlineSeconds"):
+        if (spec.get(field) or 0) < 0:
+            yield cause(f"spec.{field}", "Invalid", spec[field], "must be greater than or equal to 0")
+    policy = template.get("restartPolicy")
+    if policy is None:
+        yield cause("spec.template.spec.restartPolicy", "Required", "", 'valid values: "OnFailure", "Never"')
+    elif policy not in ("Never", "OnFailure"):
+        yield cause(
+            "spec.template.spec.restartPolicy",
+            "NotSupported",
+            policy,
+            'supported values: "OnFailure", "Never"',
+        )
+    if spec.get("podFailurePolicy") and policy != "Never":
+        yield cause(
+            "spec.template.spec.restartPolicy",
+            "Invalid",
+            policy,
+            'only "Never" is supported when podFailurePolicy is specified',
+        )
+    containers = {container["name"] for container in template.get("containers", [])}
+    for i, rule in enumerate((spec.get("podFailurePolicy") or {}).get("rules", [])):
+        at = f"spec.podFailurePolicy.rules[{i}]"
+        codes = rule.get("onExitCodes")
+        if (codes is None) == (not rule.get("onPodConditions")):
+            message = "specifying one of OnExitCodes and OnPodConditions is required"
+            yield cause(at, "Invalid", "...", message)
+        if rule.get("action") not in ("Ignore", "FailJob", "Count", "FailIndex"):
+            yield cause(f"{at}.action", "NotSupported", rule.get("action"), 'supported values: "Count" ...')
+        if codes and (values := codes.get("values", [])) != sorted(set(values)):
+            yield cause(f"{at}.onExitCodes.values", "Invalid", values, "must be ordered")
+        if codes and codes.get("operator") == "In" and 0 in codes.get("values", []):
+            yield cause(f"{at}.onExitCodes.values", "Invalid", 0, "must not be 0 for the In operator")
+        if codes and codes.get("containerName", next(iter(containers), "")) not in containers:
+            message = "must be one of the container or initContainer names in the pod template"
+            yield cause(f"{at}.onExitCodes.containerName", "Invalid", codes["containerName"], message)
+    yield from _label_causes(
+        spec.get("template", {}).get("metadata", {}).get("labels") or {}, "spec.template.labels"
+    )
+    yield from _pod_causes(template, "spec.template.spec", None)
+
+
+def _pod_causes(spec: Object, at: str, policies: Sequence[str] | None) -> Iterator[Cause]:
+    if policies is not None and spec.get("restartPolicy", "Always") not in policies:
+        message = 'supported values: "Always", "OnFailure", "Never"'
+        yield cause(f"{at}.restartPolicy", "NotSupported", spec["restartPolicy"], message)
+    if not spec.get("containers"):
+        yield cause(f"{at}.containers", "Required", "", "")
+    volumes = {volume["name"] for volume in spec.get("volumes", [])}
+    for volume in spec.get("volumes", []):
+        size = volume.get("emptyDir", {}).get("sizeLimit")
+        if size is not None:
+            _read_quantity(size)
+    for part in ("initContainers", "containers"):
+        for i, container in enumerate(spec.get(part, [])):
+            where = f"{at}.{part}[{i}]"
+            if len(container["name"]) > 63 or not re.fullmatch(LABEL, container["name"]):
+                message = "a lowercase RFC 1123 label must consist of alphanumeric characters or '-'"
+                yield cause(f"{where}.name", "Invalid", container["name"], message)
+            if not container.get("image"):
+                yield cause(f"{where}.image", "Required", "", "")
+            for j, mount in enumerate(container.get("volumeMounts", [])):
+                if mount["name"] not in volumes:
+                    field = f"{where}.volumeMounts[{j}].name"
+                    yield {
+                        "reason": "FieldValueNotFound",
+                        "message": f'Not found: "{mount["name"]}"',
+                        "field": field,
+                    }
+            yield from _resource_causes(container.get("resources", {}), where)
+
+
+def _resource_causes(resources: Object, where: str) -> Iterator[Cause]:
+    limits = {name: _read_quantity(value) for name, value in (resources.get("limits") or {}).items()}
+    requests = {name: _read_quantity(value) for name, value in (resources.get("requests") or {}).items()}
+    for name, value in requests.items():
+        is_extended = "/" in name
+        if is_extended and name not in limits:
+            message = f"Limit must be set for non overcommitable resources: {name}"
+            yield cause(f"{where}.resources.limits", "Required", "", message)
+        elif is_extended and limits[name] != value:
+            message = f"must be equal to {name} limit of {resources['limits'][name]}"
+            yield cause(f"{where}.resources.requests", "Invalid", resources["requests"][name], message)
+        elif name in limits and value > limits[name]:
+            message = f"must be less than or equal to {name} limit of {resources['limits'][name]}"
+            yield cause(f"{where}.resources.requests", "Invalid", resources["requests"][name], message)
+    for name, value in limits.items():
+        if "/" in name and value != int(value):
+            yield cause(f"{where}.resources.limits", "Invalid", str(value), "must be an integer")
+
+
+def _read_quantity(text: object) -> Decimal:
+    try:
+        return quantity(text)
+    except ValueError:
+        raise Refusal(
+            400,
+            "BadRequest",
+            "quantities must match the regular expression '^([+-]?[0-9.]+)([eEinumkKMGTP]*[-+]?[0-9]*)$'",
+        ) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """What pods take from a quota, by the quota's names."""
+
+    amounts: dict[str, Decimal]
+
+    @classmethod
+    def of(cls, pods: Sequence[Object]) -> Usage:
+        """The sum over the pods that have not ended."""
+        sums: dict[str, Decimal] = {}
+        for pod in pods:
+            if pod.get("status", {}).get("phase") in ("Succeeded", "Failed"):
+                continue
+            sums["pods"] = sums.get("pods", Decimal(0)) + 1
+            for container in pod["spec"].get("containers", []):
+                for part in ("requests", "limits"):
+                    for name, value in (container.get("resources", {}).get(part) or {}).items():
+                        key = f"{part}.{name}"
+                        sums[key] = sums.get(key, Decimal(0)) + quantity(value)
+                        if part == "requests" and name in ("cpu", "memory"):
+                            sums[name] = sums[key]
+        return cls(sums)
+
+
+def check_quota(quotas: Sequence[Object], pods: Sequence[Object], pod: Object) -> None:
+    """Raises the refusal of a pod that goes beyond a quota of its namespace.
+
+    Raises:
+        Refusal: 403.
+    """
+    used, wanted = Usage.of(pods).amounts, Usage.of([pod]).amounts
+    for quota in quotas:
+        hard = quota["spec"]["hard"]
+        over = [
+            name
+            for name in hard
+            if name in wanted and used.get(name, Decimal(0)) + wanted[name] > quantity(hard[name])
+        ]
+        if over:
+            said = (
+                "requested: " + ",".join(f"{name}={_shown(wanted[name])}" for name in over),
+                "used: " + ",".join(f"{name}={_shown(used.get(name, Decimal(0)))}" for name in over),
+                "limited: " + ",".join(f"{name}={hard[name]}" for name in over),
+            )
+            name, title = pod["metadata"]["name"], quota["metadata"]["name"]
+            raise Refusal(
+                403,
+                "Forbidden",
+                f'pods "{name}" is forbidden: exceeded quota: {title}, {", ".join(said)}',
+                details={"name": name, "kind": "pods"},
+            )
+
+
+def _shown(number: Decimal) -> str:
+    return f"{number.normalize():f}"
