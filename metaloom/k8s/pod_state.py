@@ -158,7 +158,7 @@ class _Pod:
         code = self._last.get("exitCode")
         running = self._state.get("running") or {}
         base = NodeState(
-            index=_index(labels),
+            index=node_index(labels),
             pod=self._meta.get("name") or "",
             machine=self._spec.get("nodeName"),
             phase="starting",
@@ -321,7 +321,7 @@ class _Pod:
         return next((one.message for one in reversed(self._own) if one.reason == reason), "")
 
 
-def _index(labels: Mapping[str, str]) -> int | None:
+def node_index(labels: Mapping[str, str]) -> int | None:
     """The index of a node, as its pod's labels have it."""
     for label in _INDEX_LABELS:
         text = labels.get(label, "")
