@@ -29,6 +29,7 @@ from metaloom.data_command import add_data_commands
 from metaloom.errors import CheckpointError, LaunchError, MetaloomError, RecipeError, StreamError
 from metaloom.export_command import add_export_command
 from metaloom.files import replace_file
+from metaloom.jobs_command import add_jobs_commands
 from metaloom.planning.hardware import DEVICES, HERE, LINKS
 from metaloom.planning.request import DEFAULT_RANKS, Request, check_comparison, checked, ranks_in
 from metaloom.run_folder import Lock, RunFolder, new_run_path
@@ -211,6 +212,7 @@ def _parser() -> argparse.ArgumentParser:
     add_adapt_command(commands)
     add_data_commands(commands)
     add_checkpoint_commands(commands)
+    add_jobs_commands(commands)
 
     recipe = add_command(commands, "recipe", "check, show or describe recipes", RECIPE_EXAMPLES)
     recipe_commands = recipe.add_subparsers(title="commands", required=True, metavar="COMMAND")
