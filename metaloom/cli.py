@@ -1,5 +1,5 @@
-"""The command line: `metaloom train | evaluate | export | adapt | check | plan | data | checkpoints |
-recipe`.
+"""The command line: `metaloom train | evaluate | check | plan | submit | jobs | launchers | export | adapt |
+data | checkpoints | recipe`.
 
 Everything that can be checked is checked here, before any process is started and without importing torch.
 """
@@ -30,9 +30,11 @@ from metaloom.errors import CheckpointError, LaunchError, MetaloomError, RecipeE
 from metaloom.export_command import add_export_command
 from metaloom.files import replace_file
 from metaloom.jobs_command import add_jobs_commands
+from metaloom.launchers_command import add_launchers_command
 from metaloom.planning.hardware import DEVICES, HERE, LINKS
 from metaloom.planning.request import DEFAULT_RANKS, Request, check_comparison, checked, ranks_in
 from metaloom.run_folder import Lock, RunFolder, new_run_path
+from metaloom.submit_command import add_submit_command
 
 if TYPE_CHECKING:
     from metaloom.launchers.local import Standing
@@ -208,6 +210,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="print JSON in place of tables")
     plan.set_defaults(run_command=_plan)
 
+    add_submit_command(commands)
+    add_jobs_commands(commands)
+    add_launchers_command(commands)
     add_export_command(commands)
     add_adapt_command(commands)
     add_data_commands(commands)

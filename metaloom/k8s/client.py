@@ -296,6 +296,12 @@ class Cluster:
                 return found
         return _checked(answer, attempt)
 
+    def patch(self, resource: Resource, name: str, change: Object) -> Object:
+        """Changes an object by a JSON merge patch (RFC 7386); returns it as it is then."""
+        attempt = self._attempt("patch", resource, name)
+        path = resource.path(self.namespace, _quoted(name))
+        return _checked(self._ask("PATCH", path, attempt, body=change), attempt)
+
     def delete(self, resource: Resource, name: str) -> bool:
         """Deletes an object, and what it owns before it; False where it was not there."""
         attempt = self._attempt("delete", resource, name)
@@ -476,7 +482,8 @@ class Cluster:
 
         headers = {"Accept": "application/json", "User-Agent": "metaloom"} | self._access.headers()
         if body is not None:
-            headers["Content-Type"] = "application/json"
+            kind = "merge-patch+json" if method == "PATCH" else "json"
+            headers["Content-Type"] = f"application/{kind}"
         url = self._access.server + path + (f"?{urllib.parse.urlencode(query)}" if query else "")
         return self._access.pool.request(
             method,

@@ -247,7 +247,7 @@ def _counts(request: JobRequest) -> Iterator[str]:
         ("--max-restarts", request.max_restarts, 0, _MAX_INT32 // _MAX_NODES),
         ("launcher.stop_within_s", request.stop_within_s, 1, 100_000),
         ("--ttl", request.ttl_s, 0, _MAX_INT32),
-        ("--deadline", request.active_deadline_s, 1, _MAX_INT32),
+        ("--time-limit", request.active_deadline_s, 1, _MAX_INT32),
     ]
     for option, value, low, high in ranges:
         if value is not None and not low <= value <= high:
@@ -266,8 +266,8 @@ def _counts(request: JobRequest) -> Iterator[str]:
 def _quantities(request: JobRequest) -> Iterator[str]:
     values = {}
     for option, text, least in (
-        ("--cpus", request.cpus, "1m"),
-        ("--memory", request.memory, "1Mi"),
+        ("--cpus-per-node", request.cpus, "1m"),
+        ("--memory-per-node", request.memory, "1Mi"),
         ("--ephemeral-storage", request.ephemeral_storage, "1Mi"),
         ("--shared-memory", request.shared_memory, "1Mi"),
     ):
@@ -283,11 +283,12 @@ def _quantities(request: JobRequest) -> Iterator[str]:
             yield f"{option}: {text} is less than {least}{hint}"
             continue
         values[option] = value
-    memory, shared = values.get("--memory"), values.get("--shared-memory")
+    memory, shared = values.get("--memory-per-node"), values.get("--shared-memory")
     if memory is not None and shared is not None and shared > memory:
         yield (
-            f"--shared-memory is {request.shared_memory}, more than --memory {request.memory}, of which it "
-            "is a part"
+            f"--shared-memory is {request.shared_memory}, more than --memory-per-node {request.memory}, "
+            "of which "
+            "it is a part"
         )
 
 
@@ -368,13 +369,12 @@ def _run_folder(request: JobRequest) -> Iterator[str]:
     if volume is None and not request.own_folders:
         yield (
             f"--run: {folder} is on each pod's own disk, and {request.nodes} pods are to see the same: mount "
-            "a claim there (--volume CLAIM:PATH, one that many nodes may write), or let each pod have its "
-            "own (--own-folders)"
+            "a claim there (--volume CLAIM:PATH, one that many nodes may write)"
         )
     if volume is not None and request.own_folders:
         yield (
             f"--run: {folder} is on the claim {volume.claim}, which all pods see, and each is to have its "
-            "own; leave out --own-folders, or choose a path that is not on a claim"
+            "own; choose a path that is not on a claim"
         )
 
 

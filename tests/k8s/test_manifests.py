@@ -352,7 +352,8 @@ def test_a_train_job_refuses_a_time_to_live_that_it_cannot_have() -> None:
     request = dataclasses.replace(SMALL, ttl_s=60)
 
     assert problems(request, BACKENDS["trainjob"]) == [
-        "--ttl is 60; a TrainJob stays until it is deleted (metaloom jobs cancel): leave out --ttl, or choose "
+        "--ttl is 60; a TrainJob stays until it is deleted (metaloom jobs cancel): leave out --ttl, or "
+        "choose "
         "another --backend"
     ]
     assert problems(request, BACKENDS["job"]) == []
@@ -393,7 +394,8 @@ def test_a_too_long_name_is_told_with_what_comes_behind_it() -> None:
     request = dataclasses.replace(SMALL, name="n" * 63)
 
     assert problems(request, BACKENDS["job"]) == [
-        f"--name: '{'n' * 63}' has 63 letters; at most 61 fit into a host name of 63 once '-0' is put behind it"
+        f"--name: '{'n' * 63}' has 63 letters; at most 61 fit into a host name of 63 once '-0' is put "
+        "behind it"
     ]
 
 

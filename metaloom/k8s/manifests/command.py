@@ -21,11 +21,12 @@ def host_command(request: JobRequest, backend: Backend) -> list[str]:
         "launcher.show_all_ranks=true",
     ]
     if request.nodes > 1:
-        own_folders = "true" if request.own_folders else "false"
-        command.append(
-            f'launcher.hosts={{endpoint: "{backend.first_host(request)}:{PORT}", num_hosts: {request.nodes}, '
-            f"own_folders: {own_folders}}}"
-        )
+        # What else the recipe says of hosts stays.
+        command += [
+            f"launcher.hosts.endpoint={backend.first_host(request)}:{PORT}",
+            f"launcher.hosts.num_hosts={request.nodes}",
+            f"launcher.hosts.own_folders={'true' if request.own_folders else 'false'}",
+        ]
     return command
 
 

@@ -1,0 +1,426 @@
+"""A job on Kubernetes: its objects, built by a pure function, checked, and sent."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import importlib.util
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from metaloom.errors import LaunchError
+from metaloom.k8s.client import Cluster
+from metaloom.k8s.gathering import Gathering, NoSuchJobError
+from metaloom.k8s.kubeconfig import kubeconfig_paths
+from metaloom.k8s.manifests import BACKENDS, Backend, choose, owned_by, problems, to_yaml
+from metaloom.k8s.preflight import Finding, check_cluster, check_places
+from metaloom.k8s.refusals import AlreadyExistsError
+from metaloom.k8s.request import DEFAULT_TTL_S, JobRequest, SecretFiles, Toleration, Volume
+from metaloom.k8s.resources import CONFIG_MAPS, SERVICES, Resource
+from metaloom.k8s.status import ENDED
+from metaloom.launchers.base import (
+    Launcher,
+    Need,
+    Submission,
+    Submitted,
+    parse_time_limit,
+    recipe_text,
+    refuse,
+)
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable
+
+T = TypeVar("T")
+AUTO = "auto"
+RUNS = "/runs"  # where the folders of runs are in the pods, unless --run says otherwise
+GONE_WITHIN_S = 180.0  # how long the objects of a job that has ended may take to be deleted
+POLL_S = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Kubernetes(Launcher):
+    """One pod for each node, each with one agent and its ranks, in a Job or in what an operator offers.
+
+    Attributes:
+        namespace, context: None for those of the kubeconfig.
+        backend: auto, job, jobset, pytorchjob or trainjob.
+        has_preflight: whether the cluster is asked first for all that the job needs.
+
+    The others are as in `JobRequest`.
+    """
+
+    name: ClassVar[str] = "kubernetes"
+    summary: ClassVar[str] = "a job on Kubernetes, which goes on by itself after preemptions and lost nodes"
+    unused: ClassVar[Mapping[str, str]] = {}
+
+    image: str | None = None
+    namespace: str | None = None
+    context: str | None = None
+    backend: str = AUTO
+    gpu_resource: str = "nvidia.com/gpu"
+    ephemeral_storage: str | None = None
+    shared_memory: str | None = None
+    node_selector: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    tolerations: tuple[Toleration, ...] = ()
+    spread_over: str | None = "kubernetes.io/hostname"
+    priority_class: str | None = None
+    service_account: str | None = None
+    image_pull_secrets: tuple[str, ...] = ()
+    image_pull_policy: str | None = None
+    env_from_secrets: tuple[str, ...] = ()
+    secret_files: tuple[SecretFiles, ...] = ()
+    volumes: tuple[Volume, ...] = ()
+    rdma: tuple[str, int] | None = None
+    max_restarts: int = 3
+    ttl_s: int | None = DEFAULT_TTL_S
+    user_id: int = 1000
+    group_id: int = 1000
+    labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    annotations: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    has_preflight: bool = True
+
+    @classmethod
+    def add_options(cls, group: argparse._ArgumentGroup) -> list[argparse.Action]:
+        def listed(name: str, metavar: str, text: str) -> argparse.Action:
+            text += "; may be given again"
+            return group.add_argument(name, action="append", default=[], metavar=metavar, help=text)
+
+        return [
+            group.add_argument("--image", metavar="IMG", help="with metaloom and your code in it (required)"),
+            group.add_argument("--namespace", "-n", metavar="NS", help="(default: that of the context)"),
+            group.add_argument(
+                "--context", metavar="NAME", help="of the kubeconfig (default: the current one)"
+            ),
+            group.add_argument(
+                "--backend",
+                choices=(AUTO, *BACKENDS),
+                help="what runs the pods (default: auto, jobset where the cluster has it, else job)",
+            ),
+            listed("--volume", "CLAIM:PATH[:ro]", "mount a PersistentVolumeClaim"),
+            listed("--env-from-secret", "SECRET", "each key of a Secret as a variable"),
+            listed("--secret-files", "SECRET:PATH", "each key of a Secret as a file, read only"),
+            listed("--image-pull-secret", "SECRET", "by which the image is pulled"),
+            group.add_argument("--image-pull-policy", metavar="POLICY", help="Always, IfNotPresent or Never"),
+            group.add_argument(
+                "--service-account", metavar="NAME", help="of the pods; its token is not mounted"
+            ),
+            group.add_argument("--priority-class", metavar="NAME", help="of the pods"),
+            listed("--node-selector", "KEY=VALUE", "label of the machines to run on"),
+            listed("--toleration", "KEY[=VALUE][:EFFECT]", "taint of machines to put up with"),
+            group.add_argument(
+                "--spread-over",
+                metavar="LABEL",
+                help="label of machines whose values pods are spread over where there is room; none: not "
+                "at all "
+                "(default: kubernetes.io/hostname)",
+            ),
+            group.add_argument(
+                "--gpu-resource", metavar="NAME", help="what the cluster calls GPUs (default: nvidia.com/gpu)"
+            ),
+            group.add_argument("--ephemeral-storage", metavar="SIZE", help="of the pod's own disk"),
+            group.add_argument(
+                "--shared-memory", metavar="SIZE", help="of /dev/shm (default: half of the memory, or 1Gi)"
+            ),
+            group.add_argument(
+                "--rdma",
+                metavar="NAME=COUNT",
+                help="network cards for each pod, such as rdma/hca=1; the pods may lock memory then, "
+                "which the "
+                "restricted level of pod security does not allow",
+            ),
+            group.add_argument(
+                "--max-restarts",
+                type=int,
+                metavar="N",
+                help="how often pods that fail are replaced (default: 3); those that were taken away do "
+                "not count",
+            ),
+            group.add_argument(
+                "--ttl",
+                metavar="TIME",
+                help="how long the job stays there when it has ended: 2d, 12h, or none for ever (default: "
+                "7d)",
+            ),
+            group.add_argument(
+                "--user", type=int, metavar="UID", help="of the pods, not root (default: 1000)"
+            ),
+            group.add_argument(
+                "--group", type=int, metavar="GID", help="of the pods, not root (default: 1000)"
+            ),
+            listed("--label", "KEY=VALUE", "of all objects"),
+            listed("--annotation", "KEY=VALUE", "of the job"),
+            group.add_argument(
+                "--no-preflight",
+                action="store_true",
+                help="do not ask the cluster first for what the job needs",
+            ),
+        ]
+
+    @classmethod
+    def from_arguments(cls, arguments: argparse.Namespace) -> Kubernetes:
+        wrong: list[str] = []
+
+        def parsed(option: str, words: Sequence[str], parse: Callable[[str], T]) -> tuple[T, ...]:
+            made: list[T] = []
+            for word in words:
+                try:
+                    made.append(parse(word))
+                except ValueError as error:
+                    wrong.append(f"{option}: {error}")
+            return tuple(made)
+
+        given: dict[str, Any] = {
+            "image": arguments.image,
+            "namespace": arguments.namespace,
+            "context": arguments.context,
+            "backend": arguments.backend,
+            "gpu_resource": arguments.gpu_resource,
+            "ephemeral_storage": arguments.ephemeral_storage,
+            "shared_memory": arguments.shared_memory,
+            "node_selector": dict(parsed("--node-selector", arguments.node_selector, _pair)),
+            "tolerations": parsed("--toleration", arguments.toleration, Toleration.parse),
+            "priority_class": arguments.priority_class,
+            "service_account": arguments.service_account,
+            "image_pull_secrets": tuple(arguments.image_pull_secret),
+            "image_pull_policy": arguments.image_pull_policy,
+            "env_from_secrets": tuple(arguments.env_from_secret),
+            "secret_files": parsed("--secret-files", arguments.secret_files, SecretFiles.parse),
+            "volumes": parsed("--volume", arguments.volume, Volume.parse),
+            "max_restarts": arguments.max_restarts,
+            "user_id": arguments.user,
+            "group_id": arguments.group,
+            "labels": dict(parsed("--label", arguments.label, _pair)),
+            "annotations": dict(parsed("--annotation", arguments.annotation, _pair)),
+            "has_preflight": not arguments.no_preflight,
+        }
+        if arguments.rdma is not None:
+            given["rdma"] = next(iter(parsed("--rdma", [arguments.rdma], _count)), None)
+        given = {name: value for name, value in given.items() if value is not None}
+        if arguments.spread_over is not None:
+            given["spread_over"] = None if arguments.spread_over == "none" else arguments.spread_over
+        if arguments.ttl is not None:
+            given["ttl_s"] = next(iter(parsed("--ttl", [arguments.ttl], _ttl_s)), None)
+        refuse(wrong)
+        return cls(**given)
+
+    @classmethod
+    def needs(cls) -> list[Need]:
+        found = [path for path in kubeconfig_paths(os.environ) if path.exists()]
+        return [
+            Need(
+                "the package kubernetes",
+                importlib.util.find_spec("kubernetes") is not None,
+                "pip install 'metaloom[kubernetes]'",
+            ),
+            Need(
+                "a kubeconfig",
+                bool(found) or "KUBERNETES_SERVICE_HOST" in os.environ,
+                "put the one of your cluster at ~/.kube/config, or name it in KUBECONFIG",
+            ),
+            Need("an image with metaloom", True, "docker build -f deploy/Dockerfile ."),
+        ]
+
+    def plan(self, submission: Submission) -> str:
+        """The objects as YAML, of which `kubectl apply -f` makes the same job. With the backend `auto` a
+        cluster is asked which ones it has, where there is a kubeconfig."""
+        with contextlib.ExitStack() as stack:
+            cluster = None
+            with contextlib.suppress(LaunchError):
+                cluster = stack.enter_context(self._connected())
+            comment = ""
+            if self.backend != AUTO:
+                backend = BACKENDS[self.backend]
+            elif cluster is None:
+                backend = BACKENDS["job"]
+                comment = (
+                    "# No cluster could be asked which backends it has: this is that of --backend job.\n"
+                )
+            else:
+                backend = choose(cluster.serves)
+            namespace = self.namespace or ("default" if cluster is None else cluster.namespace)
+        request = self._request(submission, namespace)
+        self._check(request, backend, submission)
+        return comment + to_yaml(backend.build(request))
+
+    def submit(self, submission: Submission) -> Submitted:
+        """Sends the job, after it was checked here and, unless told not to, in the cluster."""
+        with self._connected() as cluster:
+            backend = choose(cluster.serves) if self.backend == AUTO else BACKENDS[self.backend]
+            request = self._request(submission, cluster.namespace)
+            self._check(request, backend, submission)
+            if not cluster.serves(backend.resource):
+                raise LaunchError(
+                    f"--backend {backend.name}: {cluster.shown} has no {backend.resource.full_name} of "
+                    f"{backend.resource.api_version}; it takes {backend.needs}. Install that, or use "
+                    "--backend job, which needs nothing."
+                )
+            if self.has_preflight:
+                self._tell(check_cluster(cluster, request, backend))
+            if submission.is_resumed:
+                _clear(cluster, request.name)
+            _send(cluster, request, backend)
+        again = "".join(
+            f" --{option} {value}"
+            for option, value in (("namespace", self.namespace), ("context", self.context))
+            if value is not None
+        )
+        gpus = f" of {request.gpus_per_node} GPUs" if request.gpus_per_node else ""
+        nodes = f"{request.nodes} node" + ("s" if request.nodes > 1 else "")
+        return Submitted(
+            request.name,
+            (
+                f"submitted {request.name}: {nodes}{gpus}, as a {backend.resource.kind} in {cluster.shown}",
+                f"what it does:  metaloom jobs status {request.name}{again}",
+                f"its output:    metaloom jobs logs {request.name} --follow{again}",
+                f"to end it:     metaloom jobs cancel {request.name}{again}",
+            ),
+        )
+
+    def _connected(self) -> contextlib.closing[Cluster]:
+        return contextlib.closing(Cluster.connect(context=self.context, namespace=self.namespace))
+
+    def _check(self, request: JobRequest, backend: Backend, submission: Submission) -> None:
+        """All that is wrong and can be seen from here.
+
+        Raises:
+            LaunchError: names everything at once.
+        """
+        found = [Finding(text) for text in self.unused_options(submission)]
+        if self.image is None:
+            found.append(
+                Finding("--image: name the image with metaloom that the pods run (deploy/Dockerfile)")
+            )
+        found += [Finding(text) for text in problems(request, backend)]
+        found += check_places(request, submission.recipe)
+        self._tell(found)
+
+    @staticmethod
+    def _tell(findings: Sequence[Finding]) -> None:
+        wrong = [finding.text for finding in findings if finding.is_problem]
+        for finding in findings:
+            if not finding.is_problem:
+                print(f"note: {finding.text}", file=sys.stderr)
+        refuse(wrong)
+
+    def _request(self, submission: Submission, namespace: str) -> JobRequest:
+        recipe = submission.recipe
+        own = {field.name for field in dataclasses.fields(self)} - {
+            "image",
+            "namespace",
+            "context",
+            "backend",
+            "has_preflight",
+        }
+        request = JobRequest(
+            name=submission.name,
+            namespace=namespace,
+            image=self.image or "metaloom",
+            recipe=recipe_text(submission),
+            recipe_name=recipe.name,
+            run_folder=submission.run or f"{RUNS}/{submission.name}",
+            nodes=submission.num_nodes,
+            gpus_per_node=submission.gpus_per_node or 0,
+            ranks_per_node=submission.num_ranks,
+            cpus=None if submission.cpus_per_node is None else str(submission.cpus_per_node),
+            memory=submission.memory_per_node,
+            queue=submission.queue,
+            env=submission.environment,
+            stop_within_s=recipe.launcher.stop_within_s,
+            active_deadline_s=submission.time_limit_s,
+            **{name: getattr(self, name) for name in own},
+        )
+        has_own_folders = request.nodes > 1 and request.volume_of_run is None
+        return dataclasses.replace(request, own_folders=has_own_folders)
+
+
+def _send(cluster: Cluster, request: JobRequest, backend: Backend) -> None:
+    """Makes the objects of a job, which the job owns: they go when it is deleted. All, or none.
+
+    Raises:
+        LaunchError: one is refused.
+    """
+    kinds = {resource.kind: resource for resource in (*backend.creates, backend.resource)}
+    made: list[tuple[Resource, dict[str, Any]]] = []
+    try:
+        for obj in backend.build(request):
+            resource = kinds[obj["kind"]]
+            made.append((resource, cluster.create(resource, obj)))
+        (job,) = [obj for resource, obj in made if resource == backend.resource]
+        for resource, obj in made:
+            if resource != backend.resource:
+                owners = owned_by(obj, job)["metadata"]["ownerReferences"]
+                cluster.patch(resource, obj["metadata"]["name"], {"metadata": {"ownerReferences": owners}})
+    except BaseException as error:
+        for resource, obj in reversed(made):
+            with contextlib.suppress(LaunchError):
+                cluster.delete(resource, obj["metadata"]["name"])
+        if isinstance(error, AlreadyExistsError):
+            raise LaunchError(
+                f"{error} A job of this name has been submitted before: go on with its run by --resume, or "
+                "choose another --name."
+            ) from error
+        raise
+
+
+def _clear(cluster: Cluster, name: str) -> None:
+    """Deletes what is left in the cluster of a job that has ended: its run goes on under the same name.
+
+    Raises:
+        LaunchError: it has not ended.
+    """
+    gathering = Gathering(cluster)
+    try:
+        found = gathering.job(name)
+    except NoSuchJobError:
+        found = None
+    if found is not None:
+        status = gathering.status(found, datetime.datetime.now(datetime.UTC))
+        if status.state not in ENDED:
+            raise LaunchError(
+                f"--resume: the job {name} has not ended ({status.headline}), and goes on by itself after "
+                f"preemptions and faults. To begin anew from its last checkpoint: metaloom jobs cancel {name}"
+            )
+        cluster.delete(found.resource, name)
+    labels = {"metaloom/job": name}
+    for resource in (SERVICES, CONFIG_MAPS):
+        for obj in cluster.list(resource, labels=labels):
+            cluster.delete(resource, obj["metadata"]["name"])
+    deadline = time.monotonic() + GONE_WITHIN_S
+    while found is not None and cluster.get(found.resource, name) is not None:
+        if time.monotonic() > deadline:
+            raise LaunchError(
+                f"--resume: {found.resource.kind} {name}, which has ended, is still there "
+                f"{GONE_WITHIN_S:g} s "
+                f"after it was deleted. See what holds it: kubectl get {found.resource.full_name} {name} "
+                "-o yaml"
+            )
+        time.sleep(POLL_S)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ValueError(f"{text!r} is no pair: write KEY=VALUE")
+    return key, value
+
+
+def _count(text: str) -> tuple[str, int]:
+    name, count = _pair(text)
+    if not count.isdecimal():
+        raise ValueError(f"{count!r} is no number: write NAME=COUNT, such as rdma/hca=1")
+    return name, int(count)
+
+
+def _ttl_s(text: str) -> int | None:
+    if text == "none":
+        return None
+    try:
+        return parse_time_limit(text)
+    except LaunchError:
+        raise ValueError(f"{text!r} is no time: write 12h or 2d, or none") from None
