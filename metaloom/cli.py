@@ -217,7 +217,6 @@ def _parser() -> argparse.ArgumentParser:
     add_adapt_command(commands)
     add_data_commands(commands)
     add_checkpoint_commands(commands)
-    add_jobs_commands(commands)
 
     recipe = add_command(commands, "recipe", "check, show or describe recipes", RECIPE_EXAMPLES)
     recipe_commands = recipe.add_subparsers(title="commands", required=True, metavar="COMMAND")

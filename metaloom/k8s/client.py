@@ -268,7 +268,7 @@ class Cluster:
         """An object; None where it is not there."""
         attempt = self._attempt("get", resource, name)
         answer = self._ask("GET", resource.path(self.namespace, _quoted(name)), attempt)
-        if is_no_such_object(answer):
+        if is_no_such_object(answer, resource):
             return None
         return _checked(answer, attempt)
 
@@ -308,7 +308,7 @@ class Cluster:
         path = resource.path(self.namespace, _quoted(name))
         body = {"kind": "DeleteOptions", "apiVersion": "v1", "propagationPolicy": "Foreground"}
         answer = self._ask("DELETE", path, attempt, body=body)
-        if is_no_such_object(answer):
+        if is_no_such_object(answer, resource):
             return False
         _checked(answer, attempt)
         return True

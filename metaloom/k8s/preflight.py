@@ -273,27 +273,34 @@ def _machines(cluster: Cluster, request: JobRequest, backend: Backend) -> Iterat
         return  # as most users: the scheduler will tell
     nodes = cluster.list(NODES)
     chosen = [node for node in nodes if _has_labels(node, request.node_selector)]
-    if not chosen:
+    if not chosen and request.node_selector:
         wanted = ", ".join(f"{key}={value}" for key, value in request.node_selector.items())
-        yield Finding(
-            f"--node-selector: none of the cluster's {len(nodes)} nodes has the labels {wanted}"
-            if request.node_selector
-            else "the cluster has no nodes"
+        yield note(
+            f"--node-selector: none of the cluster's {len(nodes)} nodes has the labels {wanted}: unless "
+            "machines "
+            "are added on demand, the job waits for ever"
+        )
+    counts = {node["metadata"]["name"]: _allocatable(node, request.gpu_resource) for node in chosen}
+    most = max(counts, key=lambda name: counts[name], default="")
+    if not counts or not request.gpus_per_node:
+        return
+    if counts[most] == 0:
+        yield note(
+            f"no node of the cluster has {request.gpu_resource} now: unless machines are added on demand, "
+            "the "
+            "job waits for ever (--gpu-resource names what the cluster calls its GPUs)"
         )
         return
-    counts = {node["metadata"]["name"]: _allocatable(node, request.gpu_resource) for node in chosen}
-    most = max(counts, key=lambda name: counts[name])
     if counts[most] < request.gpus_per_node:
-        having = f"the most are {counts[most]}, of {most}" if counts[most] else "none has any"
         among = " with the labels of --node-selector" if request.node_selector else ""
         yield Finding(
             f"--gpus-per-node {request.gpus_per_node}: no node{among} has so many {request.gpu_resource}; "
-            f"{having}. Ask for fewer on more nodes (--nodes); or name what the cluster calls its GPUs "
-            "(--gpu-resource)"
+            "the "
+            f"most are {counts[most]}, of {most}. Ask for fewer on more nodes (--nodes)"
         )
         return
     fitting = sum(count >= request.gpus_per_node for count in counts.values())
-    if request.gpus_per_node and fitting * (counts[most] // request.gpus_per_node) < request.nodes:
+    if fitting * (counts[most] // request.gpus_per_node) < request.nodes:
         yield note(
             f"{request.nodes} pods of {request.gpus_per_node} {request.gpu_resource} are more than the "
             f"cluster's {fitting} fitting nodes can hold at once: the job waits until it has more"

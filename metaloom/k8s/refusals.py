@@ -10,7 +10,7 @@ import ssl
 from typing import Any
 
 from metaloom.errors import LaunchError
-from metaloom.k8s.resources import Resource
+from metaloom.k8s.resources import NAMESPACES, Resource
 
 
 class RefusedError(LaunchError):
@@ -105,11 +105,11 @@ class Answer:
         return repr(text[:120] + ("..." if len(text) > 120 else ""))
 
 
-def is_no_such_object(answer: Answer) -> bool:
-    """Whether a 404 says that an object is not there; else the kind of it, or a namespace, is not."""
-    status = answer.status_object
-    details = status.get("details") or {}
-    return answer.status == 404 and bool(details.get("name")) and details.get("kind") != "namespaces"
+def is_no_such_object(answer: Answer, resource: Resource) -> bool:
+    """Whether a 404 says that the object is not there; else the kind of it, or its namespace, is not."""
+    details = answer.status_object.get("details") or {}
+    is_of_namespace = details.get("kind") == NAMESPACES.plural and resource != NAMESPACES
+    return answer.status == 404 and bool(details.get("name")) and not is_of_namespace
 
 
 def foreign_answer(answer: Answer, attempt: Attempt) -> UnreachableError:

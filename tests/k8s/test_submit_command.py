@@ -1,0 +1,358 @@
+"""`metaloom submit` against a fake API server: what is sent, and what is refused before and told."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from metaloom.cli import main
+from metaloom.k8s.resources import (
+    CLAIMS,
+    CONFIG_MAPS,
+    JOB_SETS,
+    JOBS,
+    LOCAL_QUEUES,
+    NODES,
+    QUOTAS,
+    SECRETS,
+    SERVICES,
+)
+from tests.commands import RECIPES, command, environment
+from tests.k8s.fake_api import FakeCluster
+
+SMOKE = str(RECIPES / "smoke.yaml")
+PLACES = ("data.url=s3://bucket/glyphs", "checkpoint.url=s3://bucket/one", "tracking.uri=http://mlflow:5000")
+TWO_NODES = ("--nodes", "2", "--gpus-per-node", "4", "--image", "repository/metaloom:1", "--name", "one")
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCluster]:
+    with FakeCluster(tmp_path) as made:
+        monkeypatch.setenv("KUBECONFIG", str(made.kubeconfig))
+        yield made
+
+
+@pytest.fixture
+def submit(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    def run(*words: str) -> tuple[int, str, str]:
+        code = main(["submit", SMOKE, *words])
+        output = capsys.readouterr()
+        return code, output.out, output.err
+
+    return run
+
+
+Submit = Callable[..., tuple[int, str, str]]
+
+
+def job_of(cluster: FakeCluster) -> dict[str, Any]:
+    (job,) = cluster.objects(JOBS)
+    return job
+
+
+def test_a_job_is_sent_with_all_that_it_owns(cluster: FakeCluster, submit: Submit) -> None:
+    code, output, errors = submit(*TWO_NODES, *PLACES)
+    assert (code, errors) == (0, "")
+    assert output.splitlines() == [
+        f"submitted one: 2 nodes of 4 GPUs, as a Job in namespace team of fake ({cluster.url})",
+        "what it does:  metaloom jobs status one",
+        "its output:    metaloom jobs logs one --follow",
+        "to end it:     metaloom jobs cancel one",
+    ]
+    job = job_of(cluster)
+    for resource, name in ((CONFIG_MAPS, "one-recipe"), (SERVICES, "one")):
+        (owner,) = cluster.get(resource, name)["metadata"]["ownerReferences"]
+        assert owner["uid"] == job["metadata"]["uid"]
+    container = job["spec"]["template"]["spec"]["containers"][0]
+    assert container["command"][:7] == [
+        *("metaloom", "train", "/etc/metaloom/recipe.yaml", "--run", "/runs/one", "--run-id", "one")
+    ]
+    assert container["command"][7:] == [
+        "launcher.num_processes=4",
+        "launcher.show_all_ranks=true",
+        "launcher.hosts.endpoint=one-0.one:29400",
+        "launcher.hosts.num_hosts=2",
+        "launcher.hosts.own_folders=true",
+    ]
+    # The overrides are in the recipe.
+    recipe = yaml.safe_load(cluster.get(CONFIG_MAPS, "one-recipe")["data"]["recipe.yaml"])
+    assert recipe["checkpoint"]["url"] == "s3://bucket/one"
+
+
+def test_a_dry_run_prints_what_is_sent(cluster: FakeCluster, submit: Submit) -> None:
+    code, output, _ = submit(*TWO_NODES, *PLACES, "--dry-run")
+    assert code == 0
+    assert cluster.objects(JOBS) == []
+    printed = list(yaml.safe_load_all(output))
+    submit(*TWO_NODES, *PLACES)
+    sent = {obj["kind"]: obj for obj in printed}
+    assert set(sent) == {"ConfigMap", "Service", "Job"}
+    assert job_of(cluster)["spec"]["template"]["spec"] == sent["Job"]["spec"]["template"]["spec"] | {
+        key: value
+        for key, value in job_of(cluster)["spec"]["template"]["spec"].items()
+        if key not in sent["Job"]["spec"]["template"]["spec"]  # defaults of the server
+    }
+
+
+def test_a_dry_run_needs_no_cluster_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, submit: Submit
+) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    code, output, _ = submit(*TWO_NODES, *PLACES, "--dry-run")
+    assert code == 0
+    assert output.startswith(
+        "# No cluster could be asked which backends it has: this is that of --backend job.\n"
+    )
+    assert {obj["kind"] for obj in yaml.safe_load_all(output)} == {"ConfigMap", "Service", "Job"}
+
+
+def test_the_backend_is_what_the_cluster_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, submit: Submit
+) -> None:
+    with FakeCluster(tmp_path, kinds=[JOB_SETS]) as cluster:
+        monkeypatch.setenv("KUBECONFIG", str(cluster.kubeconfig))
+        assert submit(*TWO_NODES, *PLACES)[0] == 0
+        assert [obj["metadata"]["name"] for obj in cluster.objects(JOB_SETS)] == ["one"]
+        assert cluster.objects(JOBS) == []
+
+
+def test_a_backend_that_the_cluster_lacks_is_refused(cluster: FakeCluster, submit: Submit) -> None:
+    code, _, errors = submit(*TWO_NODES, *PLACES, "--backend", "trainjob")
+    assert code == 5
+    assert "--backend trainjob: namespace team of fake" in errors
+    assert "has no trainjobs.trainer.kubeflow.org" in errors
+    assert "use --backend job, which needs nothing." in errors
+
+
+def test_all_mistakes_are_told_at_once_and_nothing_is_sent(cluster: FakeCluster, submit: Submit) -> None:
+    code, output, errors = submit("--name", "One", "--memory-per-node", "4 gigs", "--env", "API_KEY=abc")
+    assert (code, output) == (5, "")
+    assert "error: 6 problems:" in errors
+    for part in (
+        "--image: name the image with metaloom that the pods run",
+        "--name: 'One'",
+        "--memory-per-node: '4 gigs' is not a quantity",
+        "did you mean 4Gi?",
+        "--env: API_KEY reads like a secret",
+        "checkpoint.url is not set, and /runs/One (--run) is on a pod's own disk: checkpoints would be lost",
+        "data.url is data/glyphs, a path that depends on where a pod starts",
+    ):
+        assert part in errors
+    assert [method for method, _, _ in cluster.requests if method != "GET"] == []
+
+
+def add_claim(cluster: FakeCluster, *modes: str) -> None:
+    cluster.add(CLAIMS, {"metadata": {"name": "shared"}, "spec": {"accessModes": list(modes)}})
+
+
+def test_a_shared_claim_holds_run_and_checkpoints(cluster: FakeCluster, submit: Submit) -> None:
+    add_claim(cluster, "ReadWriteMany")
+    words = (*TWO_NODES, "--volume", "shared:/runs", "data.url=/runs/data")
+    assert submit(*words)[0] == 0
+    container = job_of(cluster)["spec"]["template"]["spec"]["containers"][0]
+    assert "launcher.hosts.own_folders=false" in container["command"]
+
+
+NODE = {
+    "metadata": {"name": "gpu-1", "labels": {"pool": "a"}},
+    "status": {"allocatable": {"nvidia.com/gpu": "2"}},
+}
+
+
+@pytest.mark.parametrize(
+    ("prepare", "words", "message"),
+    [
+        (
+            lambda cluster: None,
+            ("--namespace", "elsewhere"),
+            "there is no namespace 'elsewhere' in fake (",
+        ),
+        (
+            lambda cluster: cluster.forbid("create", "jobs"),
+            (),
+            "you may not create jobs.batch in namespace team: ask whoever runs the cluster for a role",
+        ),
+        (
+            lambda cluster: None,
+            ("--queue", "gpus"),
+            "--queue gpus: this cluster has no queues of Kueue",
+        ),
+        (
+            lambda cluster: None,
+            ("--env-from-secret", "s3", "--image-pull-secret", "pull"),
+            "--env-from-secret s3: there is no such Secret in namespace team",
+        ),
+        (
+            lambda cluster: None,
+            ("--volume", "missing:/runs"),
+            "--volume missing: there is no such PersistentVolumeClaim in namespace team",
+        ),
+        (
+            lambda cluster: add_claim(cluster, "ReadWriteOnce"),
+            ("--volume", "shared:/runs"),
+            "--volume shared: the claim can be mounted as ReadWriteOnce, and 2 pods on several machines need "
+            "ReadWriteMany",
+        ),
+        (
+            lambda cluster: cluster.add(NODES, NODE),
+            (),
+            "--gpus-per-node 4: no node has so many nvidia.com/gpu; the most are 2, of gpu-1.",
+        ),
+        (
+            lambda cluster: cluster.add(
+                QUOTAS,
+                {
+                    "metadata": {"name": "gpus"},
+                    "spec": {"hard": {"requests.nvidia.com/gpu": "6"}},
+                    "status": {"hard": {"requests.nvidia.com/gpu": "6"}, "used": {}},
+                },
+            ),
+            (),
+            "the job needs 8 of requests.nvidia.com/gpu, and the quota gpus of namespace team allows 6",
+        ),
+    ],
+)
+def test_what_the_cluster_lacks_is_told_before_anything_is_sent(
+    prepare: Callable[[FakeCluster], object],
+    words: Sequence[str],
+    message: str,
+    cluster: FakeCluster,
+    submit: Submit,
+) -> None:
+    prepare(cluster)
+    code, output, errors = submit(*TWO_NODES, *PLACES, *words)
+    assert (code, output) == (5, "")
+    assert message in errors
+    assert cluster.objects(JOBS) == []
+    assert cluster.objects(CONFIG_MAPS) == []
+
+
+def test_what_may_not_be_looked_at_is_noted_and_the_job_is_sent(cluster: FakeCluster, submit: Submit) -> None:
+    cluster.forbid("get", "secrets")
+    cluster.forbid("get", "pods/log")
+    code, _, errors = submit(*TWO_NODES, *PLACES, "--env-from-secret", "s3")
+    assert code == 0
+    assert errors.splitlines() == [
+        "note: you may not get pods/log: metaloom jobs will tell less of this job",
+        "note: --env-from-secret: not looked for, since you may not get secrets",
+    ]
+
+
+def test_machines_that_may_come_on_demand_are_noted(cluster: FakeCluster, submit: Submit) -> None:
+    cluster.add(NODES, NODE)
+    code, _, errors = submit(
+        *TWO_NODES, *PLACES, "--node-selector", "pool=b", "--gpu-resource", "amd.com/gpu"
+    )
+    assert code == 0
+    assert "note: --node-selector: none of the cluster's 1 nodes has the labels pool=b: unless "
+    "machines" in errors
+    _, _, errors = submit(*TWO_NODES[:-1], "two", *words)
+    assert "note: no node of the cluster has amd.com/gpu now" in errors
+
+
+def test_without_preflight_nothing_is_asked(cluster: FakeCluster, submit: Submit) -> None:
+    assert submit(*TWO_NODES, *PLACES, "--env-from-secret", "s3", "--no-preflight")[0] == 0
+    assert not any("selfsubjectaccessreviews" in path for _, path, _ in cluster.requests)
+
+
+def test_secrets_travel_by_reference(cluster: FakeCluster, submit: Submit) -> None:
+    for name in ("s3", "mlflow"):
+        cluster.add(SECRETS, {"metadata": {"name": name}})
+    words = ("--env-from-secret", "s3", "--secret-files", "mlflow:/secrets/mlflow")
+    assert submit(*TWO_NODES, *PLACES, *words)[0] == 0
+    spec = job_of(cluster)["spec"]["template"]["spec"]
+    assert spec["containers"][0]["envFrom"] == [{"secretRef": {"name": "s3"}}]
+    assert {"secret": {"name": "mlflow"}} in spec["volumes"][-1]["projected"]["sources"]
+
+
+def test_a_queue_of_kueue_is_a_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, submit: Submit) -> None:
+    with FakeCluster(tmp_path, kinds=[LOCAL_QUEUES]) as cluster:
+        monkeypatch.setenv("KUBECONFIG", str(cluster.kubeconfig))
+        code, _, errors = submit(*TWO_NODES, *PLACES, "--queue", "gpus")
+        assert code == 5
+        assert "--queue gpus: there is no such LocalQueue" in errors
+        cluster.add(LOCAL_QUEUES, {"metadata": {"name": "gpus"}})
+        assert submit(*TWO_NODES, *PLACES, "--queue", "gpus")[0] == 0
+        assert job_of(cluster)["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
+
+
+def test_a_name_that_is_taken_is_refused_and_nothing_of_it_is_touched(
+    cluster: FakeCluster, submit: Submit
+) -> None:
+    submit(*TWO_NODES, *PLACES)
+    before = job_of(cluster)
+    code, _, errors = submit(*TWO_NODES, *PLACES)
+    assert code == 5
+    assert "A job of this name has been submitted before: go on with its run by --resume" in errors
+    assert job_of(cluster) == before
+    assert cluster.get(CONFIG_MAPS, "one-recipe")["metadata"]["ownerReferences"]
+
+
+def test_what_was_made_is_deleted_when_the_rest_is_refused(cluster: FakeCluster, submit: Submit) -> None:
+    cluster.refuse(403, method="POST", path="/jobs")
+    code, _, errors = submit(*TWO_NODES, *PLACES, "--no-preflight")
+    assert code == 5
+    assert "create jobs.batch 'one' in namespace 'team'" in errors
+    for resource in (CONFIG_MAPS, SERVICES, JOBS):
+        assert cluster.objects(resource) == []
+
+
+def test_a_run_whose_job_has_ended_goes_on_under_its_name(cluster: FakeCluster, submit: Submit) -> None:
+    submit(*TWO_NODES, *PLACES)
+    first = job_of(cluster)["metadata"]["uid"]
+    code, _, errors = submit(*TWO_NODES, *PLACES, "--resume")
+    assert code == 5
+    assert "--resume: the job one has not ended (" in errors
+    pods = cluster.pods("one")
+    pods.run()
+    pods.fail(0, code=4)
+    assert "Failed" in cluster.conditions(JOBS, "one")
+    code, output, errors = submit(*TWO_NODES, *PLACES, "--resume")
+    assert code == 0, errors
+    assert output.startswith("submitted one: ")
+    again = job_of(cluster)
+    assert again["metadata"]["uid"] != first
+    (owner,) = cluster.get(CONFIG_MAPS, "one-recipe")["metadata"]["ownerReferences"]
+    assert owner["uid"] == again["metadata"]["uid"]
+
+
+def test_which_run_goes_on_has_to_be_said(submit: Submit) -> None:
+    code, _, errors = submit("--image", "repository/metaloom:1", *PLACES, "--resume")
+    assert code == 5
+    assert "--resume: say which run goes on, by --name (Kubernetes) or --run." in errors
+
+
+def test_a_recipe_with_a_mistake_is_refused_before_any_cluster_is_asked(
+    cluster: FakeCluster, submit: Submit
+) -> None:
+    code, _, errors = submit(*TWO_NODES, *PLACES, "outer.num_stesp=5")
+    assert code == 2
+    assert "outer.num_stesp" in errors
+    assert cluster.requests == []
+
+
+def test_no_kubeconfig_is_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, submit: Submit
+) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    code, output, errors = submit(*TWO_NODES, *PLACES)
+    assert (code, output) == (5, "")
+    assert errors.startswith("error: there is no kubeconfig: ")
+    assert errors.count("\n") == 1
+
+
+def test_the_commands_of_clusters_import_neither_torch_nor_the_models_of_the_client(
+    cluster: FakeCluster, tmp_path: Path
+) -> None:
+    script = (
+        "import sys; from metaloom.cli import main; main(sys.argv[1:]); "
+        "print([n for n in ('torch', 'kubernetes.client.models', 'mlflow') if n in sys.modules])"
+    )
+    words = [*command()[:1], "-c", script, "submit", SMOKE, *TWO_NODES, *PLACES]
+    done = subprocess.run(words, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
