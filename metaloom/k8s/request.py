@@ -364,7 +364,7 @@ def _run_folder(request: JobRequest) -> Iterator[str]:
             yield f"--run: {folder} is where the secret {files.secret} is, which is read only"
     if volume is not None and volume.is_read_only:
         yield f"--run: {folder} is on the claim {volume.claim}, mounted to read only; leave out ':ro'"
-    if request.nodes == 1:
+    if request.nodes <= 1:
         return
     if volume is None and not request.own_folders:
         yield (

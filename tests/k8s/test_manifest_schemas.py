@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import kubernetes_validate
@@ -22,6 +24,25 @@ EVERY_VERSION = pytest.mark.parametrize("version", VERSIONS)
 EVERY_CASE = pytest.mark.parametrize("case", CASES)
 EVERY = pytest.mark.parametrize("backend", BACKENDS)
 CORE = ("ConfigMap", "Service", "Job")
+# As kubeflow-training 1.9.4 has them, which cannot be installed beside a current client of Kubernetes.
+RUN_POLICY = {
+    "activeDeadlineSeconds": int,
+    "backoffLimit": int,
+    "cleanPodPolicy": str,
+    "managedBy": str,
+    "schedulingPolicy": dict,
+    "suspend": bool,
+    "ttlSecondsAfterFinished": int,
+}
+REPLICA = {"replicas": int, "restartPolicy": str, "template": dict}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _schemas_read_once() -> Iterator[None]:
+    """The package reads a file of some megabytes for every object."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "schema_contents", functools.cache(utils.schema_contents))
+        yield
 
 
 def test_schemas_reach_from_the_oldest_supported_release_to_a_new_one() -> None:
@@ -111,3 +132,19 @@ def test_custom_resources_keep_to_the_schemas_of_their_projects(backend: str, ca
     objects = [each for each in BACKENDS[backend].build(CASES[case]) if each["kind"] in kinds]
 
     assert [kinds[each["kind"]].from_dict(each).to_dict() for each in objects] == objects
+
+
+@EVERY_CASE
+def test_a_pytorch_job_has_the_fields_that_the_operator_knows(case: str) -> None:
+    spec = BACKENDS["pytorchjob"].build(CASES[case])[-1]["spec"]
+
+    assert set(spec) == {"runPolicy", "pytorchReplicaSpecs"}
+    assert set(spec["pytorchReplicaSpecs"]) <= {"Master", "Worker"}
+    for values, fields in [
+        (spec["runPolicy"], RUN_POLICY),
+        *((replica, REPLICA) for replica in spec["pytorchReplicaSpecs"].values()),
+    ]:
+        assert {name: type(value) for name, value in values.items()} == {
+            name: fields[name] for name in values
+        }
+    assert spec["runPolicy"]["cleanPodPolicy"] in ("All", "Running", "None")
