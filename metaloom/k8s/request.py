@@ -20,6 +20,8 @@ SCRATCH = "/tmp"
 MAX_RECIPE_BYTES = 2**20
 # How long a finished job can be looked at: a week.
 DEFAULT_TTL_S = 7 * 24 * 3600
+# How long pods wait for each other.
+DEFAULT_WAIT_S = 7.0 * 24 * 3600
 # Environment variables by which a pod knows its place; the cluster sets them.
 PLACE = ("METALOOM_HOST_INDEX", "JOB_COMPLETION_INDEX")
 EFFECTS = ("NoSchedule", "PreferNoSchedule", "NoExecute")
@@ -131,6 +133,8 @@ class JobRequest:
         env_from_secrets: Secrets whose keys become environment variables.
         rdma: a resource such as rdma/hca and how many; the container then may lock memory (IPC_LOCK), which
             neither the restricted nor the baseline level of pod security allows.
+        wait_s: how long pods wait for each other: launcher.hosts.wait_s. Clusters find machines for some of
+            them long before the others.
         max_restarts: how often each pod may fail and be replaced. Pods that were taken away do not count.
         stop_within_s: how long a pod that is asked to stop has to save what it did: launcher.stop_within_s.
         ttl_s: how long the finished job stays there to be looked at; None for ever.
@@ -166,6 +170,7 @@ class JobRequest:
     secret_files: Sequence[SecretFiles] = ()
     volumes: Sequence[Volume] = ()
     rdma: tuple[str, int] | None = None
+    wait_s: float = DEFAULT_WAIT_S
     max_restarts: int = 3
     stop_within_s: float = 25.0
     ttl_s: int | None = DEFAULT_TTL_S

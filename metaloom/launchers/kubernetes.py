@@ -16,10 +16,10 @@ from metaloom.errors import LaunchError
 from metaloom.k8s.client import Cluster
 from metaloom.k8s.gathering import Gathering, NoSuchJobError
 from metaloom.k8s.kubeconfig import kubeconfig_paths
-from metaloom.k8s.manifests import BACKENDS, Backend, choose, owned_by, problems, to_yaml
+from metaloom.k8s.manifests import BACKENDS, Backend, choose, owner_reference, problems, to_yaml
 from metaloom.k8s.preflight import Finding, check_cluster, check_places
 from metaloom.k8s.refusals import AlreadyExistsError
-from metaloom.k8s.request import DEFAULT_TTL_S, JobRequest, SecretFiles, Toleration, Volume
+from metaloom.k8s.request import DEFAULT_TTL_S, DEFAULT_WAIT_S, JobRequest, SecretFiles, Toleration, Volume
 from metaloom.k8s.resources import CONFIG_MAPS, SERVICES, Resource
 from metaloom.k8s.status import ENDED
 from metaloom.launchers.base import (
@@ -332,6 +332,7 @@ class Kubernetes(Launcher):
             queue=submission.queue,
             env=submission.environment,
             stop_within_s=recipe.launcher.stop_within_s,
+            wait_s=DEFAULT_WAIT_S if recipe.launcher.hosts is None else recipe.launcher.hosts.wait_s,
             active_deadline_s=submission.time_limit_s,
             **{name: getattr(self, name) for name in own},
         )
@@ -354,8 +355,8 @@ def _send(cluster: Cluster, request: JobRequest, backend: Backend) -> None:
         (job,) = [obj for resource, obj in made if resource == backend.resource]
         for resource, obj in made:
             if resource != backend.resource:
-                owners = owned_by(obj, job)["metadata"]["ownerReferences"]
-                cluster.patch(resource, obj["metadata"]["name"], {"metadata": {"ownerReferences": owners}})
+                change = {"metadata": {"ownerReferences": [owner_reference(job)]}}
+                cluster.patch(resource, obj["metadata"]["name"], change)
     except BaseException as error:
         for resource, obj in reversed(made):
             with contextlib.suppress(LaunchError):

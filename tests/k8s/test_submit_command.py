@@ -77,6 +77,7 @@ def test_a_job_is_sent_with_all_that_it_owns(cluster: FakeCluster, submit: Submi
         "launcher.show_all_ranks=true",
         "launcher.hosts.endpoint=one-0.one:29400",
         "launcher.hosts.num_hosts=2",
+        "launcher.hosts.wait_s=604800",
         "launcher.hosts.own_folders=true",
     ]
     # The overrides are in the recipe.

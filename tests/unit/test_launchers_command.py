@@ -205,8 +205,7 @@ def test_options_without_effect_here_are_refused(submission: Submission) -> None
     assert str(raised.value).splitlines() == [
         "3 problems:",
         "  --nodes has no effect with the launcher local: give the command on each host, with "
-        "launcher.hosts; or "
-        "use another launcher.",
+        "launcher.hosts; or use another launcher.",
         "  --time-limit has no effect with the launcher local: stop the command, by Ctrl-C or SIGTERM, and "
         "go on with --resume.",
         "  --queue has no effect with the launcher local: nothing waits.",

@@ -25,6 +25,7 @@ def host_command(request: JobRequest, backend: Backend) -> list[str]:
         command += [
             f"launcher.hosts.endpoint={backend.first_host(request)}:{PORT}",
             f"launcher.hosts.num_hosts={request.nodes}",
+            f"launcher.hosts.wait_s={request.wait_s:g}",
             f"launcher.hosts.own_folders={'true' if request.own_folders else 'false'}",
         ]
     return command
