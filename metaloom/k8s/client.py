@@ -1,0 +1,618 @@
+"""Talks to a Kubernetes API server: plain dicts in and out, and every failure as one message in words.
+
+Credentials, contexts, TLS and connections are those of the official client, whose classes for objects are not
+used (nor loaded: they alone take more than a second).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import json
+import logging
+import os
+import sys
+import threading
+import time
+import types
+import urllib.parse
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from metaloom.errors import LaunchError
+from metaloom.k8s.kubeconfig import Context, kubeconfig_paths, read_context
+from metaloom.k8s.refusals import (
+    AlreadyExistsError,
+    Answer,
+    Attempt,
+    InterruptedStreamError,
+    NotServedError,
+    RefusedError,
+    UnreachableError,
+    foreign_answer,
+    is_before_sending,
+    is_lasting,
+    is_no_such_object,
+    reason_of,
+    refusal,
+    unreachable,
+)
+from metaloom.k8s.resources import ACCESS_REVIEWS, PODS, Resource
+from metaloom.k8s.streams import Lines
+from metaloom.k8s.watching import Watched
+
+__all__ = [
+    "AlreadyExistsError",
+    "Cluster",
+    "InterruptedStreamError",
+    "Lines",
+    "NotServedError",
+    "RefusedError",
+    "UnreachableError",
+]
+
+Object = dict[str, Any]
+
+SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+CONNECT_TIMEOUT_S = 10.0
+ANSWER_TIMEOUT_S = 60.0
+# A log of which nothing comes for so long is opened anew: the connection may be dead without a word.
+SILENCE_S = 120.0
+PAGE_SIZE = 500
+# A server that is busy is waited for so long in all, and for so long at once.
+PATIENCE_S = 120.0
+LONGEST_PAUSE_S = 30.0
+# Pauses before another try where no connection came about, or it broke.
+PAUSES_S = (0.2, 1.0, 3.0)
+
+
+@functools.cache
+def _official() -> types.SimpleNamespace:
+    """The parts of the official client that are used: `config`, `Configuration` and `RESTClientObject`.
+
+    Its `__init__` modules import a class for each kind of objects and each operation, 1-2 s. So its packages
+    are entered without them, and left as they were: who imports `kubernetes` elsewhere gets all of it.
+    """
+    spec = importlib.util.find_spec("kubernetes")
+    if spec is None or spec.origin is None:
+        raise LaunchError("the package kubernetes is not installed: pip install 'metaloom[k8s]'.")
+    root = Path(spec.origin).parent
+    before = {name: sys.modules[name] for name in list(sys.modules) if _is_official(name)}
+    for name in before:
+        del sys.modules[name]
+    try:
+        for name, folder in (("kubernetes", root), ("kubernetes.client", root / "client")):
+            package = types.ModuleType(name)
+            package.__path__ = [str(folder)]
+            sys.modules[name] = package
+        sys.modules["kubernetes.client.models"] = types.ModuleType("kubernetes.client.models")
+        client: Any = sys.modules["kubernetes.client"]
+        client.Configuration = importlib.import_module("kubernetes.client.configuration").Configuration
+        client.ApiClient = importlib.import_module("kubernetes.client.api_client").ApiClient
+        return types.SimpleNamespace(
+            config=importlib.import_module("kubernetes.config"),
+            incluster=importlib.import_module("kubernetes.config.incluster_config"),
+            Configuration=client.Configuration,
+            RESTClientObject=importlib.import_module("kubernetes.client.rest").RESTClientObject,
+        )
+    finally:
+        for name in [name for name in sys.modules if _is_official(name)]:
+            del sys.modules[name]
+        sys.modules.update(before)
+
+
+def _is_official(name: str) -> bool:
+    return name.partition(".")[0] == "kubernetes"
+
+
+class _Access:
+    """A way to a server: address, credentials and connections.
+
+    Args:
+        context: of a kubeconfig; None for the service account of the pod that this runs in.
+    """
+
+    def __init__(self, context: Context | None) -> None:
+        self._official = _official()
+        self._context = context
+        self._renewing = threading.Lock()
+        self._configuration: Any = None
+        self.pool: Any = None
+        self.load()
+
+    @property
+    def server(self) -> str:
+        return str(self._configuration.host)
+
+    @property
+    def user(self) -> str:
+        return self._context.user if self._context else "service account of this pod"
+
+    def load(self) -> None:
+        """Reads the credentials, anew if they were read before.
+
+        Raises:
+            LaunchError: they cannot be read.
+        """
+        configuration = self._official.Configuration()
+        # Each followed log keeps a connection.
+        configuration.connection_pool_maxsize = 1024
+        if self._context is None:
+            self._load_service_account(configuration)
+        else:
+            self._load_kubeconfig(configuration, self._context)
+        where = self._context.name if self._context else "service account"
+        try:
+            pool = self._official.RESTClientObject(configuration).pool_manager
+        except (OSError, ValueError) as error:
+            raise LaunchError(
+                f"context {where!r}: no connection can be made with its certificates: {error}."
+            ) from None
+        if self.pool is not None:
+            self.pool.clear()
+        self._configuration, self.pool = configuration, pool
+
+    def headers(self) -> dict[str, str]:
+        """What authorizes a request; credentials that expire are renewed.
+
+        Raises:
+            LaunchError: they cannot be renewed.
+        """
+        with self._renewing, self._told():
+            settings = self._configuration.auth_settings()
+        return {auth["key"]: auth["value"] for auth in settings.values() if auth["value"]}
+
+    def _load_kubeconfig(self, configuration: Any, context: Context) -> None:
+        with self._told():
+            self._official.config.load_kube_config(
+                config_file=os.pathsep.join(map(str, context.paths)),
+                context=context.name,
+                client_configuration=configuration,
+            )
+        if context.proxy:
+            configuration.proxy = context.proxy
+
+    def _load_service_account(self, configuration: Any) -> None:
+        with self._told():
+            self._official.incluster.InClusterConfigLoader(
+                token_filename=str(SERVICE_ACCOUNT / "token"), cert_filename=str(SERVICE_ACCOUNT / "ca.crt")
+            ).load_and_set(configuration)
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """What goes wrong with credentials in this context is one error; the client only logs some of it."""
+        name = f"context {self._context.name!r}" if self._context else "the service account of this pod"
+        where = f" of {os.pathsep.join(map(str, self._context.paths))}" if self._context else ""
+        logged = _Logged()
+        root = logging.getLogger()
+        root.addHandler(logged)
+        try:
+            yield
+        except LaunchError:
+            raise
+        except Exception as error:  # whatever it is, no request can be made
+            logged.messages.append(str(error) or type(error).__name__)
+        finally:
+            root.removeHandler(logged)
+        if logged.messages:
+            raise LaunchError(
+                f"{name}{where}: its credentials cannot be loaded: {'; '.join(logged.messages)}; log in to "
+                "the cluster again, or mend the entry."
+            )
+
+
+class _Logged(logging.Handler):
+    """Keeps errors that the official client logs where it should raise them."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.name == "root" and record.thread == threading.get_ident():
+            self.messages.append(" ".join(record.getMessage().split()))
+
+
+class Cluster:
+    """A namespace of a cluster.
+
+    All methods raise `LaunchError`, which says in words what failed, where, and what to do. They may be
+    called in several threads.
+
+    Attributes:
+        namespace: in which all is read and written.
+        shown: namespace, context and server, for messages.
+    """
+
+    def __init__(self, access: _Access, *, context: str, namespace: str) -> None:
+        self._access = access
+        self._place = f"{context} ({access.server})"
+        self._served: dict[str, frozenset[str]] = {}
+        self._has_told = False
+        self.namespace = namespace
+        self.shown = f"namespace {namespace} of {self._place}"
+
+    @staticmethod
+    def connect(*, context: str | None = None, namespace: str | None = None) -> Cluster:
+        """The cluster of a context of the kubeconfig; else, in a pod, the one that it runs in.
+
+        No request is made.
+
+        Args:
+            context: None for the current one.
+            namespace: None for that of the context.
+
+        Raises:
+            LaunchError: there is no kubeconfig, or it, the context or its credentials cannot be read.
+        """
+        paths = kubeconfig_paths(os.environ)
+        is_in_pod = bool(os.environ.get("KUBERNETES_SERVICE_HOST")) and context is None
+        if is_in_pod and not any(path.exists() for path in paths):
+            own = SERVICE_ACCOUNT / "namespace"
+            access = _Access(None)
+            if namespace is None:
+                namespace = own.read_text().strip() if own.exists() else "default"
+            return Cluster(access, context="this pod's cluster", namespace=namespace)
+        chosen = read_context(paths, context)
+        return Cluster(_Access(chosen), context=chosen.name, namespace=namespace or chosen.namespace)
+
+    def close(self) -> None:
+        """Ends all connections."""
+        self._access.pool.clear()
+
+    def get(self, resource: Resource, name: str) -> Object | None:
+        """An object; None where it is not there."""
+        attempt = self._attempt("get", resource, name)
+        answer = self._ask("GET", resource.path(self.namespace, _quoted(name)), attempt)
+        if is_no_such_object(answer):
+            return None
+        return _checked(answer, attempt)
+
+    def create(self, resource: Resource, obj: Object, *, dry_run: bool = False) -> Object:
+        """Makes an object; fields that the server does not know are refused.
+
+        Args:
+            dry_run: the server checks it and makes nothing.
+
+        Returns:
+            The object as the server has it.
+
+        Raises:
+            AlreadyExistsError: there is one of that name.
+        """
+        name = obj.get("metadata", {}).get("name", "")
+        attempt = self._attempt("create", resource, name)
+        query = {"fieldValidation": "Strict"} | ({"dryRun": "All"} if dry_run else {})
+        doubt = _Doubt()
+        answer = self._ask("POST", resource.path(self.namespace), attempt, query=query, body=obj, doubt=doubt)
+        if doubt.is_there and answer.status == 409:
+            # An earlier try may have made it, though its answer was lost.
+            found = self.get(resource, name)
+            if found is not None and _holds(found, obj):
+                return found
+        return _checked(answer, attempt)
+
+    def delete(self, resource: Resource, name: str) -> bool:
+        """Deletes an object, and what it owns before it; False where it was not there."""
+        attempt = self._attempt("delete", resource, name)
+        path = resource.path(self.namespace, _quoted(name))
+        body = {"kind": "DeleteOptions", "apiVersion": "v1", "propagationPolicy": "Foreground"}
+        answer = self._ask("DELETE", path, attempt, body=body)
+        if is_no_such_object(answer):
+            return False
+        _checked(answer, attempt)
+        return True
+
+    def serves(self, resource: Resource) -> bool:
+        """Whether the server has such a kind of objects."""
+        if resource.api_version not in self._served:
+            attempt = self._attempt("discover", resource, "")
+            prefix = "apis" if resource.group else "api"
+            answer = self._ask("GET", f"/{prefix}/{resource.api_version}", attempt)
+            found: frozenset[str] = frozenset()
+            if answer.status != 404:
+                kinds = _checked(answer, attempt).get("resources") or []
+                found = frozenset(str(kind.get("name")) for kind in kinds)
+            self._served[resource.api_version] = found
+        return resource.plural in self._served[resource.api_version]
+
+    def may(self, verb: str, resource: Resource, *, subresource: str = "") -> bool:
+        """Whether the user has the permission."""
+        wanted = {"verb": verb, "group": resource.group, "resource": resource.plural}
+        wanted |= {"subresource": subresource} if subresource else {}
+        wanted |= {"namespace": self.namespace} if resource.is_namespaced else {}
+        review = {
+            "apiVersion": ACCESS_REVIEWS.api_version,
+            "kind": ACCESS_REVIEWS.kind,
+            "spec": {"resourceAttributes": wanted},
+        }
+        attempt = self._attempt("create", ACCESS_REVIEWS, "")
+        answer = self._ask("POST", ACCESS_REVIEWS.path(""), attempt, body=review)
+        return bool((_checked(answer, attempt).get("status") or {}).get("allowed"))
+
+    def watch(
+        self,
+        resource: Resource,
+        *,
+        labels: Mapping[str, str] = {},
+        fields: str = "",
+        timeout_s: float | None = None,
+    ) -> Watched:
+        """What is there, and what becomes of it: ("ADDED" | "MODIFIED" | "DELETED", object).
+
+        It goes on after connections that break, the server's own timeouts and versions that the server has
+        forgotten (410); then all is listed again, and what changed meanwhile is told, deletions too. An
+        outage of up to 10 minutes is waited for.
+
+        Args:
+            timeout_s: it ends then; None: never.
+        """
+        attempt = self._attempt("watch", resource, "")
+        selectors = _selectors(labels, fields)
+
+        def list_all(outage_s: float) -> tuple[list[Object], str]:
+            return self._list(resource, labels, fields, outage_s=outage_s)
+
+        def open_stream(version: str, seconds: int, silence_s: float, outage_s: float) -> Lines | Answer:
+            query = selectors | {"watch": "1", "allowWatchBookmarks": "true"}
+            query |= {"resourceVersion": version, "timeoutSeconds": str(seconds)}
+            path = resource.path(self.namespace)
+            response = self._open(path, attempt, query=query, timeout_s=silence_s, outage_s=outage_s)
+            return Lines(response, "a watch") if response.status == 200 else _whole(response)
+
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        return Watched(list_all, open_stream, attempt, deadline)
+
+    def log(
+        self,
+        pod: str,
+        *,
+        container: str,
+        follow: bool = False,
+        tail: int | None = None,
+        since_time: str | None = None,
+        timestamps: bool = False,
+        previous: bool = False,
+    ) -> Lines:
+        """The lines of a container's log.
+
+        Args:
+            follow: until the container ends.
+            tail: the last lines alone.
+            since_time: RFC 3339; of it, the server heeds whole seconds.
+            timestamps: each line begins with its time and a space.
+            previous: of the container before it was started again in its pod.
+
+        Raises:
+            RefusedError: with status 404 the pod is not there, with 400 the container has not started.
+            InterruptedStreamError: while lines are read: the connection broke off.
+        """
+        query = {"container": container}
+        query |= {"follow": "true"} if follow else {}
+        query |= {"tailLines": str(tail)} if tail is not None else {}
+        query |= {"sinceTime": since_time} if since_time is not None else {}
+        query |= {"timestamps": "true"} if timestamps else {}
+        query |= {"previous": "true"} if previous else {}
+        attempt = self._attempt("read the log of", PODS, pod)
+        path = PODS.path(self.namespace, f"{_quoted(pod)}/log")
+        response = self._open(path, attempt, query=query, timeout_s=SILENCE_S)
+        if response.status != 200:
+            raise refusal(_whole(response), attempt)
+        return Lines(response, f"the log of pod {pod!r} on {self._place}")
+
+    # Requests.
+
+    def _attempt(self, verb: str, resource: Resource, name: str) -> Attempt:
+        namespace = self.namespace if resource.is_namespaced else ""
+        return Attempt(verb, resource, name, namespace, self._place, self._access.user)
+
+    def _list(
+        self, resource: Resource, labels: Mapping[str, str], fields: str, *, outage_s: float = 0.0
+    ) -> tuple[list[Object], str]:
+        """All objects, and the version from which a watch goes on."""
+        attempt = self._attempt("list", resource, "")
+        query = _selectors(labels, fields) | {"limit": str(PAGE_SIZE)}
+        found: list[Object] = []
+        token = ""
+        while True:
+            page = query | ({"continue": token} if token else {})
+            path = resource.path(self.namespace)
+            answer = self._ask("GET", path, attempt, query=page, outage_s=outage_s)
+            if answer.status == 410 and token:
+                # The pages took longer than the server keeps versions. In one piece it takes no token.
+                found, token = [], ""
+                query.pop("limit", None)
+                continue
+            listed = _checked(answer, attempt)
+            metadata = listed.get("metadata") or {}
+            for item in listed.get("items") or []:
+                found.append({"apiVersion": resource.api_version, "kind": resource.kind} | item)
+            token = metadata.get("continue") or ""
+            if not token:
+                return found, str(metadata.get("resourceVersion") or "")
+
+    def _ask(
+        self,
+        method: str,
+        path: str,
+        attempt: Attempt,
+        *,
+        query: Mapping[str, str] = {},
+        body: Object | None = None,
+        outage_s: float = 0.0,
+        doubt: _Doubt | None = None,
+    ) -> Answer:
+        """The whole answer, of whatever status."""
+        answer: Answer = self._tried(
+            lambda: _whole(self._send(method, path, query, body, ANSWER_TIMEOUT_S)),
+            attempt,
+            outage_s=outage_s,
+            doubt=doubt,
+        )
+        return answer
+
+    def _open(
+        self,
+        path: str,
+        attempt: Attempt,
+        *,
+        query: Mapping[str, str],
+        timeout_s: float,
+        outage_s: float = 0.0,
+    ) -> Any:
+        """The answer to be read as it comes, of whatever status."""
+        return self._tried(
+            lambda: self._send("GET", path, query, None, timeout_s), attempt, outage_s=outage_s
+        )
+
+    def _send(
+        self, method: str, path: str, query: Mapping[str, str], body: Object | None, timeout_s: float
+    ) -> Any:
+        import urllib3
+
+        headers = {"Accept": "application/json", "User-Agent": "metaloom"} | self._access.headers()
+        if body is not None:
+            headers["Content-Type"] = "application/json"
+        url = self._access.server + path + (f"?{urllib.parse.urlencode(query)}" if query else "")
+        return self._access.pool.request(
+            method,
+            url,
+            body=None if body is None else json.dumps(body),
+            headers=headers,
+            preload_content=False,
+            retries=False,
+            redirect=False,
+            timeout=urllib3.Timeout(connect=CONNECT_TIMEOUT_S, read=timeout_s),
+        )
+
+    def _tried(
+        self,
+        send: Callable[[], Any],
+        attempt: Attempt,
+        *,
+        outage_s: float,
+        doubt: _Doubt | None = None,
+    ) -> Any:
+        """The answer, after as many tries as are due.
+
+        Args:
+            outage_s: a server that cannot be reached is tried for so long, in place of a few times.
+            doubt: learns whether a try that failed may have reached the server.
+        """
+        import urllib3
+
+        begin = time.monotonic()
+        num_broken = num_busy = 0
+        has_logged_in = False
+        while True:
+            try:
+                answer = send()
+            except (urllib3.exceptions.HTTPError, OSError) as error:
+                if doubt is not None and not is_before_sending(error):
+                    doubt.is_there = True
+                num_broken += 1
+                is_over = num_broken > len(PAUSES_S) and time.monotonic() - begin > outage_s
+                if is_over or is_lasting(error):
+                    raise unreachable(error, attempt) from None
+                if num_broken > 1 and outage_s:
+                    self.tell_once(f"{self._place} cannot be reached ({reason_of(error)}): trying again")
+                time.sleep(PAUSES_S[min(num_broken, len(PAUSES_S)) - 1])
+                continue
+            if answer.status == 401 and not has_logged_in:
+                # A token may have been taken back before its time; another may be in the kubeconfig by now.
+                has_logged_in = True
+                _drop(answer)
+                self._access.load()
+                continue
+            if answer.status in (429, 503):
+                pause_s = _pause_s(answer, num_busy)
+                if time.monotonic() - begin + pause_s <= max(PATIENCE_S, outage_s):
+                    num_busy += 1
+                    self.tell_once(
+                        f"{self._place} is busy ({answer.status}): trying again, first in {pause_s:g} s"
+                    )
+                    _drop(answer)
+                    time.sleep(pause_s)
+                    continue
+            return answer
+
+    def tell_once(self, message: str) -> None:
+        """Prints why things are slow, the first time."""
+        if not self._has_told:
+            self._has_told = True
+            print(message, file=sys.stderr, flush=True)
+
+    # Last, since its name hides the type's from annotations.
+    def list(self, resource: Resource, *, labels: Mapping[str, str] = {}, fields: str = "") -> list[Object]:
+        """All objects that have the labels, page by page."""
+        return self._list(resource, labels, fields)[0]
+
+
+@dataclasses.dataclass
+class _Doubt:
+    """Whether a try that failed may yet have done what it asked for."""
+
+    is_there: bool = False
+
+
+def _selectors(labels: Mapping[str, str], fields: str) -> dict[str, str]:
+    query = {"labelSelector": ",".join(f"{key}={value}" for key, value in labels.items())}
+    return {key: value for key, value in (query | {"fieldSelector": fields}).items() if value}
+
+
+def _quoted(name: str) -> str:
+    return urllib.parse.quote(name, safe="")
+
+
+def _checked(answer: Answer, attempt: Attempt) -> Object:
+    """The object that an answer holds.
+
+    Raises:
+        LaunchError: it is no success, or no object.
+    """
+    if not 200 <= answer.status < 300:
+        raise refusal(answer, attempt)
+    if answer.object is None:
+        raise foreign_answer(answer, attempt)
+    return answer.object
+
+
+def _whole(response: Any) -> Answer:
+    try:
+        content = response.read()
+    except BaseException:
+        response.close()
+        raise
+    response.release_conn()
+    kind, retry_after = response.headers.get("Content-Type", ""), response.headers.get("Retry-After", "")
+    return Answer(response.status, kind, content, retry_after)
+
+
+def _drop(answer: Any) -> None:
+    if not isinstance(answer, Answer):
+        answer.close()
+
+
+def _pause_s(answer: Any, num_before: int) -> float:
+    """How long a busy server wants to be left alone; it may not say."""
+    told = answer.retry_after if isinstance(answer, Answer) else answer.headers.get("Retry-After", "")
+    try:
+        wanted = float(told)
+    except ValueError:
+        wanted = 2.0**num_before
+    return min(max(wanted, 0.1), LONGEST_PAUSE_S)
+
+
+def _holds(found: Any, wanted: Any) -> bool:
+    """Whether an object has all that was sent; the server has added to it."""
+    if isinstance(wanted, dict):
+        return isinstance(found, dict) and all(
+            key in found and _holds(found[key], value) for key, value in wanted.items()
+        )
+    if isinstance(wanted, list):
+        return isinstance(found, list) and len(found) == len(wanted) and all(map(_holds, found, wanted))
+    return bool(found == wanted)
