@@ -10,8 +10,8 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Generator, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 from metaloom.arguments import add_command
 from metaloom.errors import LaunchError
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from metaloom.arguments import Commands
     from metaloom.k8s.client import Cluster
     from metaloom.k8s.gathering import Found, Gathering
+    from metaloom.k8s.logs import LogLine
     from metaloom.k8s.status import Status
 
 EXAMPLES = """\
@@ -135,7 +136,7 @@ def _progress(status: Status) -> str:
 def _status(arguments: argparse.Namespace) -> int:
     with _connected(arguments) as (_, gathering), _left_running(arguments, "status", "--watch"):
         if not arguments.watch:
-            status = gathering.status(gathering.job(arguments.name), _now())
+            _, status = gathering.status(arguments.name, _now())
             _tell_notes(gathering)
             _print(arguments, status)
             return 0
@@ -238,7 +239,7 @@ def _statuses(gathering: Gathering, name: str, *, timeout_s: float | None = None
     heard = None
     while True:
         try:
-            status = gathering.status(gathering.job(name), _now())
+            _, status = gathering.status(name, _now())
         except UnreachableError as error:
             if heard is None or time.monotonic() - heard > OUTAGE_S:
                 raise
@@ -278,7 +279,8 @@ def _logs(arguments: argparse.Namespace) -> int:
             is_over=lambda: _is_over(gathering, arguments.name),
         )
         num_lines = 0
-        with contextlib.closing(lines):
+        # A generator: Ctrl-C in between its lines has to end its connections.
+        with contextlib.closing(cast("Generator[LogLine, None, None]", lines)):
             for line in lines:
                 at = None if since is None else time_of(line.timestamp)
                 if since is None or at is None or at >= since:
@@ -300,10 +302,9 @@ def _check_rank(rank: int | None, found: Found) -> None:
 
 def _is_over(gathering: Gathering, name: str) -> bool:
     from metaloom.k8s.gathering import NoSuchJobError
-    from metaloom.k8s.top_state import read_top
 
     try:
-        return read_top(gathering.job(name).top).outcome is not None
+        return gathering.job(name).is_over
     except NoSuchJobError:
         return True
 
@@ -315,7 +316,7 @@ def _tell_end(arguments: argparse.Namespace, gathering: Gathering, num_lines: in
     if num_lines and not arguments.follow:
         return
     try:
-        words = gathering.status(gathering.job(arguments.name), _now()).headline
+        words = gathering.status(arguments.name, _now())[1].headline
     except NoSuchJobError:
         words = "deleted"
     nothing = "" if num_lines else "nothing was printed; "
@@ -332,11 +333,10 @@ def _cancel(arguments: argparse.Namespace) -> int:
 
     with _connected(arguments) as (cluster, gathering):
         try:
-            found = gathering.job(arguments.name)
+            found, status = gathering.status(arguments.name, _now())
         except NoSuchJobError as error:
             print(f"nothing to cancel: {error}")
             return 0
-        status = gathering.status(found, _now())
         what = f"{found.resource.kind} {found.name} in {cluster.shown}"
         if status.state in ENDED and not arguments.finished:
             print(f"nothing to cancel: {found.name} has ended ({status.headline})")

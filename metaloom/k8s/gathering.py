@@ -19,16 +19,16 @@ from metaloom.k8s.resources import (
     PODS,
     PYTORCH_JOBS,
     TRAIN_JOBS,
-    WORKLOADS,
     Resource,
 )
 from metaloom.k8s.status import Status, read_status
-from metaloom.k8s.top_state import QUEUE_LABEL
+from metaloom.k8s.top_state import QUEUE_LABEL, read_top
 
 if TYPE_CHECKING:
     from metaloom.k8s.client import Cluster
 
 T = TypeVar("T")
+WORKLOADS = Resource("kueue.x-k8s.io", "v1beta1", "Workload", "workloads")
 KINDS = (JOBS, JOB_SETS, PYTORCH_JOBS, TRAIN_JOBS)
 MANAGED = {"app.kubernetes.io/managed-by": "metaloom"}
 JOB_LABEL = "metaloom/job"
@@ -49,6 +49,11 @@ class Found:
     @property
     def name(self) -> str:
         return str(self.top["metadata"]["name"])
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the job has ended, as its object says."""
+        return read_top(self.top).outcome is not None
 
     @property
     def labels(self) -> dict[str, str]:
@@ -84,8 +89,8 @@ class Gathering:
             found += [Found(kind, one) for one in objects if not one["metadata"].get("ownerReferences")]
         if refusals and len(refusals) == len(self._kinds()):
             raise refusals[0]
-        for error in refusals:
-            self._note(str(error))
+        for refusal in refusals:
+            self._note(str(refusal))
         return sorted(found, key=lambda one: str(one.top["metadata"].get("creationTimestamp")), reverse=True)
 
     def job(self, name: str) -> Found:
@@ -114,11 +119,22 @@ class Gathering:
             raise refusals[0]
         raise NoSuchJobError(self._missing(name))
 
-    def status(self, found: Found, now: datetime.datetime) -> Status:
-        """What is going on with a job."""
-        pods = self._cluster.list(PODS, labels=found.labels)
-        events = self._listed(EVENTS)
-        return self._read(found, pods, events, self._log_tail(pods), now)
+    def status(self, name: str, now: datetime.datetime) -> tuple[Found, Status]:
+        """A job, and what is going on with it.
+
+        Its object is read before and after the rest: a job that ends in between is told by what its pods had
+        come to at its end, and not by what they were before.
+
+        Raises:
+            NoSuchJobError: there is none.
+        """
+        found = self.job(name)
+        while True:
+            pods = self._cluster.list(PODS, labels=found.labels)
+            events, tail = self._listed(EVENTS), self._log_tail(pods)
+            was_over, found = found.is_over, self.job(name)
+            if found.is_over == was_over:
+                return found, self._read(found, pods, events, tail, now)
 
     def statuses(self, jobs: Sequence[Found], now: datetime.datetime) -> list[Status]:
         """What is going on with several jobs; of the logs, only those of jobs that run are read."""
