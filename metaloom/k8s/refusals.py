@@ -137,6 +137,10 @@ def refusal(answer: Answer, attempt: Attempt) -> LaunchError:
             f"namespace {attempt.namespace}), or name another with --namespace."
         )
         return RefusedError(told, status=404, reason=reason)
+    if answer.status == 404:
+        where = f" in namespace {attempt.namespace!r}" if attempt.namespace else ""
+        message = f"there is no {attempt.resource.full_name} {attempt.name!r}{where} on {attempt.cluster} (any more)."
+        return RefusedError(message, status=404, reason=reason)
     if answer.status == 409 and reason == "AlreadyExists":
         message = (
             f"cannot {attempt.words}: there is one of that name already; choose another name, or delete that "
