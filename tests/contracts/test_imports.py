@@ -71,7 +71,8 @@ EDGES = {
         "metaloom.tracking",
     },
     "metaloom.launchers": {ERRORS, RECIPE, "metaloom.run_folder", "metaloom.k8s"},
-    "metaloom.k8s": {ERRORS, RECIPE},
+    # The version is written on a job.
+    "metaloom.k8s": {"metaloom", CREDENTIALS, ERRORS, RECIPE},
 }
 # What the modules under a name may import from outside, besides the standard library.
 OUTSIDE = {
@@ -88,6 +89,8 @@ OUTSIDE = {
     RECIPE: {"pydantic", "pydantic_core", "yaml"},
     "metaloom.run_folder": set[str](),
     "metaloom.launchers": set[str](),
+    # The connections of the client, through which it is spoken to.
+    "metaloom.k8s": {"kubernetes", "urllib3", "yaml"},
 }
 # Where alone a package may be imported.
 ONLY_IN = {
@@ -127,8 +130,10 @@ TORCH_FREE = (
     "metaloom.export.request",
     "metaloom.export_command",
     "metaloom.files",
+    "metaloom.jobs_command",
     "metaloom.k8s",
     "metaloom.launchers",
+    "metaloom.launchers_command",
     "metaloom.new_task.rehearsal",
     "metaloom.new_task.request",
     "metaloom.new_task.task",
@@ -143,6 +148,7 @@ TORCH_FREE = (
     "metaloom.recipe",
     "metaloom.run_folder",
     "metaloom.sources",
+    "metaloom.submit_command",
     "metaloom.tracking",
 )
 

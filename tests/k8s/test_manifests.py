@@ -9,7 +9,7 @@ import pytest
 import yaml
 from hypothesis import strategies as st
 
-from metaloom.k8s.manifests import BACKENDS, choose, host_command, owned_by, problems, to_yaml
+from metaloom.k8s.manifests import BACKENDS, choose, host_command, owner_reference, problems, to_yaml
 from metaloom.k8s.manifests.command import literal
 from metaloom.k8s.request import JobRequest, Volume
 from metaloom.k8s.resources import JOB_SETS, JOBS, Resource
@@ -408,23 +408,17 @@ def test_a_name_that_is_none_is_told_with_one_that_is() -> None:
 
 
 def test_what_is_owned_is_deleted_with_its_owner_and_does_not_hold_it_up() -> None:
-    config_map, _, job = BACKENDS["job"].build(SMALL)
+    _, _, job = BACKENDS["job"].build(SMALL)
     created = {**job, "metadata": {**job["metadata"], "uid": "1-2-3"}}
 
-    owned = owned_by(config_map, created)
-
-    assert owned["metadata"]["ownerReferences"] == [
-        {
-            "apiVersion": "batch/v1",
-            "kind": "Job",
-            "name": "glyphs",
-            "uid": "1-2-3",
-            "controller": False,
-            "blockOwnerDeletion": False,
-        }
-    ]
-    assert "ownerReferences" not in config_map["metadata"]
-    assert {**owned, "metadata": None} == {**config_map, "metadata": None}
+    assert owner_reference(created) == {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "name": "glyphs",
+        "uid": "1-2-3",
+        "controller": False,
+        "blockOwnerDeletion": False,
+    }
 
 
 @pytest.mark.parametrize(("served", "name"), [({JOBS}, "job"), ({JOBS, JOB_SETS}, "jobset")])

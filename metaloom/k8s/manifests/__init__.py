@@ -8,7 +8,7 @@ from metaloom.k8s import request as requests
 from metaloom.k8s.manifests import job, jobset, pytorchjob, trainjob
 from metaloom.k8s.manifests.backend import Backend
 from metaloom.k8s.manifests.command import host_command
-from metaloom.k8s.manifests.identity import owned_by, owner_reference
+from metaloom.k8s.manifests.identity import owner_reference
 from metaloom.k8s.manifests.text import to_yaml
 from metaloom.k8s.names import service_name_fault
 from metaloom.k8s.request import JobRequest
@@ -19,7 +19,6 @@ __all__ = [
     "Backend",
     "choose",
     "host_command",
-    "owned_by",
     "owner_reference",
     "problems",
     "to_yaml",

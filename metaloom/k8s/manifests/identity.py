@@ -64,8 +64,3 @@ def owner_reference(owner: Mapping[str, Any]) -> dict[str, Any]:
         "controller": False,
         "blockOwnerDeletion": False,
     }
-
-
-def owned_by(obj: Mapping[str, Any], owner: Mapping[str, Any]) -> dict[str, Any]:
-    """The object with its `owner_reference`; the given one is left as it is."""
-    return {**obj, "metadata": {**obj["metadata"], "ownerReferences": [owner_reference(owner)]}}

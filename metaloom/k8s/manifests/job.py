@@ -16,7 +16,7 @@ def build(request: JobRequest) -> list[dict[str, Any]]:
     """The recipe's ConfigMap, a headless Service and the Job.
 
     The Job alone is deleted after its time, or by whoever cancels it. The others go with it once they are
-    `owned_by` it, which takes the uid that it has when it is created: the sender sees to that.
+    given its `owner_reference`, with the uid that it has when it is created: the sender sees to that.
 
     A pod that fails is replaced, and the new one meets the others, which wait for it. The one that failed is
     to be gone first (podReplacementPolicy): the next one has its host name, its index and its volumes.
