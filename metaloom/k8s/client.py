@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from metaloom.errors import LaunchError
+from metaloom.k8s import watching
 from metaloom.k8s.kubeconfig import Context, kubeconfig_paths, read_context
 from metaloom.k8s.refusals import (
     AlreadyExistsError,
@@ -228,8 +229,11 @@ class Cluster:
         shown: namespace, context and server, for messages.
     """
 
-    def __init__(self, access: _Access, *, context: str, namespace: str) -> None:
+    def __init__(self, access: _Access, *, context: str, namespace: str, outage_s: float = 0.0) -> None:
         self._access = access
+        self._context = context
+        self._outage_s = outage_s
+        self._is_closed = threading.Event()
         self._place = f"{context} ({access.server})"
         self._served: dict[str, frozenset[str]] = {}
         self._has_told = False
@@ -260,15 +264,22 @@ class Cluster:
         chosen = read_context(paths, context)
         return Cluster(_Access(chosen), context=chosen.name, namespace=namespace or chosen.namespace)
 
+    def patient(self) -> Cluster:
+        """The same, with requests that wait for a server that is away: for 10 minutes, or until it is closed."""
+        return Cluster(
+            self._access, context=self._context, namespace=self.namespace, outage_s=watching.OUTAGE_S
+        )
+
     def close(self) -> None:
-        """Ends all connections."""
+        """Ends connections, and requests that wait to be tried again."""
+        self._is_closed.set()
         self._access.pool.clear()
 
     def get(self, resource: Resource, name: str) -> Object | None:
         """An object; None where it is not there."""
         attempt = self._attempt("get", resource, name)
         answer = self._ask("GET", resource.path(self.namespace, _quoted(name)), attempt)
-        if is_no_such_object(answer):
+        if is_no_such_object(answer, attempt):
             return None
         return _checked(answer, attempt)
 
@@ -302,7 +313,7 @@ class Cluster:
         path = resource.path(self.namespace, _quoted(name))
         body = {"kind": "DeleteOptions", "apiVersion": "v1", "propagationPolicy": "Foreground"}
         answer = self._ask("DELETE", path, attempt, body=body)
-        if is_no_such_object(answer):
+        if is_no_such_object(answer, attempt):
             return False
         _checked(answer, attempt)
         return True
@@ -505,6 +516,7 @@ class Cluster:
         """
         import urllib3
 
+        outage_s = max(outage_s, self._outage_s)
         begin = time.monotonic()
         num_broken = num_busy = 0
         has_logged_in = False
@@ -515,12 +527,12 @@ class Cluster:
                 if doubt is not None and not is_before_sending(error):
                     doubt.is_there = True
                 num_broken += 1
-                is_over = num_broken > len(PAUSES_S) and time.monotonic() - begin > outage_s
-                if is_over or is_lasting(error):
+                is_over = num_broken > len(PAUSES_S) and time.monotonic() - begin >= outage_s
+                if is_over or is_lasting(error) or self._is_closed.is_set():
                     raise unreachable(error, attempt) from None
                 if num_broken > 1 and outage_s:
-                    self.tell_once(f"{self._place} cannot be reached ({reason_of(error)}): trying again")
-                time.sleep(PAUSES_S[min(num_broken, len(PAUSES_S)) - 1])
+                    self._tell(f"{self._place} cannot be reached ({reason_of(error)}): trying again")
+                self._pause(PAUSES_S[min(num_broken, len(PAUSES_S)) - 1])
                 continue
             if answer.status == 401 and not has_logged_in:
                 # A token may have been taken back before its time; another may be in the kubeconfig by now.
@@ -530,17 +542,21 @@ class Cluster:
                 continue
             if answer.status in (429, 503):
                 pause_s = _pause_s(answer, num_busy)
-                if time.monotonic() - begin + pause_s <= max(PATIENCE_S, outage_s):
+                waited_s = time.monotonic() - begin + pause_s
+                if waited_s <= max(PATIENCE_S, outage_s) and not self._is_closed.is_set():
                     num_busy += 1
-                    self.tell_once(
+                    self._tell(
                         f"{self._place} is busy ({answer.status}): trying again, first in {pause_s:g} s"
                     )
                     _drop(answer)
-                    time.sleep(pause_s)
+                    self._pause(pause_s)
                     continue
             return answer
 
-    def tell_once(self, message: str) -> None:
+    def _pause(self, seconds: float) -> None:
+        self._is_closed.wait(seconds)
+
+    def _tell(self, message: str) -> None:
         """Prints why things are slow, the first time."""
         if not self._has_told:
             self._has_told = True

@@ -20,10 +20,10 @@ from typing import Any
 
 from metaloom.errors import LaunchError
 from metaloom.k8s.client import Cluster
-from metaloom.k8s.refusals import InterruptedStreamError, RefusedError, UnreachableError
+from metaloom.k8s.refusals import InterruptedStreamError, RefusedError
 from metaloom.k8s.resources import PODS
 from metaloom.k8s.streams import Lines
-from metaloom.k8s.watching import OUTAGE_S, Watched
+from metaloom.k8s.watching import Watched
 
 Object = dict[str, Any]
 
@@ -95,17 +95,20 @@ def merged(
             iterator is closed before (or Ctrl-C raises in it), no connection is left.
         rank: lines of that rank alone.
         tail: of each pod, only so many of the lines that are there.
-        is_over: whether the job makes no more pods; asked now and then while following. None: it is when
-            there were pods, and all of them have ended.
+        is_over: whether the job makes no more pods; asked now and then while following (of a `patient`
+            cluster, so that an outage does not end it). None: it is when there were pods, and all have ended.
 
     Raises:
         LaunchError: the cluster cannot be asked.
     """
     pods = [_Pod(obj) for obj in cluster.list(PODS, labels=labels)]
     pods.sort(key=lambda pod: (pod.node, pod.object["metadata"].get("creationTimestamp") or ""))
-    yield from _history(cluster, pods, rank, tail)
-    if follow:
-        with contextlib.closing(_Following(cluster, labels, pods, rank, tail, is_over)) as following:
+    if not follow:
+        yield from _history(cluster, pods, rank, tail)
+        return
+    with contextlib.closing(cluster.patient()) as patient:
+        yield from _history(patient, pods, rank, tail)
+        with contextlib.closing(_Following(patient, labels, pods, rank, tail, is_over)) as following:
             yield from following.lines()
 
 
@@ -260,6 +263,7 @@ class _Following:
     """Threads that read the logs of all pods, one each, and one that watches for new pods.
 
     Args:
+        cluster: that is patient; it is closed with this.
         pods: whose lines were told up to their places.
     """
 
@@ -285,7 +289,6 @@ class _Following:
         self._error: LaunchError | None = None
         self._is_ending = False
         self._is_closed = False
-        self._reached = time.monotonic()
         for pod in pods:
             self._begin(pod, tail if rank is None else None)
         self._watch: Watched = cluster.watch(PODS, labels=labels)
@@ -310,6 +313,7 @@ class _Following:
         """Ends all threads and connections; what was not told by then is dropped."""
         self._is_closed = True
         self._end()
+        self._cluster.close()
         # One that just waits for an answer ends when that comes; no thread keeps the process.
         deadline = time.monotonic() + CLOSING_S
         while self._has_threads() and time.monotonic() < deadline:
@@ -407,18 +411,11 @@ class _Following:
             if error.status not in (NOT_STARTED, NOT_THERE):
                 raise
             return error.status == NOT_THERE
-        except UnreachableError as error:
-            if time.monotonic() - self._reached > OUTAGE_S:
-                raise
-            self._cluster.tell_once(f"{error} Trying again.")
-            return True
-        self._reached = time.monotonic()
         return True
 
     def _is_same(self, pod: _Pod) -> bool:
         """Whether the pod of that name still is that pod; sees how it is."""
         obj = self._cluster.get(PODS, pod.name)
-        self._reached = time.monotonic()
         if obj is None or obj["metadata"]["uid"] != pod.uid:
             pod.is_gone = True
             return False

@@ -10,7 +10,7 @@ import ssl
 from typing import Any
 
 from metaloom.errors import LaunchError
-from metaloom.k8s.resources import Resource
+from metaloom.k8s.resources import NAMESPACES, Resource
 
 
 class RefusedError(LaunchError):
@@ -105,11 +105,11 @@ class Answer:
         return repr(text[:120] + ("..." if len(text) > 120 else ""))
 
 
-def is_no_such_object(answer: Answer) -> bool:
-    """Whether a 404 says that an object is not there; else the kind of it, or a namespace, is not."""
-    status = answer.status_object
-    details = status.get("details") or {}
-    return answer.status == 404 and bool(details.get("name")) and details.get("kind") != "namespaces"
+def is_no_such_object(answer: Answer, attempt: Attempt) -> bool:
+    """Whether a 404 says that the object is not there; else the kind of it, or its namespace, is not."""
+    details = answer.status_object.get("details") or {}
+    is_about_namespace = details.get("kind") == "namespaces" and attempt.resource != NAMESPACES
+    return answer.status == 404 and bool(details.get("name")) and not is_about_namespace
 
 
 def foreign_answer(answer: Answer, attempt: Attempt) -> UnreachableError:
@@ -129,14 +129,8 @@ def refusal(answer: Answer, attempt: Attempt) -> LaunchError:
         return foreign_answer(answer, attempt)
     reason = str(status.get("reason") or "")
     told = str(status.get("message") or "") or f"HTTP {answer.status}"
-    if answer.status == 404 and not is_no_such_object(answer):
-        if (status.get("details") or {}).get("kind") != "namespaces":
-            return NotServedError(_not_served(attempt), status=404, reason=reason)
-        told = (
-            f"there is no namespace {attempt.namespace!r} on {attempt.cluster}: make it (kubectl create "
-            f"namespace {attempt.namespace}), or name another with --namespace."
-        )
-        return RefusedError(told, status=404, reason=reason)
+    if answer.status == 404:
+        return _missing(answer, attempt)
     if answer.status == 409 and reason == "AlreadyExists":
         message = (
             f"cannot {attempt.words}: there is one of that name already; choose another name, or delete that "
@@ -156,6 +150,21 @@ def refusal(answer: Answer, attempt: Attempt) -> LaunchError:
             f"cannot {attempt.words}: the API server answered {answer.status} ({told}); try again later."
         )
     return RefusedError(message, status=answer.status, reason=reason)
+
+
+def _missing(answer: Answer, attempt: Attempt) -> RefusedError:
+    reason = str(answer.status_object.get("reason") or "")
+    where = f" in namespace {attempt.namespace!r}" if attempt.namespace else ""
+    if is_no_such_object(answer, attempt):
+        named = f"{attempt.resource.full_name} {attempt.name!r}"
+        return RefusedError(f"there is no {named}{where} on {attempt.cluster}.", status=404, reason=reason)
+    if (answer.status_object.get("details") or {}).get("kind") != "namespaces":
+        return NotServedError(_not_served(attempt), status=404, reason=reason)
+    message = (
+        f"there is no namespace {attempt.namespace!r} on {attempt.cluster}: make it (kubectl create "
+        f"namespace {attempt.namespace}), or name another with --namespace."
+    )
+    return RefusedError(message, status=404, reason=reason)
 
 
 def _unauthorized(attempt: Attempt, told: str, status: dict[str, Any]) -> str:
@@ -185,7 +194,7 @@ def _forbidden(attempt: Attempt, told: str, status: dict[str, Any]) -> str:
             f"cannot {attempt.words}: the namespace is being deleted ({told}); name another with --namespace."
         )
     return (
-        f"cannot {attempt.words}: it is forbidden ({told}); change what that names, or ask those who run the "
+        f"cannot {attempt.words}: it is forbidden ({told}); change what that names, or ask who runs the "
         "cluster."
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 from metaloom.k8s.refusals import InterruptedStreamError, reason_of
@@ -23,7 +23,7 @@ class Lines:
         self._response = response
         self._what = what
         self._is_closed = False
-        self._lines = self._read()
+        self._lines: Generator[str, None, None] = self._read()
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -34,9 +34,15 @@ class Lines:
     def close(self) -> None:
         """Ends the connection, also under a thread that waits for a line."""
         self._is_closed = True
-        hang_up(self._response)
+        _wake(self._response)
+        try:
+            self._lines.close()
+        except ValueError:
+            # A thread is in it. It wakes, and closes the rest itself: here that would wait for its lock.
+            return
+        self._response.close()
 
-    def _read(self) -> Iterator[str]:
+    def _read(self) -> Generator[str, None, None]:
         import urllib3
 
         kept = b""
@@ -56,20 +62,18 @@ class Lines:
                 raise
             raise InterruptedStreamError(f"{self._what} broke off: {reason_of(error)}.") from None
         finally:
-            hang_up(self._response)
+            _wake(self._response)
+            self._response.close()
         if kept:
             yield _text(kept)
 
 
-def hang_up(response: Any) -> None:
-    connection = response.connection
-    sock = getattr(connection, "sock", None)
+def _wake(response: Any) -> None:
+    """Ends the connection for good: closing alone would not wake a thread that waits for its next bytes."""
+    sock = getattr(response.connection, "sock", None)
     if sock is not None:
-        # Closing alone would not wake a thread that waits for the next bytes.
         with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_RDWR)
-    with contextlib.suppress(OSError):
-        response.close()
 
 
 def _text(line: bytes) -> str:

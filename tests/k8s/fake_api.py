@@ -17,7 +17,7 @@ operators: `FakeCluster(tmp_path, kinds=[JOB_SETS])` serves their kinds, a test 
 and writes their status with `set_status`. A Job with the label of a Kueue queue is suspended where
 LOCAL_QUEUES are served, until `cluster.admit(JOB)`.
 
-Faults: `refuse(429, times=2, retry_after_s=1)`, `refuse(503, body="<html>...")`, `reset(times=1)`,
+Faults: `refuse(429, times=2, retry_after_s=1)`, `refuse(503, body="<html>...")`, `reset()`,
 `close_streams()` (watches and followed logs break off), `expire_versions()` (410 Gone), `forbid("create",
 "jobs")`, `cluster.token = "another"` (401), `cluster.add(QUOTAS, ...)`; `cluster.log_chunk_bytes` and
 `cluster.log_delay_s` make logs slow. `cluster.requests` are all requests: (method, path, query).
@@ -30,8 +30,10 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import io
 import json
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -68,7 +70,11 @@ S = TypeVar("S", bound="FakeCluster")
 
 @dataclasses.dataclass
 class Fault:
-    """What becomes of the next requests that it fits: an answer of that status, or a reset (status 0)."""
+    """What becomes of the next requests that it fits: an answer of that status, or a reset (status 0).
+
+    Attributes:
+        is_done: whether what the request asks for is done before the reset.
+    """
 
     status: int
     times: int
@@ -76,6 +82,7 @@ class Fault:
     path: str
     retry_after_s: int | None
     body: str | None
+    is_done: bool = False
 
     def fits(self, method: str, path: str) -> bool:
         return self.times > 0 and self.method in ("", method) and self.path in path
@@ -88,6 +95,7 @@ class FakeCluster:
         folder: for the kubeconfig.
         namespace: of the kubeconfig's context; it exists.
         kinds: that operators would have brought.
+        tls: with the certificate of a server that speaks TLS; the kubeconfig has no authority for it.
         starts_pods: whether each pod of a Job runs at once; else it waits for `pods(JOB).run()`.
     """
 
@@ -98,6 +106,7 @@ class FakeCluster:
         namespace: str = "team",
         kinds: Sequence[Resource] = (),
         starts_pods: bool = False,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self.store = Store()
         self.kubelet = Kubelet(self.store)
@@ -112,10 +121,14 @@ class FakeCluster:
         self.gone_as_status = False
         self.is_ending = False
         self.stream_age = 0
+        self.num_pages_left: int | None = None
         self.pages: dict[str, tuple[list[Object], int]] = {}
         self._faults: list[Fault] = []
         self._forbidden: list[tuple[str, str, str]] = []
         self._server = _Server(self)
+        self._scheme = "http" if tls is None else "https"
+        if tls is not None:
+            self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
         for name in ("default", "kube-system", namespace):
             self.store.create(NAMESPACES, CLUSTER_WIDE, {"metadata": {"name": name}})
@@ -139,7 +152,7 @@ class FakeCluster:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
+        return f"{self._scheme}://127.0.0.1:{self._server.server_address[1]}"
 
     def config(self) -> Object:
         """A kubeconfig with one context, to be changed and written."""
@@ -250,9 +263,13 @@ class FakeCluster:
         """
         self._faults.append(Fault(status, times, method, path, retry_after_s, body))
 
-    def reset(self, *, times: int = 1, method: str = "", path: str = "") -> None:
-        """The connections of the next requests are reset without an answer."""
-        self._faults.append(Fault(0, times, method, path, None, None))
+    def reset(self, *, times: int = 1, method: str = "", path: str = "", is_done: bool = False) -> None:
+        """The connections of the next requests are reset without an answer.
+
+        Args:
+            is_done: what they ask for is done before.
+        """
+        self._faults.append(Fault(0, times, method, path, None, None, is_done))
 
     def forbid(self, verb: str, plural: str, namespace: str = "") -> None:
         """The user may not do that (any more); "*" is any verb or kind, `pods/log` a subresource."""
@@ -263,6 +280,10 @@ class FakeCluster:
         with self.store.changed:
             self.stream_age += 1
             self.store.changed.notify_all()
+
+    def expire_pages_after(self, num_pages: int) -> None:
+        """The next list's pages are gone once so many of them were read."""
+        self.num_pages_left = num_pages
 
     def expire_versions(self) -> None:
         """Watches and lists cannot go on from any version that was told until now."""
@@ -382,10 +403,17 @@ class Handler(BaseHTTPRequestHandler):
         self.cluster.headers.append(dict(self.headers.items()))
         fault = self.cluster.fault(self.command, url.path)
         try:
+            if fault is not None and fault.is_done:
+                whole, self.wfile = self.wfile, io.BytesIO()
+                try:
+                    self._route(url.path, query, body)
+                finally:
+                    self.wfile = whole
             if fault is not None:
                 self._fail(fault)
                 return
-            if self.headers.get("Authorization") != f"Bearer {self.cluster.token}":
+            kind, _, token = self.headers.get("Authorization", "").partition(" ")
+            if (kind.lower(), token) != ("bearer", self.cluster.token):
                 raise Refusal(401, "Unauthorized", "Unauthorized")
             self._route(url.path, query, body)
         except Refusal as refusal:
@@ -614,6 +642,11 @@ class Handler(BaseHTTPRequestHandler):
             if limit and len(items) > limit:
                 token = base64.urlsafe_b64encode(f"{version}/{store.letters()}".encode()).decode()
                 pages[token] = (items[limit:], version)
+                if self.cluster.num_pages_left is not None:
+                    self.cluster.num_pages_left -= 1
+                    if not self.cluster.num_pages_left:
+                        self.cluster.num_pages_left = None
+                        pages.clear()
                 metadata |= {"continue": token, "remainingItemCount": len(items) - limit}
                 items = items[:limit]
         # Objects in a list bear neither apiVersion nor kind.
