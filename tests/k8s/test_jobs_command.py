@@ -158,7 +158,8 @@ def test_a_node_out_of_memory_is_told_though_its_siblings_are_deleted(
     assert [job_objects_index(pod) for pod in cluster.objects(PODS)] == ["3"]
     lines = said(capsys, "status", "glyphs").splitlines()
     assert re.sub(r"after \d+ s", "after ...", lines[0]) == (
-        "glyphs: failed after ...: node 3 (ranks 6-7) ran out of memory (limit 64Gi, OOMKilled, exit code 137)"
+        "glyphs: failed after ...: node 3 (ranks 6-7) ran out of memory (limit 64Gi, OOMKilled, exit code "
+        "137)"
     )
     assert "  not started again: Job has reached the specified backoff limit" in lines
 
