@@ -8,6 +8,7 @@ import dataclasses
 import datetime
 import json
 import re
+import shlex
 import sys
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -423,7 +424,7 @@ def _again(arguments: argparse.Namespace, command: str, *options: str) -> str:
         words += ["--namespace", arguments.namespace]
     if arguments.context is not None:
         words += ["--context", arguments.context]
-    return " ".join(words)
+    return shlex.join(words)
 
 
 def _tell_notes(gathering: Gathering) -> None:

@@ -223,9 +223,10 @@ class Gathering:
     def _missing(self, name: str) -> str:
         names = [found.name for found in self.jobs()]
         close = difflib.get_close_matches(name, names, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        there = "there are none of metaloom" if not names else "see metaloom jobs list"
-        return f"there is no job {name!r} in {self._cluster.shown}.{hint} ({there})"
+        if not names:
+            return f"there is no job {name!r} in {self._cluster.shown}, nor any other of metaloom."
+        meant = f"did you mean {close[0]!r}? All are" if close else "all are"
+        return f"there is no job {name!r} in {self._cluster.shown}; {meant} listed by: metaloom jobs list"
 
 
 def container_of(pod: dict[str, Any]) -> str:
