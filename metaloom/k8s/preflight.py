@@ -177,8 +177,8 @@ def _namespace(cluster: Cluster) -> Finding | None:
 
 def _permissions(cluster: Cluster, request: JobRequest, backend: Backend) -> Iterator[Finding]:
     """Those to send a job, which are needed, and those to look at it."""
-    made = (*backend.creates, backend.resource)
-    needed = [(verb, resource) for resource in made for verb in ("create", "patch", "delete")]
+    needed = [(verb, owned) for owned in backend.creates for verb in ("create", "patch", "delete")]
+    needed += [(verb, backend.resource) for verb in ("create", "get", "delete")]
     denied = [_permission(verb, resource) for verb, resource in needed if not cluster.may(verb, resource)]
     if denied:
         yield Finding(

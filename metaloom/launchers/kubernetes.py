@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from metaloom.errors import LaunchError
 from metaloom.k8s.client import Cluster
-from metaloom.k8s.gathering import Gathering, NoSuchJobError
+from metaloom.k8s.gathering import JOB_LABEL, Found, Gathering, NoSuchJobError
 from metaloom.k8s.kubeconfig import kubeconfig_paths
 from metaloom.k8s.manifests import BACKENDS, Backend, choose, owner_reference, problems, to_yaml
 from metaloom.k8s.preflight import Finding, check_cluster, check_places
@@ -376,19 +376,16 @@ def _clear(cluster: Cluster, name: str) -> None:
         LaunchError: it has not ended.
     """
     gathering = Gathering(cluster)
-    try:
-        found = gathering.job(name)
-    except NoSuchJobError:
-        found = None
-    if found is not None:
-        status = gathering.status(found, datetime.datetime.now(datetime.UTC))
+    found: Found | None = None
+    with contextlib.suppress(NoSuchJobError):
+        found, status = gathering.status(name, datetime.datetime.now(datetime.UTC))
         if status.state not in ENDED:
             raise LaunchError(
                 f"--resume: the job {name} has not ended ({status.headline}), and goes on by itself after "
                 f"preemptions and faults. To begin anew from its last checkpoint: metaloom jobs cancel {name}"
             )
         cluster.delete(found.resource, name)
-    labels = {"metaloom/job": name}
+    labels = {JOB_LABEL: name}
     for resource in (SERVICES, CONFIG_MAPS):
         for obj in cluster.list(resource, labels=labels):
             cluster.delete(resource, obj["metadata"]["name"])

@@ -151,7 +151,7 @@ def test_a_job_survives_the_loss_of_each_host_with_its_folder(
 ) -> None:
     """As clusters replace what is lost: each host has a folder of its own, which goes with it, and then its
     command is given again."""
-    words = (f"data.url={glyphs}", *RUN)
+    words: tuple[str, ...] = (f"data.url={glyphs}", *RUN)
     whole = (*words, "launcher.num_processes=2", f"checkpoint.url={(tmp_path / 'whole').as_uri()}")
     run_well("train", RECIPES / "smoke.yaml", *whole, "--run", tmp_path / "whole-run", cwd=tmp_path)
     endpoint = f"endpoint: '{network.addresses[0]}:29400', num_hosts: 2"

@@ -133,9 +133,10 @@ def test_one_node_needs_no_hosts(backend: str) -> None:
     ],
 )
 def test_hosts_meet_at_host_0_of_the_backend(backend: str, host: str) -> None:
-    assert host_command(LARGE, BACKENDS[backend])[-3:] == [
+    assert host_command(LARGE, BACKENDS[backend])[-4:] == [
         f"launcher.hosts.endpoint={host}:29400",
         "launcher.hosts.num_hosts=16",
+        "launcher.hosts.wait_s=604800",
         "launcher.hosts.own_folders=true",
     ]
 

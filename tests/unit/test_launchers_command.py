@@ -178,6 +178,7 @@ def test_what_a_recipe_says_of_hosts_stays_and_has_to_fit(submission: Submission
         "min_hosts": 3,
         "wait_s": 600.0,
         "silence_s": 30.0,
+        "own_folders": False,
     }
     asked = dataclasses.replace(
         submission, recipe=submission.recipe.model_copy(update={"launcher": launcher})
