@@ -265,8 +265,7 @@ class Cluster:
         return Cluster(_Access(chosen), context=chosen.name, namespace=namespace or chosen.namespace)
 
     def patient(self) -> Cluster:
-        """The same, with requests that wait for a server that is away: for 10 minutes, or until it is "
-        "closed."""
+        """The same, where a server that is away is waited for: 10 minutes, or until this is closed."""
         return Cluster(
             self._access, context=self._context, namespace=self.namespace, outage_s=watching.OUTAGE_S
         )

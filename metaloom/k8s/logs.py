@@ -16,7 +16,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from metaloom.errors import LaunchError
 from metaloom.k8s.client import Cluster
@@ -383,35 +383,36 @@ class _Following:
         pause_s = 0.05
         while not self._is_ending:
             place, had_ended = pod.last, pod.has_ended
-            is_started = self._read_on(pod, tail)
+            outcome = self._read_on(pod, tail)
             # A pod that had ended before its log was read to the end has no more to say.
-            if had_ended:
+            if pod.is_gone or (had_ended and outcome != "broken"):
                 break
             pause_s = 0.05 if pod.last != place else min(2 * pause_s, 2.0)
             with self._changed:
-                if not is_started:
+                if outcome == "not started":
                     self._busy.discard(pod.uid)
                 if not self._is_ending:
                     self._changed.wait(pause_s)
                 self._busy.add(pod.uid)
         self._busy.discard(pod.uid)
 
-    def _read_on(self, pod: _Pod, tail: int | None) -> bool:
-        """Over one connection, of each start of the container; False where it has not started."""
+    def _read_on(self, pod: _Pod, tail: int | None) -> Literal["whole", "broken", "not started"]:
+        """Reads what each start of the container has, over one connection each."""
         try:
             if not self._is_same(pod):
-                return True
+                return "whole"
             if pod.restarts > pod.num_restarts:
+                self._put(_read_to_the_end(self._cluster, pod, previous=True))
                 pod.num_restarts = pod.restarts
-                self._put(_read(self._cluster, pod, previous=True))
             self._put(_read(self._cluster, pod, follow=True, tail=tail))
         except InterruptedStreamError:
-            return True
+            return "broken"
         except RefusedError as error:
             if error.status not in (NOT_STARTED, NOT_THERE):
                 raise
-            return error.status == NOT_THERE
-        return True
+            pod.is_gone = error.status == NOT_THERE
+            return "not started"
+        return "whole"
 
     def _is_same(self, pod: _Pod) -> bool:
         """Whether the pod of that name still is that pod; sees how it is."""

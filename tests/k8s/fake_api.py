@@ -471,7 +471,7 @@ class Handler(BaseHTTPRequestHandler):
             self._update(target, query, obj)
         elif target.name:
             self._send(200, self.cluster.store.get(target.resource, target.namespace or "", target.name))
-        elif query.get("watch") in ("1", "true"):
+        elif _is_on(query, "watch"):
             self._watch(target, query)
         else:
             self._list(target, query)
@@ -522,7 +522,7 @@ class Handler(BaseHTTPRequestHandler):
     def _authorize(self, target: Target, query: dict[str, str]) -> None:
         verb = {"POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete"}.get(self.command)
         if verb is None:
-            verb = "get" if target.name else "watch" if query.get("watch") else "list"
+            verb = "get" if target.name else "watch" if _is_on(query, "watch") else "list"
         resource, namespace = target.resource, target.namespace or ""
         plural = resource.plural + (f"/{target.subresource}" if target.subresource else "")
         if self.cluster.is_allowed(verb, plural, namespace):
@@ -660,11 +660,16 @@ class Handler(BaseHTTPRequestHandler):
         store = self.cluster.store
         selection = Selection(query.get("labelSelector", ""), query.get("fieldSelector", ""))
         with store.changed:
-            version = int(query.get("resourceVersion") or store.version)
+            version, there = int(query.get("resourceVersion") or 0), []
+            if not version:
+                # Without a version, it begins with what is there.
+                there, version = store.list(target.resource, target.namespace, selection), store.version
             gone = Refusal(410, "Expired", f"too old resource version: {version} ({store.oldest})")
             if version < store.oldest and self.cluster.gone_as_status:
                 raise gone
         self._begin_chunks("application/json")
+        for obj in there:
+            self._chunk(_line("ADDED", obj))
         if version < store.oldest:
             self._chunk(_line("ERROR", gone.status))
             self._end_chunks()
@@ -685,7 +690,7 @@ class Handler(BaseHTTPRequestHandler):
                     self._tell(change, selection)
             if time.monotonic() >= deadline:
                 break
-        if query.get("allowWatchBookmarks") in ("1", "true"):
+        if _is_on(query, "allowWatchBookmarks"):
             kind, api_version = target.resource.kind, target.resource.api_version
             metadata = {"resourceVersion": str(version), "creationTimestamp": None}
             self._chunk(_line("BOOKMARK", {"kind": kind, "apiVersion": api_version, "metadata": metadata}))
@@ -723,7 +728,7 @@ class Handler(BaseHTTPRequestHandler):
                 message = f"container {container} is not valid for pod {target.name}"
                 raise Refusal(400, "BadRequest", message)
             logs = list(kubelet.logs(pod))
-            if query.get("previous") == "true":
+            if _is_on(query, "previous"):
                 logs = logs[:-1]
                 if not logs:
                     raise Refusal(
@@ -748,11 +753,13 @@ class Handler(BaseHTTPRequestHandler):
             # What is told next begins after the lines that are there now, however many were left out.
             last = log.lines[-1] if log.lines else None
         self._begin_chunks("text/plain")
-        follows = query.get("follow") == "true"
+        follows = _is_on(query, "follow")
         age = self.cluster.stream_age
         while True:
             for at_ns, text in lines:
-                if not self._write_log((stamp(at_ns) + " " if "timestamps" in query else "") + text, age):
+                if not self._write_log(
+                    (stamp(at_ns) + " " if _is_on(query, "timestamps") else "") + text, age
+                ):
                     return
             with store.changed:
                 if not follows or (log.has_ended and (not log.lines or log.lines[-1] is last)):
@@ -818,6 +825,10 @@ def _read(body: bytes) -> Object:
     if not isinstance(obj, dict):
         raise Refusal(400, "BadRequest", "the object provided is unrecognized (must be of type ...)")
     return obj
+
+
+def _is_on(query: dict[str, str], key: str) -> bool:
+    return query.get(key, "").lower() in ("1", "true")
 
 
 def _line(kind: str, obj: Object | None) -> bytes:

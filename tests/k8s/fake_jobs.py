@@ -407,9 +407,10 @@ class Pods:
         return str(self.get(index)["metadata"]["name"])
 
     def run(self, index: int | None = None) -> None:
-        """The container starts."""
+        """The container starts; one that runs goes on."""
         for pod in self._chosen(index):
-            start(self._store, self._kubelet, pod)
+            if pod["status"]["phase"] == "Pending":
+                start(self._store, self._kubelet, pod)
         self._sync()
 
     def log(self, index: int, *lines: str, at_ns: int | None = None) -> None:

@@ -11,7 +11,7 @@ NAME = "glyphs"
 UID = "6f9b1c4e-0f0f-4a6e-9d43-0d8f6f4f0a11"
 CREATED = "2026-03-02T12:00:00Z"
 NOW = datetime.datetime(2026, 3, 2, 14, 0, tzinfo=datetime.UTC)
-IMAGE = "ghcr.io/lab/metaloom:1.2"
+IMAGE = "registry.example/lab/metaloom:1.2"
 API_VERSIONS = {
     "Job": "batch/v1",
     "JobSet": "jobset.x-k8s.io/v1alpha2",

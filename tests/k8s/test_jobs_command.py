@@ -124,7 +124,7 @@ def test_an_image_that_cannot_be_pulled_is_named_with_the_registrys_cause(
     cluster.pods("glyphs").image_error(message="pull access denied, repository does not exist")
     first = said(capsys, "status", "glyphs").splitlines()[0]
     assert first == (
-        "glyphs: cannot start: image pull failed: ghcr.io/lab/metaloom:1.2: pull access denied, "
+        "glyphs: cannot start: image pull failed: registry.example/lab/metaloom:1.2: pull access denied, "
         "repository does "
         "not exist"
     )

@@ -233,7 +233,6 @@ def test_nothing_of_many_pods_is_lost_or_told_twice_while_everything_breaks(
                 fake.reset(times=3)
                 fake.expire_versions()
             if i in (50, 120):
-                # What the pod wrote is read before it goes, as a node that keeps it would have it.
                 pods.fail(chance.randrange(6))
                 pods.run()
         pods.succeed()

@@ -457,7 +457,7 @@ def test_texts_that_a_reader_of_yaml_may_take_for_something_else_are_quoted(text
 
 
 @pytest.mark.parametrize(
-    "text", ["1Gi", "--run", "ghcr.io/team/image:1.0", "96.5Gi", "launcher.num_processes=8"]
+    "text", ["1Gi", "--run", "registry.example/team/image:1.0", "96.5Gi", "launcher.num_processes=8"]
 )
 def test_texts_that_are_nothing_else_are_not_quoted(text: str) -> None:
     assert to_yaml([{"value": text}]) == f"---\nvalue: {text}\n"

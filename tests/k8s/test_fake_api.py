@@ -1,0 +1,249 @@
+"""The fake API server does as the real one, asked by the official client as it comes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from metaloom.k8s.resources import CONFIG_MAPS, EVENTS, JOB_SETS, JOBS, LOCAL_QUEUES, PODS, QUOTAS
+from tests.k8s.fake_api import FakeCluster
+from tests.k8s.jobs import LABELS, config_map, job
+
+kubernetes: Any = pytest.importorskip("kubernetes")
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> Iterator[FakeCluster]:
+    with FakeCluster(tmp_path, kinds=[LOCAL_QUEUES]) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def api(fake: FakeCluster) -> Iterator[Any]:
+    with kubernetes.config.new_client_from_config(str(fake.kubeconfig)) as client:
+        yield client
+        client.rest_client.pool_manager.clear()
+
+
+@pytest.fixture
+def batch(api: Any) -> Any:
+    return kubernetes.client.BatchV1Api(api)
+
+
+@pytest.fixture
+def core(api: Any) -> Any:
+    return kubernetes.client.CoreV1Api(api)
+
+
+def refusal(call: Callable[[], object]) -> tuple[int, str, str]:
+    """Code, reason and message of a call that is refused."""
+    with pytest.raises(kubernetes.client.ApiException) as caught:
+        call()
+    status = json.loads(caught.value.body)
+    return caught.value.status, status["reason"], status["message"]
+
+
+def phases(fake: FakeCluster) -> list[str]:
+    return [pod["status"]["phase"] for pod in fake.pods("glyphs").all()]
+
+
+def test_a_job_makes_pods_that_succeed_and_completes_in_two_steps(
+    fake: FakeCluster, batch: Any, core: Any
+) -> None:
+    batch.create_namespaced_job("team", job())
+    listed = core.list_namespaced_pod("team", label_selector="metaloom/job in (glyphs),!other").items
+    assert [pod.metadata.labels["batch.kubernetes.io/job-completion-index"] for pod in listed] == ["0", "1"]
+    assert [pod.status.phase for pod in listed] == ["Pending", "Pending"]
+    pods = fake.pods("glyphs")
+    pods.run()
+    pods.log(0, "a", "b", "c")
+    log = core.read_namespaced_pod_log(pods.name(0), "team", tail_lines=2, _preload_content=False)
+    assert log.data == b"b\nc\n"
+    pods.succeed(1)
+    assert fake.get(JOBS, "glyphs")["status"]["completedIndexes"] == "1"
+    pods.succeed(0)
+    assert fake.conditions(JOBS, "glyphs") == ["SuccessCriteriaMet", "Complete"]
+    assert batch.read_namespaced_job("glyphs", "team").status.succeeded == 2
+
+
+def test_out_of_memory_is_replaced_until_the_backoff_limit_and_then_the_siblings_go(
+    fake: FakeCluster, batch: Any
+) -> None:
+    batch.create_namespaced_job("team", job(backoffLimit=1))
+    pods = fake.pods("glyphs")
+    pods.run()
+    pods.out_of_memory(1)
+    state = pods.all()[1]["status"]["containerStatuses"][0]["state"]["terminated"]
+    assert (state["exitCode"], state["reason"]) == (137, "OOMKilled")
+    assert sorted(phases(fake)) == ["Failed", "Pending", "Running"]
+    pods.run()
+    pods.out_of_memory(1)
+    assert fake.conditions(JOBS, "glyphs") == ["FailureTarget", "Failed"]
+    assert phases(fake) == ["Failed", "Failed"]
+    assert fake.get(JOBS, "glyphs")["status"]["conditions"][-1]["reason"] == "BackoffLimitExceeded"
+
+
+def test_a_preemption_is_ignored_and_an_exit_code_fails_the_job_where_the_policy_says_so(
+    fake: FakeCluster, batch: Any
+) -> None:
+    rules = [
+        {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+        {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [2, 3]}},
+    ]
+    batch.create_namespaced_job("team", job(backoffLimit=0, podFailurePolicy={"rules": rules}))
+    pods = fake.pods("glyphs")
+    pods.run()
+    pods.preempt(0)
+    assert sorted(phases(fake)) == ["Failed", "Pending", "Running"]
+    assert fake.get(JOBS, "glyphs")["status"]["failed"] == 0
+    pods.run()
+    pods.fail(1, code=3)
+    ended = fake.get(JOBS, "glyphs")["status"]["conditions"][-1]
+    assert (ended["type"], ended["reason"]) == ("Failed", "PodFailurePolicy")
+    assert ended["message"].endswith("failed with exit code 3 matching FailJob rule at index 1")
+
+
+def test_pods_that_wait_say_why_in_conditions_states_and_events(fake: FakeCluster, batch: Any) -> None:
+    batch.create_namespaced_job("team", job())
+    pods = fake.pods("glyphs")
+    pods.unschedulable(0)
+    pods.image_error(1, "manifest unknown")
+    scheduled = pods.get(0)["status"]["conditions"][0]
+    assert (scheduled["type"], scheduled["reason"]) == ("PodScheduled", "Unschedulable")
+    waiting = pods.get(1)["status"]["containerStatuses"][0]["state"]["waiting"]
+    assert waiting["reason"] == "ImagePullBackOff"
+    reasons = {event["reason"] for event in fake.objects(EVENTS)}
+    assert reasons == {"FailedScheduling", "Failed", "BackOff"}
+
+
+def test_a_deadline_ends_a_job_and_a_queue_holds_it_back(fake: FakeCluster, batch: Any) -> None:
+    queued = job()
+    queued["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = "gpus"
+    batch.create_namespaced_job("team", queued)
+    assert fake.conditions(JOBS, "glyphs") == ["Suspended"]
+    assert phases(fake) == []
+    fake.admit("glyphs")
+    assert phases(fake) == ["Pending", "Pending"]
+    fake.exceed_deadline("glyphs")
+    assert fake.conditions(JOBS, "glyphs") == ["FailureTarget", "Failed"]
+
+
+def test_a_quota_refuses_pods_and_their_job_tells_in_an_event(
+    fake: FakeCluster, batch: Any, core: Any
+) -> None:
+    fake.add(QUOTAS, {"metadata": {"name": "q"}, "spec": {"hard": {"limits.nvidia.com/gpu": "8"}}})
+    batch.create_namespaced_job("team", job())
+    assert len(phases(fake)) == 1
+    (event,) = fake.objects(EVENTS)
+    assert event["reason"] == "FailedCreate"
+    words = "exceeded quota: q, requested: limits.nvidia.com/gpu=8, used: limits.nvidia.com/gpu=8, limited: "
+    assert words in event["message"]
+    pod = job()["spec"]["template"] | {"metadata": {"name": "more"}}
+    code, reason, message = refusal(lambda: core.create_namespaced_pod("team", pod))
+    assert (code, reason) == (403, "Forbidden")
+    assert message.startswith('pods "more" is forbidden: exceeded quota: q')
+
+
+def changed(path: str, value: object) -> dict[str, Any]:
+    """A Job with one field set; numbers in the path are places in lists."""
+    result = job()
+    *keys, last = path.split(".")
+    inner: Any = result
+    for key in keys:
+        inner = inner[int(key)] if key.isdigit() else inner.setdefault(key, {})
+    inner[last] = value
+    return result
+
+
+CONTAINER = "spec.template.spec.containers.0"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("metadata.name", "a" * 62, "must be no more than 63 characters"),
+        ("metadata.name", "a_b", "a lowercase RFC 1123 subdomain"),
+        ("metadata.labels", {"metaloom/job": "a b"}, "a valid label must be an empty string or consist of"),
+        ("metadata.labels", {"a/b/c": ""}, "name part must consist of"),
+        ("spec.completions", None, "spec.completions: Required value: when completion mode is Indexed"),
+        ("spec.template.spec.restartPolicy", "Always", 'Unsupported value: "Always"'),
+        (f"{CONTAINER}.resources.requests", {"nvidia.com/gpu": "4"}, "must be equal to nvidia.com/gpu limit"),
+        (
+            f"{CONTAINER}.resources",
+            {"requests": {"nvidia.com/gpu": "8"}},
+            "Limit must be set for non overcommi",
+        ),
+        (f"{CONTAINER}.volumeMounts", [{"name": "x", "mountPath": "/x"}], 'Not found: "x"'),
+        (
+            "spec.podFailurePolicy",
+            {"rules": [{"action": "FailJob"}]},
+            "OnExitCodes and OnPodConditions is req",
+        ),
+    ],
+)
+def test_what_the_real_server_refuses_is_invalid(batch: Any, path: str, value: object, words: str) -> None:
+    code, reason, message = refusal(lambda: batch.create_namespaced_job("team", changed(path, value)))
+    assert (code, reason) == (422, "Invalid")
+    assert words in message
+
+
+def test_a_failure_policy_needs_pods_that_are_never_started_again(batch: Any) -> None:
+    policy = {"rules": [{"action": "FailJob", "onExitCodes": {"operator": "In", "values": [2]}}]}
+    wrong = job(restart="OnFailure", podFailurePolicy=policy)
+    _, _, message = refusal(lambda: batch.create_namespaced_job("team", wrong))
+    assert 'only "Never" is supported when podFailurePolicy is specified' in message
+
+
+def test_fields_of_a_job_are_immutable_and_old_versions_conflict(fake: FakeCluster, batch: Any) -> None:
+    batch.create_namespaced_job("team", job())
+    code, _, message = refusal(
+        lambda: batch.patch_namespaced_job("glyphs", "team", {"spec": {"completions": 3}})
+    )
+    assert code == 422
+    assert "spec.completions: Invalid value" in message
+    assert message.endswith("field is immutable")
+    old = fake.get(JOBS, "glyphs")
+    batch.patch_namespaced_job("glyphs", "team", {"metadata": {"labels": {"more": "yes"}}})
+    code, reason, message = refusal(lambda: batch.replace_namespaced_job("glyphs", "team", old))
+    assert (code, reason) == (409, "Conflict")
+    assert "the object has been modified; please apply your changes to the latest version" in message
+    assert fake.get(JOBS, "glyphs")["metadata"]["labels"] == LABELS | {"more": "yes"}
+
+
+def test_names_namespaces_and_kinds_are_looked_for(fake: FakeCluster, api: Any, core: Any) -> None:
+    core.create_namespaced_config_map("team", config_map("a"), dry_run="All")
+    core.create_namespaced_config_map("team", config_map("a"))
+    again = refusal(lambda: core.create_namespaced_config_map("team", config_map("a")))
+    assert again == (409, "AlreadyExists", 'configmaps "a" already exists')
+    away = refusal(lambda: core.create_namespaced_config_map("nowhere", config_map("a")))
+    assert away == (404, "NotFound", 'namespaces "nowhere" not found')
+    gone = refusal(lambda: core.delete_namespaced_config_map("b", "team"))
+    assert gone == (404, "NotFound", 'configmaps "b" not found')
+    custom = kubernetes.client.CustomObjectsApi(api)
+    with pytest.raises(kubernetes.client.ApiException) as caught:
+        custom.list_namespaced_custom_object(JOB_SETS.group, JOB_SETS.version, "team", JOB_SETS.plural)
+    assert caught.value.body in ("404 page not found\n", b"404 page not found\n")
+
+
+def test_a_watch_of_the_official_client_sees_changes_and_the_servers_timeout(
+    fake: FakeCluster, core: Any
+) -> None:
+    version = core.list_namespaced_config_map("team").metadata.resource_version
+    fake.add(CONFIG_MAPS, config_map("a"))
+    seen = [
+        (event["type"], event["object"].metadata.name)
+        for event in kubernetes.watch.Watch().stream(
+            core.list_namespaced_config_map, "team", resource_version=version, timeout_seconds=1
+        )
+    ]
+    assert seen == [("ADDED", "a")]
+
+
+def test_deleting_a_job_deletes_its_pods(fake: FakeCluster, batch: Any) -> None:
+    batch.create_namespaced_job("team", job())
+    batch.delete_namespaced_job("glyphs", "team", propagation_policy="Foreground")
+    assert fake.objects(JOBS) == fake.objects(PODS) == []
