@@ -17,6 +17,9 @@ DEMO_RECIPE ?= recipes/stdlib-lora.yaml
 DEMO_TRAIN ?= pretrain.num_steps=1500 outer.num_steps=240 validation.every_steps=80
 DEMO_EVALUATE ?= 'evaluation.baselines=[pretrained,ordinary_equal_compute]'
 
+# Beside the pinned one, for a test: the oldest client that pyproject.toml admits.
+OLDEST_KUBERNETES := kubernetes==29.0.0
+
 STAMP := .venv/.installed
 INCOMPLETE := .venv/.incomplete
 
@@ -88,4 +91,6 @@ $(STAMP): pyproject.toml constraints.txt $(MOVED)
 	echo "installing the pinned packages into .venv (a few minutes the first time)"; \
 	.venv/bin/python -m pip --disable-pip-version-check -qq install $(INSTALL_ARGS) \
 	  -c constraints.txt -e '.[dev]' || exit 1; \
+	.venv/bin/python -m pip --disable-pip-version-check -qq install $(INSTALL_ARGS) \
+	  --no-deps --upgrade --target .venv/oldest '$(OLDEST_KUBERNETES)' || exit 1; \
 	echo "$(CURDIR)" > $(INCOMPLETE) && mv $(INCOMPLETE) $(STAMP)
