@@ -133,6 +133,14 @@ def test_connecting_leaves_the_official_package_to_be_imported_whole(fake: FakeC
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_the_token_of_an_auth_provider_is_used(fake: FakeCluster) -> None:
+    fake.token = "eyJhbGciOiJub25lIn0.eyJleHAiOjk5OTk5OTk5OTl9.c2lnbmVk"
+    provider = {"name": "oidc", "config": {"id-token": fake.token}}
+    write_config(fake, lambda config: config["users"][0].update(user={"auth-provider": provider}))
+    with contextlib.closing(Cluster.connect()) as cluster:
+        assert cluster.list(PODS) == []
+
+
 def plugin(fake: FakeCluster, tmp_path: Path, script: str) -> None:
     """The credentials come from a program."""
     program = tmp_path / "plugin"
