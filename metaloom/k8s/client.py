@@ -71,27 +71,51 @@ LONGEST_PAUSE_S = 30.0
 PAUSES_S = (0.2, 1.0, 3.0)
 
 
+# What the official client imports for users with an `auth-provider` (gcp, oidc) alone: half its time.
+PROVIDERS = (
+    "google",
+    "google.auth",
+    "google.auth.transport",
+    "google.auth.transport.requests",
+    "oauthlib",
+    "oauthlib.oauth2",
+    "requests_oauthlib",
+)
+
+
 @functools.cache
-def _official() -> types.SimpleNamespace:
-    """The parts of the official client that are used: `config`, `Configuration` and `RESTClientObject`.
+def _official(*, has_provider: bool) -> types.SimpleNamespace:
+    """The parts of the official client that are used: for loading credentials, and making connections.
 
     Its `__init__` modules import a class for each kind of objects and each operation, 1-2 s. So its packages
     are entered without them, and left as they were: who imports `kubernetes` elsewhere gets all of it.
+
+    Args:
+        has_provider: whether the credentials are of an `auth-provider`.
+
+    Raises:
+        LaunchError: it is not installed.
     """
     spec = importlib.util.find_spec("kubernetes")
     if spec is None or spec.origin is None:
         raise LaunchError("the package kubernetes is not installed: pip install 'metaloom[k8s]'.")
     root = Path(spec.origin).parent
-    before = {name: sys.modules[name] for name in list(sys.modules) if _is_official(name)}
+    replaced = () if has_provider else PROVIDERS
+
+    def is_ours(name: str) -> bool:
+        return name.partition(".")[0] == "kubernetes" or name in replaced
+
+    before = {name: module for name, module in sys.modules.items() if is_ours(name)}
     for name in before:
         del sys.modules[name]
     try:
-        for name, folder in (("kubernetes", root), ("kubernetes.client", root / "client")):
-            package = types.ModuleType(name)
-            package.__path__ = [str(folder)]
-            sys.modules[name] = package
-        sys.modules["kubernetes.client.models"] = types.ModuleType("kubernetes.client.models")
+        for name in ("kubernetes", "kubernetes.client", "kubernetes.client.models", *replaced):
+            sys.modules[name] = types.ModuleType(name)
+        sys.modules["kubernetes"].__path__ = [str(root)]
         client: Any = sys.modules["kubernetes.client"]
+        client.__path__ = [str(root / "client")]
+        if not has_provider:
+            vars(sys.modules["requests_oauthlib"])["OAuth2Session"] = None
         client.Configuration = importlib.import_module("kubernetes.client.configuration").Configuration
         client.ApiClient = importlib.import_module("kubernetes.client.api_client").ApiClient
         return types.SimpleNamespace(
@@ -101,13 +125,9 @@ def _official() -> types.SimpleNamespace:
             RESTClientObject=importlib.import_module("kubernetes.client.rest").RESTClientObject,
         )
     finally:
-        for name in [name for name in sys.modules if _is_official(name)]:
+        for name in [name for name in sys.modules if is_ours(name)]:
             del sys.modules[name]
         sys.modules.update(before)
-
-
-def _is_official(name: str) -> bool:
-    return name.partition(".")[0] == "kubernetes"
 
 
 class _Access:
@@ -118,7 +138,7 @@ class _Access:
     """
 
     def __init__(self, context: Context | None) -> None:
-        self._official = _official()
+        self._official = _official(has_provider=context is not None and context.has_provider)
         self._context = context
         self._renewing = threading.Lock()
         self._configuration: Any = None

@@ -25,6 +25,7 @@ class Context:
         user: the name of the credentials, in messages.
         namespace: that the context names; else "default".
         proxy: that the cluster is to be reached through.
+        has_provider: whether the user's credentials are of an `auth-provider`.
     """
 
     paths: tuple[Path, ...]
@@ -32,6 +33,7 @@ class Context:
     user: str
     namespace: str
     proxy: str | None
+    has_provider: bool
 
 
 def kubeconfig_paths(environment: Mapping[str, str]) -> tuple[Path, ...]:
@@ -55,8 +57,9 @@ def read_context(paths: tuple[Path, ...], name: str | None) -> Context:
     configs = [_read(path) for path in there]
     contexts: dict[str, Any] = {}
     clusters: dict[str, Any] = {}
+    users: dict[str, Any] = {}
     for path, config in zip(there, configs, strict=True):
-        for kind, found in (("contexts", contexts), ("clusters", clusters)):
+        for kind, found in (("contexts", contexts), ("clusters", clusters), ("users", users)):
             for entry in _entries(config, kind, path):
                 found.setdefault(entry["name"], entry.get(kind[:-1]) or {})
     if name is None:
@@ -84,6 +87,7 @@ def read_context(paths: tuple[Path, ...], name: str | None) -> Context:
         user=str(context.get("user") or "none"),
         namespace=context.get("namespace") or "default",
         proxy=cluster.get("proxy-url"),
+        has_provider="auth-provider" in users.get(str(context.get("user")), {}),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import re
 import socket
@@ -131,6 +132,23 @@ def test_connecting_leaves_the_official_package_to_be_imported_whole(fake: FakeC
         "import kubernetes; assert kubernetes.client.V1Pod and kubernetes.config.load_kube_config"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_token_of_an_auth_provider_is_used(fake: FakeCluster) -> None:
+    fake.token = "eyJhbGciOiJub25lIn0.eyJleHAiOjk5OTk5OTk5OTl9.c2lnbmVk"
+    provider = {"name": "oidc", "config": {"id-token": fake.token}}
+    write_config(fake, lambda config: config["users"][0].update(user={"auth-provider": provider}))
+    with contextlib.closing(Cluster.connect()) as cluster:
+        assert cluster.list(PODS) == []
+
+
+def test_without_the_official_package_the_message_says_what_to_install(
+    fake: FakeCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client._official.cache_clear()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with refused("the package kubernetes is not installed: pip install 'metaloom[k8s]'."):
+        Cluster.connect()
 
 
 def plugin(fake: FakeCluster, tmp_path: Path, script: str) -> None:
@@ -372,6 +390,23 @@ def test_a_quantity_that_cannot_be_read_is_told(cluster: Cluster) -> None:
     wrong["spec"]["template"]["spec"]["containers"][0]["resources"] = {"limits": {"memory": "4 gigs"}}
     with refused("the API server cannot read the request (quantities must match the regular expression"):
         cluster.create(JOBS, wrong)
+
+
+@pytest.mark.parametrize(
+    ("status", "told", "words"),
+    [
+        (409, "please apply your changes to the latest version", "it was changed meanwhile (please apply"),
+        (403, 'violates PodSecurity "restricted:latest"', "it is forbidden (violates PodSecurity"),
+        (403, "namespace team is being terminated", "the namespace is being deleted (namespace team is"),
+        (422, "no causes are given", "mend these fields:\n  no causes are given"),
+    ],
+)
+def test_other_refusals_have_the_words_of_the_server(
+    fake: FakeCluster, cluster: Cluster, status: int, told: str, words: str
+) -> None:
+    fake.refuse(status, body=json.dumps({"kind": "Status", "reason": "Conflict", "message": told}))
+    with refused("cannot create jobs.batch 'glyphs' in namespace 'team' on fake", words):
+        cluster.create(JOBS, job())
 
 
 @pytest.mark.parametrize("status", [429, 503])
