@@ -98,7 +98,7 @@ def _official(*, has_provider: bool) -> types.SimpleNamespace:
     """
     spec = importlib.util.find_spec("kubernetes")
     if spec is None or spec.origin is None:
-        raise LaunchError("the package kubernetes is not installed: pip install 'metaloom[k8s]'.")
+        raise LaunchError("the package kubernetes is not installed: pip install 'metaloom[kubernetes]'.")
     root = Path(spec.origin).parent
     replaced = () if has_provider else PROVIDERS
 

@@ -147,7 +147,7 @@ def test_without_the_official_package_the_message_says_what_to_install(
 ) -> None:
     client._official.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with refused("the package kubernetes is not installed: pip install 'metaloom[k8s]'."):
+    with refused("the package kubernetes is not installed: pip install 'metaloom[kubernetes]'."):
         Cluster.connect()
 
 
