@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ from metaloom.checkpoints_command import add_checkpoint_commands
 from metaloom.data_command import add_data_commands
 from metaloom.errors import CheckpointError, LaunchError, MetaloomError, RecipeError, StreamError
 from metaloom.export_command import add_export_command
+from metaloom.faults import START_AGAIN
 from metaloom.files import replace_file
 from metaloom.jobs_command import add_jobs_commands
 from metaloom.launchers_command import add_launchers_command
@@ -261,14 +263,22 @@ def _train(arguments: argparse.Namespace) -> int:
             "that all of them share."
         )
     run_id = _checked_run_id(arguments.run_id, arguments.run)
+    if run_id is not None:
+        # Until its ranks run there is nothing to save. The first process of a container would not even hear
+        # the signal.
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(START_AGAIN))
     folder = RunFolder(arguments.run or new_run_path(recipe.name))
+    url = recipe.checkpoint.url
+    if run_id is not None and recipe.launcher.hosts is not None and _is_finished(recipe, folder, run_id):
+        # A host that was replaced when the others had ended would wait for them.
+        print(f"the run {run_id} is finished")
+        return 0
     if (recipe.launcher.hosts is not None or run_id is not None) and folder.has_started():
         # The same command is given on every host, and again on one that comes back.
         if run_id is not None:
             _require_run(folder, run_id)
         return _go_on(recipe, folder)
     hosts = _standing(recipe)
-    url = recipe.checkpoint.url
     if run_id is not None and url is not None and hosts.is_first and _has_checkpoints(url, run_id):
         return _go_on(recipe, _taken_over(url, folder.path))
     digest = _check_data(recipe)
@@ -302,6 +312,14 @@ def _require_run(folder: RunFolder, run_id: str) -> None:
             f"{folder.path} holds another run (id {found}) than --run-id {run_id}: name another folder with "
             "--run, or the run that is meant."
         )
+
+
+def _is_finished(recipe: Recipe, folder: RunFolder, run_id: str) -> bool:
+    """Whether the newest checkpoint of a run is of its end, as the recipe has it now."""
+    origin = _newest_origin(recipe.checkpoint.url or str(folder.checkpoints("meta").parent))
+    if origin is None or origin["run"] != run_id or not origin.get("is_finished"):
+        return False
+    return bool(origin["recipe"]["outer"]["num_steps"] >= recipe.outer.num_steps)
 
 
 def _has_checkpoints(url: str, run_id: str) -> bool:

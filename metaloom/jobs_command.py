@@ -363,10 +363,11 @@ def _cancel(arguments: argparse.Namespace) -> int:
 
 def _delete_rest(cluster: Cluster, found: Found) -> list[str]:
     """Deletes the services and config maps of a job that it does not own, and so would outlive it."""
-    from metaloom.k8s.resources import CONFIG_MAPS, SERVICES
+    from metaloom.k8s.resources import CONFIG_MAPS, SERVICES, TRAIN_JOBS, TRAINING_RUNTIMES
 
     deleted = []
-    for resource in (SERVICES, CONFIG_MAPS):
+    runtimes = (TRAINING_RUNTIMES,) if found.resource == TRAIN_JOBS else ()
+    for resource in (SERVICES, CONFIG_MAPS, *runtimes):
         for one in cluster.list(resource, labels=found.labels):
             meta = one["metadata"]
             if not meta.get("ownerReferences") and cluster.delete(resource, meta["name"]):

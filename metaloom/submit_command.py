@@ -96,8 +96,10 @@ def _submission(arguments: argparse.Namespace) -> Submission:
     from metaloom.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    if arguments.resume and arguments.name is None and arguments.run is None:
-        raise LaunchError("--resume: say which run goes on, by --name (Kubernetes) or --run.")
+    known_by = arguments.name if arguments.launcher == "kubernetes" else arguments.run
+    if arguments.resume and known_by is None:
+        option = "--name" if arguments.launcher == "kubernetes" else "--run"
+        raise LaunchError(f"--resume: say by {option} which run goes on.")
     limit = arguments.time_limit
     return Submission(
         recipe=recipe,

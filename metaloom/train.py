@@ -317,7 +317,7 @@ def _steps(job: Job, run: Run, keeper: Keeper) -> None:
     with stream, phases as phase:
         if state.unfinished is not None:
             _finish_step(job, run, keeper, phase)
-        while outer.step < recipe.outer.num_steps and not _stops_early(recipe, state.progress):
+        while not _is_over(recipe, state):
             job.place.whereabouts.enter(f"outer step {outer.step + 1}")
             clock.start_step()
             job.place.whereabouts.begin("reading its tasks")
@@ -361,7 +361,7 @@ def _finish_step(job: Job, run: Run, keeper: Keeper, phase: Phase) -> None:
     job.tracker.log(metrics, outer.step)
     state.unfinished = None
     phase.advance(1, **_shown(metrics))
-    if outer.step == recipe.outer.num_steps or _stops_early(recipe, progress):
+    if _is_over(recipe, state):
         job.place.whereabouts.begin("writing the last checkpoint")
         keeper.save_last(_checkpoint(job, state, metrics))
     elif keeper.is_due(outer.step) or is_best:
@@ -460,7 +460,11 @@ def _checkpoint(job: Job, state: State, metrics: Mapping[str, float]) -> Checkpo
     """The run as it is now, and where it comes from: what a new run folder could be made of."""
     recipe = job.recipe
     # All that a stream's position is: the next episode's number, which follows from the step.
-    origin = {**job.origin, "next_episode": state.outer.step * recipe.outer.tasks_per_step}
+    origin = {
+        **job.origin,
+        "next_episode": state.outer.step * recipe.outer.tasks_per_step,
+        "is_finished": _is_over(recipe, state),
+    }
     validated = {name: value for name, value in metrics.items() if name.startswith("validation_")}
     return state.checkpoint(origin, validated)
 
@@ -475,9 +479,11 @@ def _first_step(recipe: Recipe, place: Place, resumed: Run | None) -> int:
     return max(from_rank_0(store.steps), default=0) - recipe.pretrain.num_steps + 1
 
 
-def _stops_early(recipe: Recipe, progress: Progress) -> bool:
+def _is_over(recipe: Recipe, state: State) -> bool:
+    """Whether all outer steps are done, or validation has stopped the run early."""
     early = recipe.validation.early_stopping
-    return early is not None and progress.num_worse >= early.patience
+    stops_early = early is not None and state.progress.num_worse >= early.patience
+    return stops_early or state.outer.step >= recipe.outer.num_steps
 
 
 def _is_validated(recipe: Recipe, step: int) -> bool:

@@ -327,6 +327,7 @@ def _quotas(cluster: Cluster, request: JobRequest, backend: Backend) -> Iterator
             continue  # of some pods only
         status = quota.get("status") or {}
         hard, used = status.get("hard") or {}, status.get("used") or {}
+        yield from _uncounted(quota["metadata"]["name"], hard, need)
         for name, amount in need.items():
             if name not in hard:
                 continue
@@ -340,6 +341,26 @@ def _quotas(cluster: Cluster, request: JobRequest, backend: Backend) -> Iterator
                     f"the job needs {_shown(amount)} of {name}; {where} allows {hard[name]}, of which "
                     f"{used.get(name)} are in use: pods will be refused until others end"
                 )
+
+
+def _uncounted(quota: str, hard: Mapping[str, Any], need: Mapping[str, Fraction]) -> Iterator[Finding]:
+    """What a quota counts and the pods do not say: those are refused, unless a LimitRange says it for "
+    "them."""
+    options = {
+        "requests.cpu": "--cpus-per-node",
+        "cpu": "--cpus-per-node",
+        "limits.cpu": "a default of the namespace (LimitRange), since pods of metaloom limit no processors",
+        "requests.memory": "--memory-per-node",
+        "memory": "--memory-per-node",
+        "limits.memory": "--memory-per-node",
+    }
+    for name, by in options.items():
+        if name in hard and name not in need:
+            yield note(
+                f"the quota {quota} counts {name}, which the pods do not have, so that they may be "
+                "refused: it "
+                f"takes {by}"
+            )
 
 
 def _needed(request: JobRequest) -> dict[str, Fraction]:

@@ -9,10 +9,11 @@ from typing import Any, Literal
 
 from metaloom.k8s.happening import newest
 from metaloom.k8s.heartbeat import Progress, allowed_silence_s
+from metaloom.k8s.manifests.failures import FINAL
 from metaloom.k8s.pod_state import NodeState, exit_words
 from metaloom.k8s.queueing import kueue_words, queue_details, read_lack, read_refusal
 from metaloom.k8s.top_state import Condition, true_conditions
-from metaloom.k8s.view import MISTAKES, View, has_failed, verb
+from metaloom.k8s.view import View, has_failed, verb
 from metaloom.k8s.wording import clock_words, counted, duration_words
 
 State = Literal["queued", "starting", "running", "restarting", "stopping", "done", "failed", "unknown"]
@@ -299,7 +300,7 @@ def _disrupted(view: View) -> Told | None:
         details = [f"error: {more[0]}", *more[1:]] if more else []
     else:
         words, details = _cause(view, node, view.error_lines(node))
-    if node.exit_code in MISTAKES:
+    if node.exit_code in FINAL:
         return Told(
             "stopping", f"stopping: {words}", [*details, *_steps_reached(view)], exit_code=node.exit_code
         )

@@ -13,7 +13,7 @@ from metaloom.k8s.pod_state import NodeState
 from metaloom.k8s.top_state import Top
 from metaloom.k8s.wording import counted, indices_words, ranks_words, time_of
 
-MISTAKES = (2, 3, 4, 5, 6)  # exit codes with which trying again does not help
+MISTAKES = (2, 3, 4, 5, 6)  # exit codes of what someone may have to mend
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from metaloom.errors import LaunchError
 from metaloom.k8s.client import Cluster
 from metaloom.k8s.gathering import JOB_LABEL, Found, Gathering, NoSuchJobError
 from metaloom.k8s.kubeconfig import kubeconfig_paths
-from metaloom.k8s.manifests import BACKENDS, Backend, choose, owner_reference, problems, to_yaml
+from metaloom.k8s.manifests import BACKENDS, Backend, choose, host_command, owner_reference, problems, to_yaml
 from metaloom.k8s.preflight import Finding, check_cluster, check_places
 from metaloom.k8s.refusals import AlreadyExistsError
 from metaloom.k8s.request import DEFAULT_TTL_S, DEFAULT_WAIT_S, JobRequest, SecretFiles, Toleration, Volume
@@ -35,6 +35,8 @@ from metaloom.launchers.base import (
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable
+
+    from metaloom.recipe import Recipe
 
 T = TypeVar("T")
 AUTO = "auto"
@@ -211,7 +213,6 @@ class Kubernetes(Launcher):
 
     @classmethod
     def needs(cls) -> list[Need]:
-        found = [path for path in kubeconfig_paths(os.environ) if path.exists()]
         return [
             Need(
                 "the package kubernetes",
@@ -220,19 +221,17 @@ class Kubernetes(Launcher):
             ),
             Need(
                 "a kubeconfig",
-                bool(found) or "KUBERNETES_SERVICE_HOST" in os.environ,
+                _is_configured(),
                 "put the one of your cluster at ~/.kube/config, or name it in KUBECONFIG",
             ),
-            Need("an image with metaloom", True, "docker build -f deploy/Dockerfile ."),
         ]
 
     def plan(self, submission: Submission) -> str:
         """The objects as YAML, of which `kubectl apply -f` makes the same job. With the backend `auto` a
         cluster is asked which ones it has, where there is a kubeconfig."""
         with contextlib.ExitStack() as stack:
-            cluster = None
-            with contextlib.suppress(LaunchError):
-                cluster = stack.enter_context(self._connected())
+            has_none = self.context is None and not _is_configured()
+            cluster = None if has_none else stack.enter_context(self._connected())
             comment = ""
             if self.backend != AUTO:
                 backend = BACKENDS[self.backend]
@@ -242,7 +241,7 @@ class Kubernetes(Launcher):
                     "# No cluster could be asked which backends it has: this is that of --backend job.\n"
                 )
             else:
-                backend = choose(cluster.serves)
+                backend = _chosen(cluster)
             namespace = self.namespace or ("default" if cluster is None else cluster.namespace)
         request = self._request(submission, namespace)
         self._check(request, backend, submission)
@@ -251,7 +250,7 @@ class Kubernetes(Launcher):
     def submit(self, submission: Submission) -> Submitted:
         """Sends the job, after it was checked here and, unless told not to, in the cluster."""
         with self._connected() as cluster:
-            backend = choose(cluster.serves) if self.backend == AUTO else BACKENDS[self.backend]
+            backend = _chosen(cluster) if self.backend == AUTO else BACKENDS[self.backend]
             request = self._request(submission, cluster.namespace)
             self._check(request, backend, submission)
             if not cluster.serves(backend.resource):
@@ -263,7 +262,7 @@ class Kubernetes(Launcher):
             if self.has_preflight:
                 self._tell(check_cluster(cluster, request, backend))
             if submission.is_resumed:
-                _clear(cluster, request.name)
+                _clear(cluster, request, backend)
             _send(cluster, request, backend)
         again = "".join(
             f" --{option} {value}"
@@ -297,8 +296,22 @@ class Kubernetes(Launcher):
                 Finding("--image: name the image with metaloom that the pods run (deploy/Dockerfile)")
             )
         found += [Finding(text) for text in problems(request, backend)]
+        found += _decided(submission)
         found += check_places(request, submission.recipe)
         self._tell(found)
+        self._check_recipe(request, backend, submission)
+
+    @staticmethod
+    def _check_recipe(request: JobRequest, backend: Backend, submission: Submission) -> None:
+        """Reads the recipe as the pods will.
+
+        Raises:
+            RecipeError: it does not hold together with what they are told.
+        """
+        from metaloom.recipe import load_recipe  # commands that look at no recipe are quick
+
+        told = [word for word in host_command(request, backend) if word.startswith("launcher.")]
+        load_recipe(submission.source, [*submission.overrides, *told])
 
     @staticmethod
     def _tell(findings: Sequence[Finding]) -> None:
@@ -332,7 +345,7 @@ class Kubernetes(Launcher):
             queue=submission.queue,
             env=submission.environment,
             stop_within_s=recipe.launcher.stop_within_s,
-            wait_s=DEFAULT_WAIT_S if recipe.launcher.hosts is None else recipe.launcher.hosts.wait_s,
+            wait_s=_wait_s(recipe),
             active_deadline_s=submission.time_limit_s,
             **{name: getattr(self, name) for name in own},
         )
@@ -369,24 +382,65 @@ def _send(cluster: Cluster, request: JobRequest, backend: Backend) -> None:
         raise
 
 
-def _clear(cluster: Cluster, name: str) -> None:
+def _chosen(cluster: Cluster) -> Backend:
+    """The backend that the cluster has, and the user may use."""
+    return choose(lambda resource: cluster.serves(resource) and cluster.may("create", resource))
+
+
+def _is_configured() -> bool:
+    """Whether a cluster is known here."""
+    paths = kubeconfig_paths(os.environ)
+    return any(path.exists() for path in paths) or "KUBERNETES_SERVICE_HOST" in os.environ
+
+
+def _wait_s(recipe: Recipe) -> float:
+    """How long pods wait for each other, unless the recipe says it."""
+    hosts = recipe.launcher.hosts
+    return DEFAULT_WAIT_S if hosts is None or "wait_s" not in hosts.model_fields_set else hosts.wait_s
+
+
+def _decided(submission: Submission) -> list[Finding]:
+    """Changes to the recipe that other options undo."""
+    return [
+        Finding(
+            f"{override}: the job has {submission.num_ranks} ranks on each node; say --ranks-per-node, or "
+            "leave "
+            "it out"
+        )
+        for override in submission.overrides
+        if override.partition("=")[0] == "launcher.num_processes"
+        and submission.recipe.launcher.num_processes != submission.num_ranks
+    ]
+
+
+def _clear(cluster: Cluster, request: JobRequest, backend: Backend) -> None:
     """Deletes what is left in the cluster of a job that has ended: its run goes on under the same name.
 
     Raises:
         LaunchError: it has not ended.
     """
+    name = request.name
     gathering = Gathering(cluster)
     found: Found | None = None
     with contextlib.suppress(NoSuchJobError):
         found, status = gathering.status(name, datetime.datetime.now(datetime.UTC))
-        if status.state not in ENDED:
+        is_deleted = found.top["metadata"].get("deletionTimestamp") is not None
+        if status.state not in ENDED and not is_deleted:
             raise LaunchError(
                 f"--resume: the job {name} has not ended ({status.headline}), and goes on by itself after "
                 f"preemptions and faults. To begin anew from its last checkpoint: metaloom jobs cancel {name}"
             )
         cluster.delete(found.resource, name)
+    if found is None:
+        print(
+            f"note: there is no job {name} in {cluster.shown}: its run goes on if its folder or "
+            "checkpoint.url "
+            "has it, and begins anew if not",
+            file=sys.stderr,
+        )
     labels = {JOB_LABEL: name}
-    for resource in (SERVICES, CONFIG_MAPS):
+    # Those that nothing owns, as of a job that kubectl has made.
+    for resource in dict.fromkeys((SERVICES, CONFIG_MAPS, *backend.creates)):
         for obj in cluster.list(resource, labels=labels):
             cluster.delete(resource, obj["metadata"]["name"])
     deadline = time.monotonic() + GONE_WITHIN_S

@@ -119,17 +119,21 @@ def standing(launcher: LocalLauncher) -> Standing:
         return ALONE
     host = launcher.hosts.endpoint.rpartition(":")[0].strip("[]")
     endpoint = resolve(host, timeout_s=launcher.hosts.wait_s)
+    index = _host_index()
     return Standing(
         address_towards(endpoint),
-        is_first=is_here(endpoint),
+        # Names are found at addresses that hosts had before, for a while after they were replaced.
+        is_first=is_here(endpoint) if index is None else index == 0,
         endpoint=launcher.hosts.endpoint,
-        index=_host_index(),
+        index=index or 0,
     )
 
 
-def _host_index() -> int:
-    """This machine's number among the hosts, where whoever has started it says so."""
-    index = os.environ.get(HOST_INDEX, "0")
+def _host_index() -> int | None:
+    """This machine's number among the hosts, where whoever has started it says so; 0 is the endpoint's."""
+    index = os.environ.get(HOST_INDEX)
+    if index is None:
+        return None
     if not index.isdecimal():
         raise LaunchError(
             f"{HOST_INDEX}={index} in the environment is no number of a host: give 0, 1 ... or leave it out."

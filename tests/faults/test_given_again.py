@@ -3,11 +3,12 @@ apart."""
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.commands import ADDED, RECIPES, environment, run, run_well
+from tests.commands import ADDED, RECIPES, command, environment, run, run_well
 
 SMOKE = RECIPES / "smoke.yaml"
 STEPS = 8
@@ -24,12 +25,39 @@ def test_a_command_with_a_run_id_begins_continues_and_finishes_one_run(tmp_path:
     )
     # In another folder, as where the first is lost.
     assert "resumed after outer step" in run_well(*named, "--run", tmp_path / "b", cwd=tmp_path)
+    # A host that was replaced when the others had ended would wait for them in vain.
+    nowhere = (
+        "launcher.hosts={endpoint: 'nowhere.invalid:29400', num_hosts: 2, wait_s: 1000, own_folders: true}"
+    )
+    done = run(*named, nowhere, "--run", tmp_path / "d", cwd=tmp_path)
+    assert (done.code, done.output) == (0, "the run one is finished\n")
     other = run(*words, "--run-id", "two", "--run", tmp_path / "a", cwd=tmp_path)
     assert other.code == 5
     assert f"{tmp_path / 'a'} holds another run (id one) than --run-id two" in other.errors
     taken = run(*words, "--run-id", "two", "--run", tmp_path / "c", cwd=tmp_path)
     assert taken.code == 4
     assert "holds checkpoints of another run than the one in" in taken.errors
+
+
+def test_a_host_that_waits_for_others_ends_at_once_when_it_is_asked(tmp_path: Path, glyphs: Path) -> None:
+    url = (tmp_path / "checkpoints").as_uri()
+    nowhere = (
+        "launcher.hosts={endpoint: 'nowhere.invalid:29400', num_hosts: 2, wait_s: 1000, own_folders: true}"
+    )
+    words = (SMOKE, f"data.url={glyphs}", f"checkpoint.url={url}", nowhere, "--run-id", "one")
+    process = subprocess.Popen(
+        command("train", *words, "--run", tmp_path / "run"),
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == "waiting for the name nowhere.invalid, for up to 1000 s\n"
+        process.terminate()
+        assert process.wait(60) == 75
 
 
 @pytest.mark.parametrize(

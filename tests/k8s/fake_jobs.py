@@ -171,9 +171,22 @@ class JobController:
             self._counted[pod["metadata"]["uid"]] = uid if action == "Count" else ""
             if rule and action == "FailJob":
                 return "PodFailurePolicy", _policy_message(pod, rule[0])
+            if action == "Count" and "backoffLimitPerIndex" in spec:
+                index = pod["metadata"]["labels"][INDEX]
+                self._counted[pod["metadata"]["uid"]] = f"{uid}/{index}"
+                if list(self._counted.values()).count(f"{uid}/{index}") > spec["backoffLimitPerIndex"]:
+                    self._edit_failed_index(job, index)
+                    return (
+                        "MaxFailedIndexesExceeded",
+                        "Job has exceeded the specified maximal number of failed indexes",
+                    )
         if list(self._counted.values()).count(uid) > spec.get("backoffLimit", 6):
             return "BackoffLimitExceeded", "Job has reached the specified backoff limit"
         return None
+
+    def _edit_failed_index(self, job: Object, index: str) -> None:
+        metadata = job["metadata"]
+        self._edit(metadata["namespace"], metadata["name"], lambda status: status.update(failedIndexes=index))
 
     def _fill(self, job: Object) -> None:
         """Makes a pod for each index that has none."""

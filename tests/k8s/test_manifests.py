@@ -13,6 +13,7 @@ from metaloom.k8s.manifests import BACKENDS, choose, host_command, owner_referen
 from metaloom.k8s.manifests.command import literal
 from metaloom.k8s.request import JobRequest, Volume
 from metaloom.k8s.resources import JOB_SETS, JOBS, Resource
+from metaloom.launchers.local import AGENT_STOP_MARGIN_S
 from tests.k8s.job_requests import (
     CASES,
     FULL,
@@ -119,7 +120,7 @@ def test_pods_and_other_objects_carry_no_queue_of_their_own(backend: str) -> Non
 def test_one_node_needs_no_hosts(backend: str) -> None:
     assert host_command(SMALL, BACKENDS[backend]) == [
         *("metaloom", "train", "/etc/metaloom/recipe.yaml", "--run", "/runs/glyphs", "--run-id", "glyphs"),
-        *("launcher.num_processes=1", "launcher.show_all_ranks=true"),
+        *("launcher.num_processes=1", "launcher.show_all_ranks=true", "launcher.hosts=null"),
     ]
 
 
@@ -261,11 +262,13 @@ def test_devices_and_memory_are_requested_as_they_are_limited_and_processors_are
     assert resources["limits"] == {"memory": "96.5Gi", "amd.com/gpu": "4", "rdma/hca": "4"}
 
 
-@pytest.mark.parametrize(("stop_within_s", "grace_s"), [(25.0, 60), (25.1, 61), (119.5, 155)])
+@pytest.mark.parametrize(("stop_within_s", "grace_s"), [(25.0, 75), (25.1, 76), (119.5, 170)])
 def test_a_pod_has_longer_to_stop_than_its_ranks(stop_within_s: float, grace_s: int) -> None:
     (template,) = _templates(dataclasses.replace(SMALL, stop_within_s=stop_within_s))
 
     assert template["spec"]["terminationGracePeriodSeconds"] == grace_s
+    # What the command in it grants its agent.
+    assert grace_s >= stop_within_s + AGENT_STOP_MARGIN_S
 
 
 def test_secrets_come_by_reference_alone() -> None:
@@ -301,9 +304,10 @@ def test_a_job_tells_what_was_taken_away_what_was_stopped_and_what_is_a_mistake(
     taken, stopped, mistakes = spec["podFailurePolicy"]["rules"]
     assert taken == {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
     assert (stopped["action"], stopped["onExitCodes"]["values"]) == ("Ignore", [75])
-    assert (mistakes["action"], mistakes["onExitCodes"]["values"]) == ("FailJob", [2, 3, 4, 5, 6, 130])
-    # One fault may take down all 16 pods, three times.
-    assert spec["backoffLimit"] == 48
+    assert (mistakes["action"], mistakes["onExitCodes"]["values"]) == ("FailJob", [2, 126, 127, 130])
+    # One fault may take down all 16 pods: each may fail three times.
+    assert (spec["backoffLimitPerIndex"], spec["maxFailedIndexes"]) == (3, 0)
+    assert "backoffLimit" not in spec
 
 
 @pytest.mark.parametrize("backend", ["jobset", "trainjob"])

@@ -91,13 +91,18 @@ def test_a_dry_run_prints_what_is_sent(cluster: FakeCluster, submit: Submit) -> 
     assert cluster.objects(JOBS) == []
     printed = list(yaml.safe_load_all(output))
     submit(*TWO_NODES, *PLACES)
-    sent = {obj["kind"]: obj for obj in printed}
-    assert set(sent) == {"ConfigMap", "Service", "Job"}
-    assert job_of(cluster)["spec"]["template"]["spec"] == sent["Job"]["spec"]["template"]["spec"] | {
-        key: value
-        for key, value in job_of(cluster)["spec"]["template"]["spec"].items()
-        if key not in sent["Job"]["spec"]["template"]["spec"]  # defaults of the server
+    made = {
+        obj["kind"]: obj
+        for resource in (CONFIG_MAPS, SERVICES, JOBS)
+        for obj in ({"kind": resource.kind} | each for each in cluster.objects(resource))
     }
+    assert [obj["kind"] for obj in printed] == ["ConfigMap", "Service", "Job"]
+    for obj in printed:
+        there = made[obj["kind"]]
+        # The server adds what it knows; what was printed is all there.
+        assert {key: there["metadata"][key] for key in obj["metadata"]} == obj["metadata"]
+        for part in obj.keys() - {"metadata"}:
+            assert there[part] == obj[part]
 
 
 def test_a_dry_run_needs_no_cluster_and_says_so(
@@ -244,6 +249,65 @@ def test_what_may_not_be_looked_at_is_noted_and_the_job_is_sent(cluster: FakeClu
     ]
 
 
+def test_a_quota_on_what_the_pods_do_not_say_is_noted(cluster: FakeCluster, submit: Submit) -> None:
+    hard = {"limits.cpu": "64", "requests.memory": "1Ti"}
+    quota = {"metadata": {"name": "all"}, "spec": {"hard": hard}, "status": {"hard": hard, "used": {}}}
+    cluster.add(QUOTAS, quota)
+    code, _, errors = submit(*TWO_NODES, *PLACES)
+    assert code == 0
+    assert "note: the quota all counts limits.cpu, which the pods do not have" in errors
+    assert "note: the quota all counts requests.memory, which the pods do not have, so that they " in errors
+    assert "may be refused: it takes --memory-per-node" in errors
+
+
+def test_a_job_of_one_node_has_no_hosts_whatever_the_recipe_says(
+    cluster: FakeCluster, submit: Submit
+) -> None:
+    hosts = "launcher.hosts={endpoint: 'a:1', num_hosts: 4, silence_s: 30}"
+    words = ("--image", "repository/metaloom:1", "--name", "one", *PLACES, hosts)
+    assert submit(*words)[0] == 0
+    command_ = job_of(cluster)["spec"]["template"]["spec"]["containers"][0]["command"]
+    assert command_[-1] == "launcher.hosts=null"
+
+
+def test_a_recipe_that_does_not_fit_the_nodes_is_refused(cluster: FakeCluster, submit: Submit) -> None:
+    hosts = "launcher.hosts={endpoint: 'a:1', num_hosts: 4, min_hosts: 3}"
+    code, _, errors = submit(*TWO_NODES, *PLACES, hosts)
+    assert code == 2
+    assert "launcher.hosts.min_hosts" in errors
+    assert "must be at most launcher.hosts.num_hosts = 2" in errors
+
+
+def test_what_another_option_decides_is_refused_as_an_override(cluster: FakeCluster, submit: Submit) -> None:
+    code, _, errors = submit(*TWO_NODES, *PLACES, "launcher.num_processes=3")
+    assert code == 5
+    assert "launcher.num_processes=3: the job has 4 ranks on each node; say --ranks-per-node" in errors
+
+
+def test_auto_takes_what_the_user_may_make(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, submit: Submit
+) -> None:
+    with FakeCluster(tmp_path, kinds=[JOB_SETS]) as cluster:
+        monkeypatch.setenv("KUBECONFIG", str(cluster.kubeconfig))
+        cluster.forbid("create", "jobsets")
+        assert submit(*TWO_NODES, *PLACES)[0] == 0
+        assert len(cluster.objects(JOBS)) == 1
+
+
+def test_a_dry_run_with_an_unknown_context_is_refused(cluster: FakeCluster, submit: Submit) -> None:
+    code, output, errors = submit(*TWO_NODES, *PLACES, "--dry-run", "--context", "elsewhere")
+    assert (code, output) == (5, "")
+    assert "elsewhere" in errors
+
+
+def test_a_run_of_which_the_cluster_knows_nothing_goes_on_with_a_note(
+    cluster: FakeCluster, submit: Submit
+) -> None:
+    code, _, errors = submit(*TWO_NODES, *PLACES, "--resume")
+    assert code == 0
+    assert "note: there is no job one in namespace team of fake" in errors
+
+
 def test_machines_that_may_come_on_demand_are_noted(cluster: FakeCluster, submit: Submit) -> None:
     cluster.add(NODES, NODE)
     words = (*PLACES, "--gpu-resource", "amd.com/gpu")
@@ -309,7 +373,7 @@ def test_a_run_whose_job_has_ended_goes_on_under_its_name(cluster: FakeCluster, 
     assert "--resume: the job one has not ended (" in errors
     pods = cluster.pods("one")
     pods.run()
-    pods.fail(0, code=4)
+    pods.fail(0, code=2)
     assert "Failed" in cluster.conditions(JOBS, "one")
     code, output, errors = submit(*TWO_NODES, *PLACES, "--resume")
     assert code == 0, errors
@@ -323,7 +387,7 @@ def test_a_run_whose_job_has_ended_goes_on_under_its_name(cluster: FakeCluster, 
 def test_which_run_goes_on_has_to_be_said(submit: Submit) -> None:
     code, _, errors = submit("--image", "repository/metaloom:1", *PLACES, "--resume")
     assert code == 5
-    assert "--resume: say which run goes on, by --name (Kubernetes) or --run." in errors
+    assert "--resume: say by --name which run goes on." in errors
 
 
 def test_a_recipe_with_a_mistake_is_refused_before_any_cluster_is_asked(

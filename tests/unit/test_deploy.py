@@ -34,7 +34,7 @@ NEEDED = {
     "jobsets.jobset.x-k8s.io": JOB_VERBS,
     "pytorchjobs.kubeflow.org": JOB_VERBS,
     "trainjobs.trainer.kubeflow.org": JOB_VERBS,
-    "trainingruntimes.trainer.kubeflow.org": {"create", "patch", "delete"},
+    "trainingruntimes.trainer.kubeflow.org": {"create", "list", "patch", "delete"},
     "configmaps": {"create", "get", "list", "patch", "delete"},
     "services": {"create", "get", "list", "patch", "delete"},
     "pods": {"get", "list", "watch"},

@@ -56,3 +56,19 @@ def test_the_interface_of_gloo_is_derived_and_what_is_set_stays(monkeypatch: pyt
     assert agent_environment(LocalLauncher(), ALONE)["GLOO_SOCKET_IFNAME"] == "lo"
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
     assert agent_environment(LocalLauncher(), ALONE)["GLOO_SOCKET_IFNAME"] == "ib0"
+
+
+def test_a_host_with_an_index_does_not_trust_names_for_who_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a host was replaced, names may lead to where the former one was, and addresses be another's."""
+    hosts = Hosts(endpoint="one-0.one:29400", num_hosts=2)
+    launcher = LocalLauncher(num_processes=1, hosts=hosts)
+    found = {"here": "127.0.0.1", "elsewhere": "192.0.2.1"}
+    for at, index, is_first in (("elsewhere", 0, True), ("here", 1, False)):
+        monkeypatch.setenv("METALOOM_HOST_INDEX", str(index))
+        monkeypatch.setattr("metaloom.launchers.local.resolve", lambda name, timeout_s, at=at: found[at])
+        monkeypatch.setattr("metaloom.launchers.local.address_towards", lambda address: "127.0.0.1")
+        here = standing(launcher)
+        assert (here.is_first, here.index) == (is_first, index)
+    monkeypatch.setenv("METALOOM_HOST_INDEX", "first")
+    with pytest.raises(LaunchError, match="METALOOM_HOST_INDEX=first in the environment is no number"):
+        standing(launcher)

@@ -20,7 +20,9 @@ def host_command(request: JobRequest, backend: Backend) -> list[str]:
         f"launcher.num_processes={request.num_ranks_per_node}",
         "launcher.show_all_ranks=true",
     ]
-    if request.nodes > 1:
+    if request.nodes == 1:
+        command.append("launcher.hosts=null")
+    else:
         # What else the recipe says of hosts stays.
         command += [
             f"launcher.hosts.endpoint={backend.first_host(request)}:{PORT}",

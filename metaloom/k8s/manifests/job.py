@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from metaloom.k8s.manifests.backend import PORT, Backend
-from metaloom.k8s.manifests.failures import num_failures, pod_failure_policy
+from metaloom.k8s.manifests.failures import pod_failure_policy
 from metaloom.k8s.manifests.identity import job_labels, job_metadata, metadata
 from metaloom.k8s.manifests.pod import pod_template, recipe_config_map
 from metaloom.k8s.request import JobRequest
@@ -52,7 +52,10 @@ def _job(request: JobRequest) -> dict[str, Any]:
         "completionMode": "Indexed",
         "completions": request.nodes,
         "parallelism": request.nodes,
-        "backoffLimit": num_failures(request),
+        # Counted for each index, and so is the time before the next try: one fault may take down all pods,
+        # and a pod that was taken away shall not hold up others.
+        "backoffLimitPerIndex": request.max_restarts,
+        "maxFailedIndexes": 0,
         "podFailurePolicy": pod_failure_policy(BACKEND.container),
         "podReplacementPolicy": "Failed",
         "template": pod_template(request, BACKEND, restart_policy="Never", subdomain=request.name),

@@ -25,8 +25,9 @@ from metaloom.k8s.resources import CONFIG_MAPS
 INDEX_VARIABLE = "METALOOM_HOST_INDEX"
 # An annotation since Indexed Jobs exist; the label of the same name came later.
 COMPLETION_INDEX = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
-# What a pod needs after its ranks have stopped: agents hear of each other, the tracker sends what is left.
-GRACE_S = 35
+# What a pod needs beside the time that its ranks have to stop: the agent ends those that are stuck, and other
+# hosts hear of it.
+GRACE_S = 50
 
 
 def recipe_config_map(request: JobRequest) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from metaloom.k8s.manifests.backend import Backend
-from metaloom.k8s.manifests.failures import num_failures
 from metaloom.k8s.manifests.identity import job_metadata
 from metaloom.k8s.manifests.pod import pod_template, recipe_config_map
 from metaloom.k8s.request import JobRequest
@@ -18,12 +17,14 @@ def build(request: JobRequest) -> list[dict[str, Any]]:
     The operator knows no podFailurePolicy. Its ExitCode tells failures by their codes, but takes 75, a pod
     that saved and ended because it was asked to, for a failure of the job, which so would end at the first
     preemption. With OnFailure pods that are taken away are replaced, and whatever else fails starts again
-    in its pod. So does a mistake, until the restarts of all containers together reach `backoffLimit`.
+    in its pod. So does a mistake, until the restarts of all containers together reach `backoffLimit`: one
+    fault may take down all of them. The operator fails a job when so many are reached, not when they are
+    passed.
     """
     policy: dict[str, Any] = {
         # What has ended stays to be looked at; what still runs when the job has ended does not.
         "cleanPodPolicy": "Running",
-        "backoffLimit": num_failures(request) + 1,
+        "backoffLimit": request.max_restarts * request.nodes + 1,
     }
     if request.ttl_s is not None:
         policy["ttlSecondsAfterFinished"] = request.ttl_s

@@ -9,9 +9,8 @@ from metaloom.k8s.manifests.identity import job_metadata, metadata
 from metaloom.k8s.manifests.jobset import first_host, job_set_spec, longest_suffix
 from metaloom.k8s.manifests.pod import recipe_config_map
 from metaloom.k8s.request import DEFAULT_TTL_S, JobRequest
-from metaloom.k8s.resources import CONFIG_MAPS, TRAIN_JOBS, Resource
+from metaloom.k8s.resources import CONFIG_MAPS, TRAIN_JOBS, TRAINING_RUNTIMES
 
-TRAINING_RUNTIMES = Resource("trainer.kubeflow.org", "v1alpha1", "TrainingRuntime", "trainingruntimes")
 # By it the operator knows which of a runtime's Jobs trains.
 _TRAINER = {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
 
