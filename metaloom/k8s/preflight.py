@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import urllib.parse
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -142,8 +143,14 @@ def _parent(path: str) -> str:
 # ---------------------------------------------------------------- what the cluster lacks
 
 
-def check_cluster(cluster: Cluster, request: JobRequest, backend: Backend) -> list[Finding]:
+def check_cluster(
+    cluster: Cluster, request: JobRequest, backend: Backend, *, is_right: bool = True
+) -> list[Finding]:
     """Whether the cluster has, and allows, what the job asks of it. What this user may not look at is noted.
+
+    Args:
+        is_right: whether the request is right as far as can be seen without the cluster: else the server is
+            not asked for what it would refuse of the objects.
 
     Raises:
         LaunchError: the cluster does not answer, or knows nobody of these credentials.
@@ -161,7 +168,7 @@ def check_cluster(cluster: Cluster, request: JobRequest, backend: Backend) -> li
         _quotas,
     )
     found = [finding for part in parts for finding in part(cluster, request, backend)]
-    if not any(finding.is_problem for finding in found):
+    if is_right and not any(finding.is_problem for finding in found):
         found += _admission(cluster, request, backend)
     return found
 
@@ -368,12 +375,13 @@ def _needed(request: JobRequest) -> dict[str, Fraction]:
     amounts = {"pods": Fraction(1), "count/pods": Fraction(1)}
     if request.gpus_per_node:
         amounts[f"requests.{request.gpu_resource}"] = Fraction(request.gpus_per_node)
-    if request.memory is not None:
-        for name in ("memory", "requests.memory", "limits.memory"):
-            amounts[name] = Fraction(parse_quantity(request.memory))
-    if request.cpus is not None:
-        for name in ("cpu", "requests.cpu"):
-            amounts[name] = Fraction(parse_quantity(request.cpus))
+    for names, quantity in (
+        (("memory", "requests.memory", "limits.memory"), request.memory),
+        (("cpu", "requests.cpu"), request.cpus),
+    ):
+        if quantity is not None:
+            with contextlib.suppress(ValueError):  # told by `problems`
+                amounts |= dict.fromkeys(names, parse_quantity(quantity))
     return {name: amount * request.nodes for name, amount in amounts.items()}
 
 

@@ -244,23 +244,36 @@ class Kubernetes(Launcher):
                 backend = _chosen(cluster)
             namespace = self.namespace or ("default" if cluster is None else cluster.namespace)
         request = self._request(submission, namespace)
-        self._check(request, backend, submission)
+        self._tell(self._findings(request, backend, submission))
+        self._check_recipe(request, backend, submission)
         return comment + to_yaml(backend.build(request))
 
     def submit(self, submission: Submission) -> Submitted:
         """Sends the job, after it was checked here and, unless told not to, in the cluster."""
-        with self._connected() as cluster:
+        try:
+            connected = self._connected()
+        except LaunchError as error:
+            # What can be seen to be wrong without a cluster is told as well.
+            request = self._request(submission, self.namespace or "default")
+            found = self._findings(request, BACKENDS.get(self.backend, BACKENDS["job"]), submission)
+            self._tell([*found, Finding(str(error))])
+            raise
+        with connected as cluster:
             backend = _chosen(cluster) if self.backend == AUTO else BACKENDS[self.backend]
             request = self._request(submission, cluster.namespace)
-            self._check(request, backend, submission)
             if not cluster.serves(backend.resource):
                 raise LaunchError(
                     f"--backend {backend.name}: {cluster.shown} has no {backend.resource.full_name} of "
                     f"{backend.resource.api_version}; it takes {backend.needs}. Install that, or use "
                     "--backend job, which needs nothing."
                 )
+            found = self._findings(request, backend, submission)
             if self.has_preflight:
-                self._tell(check_cluster(cluster, request, backend))
+                found += check_cluster(
+                    cluster, request, backend, is_right=not any(f.is_problem for f in found)
+                )
+            self._tell(found)
+            self._check_recipe(request, backend, submission)
             if submission.is_resumed:
                 _clear(cluster, request, backend)
             _send(cluster, request, backend)
@@ -284,12 +297,8 @@ class Kubernetes(Launcher):
     def _connected(self) -> contextlib.closing[Cluster]:
         return contextlib.closing(Cluster.connect(context=self.context, namespace=self.namespace))
 
-    def _check(self, request: JobRequest, backend: Backend, submission: Submission) -> None:
-        """All that is wrong and can be seen from here.
-
-        Raises:
-            LaunchError: names everything at once.
-        """
+    def _findings(self, request: JobRequest, backend: Backend, submission: Submission) -> list[Finding]:
+        """All that is wrong and can be seen from here."""
         found = [Finding(text) for text in self.unused_options(submission)]
         if self.image is None:
             found.append(
@@ -297,9 +306,7 @@ class Kubernetes(Launcher):
             )
         found += [Finding(text) for text in problems(request, backend)]
         found += _decided(submission)
-        found += check_places(request, submission.recipe)
-        self._tell(found)
-        self._check_recipe(request, backend, submission)
+        return [*found, *check_places(request, submission.recipe)]
 
     @staticmethod
     def _check_recipe(request: JobRequest, backend: Backend, submission: Submission) -> None:
@@ -315,6 +322,11 @@ class Kubernetes(Launcher):
 
     @staticmethod
     def _tell(findings: Sequence[Finding]) -> None:
+        """Tells notes on standard error.
+
+        Raises:
+            LaunchError: names all problems at once.
+        """
         wrong = [finding.text for finding in findings if finding.is_problem]
         for finding in findings:
             if not finding.is_problem:

@@ -136,20 +136,31 @@ def test_a_backend_that_the_cluster_lacks_is_refused(cluster: FakeCluster, submi
 
 
 def test_all_mistakes_are_told_at_once_and_nothing_is_sent(cluster: FakeCluster, submit: Submit) -> None:
-    code, output, errors = submit("--name", "One", "--memory-per-node", "4 gigs", "--env", "API_KEY=abc")
+    words = (
+        "--name",
+        "One",
+        "--memory-per-node",
+        "4 gigs",
+        "--env",
+        "API_KEY=abc",
+        "--env-from-secret",
+        "s3",
+    )
+    code, output, errors = submit(*words)
     assert (code, output) == (5, "")
-    assert "error: 6 problems:" in errors
+    assert "error: 7 problems:" in errors
     for part in (
         "--image: name the image with metaloom that the pods run",
         "--name: 'One'",
         "--memory-per-node: '4 gigs' is not a quantity",
         "did you mean 4Gi?",
         "--env: API_KEY reads like a secret",
+        "--env-from-secret s3: there is no such Secret in namespace team",
         "checkpoint.url is not set, and /runs/One (--run) is on a pod's own disk: checkpoints would be lost",
         "data.url is data/glyphs, a path that depends on where a pod starts",
     ):
         assert part in errors
-    assert [method for method, _, _ in cluster.requests if method != "GET"] == []
+    assert cluster.objects(JOBS) == cluster.objects(CONFIG_MAPS) == []
 
 
 def add_claim(cluster: FakeCluster, *modes: str) -> None:
@@ -407,6 +418,9 @@ def test_no_kubeconfig_is_one_message(
     assert (code, output) == (5, "")
     assert errors.startswith("error: there is no kubeconfig: ")
     assert errors.count("\n") == 1
+    _, _, errors = submit(*TWO_NODES, *PLACES, "--memory-per-node", "4 gigs")
+    assert "error: 2 problems:" in errors
+    assert "--memory-per-node: '4 gigs' is not a quantity" in errors
 
 
 def test_the_commands_of_clusters_import_neither_torch_nor_the_models_of_the_client(
