@@ -101,6 +101,7 @@ def test_a_rank_that_is_killed_ends_the_job_with_its_name(tmp_path: Path, glyphs
     words = (f"data.url={glyphs}", "outer.num_steps=5000", "launcher.max_restarts=0")
     process = start("train", RECIPES / "smoke.yaml", *words, run=run)
     try:
+        wait_for_tracking(run)
         wait_for_step(run / "metrics.jsonl", 3, process)
         os.kill(rank_of(process.pid, 1), signal.SIGKILL)
         _, errors = process.communicate(timeout=60)
@@ -123,6 +124,7 @@ def test_a_stopped_command_leaves_no_process_and_a_run_marked_killed(
     run = tmp_path / "run"
     process = start("train", RECIPES / "smoke.yaml", f"data.url={glyphs}", "outer.num_steps=5000", run=run)
     try:
+        wait_for_tracking(run)
         wait_for_step(run / "metrics.jsonl", 3, process)
         started = descendants(process.pid)
         process.send_signal(sent)
@@ -137,6 +139,14 @@ def test_a_stopped_command_leaves_no_process_and_a_run_marked_killed(
         time.sleep(0.05)
     assert not [pid for pid in started if is_running(pid)]
     assert tracked_status(run) == "KILLED"
+
+
+def wait_for_tracking(run: Path) -> None:
+    """Returns once the run's store is there. MLflow may take longer for it than a job that ends waits."""
+    deadline = time.monotonic() + 120.0
+    while not (run / "mlflow.db").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def tracked_status(run: Path) -> str:
