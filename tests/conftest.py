@@ -19,6 +19,22 @@ def one_intra_op_thread() -> None:
         sys.modules["torch"].set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The cluster of the tests with the mark k8s."""
+    group = parser.getgroup("k8s", "scenarios on the cluster that KUBECONFIG names (mark k8s)")
+    group.addoption("--k8s-image", metavar="IMG", help="with metaloom in it (deploy/Dockerfile)")
+    group.addoption("--k8s-namespace", metavar="NS", help="(default: that of the context)")
+    group.addoption("--k8s-context", metavar="NAME", help="of the kubeconfig (default: the current one)")
+    group.addoption("--k8s-checkpoints", metavar="URL", help="where pods keep checkpoints: an object store")
+    group.addoption("--k8s-claim", metavar="CLAIM", help="in place of a URL: one that two pods may write to")
+    group.addoption(
+        "--k8s-submit",
+        metavar="WORDS",
+        default="",
+        help="further options of every `metaloom submit`, such as '--env-from-secret s3'",
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # A shell starts jobs in the background with Ctrl-C ignored, and what they start would inherit that.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
