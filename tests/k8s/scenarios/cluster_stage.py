@@ -42,9 +42,14 @@ class Given:
 
     @classmethod
     def by(cls, config: pytest.Config) -> Given:
-        names = ("image", "namespace", "context", "checkpoints", "claim")
-        found = [config.getoption(f"--k8s-{name}") for name in names]
-        return cls(*found, submit=config.getoption("--k8s-submit"))
+        return cls(
+            image=config.getoption("--k8s-image"),
+            namespace=config.getoption("--k8s-namespace"),
+            context=config.getoption("--k8s-context"),
+            url=config.getoption("--k8s-checkpoints"),
+            claim=config.getoption("--k8s-claim"),
+            submit=config.getoption("--k8s-submit"),
+        )
 
     def lack(self, environment: Mapping[str, str]) -> str:
         """What is missing for scenarios on a cluster; "" if nothing is."""
@@ -53,8 +58,8 @@ class Given:
             lacks.append("an image with metaloom (--k8s-image IMG)")
         if (self.url is None) == (self.claim is None):
             lacks.append(
-                "a place for checkpoints, either --k8s-checkpoints URL or --k8s-claim CLAIM, that two pods may "
-                "write to at once"
+                "a place for checkpoints that two pods may write to at once (either --k8s-checkpoints URL or "
+                "--k8s-claim CLAIM)"
             )
         is_inside = "KUBERNETES_SERVICE_HOST" in environment
         if not is_inside and not any(path.exists() for path in kubeconfig_paths(environment)):

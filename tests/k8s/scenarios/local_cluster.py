@@ -5,10 +5,10 @@
 
     python -m tests.k8s.scenarios.local_cluster FOLDER     # until Ctrl-C, for `pytest -m k8s`
 
-What a container is here: its command with its variables, as a user who sees all files. In it and in the recipe,
-paths that are mounted in a pod become folders here, and the host at which pods meet becomes 127.0.0.1.
-A pod asked to go gets SIGTERM, and is gone when its process has ended, as on a machine. Only the image
-IMAGE can be pulled. There are machines for 100 processors or 8 GPUs a pod, and what has a limit of less than
+What a container is here: its command with its variables, as a user who sees all files. In it and in the
+recipe, paths that are mounted in a pod become folders here, and the host at which pods meet is 127.0.0.1. A
+pod that is asked to go gets SIGTERM, and is gone when its process has ended, as on a machine. Only the image
+IMAGE can be pulled. There are machines for 100 processors or 8 GPUs a pod, and what may have less than
 MIN_MEMORY_BYTES is out of memory at once.
 """
 
@@ -16,17 +16,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from metaloom.k8s.quantities import parse_quantity
 from metaloom.k8s.resources import CLAIMS, CONFIG_MAPS, JOBS, PODS
@@ -35,7 +32,7 @@ from tests.hosts import free_port
 from tests.k8s.fake_api import FakeCluster, Handler, Target
 from tests.k8s.fake_jobs import INDEX, delete_pod
 from tests.k8s.fake_store import Object, now
-from tests.k8s.scenarios.fake_stage import GRACE_S, mark_evicted
+from tests.k8s.scenarios.fake_stage import mark_evicted
 
 IMAGE = "registry.example/metaloom:1"
 CLAIM = "shared"
@@ -84,6 +81,7 @@ class LocalCluster(FakeCluster):
         self._folder = folder
         self._processes: dict[str, subprocess.Popen[str]] = {}
         self._seen: set[str] = set()
+        self._stopped: set[str] = set()
         self._ports: dict[str, int] = {}
         self._threads: list[threading.Thread] = []
         self._kubelet_thread = threading.Thread(target=self._look_after_pods)
@@ -126,20 +124,26 @@ class LocalCluster(FakeCluster):
             self.edit(JOBS, name, lambda obj: obj["metadata"].update(deletionTimestamp=now()))
             for pod in self.controller.pods(self.get(JOBS, name)):
                 self.ask_to_go(pod["metadata"]["name"])
-            self._delete_if_empty(name)
+            self._go_on(name)
 
     def _look_after_pods(self) -> None:
         while not self.is_ending:
             for pod in self.objects(PODS):
-                if pod["metadata"]["uid"] not in self._seen and "deletionTimestamp" not in pod["metadata"]:
-                    self._take_up(pod)
+                with self.store.changed:
+                    # It may be gone by now: the Job's controller deletes pods as well.
+                    if pod["metadata"]["uid"] not in self._seen and self._is_there(pod):
+                        self._take_up(pod)
             with self.store.changed:
                 there = {pod["metadata"]["uid"] for pod in self.objects(PODS)}
-            for uid, process in list(self._processes.items()):
-                if uid not in there and process.poll() is None:
-                    process.send_signal(signal.SIGTERM)  # the Job's controller has deleted it
-                    self._processes.pop(uid)
+                for uid in self._processes.keys() - there - self._stopped:
+                    self._processes[uid].send_signal(signal.SIGTERM)
+                    self._stopped.add(uid)
             time.sleep(LOOK_S)
+
+    def _is_there(self, pod: Object) -> bool:
+        """Whether a pod is still wanted."""
+        found = self.store.find(PODS, self.namespace, pod["metadata"]["name"])
+        return found is not None and "deletionTimestamp" not in found["metadata"]
 
     def _take_up(self, pod: Object) -> None:
         """Starts a pod, if its machine, its image and the others allow it."""
@@ -224,12 +228,14 @@ class LocalCluster(FakeCluster):
     def _remove(self, pod: Object) -> None:
         job = pod["metadata"]["labels"]["metaloom/job"]
         delete_pod(self.store, self.kubelet, pod)
-        self._delete_if_empty(job)
-        self.controller.sync(self.namespace, job)
+        self._go_on(job)
 
-    def _delete_if_empty(self, name: str) -> None:
+    def _go_on(self, name: str) -> None:
+        """Makes the pods that a Job lacks; one that is deleted gets none, and is gone with its last."""
         job = self.store.find(JOBS, self.namespace, name)
-        if job is not None and "deletionTimestamp" in job["metadata"] and not self.controller.pods(job):
+        if job is None or "deletionTimestamp" not in job["metadata"]:
+            self.controller.sync(self.namespace, name)
+        elif not self.controller.pods(job):
             self.delete(JOBS, name)
 
     def _port(self, job: str) -> int:

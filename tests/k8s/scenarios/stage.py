@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import pytest
 
@@ -22,6 +22,8 @@ from tests.k8s.fake_jobs import Pods
 
 # Tasks are computed: pods need no data.
 RECIPE = RECIPES / "sinusoid-maml.yaml"
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 class Stage(Protocol):
@@ -121,12 +123,7 @@ class Terminal:
 
     def until(self, name: str, holds: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
         """The first status of a job of which something holds."""
-        told: dict[str, Any] = {}
-        for _ in self._looks(lambda: f"{name}: {told}"):
-            told = self.status(name)
-            if holds(told):
-                return told
-        raise AssertionError  # looks end by an error
+        return self._until(lambda: self.status(name), lambda status: status if holds(status) else None)
 
     def until_trained(self, name: str) -> int:
         """A step that a running job has told of."""
@@ -136,21 +133,13 @@ class Terminal:
 
     def until_logged(self, name: str, pattern: str) -> re.Match[str]:
         """The first line in the logs of a job that a pattern matches from its beginning."""
-        output = ""
-        for _ in self._looks(lambda: output):
-            output = self.jobs("logs", name)
-            found = [match for line in output.splitlines() if (match := re.match(pattern, line))]
-            if found:
-                return found[0]
-        raise AssertionError  # looks end by an error
+        found = re.compile(pattern, re.MULTILINE)
+        return self._until(lambda: self.jobs("logs", name), lambda lines: found.search(lines))
 
     def until_gone(self, name: str) -> None:
         """Waits until there is no job of that name."""
-        errors = ""
-        for _ in self._looks(lambda: errors):
-            code, _, errors = self.ask("jobs", "status", name)
-            if code == 5 and f"there is no job {name!r}" in errors:
-                return
+        gone = f"there is no job {name!r}"
+        self._until(lambda: self.ask("jobs", "status", name), lambda told: gone in told[2] or None)
 
     @contextmanager
     def following(self, name: str) -> Iterator[Callable[[], tuple[int, str, str]]]:
@@ -182,9 +171,14 @@ class Terminal:
         for name in dict.fromkeys(self._names):
             self.until_gone(name)
 
-    def _looks(self, told: Callable[[], str]) -> Iterator[None]:
+    def _until(self, look: Callable[[], T], find: Callable[[T], U | None]) -> U:
+        """What is found by looks at a job, which go on until something is."""
         deadline = time.monotonic() + self._limit_s
-        while time.monotonic() < deadline:
-            yield
+        while True:
+            seen = look()
+            found = find(seen)
+            if found is not None:
+                return found
+            if time.monotonic() > deadline:
+                pytest.fail(f"did not come true within {self._limit_s:g} s; the last that was seen:\n{seen}")
             time.sleep(self._stage.pause_s)
-        pytest.fail(f"did not come true within {self._limit_s:g} s:\n{told()}")
