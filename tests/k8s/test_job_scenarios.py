@@ -162,30 +162,35 @@ def test_an_image_that_cannot_be_pulled_is_named(stage: Stage, terminal: Termina
 
 
 @pytest.mark.parametrize(
-    ("options", "resource", "waits"),
+    ("options", "resource", "waits", "lack"),
     [
-        (("--cpus-per-node", "1000"), "cpu", "queued for 2 nodes: none of the cluster's "),
+        (
+            ("--cpus-per-node", "1000"),
+            "cpu",
+            "queued for 2 nodes: none of the cluster's ",
+            "too few cpu free",
+        ),
         (
             ("--gpus-per-node", "1000", "--no-preflight"),
             "nvidia.com/gpu",
             "queued for 2000 GPUs: 0 of the cluster's ",
+            "have them free",
         ),
     ],
+    ids=["processors", "GPUs"],
 )
 def test_a_job_that_no_machine_can_take_says_what_they_lack(
-    stage: Stage, terminal: Terminal, options: tuple[str, ...], resource: str, waits: str
+    stage: Stage, terminal: Terminal, options: tuple[str, ...], resource: str, waits: str, lack: str
 ) -> None:
     name = terminal.new_name("waits")
     terminal.submit(name, *options, changes=SHORT)
     stage.play(
-        lambda _, pods: pods.unschedulable(
-            message=f"0/3 nodes are available: 1 node(s) were unschedulable, 2 Insufficient {resource}."
-        )
+        lambda _, pods: pods.unschedulable(message=f"0/3 nodes are available: 3 Insufficient {resource}.")
     )
     status = terminal.until(name, lambda status: status["headline"].startswith(waits))
     assert (status["state"], status["num_nodes"]) == ("queued", 2)
     assert [node["words"] for node in status["nodes"]] == 2 * ["waiting for a machine"]
-    assert any(f"too few {resource} free" in line for line in status["details"])
+    assert any(lack in line for line in (status["headline"], *status["details"]))
     assert "nothing was printed; queued for " in terminal.ask("jobs", "logs", name)[2]
 
 
@@ -314,3 +319,14 @@ def test_who_may_do_nothing_is_told_what_is_missing(stage: Stage, terminal: Term
         code, _, errors = terminal.ask("jobs", "list")
         assert code == 5
         assert "may not list jobs in namespace " in errors
+
+
+def test_what_scenarios_on_a_cluster_take_is_told_where_they_are_skipped(tmp_path: Path) -> None:
+    there = {"KUBECONFIG": str(tmp_path)}
+    assert Given(None).lack({"KUBECONFIG": str(tmp_path / "none")}) == (
+        "scenarios on a cluster take an image with metaloom (--k8s-image IMG), and a place for checkpoints "
+        "that two pods may write to at once (either --k8s-checkpoints URL or --k8s-claim CLAIM), and a "
+        "kubeconfig (KUBECONFIG)"
+    )
+    assert "a place for checkpoints" in Given("image", url="s3://bucket", claim="both").lack(there)
+    assert Given("image", claim="shared").lack(there) == ""

@@ -275,7 +275,9 @@ class LocalHandler(Handler):
 
 
 def serve(folder: Path) -> None:
-    """A cluster until Ctrl-C."""
+    """A cluster until Ctrl-C, or SIGTERM."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
     with LocalCluster(folder) as cluster, contextlib.suppress(KeyboardInterrupt):
         print(f"KUBECONFIG={cluster.kubeconfig} IMAGE={IMAGE} CLAIM={CLAIM}", flush=True)
         signal.pause()
