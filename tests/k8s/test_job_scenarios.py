@@ -122,10 +122,10 @@ def test_a_job_of_two_pods_trains_and_is_followed_to_its_end(stage: Stage, termi
     # So do its checkpoints, where it was told to put them.
     terminal.submit(name, "--resume", changes=SHORT)
     stage.play(lambda _, pods: pods.run())
-    stage.play(lambda _, pods: pods.log(0, f"[rank 0] resumed after outer step {STEPS} of {STEPS}"))
+    stage.play(lambda _, pods: pods.log(0, f"the run {name} is finished"))
     stage.play(lambda _, pods: pods.succeed())
     terminal.jobs("wait", name)
-    assert f"[rank 0] resumed after outer step {STEPS} of {STEPS}" in terminal.jobs("logs", name).splitlines()
+    assert f"[node 0] the run {name} is finished" in terminal.jobs("logs", name).splitlines()
 
 
 def test_a_pod_that_is_out_of_memory_is_named(stage: Stage, terminal: Terminal) -> None:
@@ -250,12 +250,15 @@ def test_a_job_that_loses_a_pod_saves_and_goes_on_by_itself(
         assert f"started again by the cluster once, the last time since {cause}" in status["details"]
 
 
-def test_a_mistake_ends_the_job_with_its_exit_code_and_is_not_tried_again(
+def test_data_that_is_not_there_ends_the_job_with_its_exit_code_when_no_more_tries_are_left(
     stage: Stage, terminal: Terminal
 ) -> None:
     name = terminal.new_name("mistake")
     # The path looks well from here; in the pods nothing is there.
-    _, notes = terminal.submit(name, recipe=RECIPES / "smoke.yaml", changes=["data.url=/no/such/data"])
+    options = ("--max-restarts", "0")
+    _, notes = terminal.submit(
+        name, *options, recipe=RECIPES / "smoke.yaml", changes=["data.url=/no/such/data"]
+    )
     assert "note: data.url is /no/such/data, on no claim: the image has to hold it" in notes
     problem = "/no/such/data holds no index.json, so it is not a finished metaloom data set"
     stage.play(lambda _, pods: pods.run())
@@ -280,7 +283,7 @@ def test_a_job_that_is_cancelled_saves_before_it_goes(stage: Stage, terminal: Te
     told = terminal.jobs("cancel", name).splitlines()
     assert told[0].startswith(f"cancelled: Job {name} in ")
     assert told[0].endswith(", and 2 pods")
-    assert told[1] == "its ranks were told to stop (SIGTERM) and save, for which they have 60 s"
+    assert told[1] == "its ranks were told to stop (SIGTERM) and save, for which they have 75 s"
     terminal.until_gone(name)
     terminal.submit(name, "--resume", changes=LONG)
     stage.play(lambda _, pods: pods.run())

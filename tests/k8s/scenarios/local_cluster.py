@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -162,8 +161,7 @@ class LocalCluster(FakeCluster):
             self._seen.add(metadata["uid"])
             pods.run(index)
             pods.out_of_memory(index)
-        # Names of this machine are all one address: the first host that comes would be the one to meet at.
-        elif index == 0 or self._is_served(self._port(job)):
+        else:
             self._seen.add(metadata["uid"])
             pods.run(index)
             self._start(self.get(PODS, metadata["name"]))
@@ -240,11 +238,6 @@ class LocalCluster(FakeCluster):
 
     def _port(self, job: str) -> int:
         return self._ports.setdefault(job, free_port())
-
-    @staticmethod
-    def _is_served(port: int) -> bool:
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 class LocalHandler(Handler):
