@@ -97,8 +97,9 @@ def test_counted_without_data_is_what_a_real_hypergradient_allocates_and_compute
     with FlopCounter() as counter:
         differentiate()
     assert counted.flops == counter.total
-    # Kernels also allocate for themselves, and numbers shorter than torch's alignment are rounded up.
-    assert counted.peak_bytes == pytest.approx(peak_allocated(differentiate), rel=0.06)
+    # Kernels also allocate for themselves, how much is up to the processor, and numbers shorter than torch's
+    # alignment are rounded up.
+    assert counted.peak_bytes == pytest.approx(peak_allocated(differentiate), rel=0.12)
 
 
 def test_a_recipe_larger_than_what_is_counted_follows_linearly() -> None:
