@@ -124,7 +124,6 @@ def test_a_stopped_command_leaves_no_process_and_a_run_marked_killed(
     run = tmp_path / "run"
     process = start("train", RECIPES / "smoke.yaml", f"data.url={glyphs}", "outer.num_steps=5000", run=run)
     try:
-        wait_for_tracking(run)
         wait_for_step(run / "metrics.jsonl", 3, process)
         started = descendants(process.pid)
         process.send_signal(sent)
@@ -138,7 +137,7 @@ def test_a_stopped_command_leaves_no_process_and_a_run_marked_killed(
     while [pid for pid in started if is_running(pid)] and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not [pid for pid in started if is_running(pid)]
-    assert tracked_status(run) == "KILLED"
+    assert tracked_status(run) == "KILLED", output.decode()[-1500:] + errors.decode()
 
 
 def wait_for_tracking(run: Path) -> None:
