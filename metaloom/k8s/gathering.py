@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from metaloom.errors import LaunchError
-from metaloom.k8s.pod_state import CONTAINERS, node_index
+from metaloom.k8s.marks import JOB_LABEL, MANAGED, QUEUE_LABEL, container_of, node_index
 from metaloom.k8s.refusals import InterruptedStreamError, RefusedError
 from metaloom.k8s.resources import (
     EVENTS,
@@ -22,7 +22,7 @@ from metaloom.k8s.resources import (
     Resource,
 )
 from metaloom.k8s.status import Status, read_status
-from metaloom.k8s.top_state import QUEUE_LABEL, read_top
+from metaloom.k8s.top_state import read_top
 
 if TYPE_CHECKING:
     from metaloom.k8s.client import Cluster
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 WORKLOADS = Resource("kueue.x-k8s.io", "v1beta1", "Workload", "workloads")
 KINDS = (JOBS, JOB_SETS, PYTORCH_JOBS, TRAIN_JOBS)
-MANAGED = {"app.kubernetes.io/managed-by": "metaloom"}
-JOB_LABEL = "metaloom/job"
 NUM_LOG_LINES = 200
 
 
@@ -184,7 +182,7 @@ class Gathering:
         """
         begun = [pod for pod in pods if _has_begun(pod)]
         begun.sort(key=lambda pod: str(pod["metadata"].get("creationTimestamp")), reverse=True)
-        first = [pod for pod in begun if node_index(pod["metadata"].get("labels") or {}) == 0]
+        first = [pod for pod in begun if node_index(pod) == 0]
         chosen = next(iter(first or begun), None)
         return None if chosen is None else self._optional(lambda: self._tail_of(chosen))
 
@@ -227,12 +225,6 @@ class Gathering:
             return f"there is no job {name!r} in {self._cluster.shown}, nor any other of metaloom."
         meant = f"did you mean {close[0]!r}? All are" if close else "all are"
         return f"there is no job {name!r} in {self._cluster.shown}; {meant} listed by: metaloom jobs list"
-
-
-def container_of(pod: dict[str, Any]) -> str:
-    """The container of a pod in which metaloom runs."""
-    names = [str(one.get("name")) for one in (pod.get("spec") or {}).get("containers") or []]
-    return next((name for name in CONTAINERS if name in names), names[0] if names else CONTAINERS[0])
 
 
 def _has_begun(pod: dict[str, Any]) -> bool:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from metaloom.errors import LaunchError
 from metaloom.k8s.client import Cluster
+from metaloom.k8s.marks import container_of, node_index
 from metaloom.k8s.refusals import InterruptedStreamError, RefusedError
 from metaloom.k8s.resources import PODS
 from metaloom.k8s.streams import Lines
@@ -28,7 +29,6 @@ from metaloom.k8s.watching import Watched
 Object = dict[str, Any]
 
 ENDED = ("Succeeded", "Failed")
-CONTAINERS = ("metaloom", "pytorch", "node")
 STAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d")
 RANK = re.compile(r"\[rank (\d+)\] ?(.*)", re.DOTALL)
 # Lines that readers hold for a consumer that is slow, over all pods.
@@ -62,18 +62,6 @@ class LogLine:
 
     def __str__(self) -> str:
         return f"[node {self.node}] {self.text}" if self.rank is None else f"[rank {self.rank}] {self.text}"
-
-
-def node_index(pod: Object) -> int | None:
-    """The pod's index in its job; None where its labels do not tell."""
-    labels = pod["metadata"].get("labels") or {}
-    index = labels.get("batch.kubernetes.io/job-completion-index")
-    if index is not None:
-        return int(index)
-    index = labels.get("training.kubeflow.org/replica-index")
-    if index is None:
-        return None
-    return int(index) + (labels.get("training.kubeflow.org/replica-type") == "worker")
 
 
 def merged(
@@ -144,8 +132,7 @@ class _Pod:
 
     @property
     def container(self) -> str:
-        names = [str(container["name"]) for container in self.object["spec"]["containers"]]
-        return next((name for name in names if name in CONTAINERS), names[0])
+        return container_of(self.object)
 
     @property
     def has_ended(self) -> bool:

@@ -9,12 +9,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from metaloom.k8s.happening import Happening
+from metaloom.k8s.marks import CONTAINERS, node_index
 from metaloom.k8s.top_state import num_gpus
 from metaloom.k8s.wording import clock_words, time_of
 
 Phase = Literal["queued", "starting", "running", "done", "failed", "stopping", "lost"]
-CONTAINERS = ("metaloom", "pytorch", "node")
-_INDEX_LABELS = ("batch.kubernetes.io/job-completion-index", "training.kubeflow.org/replica-index")
 _ATTEMPT_LABEL = "jobset.sigs.k8s.io/restart-attempt"
 
 OUT_OF_MEMORY = "OOMKilled"
@@ -139,6 +138,7 @@ class _Pod:
         self._now = now
         meta, spec, status = (pod.get(key) or {} for key in ("metadata", "spec", "status"))
         self._meta, self._spec, self._status = meta, spec, status
+        self._index = node_index(pod)
         self._own = [one for one in happenings if one.kind == "Pod" and one.name == meta.get("name")]
         self._conditions = {one.get("type"): one for one in status.get("conditions") or []}
         statuses = {one.get("name"): one for one in status.get("containerStatuses") or []}
@@ -158,7 +158,7 @@ class _Pod:
         code = self._last.get("exitCode")
         running = self._state.get("running") or {}
         base = NodeState(
-            index=node_index(labels),
+            index=self._index,
             pod=self._meta.get("name") or "",
             machine=self._spec.get("nodeName"),
             phase="starting",
@@ -319,16 +319,6 @@ class _Pod:
 
     def _message_of(self, reason: str) -> str:
         return next((one.message for one in reversed(self._own) if one.reason == reason), "")
-
-
-def node_index(labels: Mapping[str, str]) -> int | None:
-    """The index of a node, as its pod's labels have it."""
-    for label in _INDEX_LABELS:
-        text = labels.get(label, "")
-        if text.isdecimal():
-            is_worker = labels.get("training.kubeflow.org/replica-type") == "worker"
-            return int(text) + (1 if is_worker and label == _INDEX_LABELS[1] else 0)
-    return None
 
 
 def _sentence(message: str) -> str:

@@ -7,10 +7,10 @@ import datetime
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
+from metaloom.k8s.marks import QUEUE_LABEL
 from metaloom.k8s.wording import time_of
 
 BACKENDS = {"Job": "job", "JobSet": "jobset", "PyTorchJob": "pytorchjob", "TrainJob": "trainjob"}
-QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 _DONE = ("Complete", "Completed", "Succeeded")
 _FAILED = ("Failed",)
 

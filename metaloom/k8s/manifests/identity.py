@@ -6,15 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import metaloom
+from metaloom.k8s.marks import JOB_LABEL, MANAGED, QUEUE_LABEL
 from metaloom.k8s.request import JobRequest
-
-JOB_LABEL = "metaloom/job"
-QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 
 
 def job_labels(name: str) -> dict[str, str]:
     """The labels that every object and every pod of a job has, and nothing else."""
-    return {"app.kubernetes.io/name": "metaloom", "app.kubernetes.io/managed-by": "metaloom", JOB_LABEL: name}
+    return {"app.kubernetes.io/name": "metaloom", **MANAGED, JOB_LABEL: name}
 
 
 def metadata(request: JobRequest, name: str) -> dict[str, Any]:
