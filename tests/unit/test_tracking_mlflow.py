@@ -24,6 +24,7 @@ import pytest
 from metaloom.errors import TrackingError
 from metaloom.tracking import MlflowTracker, read_metrics
 from metaloom.tracking.mlflow import MAX_KEY_LENGTH, fit_key
+from tests.hosts import free_port
 
 Points = Counter[tuple[str, int]]
 
@@ -56,12 +57,6 @@ def start(
     tracker: MlflowTracker, *, params: Mapping[str, str] | None = None, resume_id: str | None = None
 ) -> str:
     return tracker.start(run_name="a run", params=params or {}, tags={"kind": "test"}, resume_id=resume_id)
-
-
-def free_port() -> int:
-    with closing(socket.socket()) as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 class Server:
