@@ -606,8 +606,7 @@ def _check_data(recipe: object, *, of_run: RunFolder | None = None) -> str:
         raise StreamError(
             f"{', '.join(dict.fromkeys(urls.values()))} holds other data (digest {data.digest[:12]}) than "
             f"{of_run.path} was trained on (digest {trained_on[:12]}). Point {', '.join(urls)} at the same "
-            "data, or "
-            "start a new run."
+            "data, or start a new run."
         )
     return data.digest
 

@@ -160,8 +160,7 @@ def require_layout(index: Index, *layouts: str) -> None:
         raise StreamError(
             f"{index.dataset} at {index.url} has layout {index.layout!r}, and what is drawn here needs "
             f"{' or '.join(map(repr, layouts))}: data.kind classes draws from class-grouped sets such as "
-            "glyphs, "
-            "documents from sets of texts such as stdlib, episodes from sets of ready episodes."
+            "glyphs, documents from sets of texts such as stdlib, episodes from sets of ready episodes."
         )
 
 
@@ -189,6 +188,6 @@ def require_member(index: Index, split: str, extensions: Sequence[str], *, key: 
     if table.num_samples and not set(extensions) & set(table.members):
         raise StreamError(
             f"{key} reads {', '.join(extensions)}, and samples of split {split!r} of {index.dataset} at "
-            f"{index.url} have "
-            f"{', '.join(table.members)}: set {key} to what is there, or pack the data otherwise."
+            f"{index.url} have {', '.join(table.members)}: set {key} to what is there, or pack the data "
+            "otherwise."
         )

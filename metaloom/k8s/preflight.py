@@ -67,8 +67,7 @@ def _checkpoints(request: JobRequest, recipe: Recipe) -> Iterator[Finding]:
             yield Finding(
                 f"checkpoint.url is not set, and {request.run_folder} (--run) is on a pod's own disk: "
                 "checkpoints would be lost with the pod. Give checkpoint.url=s3://BUCKET/... or mount a "
-                "claim "
-                f"there: --volume CLAIM:{_parent(request.run_folder)}"
+                f"claim there: --volume CLAIM:{_parent(request.run_folder)}"
             )
         return
     path = _path_of(url)
@@ -82,9 +81,8 @@ def _checkpoints(request: JobRequest, recipe: Recipe) -> Iterator[Finding]:
         )
     elif volume is None:
         yield Finding(
-            f"checkpoint.url is {shown}, on a pod's own disk: checkpoints would be lost with the pod. "
-            "Name an "
-            f"object store (s3://...), or mount a claim there: --volume CLAIM:{_parent(path)}"
+            f"checkpoint.url is {shown}, on a pod's own disk: checkpoints would be lost with the pod. Name "
+            f"an object store (s3://...), or mount a claim there: --volume CLAIM:{_parent(path)}"
         )
     elif volume.is_read_only:
         yield Finding(f"checkpoint.url is {shown}, on the claim {volume.claim}, mounted to read only")
@@ -284,8 +282,7 @@ def _machines(cluster: Cluster, request: JobRequest, backend: Backend) -> Iterat
         wanted = ", ".join(f"{key}={value}" for key, value in request.node_selector.items())
         yield note(
             f"--node-selector: none of the cluster's {len(nodes)} nodes has the labels {wanted}: unless "
-            "machines "
-            "are added on demand, the job waits for ever"
+            "machines are added on demand, the job waits for ever"
         )
     counts = {node["metadata"]["name"]: _allocatable(node, request.gpu_resource) for node in chosen}
     most = max(counts, key=lambda name: counts[name], default="")
@@ -294,16 +291,14 @@ def _machines(cluster: Cluster, request: JobRequest, backend: Backend) -> Iterat
     if counts[most] == 0:
         yield note(
             f"no node of the cluster has {request.gpu_resource} now: unless machines are added on demand, "
-            "the "
-            "job waits for ever (--gpu-resource names what the cluster calls its GPUs)"
+            "the job waits for ever (--gpu-resource names what the cluster calls its GPUs)"
         )
         return
     if counts[most] < request.gpus_per_node:
         among = " with the labels of --node-selector" if request.node_selector else ""
         yield Finding(
             f"--gpus-per-node {request.gpus_per_node}: no node{among} has so many {request.gpu_resource}; "
-            "the "
-            f"most are {counts[most]}, of {most}. Ask for fewer on more nodes (--nodes)"
+            f"the most are {counts[most]}, of {most}. Ask for fewer on more nodes (--nodes)"
         )
         return
     fitting = sum(count >= request.gpus_per_node for count in counts.values())
@@ -351,8 +346,7 @@ def _quotas(cluster: Cluster, request: JobRequest, backend: Backend) -> Iterator
 
 
 def _uncounted(quota: str, hard: Mapping[str, Any], need: Mapping[str, Fraction]) -> Iterator[Finding]:
-    """What a quota counts and the pods do not say: those are refused, unless a LimitRange says it for "
-    "them."""
+    """What a quota counts and the pods do not say: they are refused, unless a LimitRange says it for them."""
     options = {
         "requests.cpu": "--cpus-per-node",
         "cpu": "--cpus-per-node",
@@ -364,9 +358,8 @@ def _uncounted(quota: str, hard: Mapping[str, Any], need: Mapping[str, Fraction]
     for name, by in options.items():
         if name in hard and name not in need:
             yield note(
-                f"the quota {quota} counts {name}, which the pods do not have, so that they may be "
-                "refused: it "
-                f"takes {by}"
+                f"the quota {quota} counts {name}, which the pods do not have, so that they may be refused: "
+                f"it takes {by}"
             )
 
 

@@ -291,9 +291,8 @@ def _quantities(request: JobRequest) -> Iterator[str]:
     memory, shared = values.get("--memory-per-node"), values.get("--shared-memory")
     if memory is not None and shared is not None and shared > memory:
         yield (
-            f"--shared-memory is {request.shared_memory}, more than --memory-per-node {request.memory}, "
-            "of which "
-            "it is a part"
+            f"--shared-memory is {request.shared_memory}, more than --memory-per-node {request.memory}, of "
+            "which it is a part"
         )
 
 

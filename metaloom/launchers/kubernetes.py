@@ -119,9 +119,8 @@ class Kubernetes(Launcher):
             group.add_argument(
                 "--spread-over",
                 metavar="LABEL",
-                help="label of machines whose values pods are spread over where there is room; none: not "
-                "at all "
-                "(default: kubernetes.io/hostname)",
+                help="label of machines whose values pods are spread over where there is room; none: not at "
+                "all (default: kubernetes.io/hostname)",
             ),
             group.add_argument(
                 "--gpu-resource", metavar="NAME", help="what the cluster calls GPUs (default: nvidia.com/gpu)"
@@ -133,9 +132,8 @@ class Kubernetes(Launcher):
             group.add_argument(
                 "--rdma",
                 metavar="NAME=COUNT",
-                help="network cards for each pod, such as rdma/hca=1; the pods may lock memory then, "
-                "which the "
-                "restricted level of pod security does not allow",
+                help="network cards for each pod, such as rdma/hca=1; the pods may lock memory then, which "
+                "the restricted level of pod security does not allow",
             ),
             group.add_argument(
                 "--max-restarts",
@@ -417,8 +415,7 @@ def _decided(submission: Submission) -> list[Finding]:
     return [
         Finding(
             f"{override}: the job has {submission.num_ranks} ranks on each node; say --ranks-per-node, or "
-            "leave "
-            "it out"
+            "leave it out"
         )
         for override in submission.overrides
         if override.partition("=")[0] == "launcher.num_processes"
@@ -447,8 +444,7 @@ def _clear(cluster: Cluster, request: JobRequest, backend: Backend) -> None:
     if found is None:
         print(
             f"note: there is no job {name} in {cluster.shown}: its run goes on if its folder or "
-            "checkpoint.url "
-            "has it, and begins anew if not",
+            "checkpoint.url has it, and begins anew if not",
             file=sys.stderr,
         )
     labels = {JOB_LABEL: name}
@@ -460,9 +456,8 @@ def _clear(cluster: Cluster, request: JobRequest, backend: Backend) -> None:
     while found is not None and cluster.get(found.resource, name) is not None:
         if time.monotonic() > deadline:
             raise LaunchError(
-                f"--resume: {found.resource.kind} {name}, which has ended, is still there "
-                f"{GONE_WITHIN_S:g} s "
-                f"after it was deleted. See what holds it: kubectl get {found.resource.full_name} {name} "
+                f"--resume: {found.resource.kind} {name}, which has ended, is still there {GONE_WITHIN_S:g} "
+                f"s after it was deleted. See what holds it: kubectl get {found.resource.full_name} {name} "
                 "-o yaml"
             )
         time.sleep(POLL_S)

@@ -107,8 +107,7 @@ def test_a_job_whose_gpus_are_taken_is_queued_for_them() -> None:
     [
         (
             "0/5 nodes are available: 5 Insufficient nvidia.com/gpu. no new claims to deallocate, "
-            "preemption: "
-            "0/5 nodes are available: 5 No preemption victims found for incoming pod.",
+            "preemption: 0/5 nodes are available: 5 No preemption victims found for incoming pod.",
             "queued for 16 GPUs: 0 of the cluster's 5 nodes have them free",
             (),
         ),
@@ -479,8 +478,7 @@ def test_a_preempted_node_is_followed_until_it_runs_again() -> None:
     assert (status.state, status.headline) == (
         "restarting",
         "restarting: node 1 (ranks 8-15) was preempted by a pod of higher priority: saves and ends, for "
-        "which "
-        "it has until 14:00:40 UTC",
+        "which it has until 14:00:40 UTC",
     )
     status = told(top(), [pod(0), gone], log=[STEPS])
     assert (status.state, status.headline) == (
@@ -503,9 +501,8 @@ def test_a_preempted_node_is_followed_until_it_runs_again() -> None:
     status = told(top(), [pod(1, suffix="zz9zz", created="13:10"), pod(0), gone], log=[STEPS])
     assert (status.state, status.num_restarts) == ("running", 1)
     assert status.details == (
-        "started again by the cluster once, the last time since node 1 (ranks 8-15) was preempted by a "
-        "pod of "
-        "higher priority",
+        "started again by the cluster once, the last time since node 1 (ranks 8-15) was preempted by a pod "
+        "of higher priority",
     )
     assert [one.pod for one in status.nodes] == ["glyphs-0-x7x2k", "glyphs-1-zz9zz"]
 
@@ -548,9 +545,8 @@ def test_a_machine_that_does_not_answer_leaves_its_node_unknown() -> None:
     status = told(top(), [pod(0), pod(1, "Running", by_taint, *silent, machine="gpu-b", deleted="13:58")])
     assert (status.state, status.is_stuck) == ("unknown", True)
     assert status.details[0] == (
-        "pod glyphs-1-x7x2k was to end and cannot: it stays until its machine is back, or is taken out "
-        "of the "
-        "cluster (kubectl delete node gpu-b)"
+        "pod glyphs-1-x7x2k was to end and cannot: it stays until its machine is back, or is taken out of "
+        "the cluster (kubectl delete node gpu-b)"
     )
     lost = pod(1, "Unknown", machine="gpu-b", reason="NodeLost", message="Node gpu-b was unresponsive")
     assert told(top(), [pod(0), lost]).state == "unknown"
@@ -563,9 +559,8 @@ def test_a_job_set_that_starts_all_nodes_again_is_restarting() -> None:
     status = told(job, [old, new])
     assert (status.state, status.num_restarts) == ("restarting", 2)
     assert status.headline == (
-        "restarting: node 0 (ranks 0-7) ran out of memory (limit 64Gi, OOMKilled, exit code 137); node "
-        "1: its "
-        "container is being created"
+        "restarting: node 0 (ranks 0-7) ran out of memory (limit 64Gi, OOMKilled, exit code 137); node 1: "
+        "its container is being created"
     )
     assert told(job, [new]).headline == (
         "restarting: restart 2 of 10 of all nodes; node 1: its container is being created"
@@ -662,9 +657,8 @@ def test_an_error_is_taken_from_the_last_message_of_a_container_where_there_is_n
     left = terminated(3, message="meta-train: 5000 steps\nerror: data/train-000.tar is truncated\n")
     status = told(failed("PodFailurePolicy", MISTAKE), [pod(1, "Failed", state=left)], log=None)
     assert status.headline == (
-        "failed after 1 h 00 min: node 1 (ranks 8-15) ended with exit code 3 (the data): "
-        "data/train-000.tar is "
-        "truncated"
+        "failed after 1 h 00 min: node 1 (ranks 8-15) ended with exit code 3 (the data): data/train-000.tar "
+        "is truncated"
     )
 
 
@@ -690,8 +684,7 @@ def test_a_failure_that_is_decided_is_told_before_the_pods_have_ended() -> None:
     assert (status.state, status.exit_code) == ("stopping", 2)
     assert status.headline == (
         "stopping: it has failed, since node 1 (ranks 8-15) ended with exit code 2 (a mistake in the "
-        "recipe): "
-        "outer.num_stepz is no key; node 0 is being stopped"
+        "recipe): outer.num_stepz is no key; node 0 is being stopped"
     )
     # Before the controller has seen it, a mistake is not taken for something that is tried again.
     assert told(top(), [pod(0), ended]).state == "stopping"

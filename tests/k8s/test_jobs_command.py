@@ -125,8 +125,7 @@ def test_an_image_that_cannot_be_pulled_is_named_with_the_registrys_cause(
     first = said(capsys, "status", "glyphs").splitlines()[0]
     assert first == (
         "glyphs: cannot start: image pull failed: registry.example/lab/metaloom:1.2: pull access denied, "
-        "repository does "
-        "not exist"
+        "repository does not exist"
     )
 
 

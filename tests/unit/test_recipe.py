@@ -502,8 +502,7 @@ outer:
             GLYPHS,
             ["adaptation.rehearsal={}"],
             "adaptation.rehearsal.data: null; only data.kind = documents has a split rehearsal of its own, "
-            "and "
-            "data.kind is classes; say where the rehearsal data come from",
+            "and data.kind is classes; say where the rehearsal data come from",
         ),
         (
             GLYPHS,

@@ -40,8 +40,7 @@ def regression_has_no_classes(recipe: Recipe) -> Broken:
             yield (
                 f"adaptation.loss.{name}",
                 f"{getattr(loss, name)}; belongs to the cross-entropy of classes, and the targets are "
-                "numbers; leave it "
-                "out",
+                "numbers; leave it out",
             )
 
 
@@ -280,8 +279,7 @@ def rehearsal_has_data(recipe: Recipe) -> Broken:
         yield (
             "adaptation.rehearsal.data",
             "null; only data.kind = documents has a split rehearsal of its own, and data.kind is "
-            f"{recipe.data.kind}; "
-            "say where the rehearsal data come from",
+            f"{recipe.data.kind}; say where the rehearsal data come from",
         )
 
 
@@ -291,8 +289,7 @@ def rehearsal_has_an_effect(recipe: Recipe) -> Broken:
         yield (
             "adaptation.rehearsal.ratio",
             "0.0; nothing is rehearsed, since adaptation.rehearsal.outer_ratio is 0 too; raise one of them, "
-            "or set "
-            "adaptation.rehearsal to null",
+            "or set adaptation.rehearsal to null",
         )
 
 

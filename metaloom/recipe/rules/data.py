@@ -57,8 +57,7 @@ def variable_ways_rise(recipe: Recipe) -> Broken:
             yield (
                 f"{path}.variable.max_support",
                 f"{variable.max_support}; must be at least {path}.variable.max_way = {variable.max_way}, "
-                "since every "
-                "class has a support example",
+                "since every class has a support example",
             )
 
 
@@ -71,8 +70,7 @@ def kept_labels_fit(recipe: Recipe) -> Broken:
                 yield (
                     f"{path}.labels",
                     f"kept; every task has a class for each label, and {path}.{name} draws from few or "
-                    "varying classes; "
-                    f"set {path}.labels to shuffled, or {path}.{name} to null",
+                    f"varying classes; set {path}.labels to shuffled, or {path}.{name} to null",
                 )
 
 
@@ -84,8 +82,7 @@ def windows_hold_a_task(recipe: Recipe) -> Broken:
                 yield (
                     f"{path}.window.num_classes",
                     f"{data.window.num_classes}; must be at least the {ways} classes of a task, and several "
-                    "times that "
-                    "for variety",
+                    "times that for variety",
                 )
 
 
@@ -111,8 +108,7 @@ def parts_are_alike(recipe: Recipe) -> Broken:
             yield (
                 path,
                 f"its tasks are {facts.objective}, and those of {first_path} {first.objective}; one model "
-                "learns one "
-                "of them",
+                "learns one of them",
             )
         elif facts.inputs != first.inputs:
             yield (
@@ -142,8 +138,7 @@ def model_reads_the_data(recipe: Recipe) -> Broken:
             yield (
                 "model.kind",
                 f"{recipe.model.kind} reads {reads}s, and {path} (kind {_kind_at(recipe, path)}) gives "
-                f"{inputs.kind}s; "
-                f"set model.kind to {model}, or take other data",
+                f"{inputs.kind}s; set model.kind to {model}, or take other data",
             )
     shown = given["data"]
     if rehearsed is not None and not isinstance(rehearsed.inputs, TextInputs) and rehearsed.inputs != shown:
@@ -161,8 +156,7 @@ def models_fit_the_objective(recipe: Recipe) -> Broken:
         yield (
             "model.kind",
             f"{recipe.model.kind} tells classes apart or models text, and the targets are numbers; set "
-            "model.kind to "
-            "mlp",
+            "model.kind to mlp",
         )
 
 

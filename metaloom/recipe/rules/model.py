@@ -80,8 +80,7 @@ def pretrain_needs_gpt(recipe: Recipe) -> Broken:
         yield (
             "pretrain",
             f"only for data.kind = documents, and data.kind is {recipe.data.kind}; set pretrain to null, "
-            "and give "
-            "weights that were trained before as model.weights",
+            "and give weights that were trained before as model.weights",
         )
 
 
