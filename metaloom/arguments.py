@@ -18,3 +18,10 @@ def add_command(commands: Commands, name: str, purpose: str, examples: str) -> a
         epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Adds the changes to a recipe that follow its name."""
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="changes to the recipe, such as outer.num_steps=50"
+    )

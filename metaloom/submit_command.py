@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from metaloom.arguments import add_command
+from metaloom.arguments import add_command, add_overrides
 from metaloom.errors import LaunchError
 
 if TYPE_CHECKING:
@@ -39,9 +39,7 @@ def add_submit_command(commands: Commands) -> None:
 
     submit = add_command(commands, "submit", "start a recipe as a job on a cluster", EXAMPLES)
     submit.add_argument("recipe", metavar="RECIPE", help="a YAML file")
-    submit.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="changes to the recipe, such as outer.num_steps=50"
-    )
+    add_overrides(submit)
     submit.add_argument(
         "--launcher",
         default="kubernetes",

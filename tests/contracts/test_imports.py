@@ -113,6 +113,7 @@ ONLY_BY = {
 TORCH_FREE = (
     "metaloom.adapt_command",
     "metaloom.arguments",
+    "metaloom.check_command",
     "metaloom.checkpoints.catalogue",
     "metaloom.checkpoints.folder",
     "metaloom.checkpoints.lease",
@@ -124,11 +125,13 @@ TORCH_FREE = (
     "metaloom.data_command",
     "metaloom.datasets",
     "metaloom.errors",
+    "metaloom.evaluate_command",
     "metaloom.export.card",
     "metaloom.export.folder",
     "metaloom.export.formats",
     "metaloom.export.request",
     "metaloom.export_command",
+    "metaloom.faults",
     "metaloom.files",
     "metaloom.jobs_command",
     "metaloom.k8s",
@@ -138,6 +141,7 @@ TORCH_FREE = (
     "metaloom.new_task.request",
     "metaloom.new_task.task",
     "metaloom.pack_command",
+    "metaloom.plan_command",
     "metaloom.planning.advice",
     "metaloom.planning.estimate",
     "metaloom.planning.facts",
@@ -146,10 +150,13 @@ TORCH_FREE = (
     "metaloom.planning.request",
     PROCESSES,
     "metaloom.recipe",
+    "metaloom.recipe_command",
     "metaloom.run_folder",
     "metaloom.sources",
+    "metaloom.starting",
     "metaloom.submit_command",
     "metaloom.tracking",
+    "metaloom.train_command",
 )
 
 
