@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from metaloom.checkpoints.catalogue import Catalogue
+
 REPOSITORY = Path(__file__).parent.parent
 RECIPES = REPOSITORY / "recipes"
 ADDED: dict[str, str] = {}  # what a test adds to the environment of its commands
@@ -164,6 +166,13 @@ def curve(run_folder: Path) -> list[dict[str, float]]:
         {name: value for name, value in record.items() if name not in TIMINGS}
         for record in read_records(run_folder / "metrics.jsonl")
     ]
+
+
+def digests(root: str | Path) -> dict[str, list[str]]:
+    """Of every tensor of the last of the checkpoints at a place."""
+    catalogue = Catalogue(root)
+    manifest = catalogue.verify(catalogue.steps()[-1])
+    return {name: [chunk.sha256 for chunk in tensor.chunks] for name, tensor in manifest.tensors.items()}
 
 
 def run_silently(code: str) -> None:

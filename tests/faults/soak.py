@@ -27,7 +27,17 @@ from pathlib import Path
 from metaloom.checkpoints.catalogue import Catalogue
 from metaloom.datasets import make_dataset
 from metaloom.faults import START_AGAIN
-from tests.commands import RECIPES, command, curve, descendants, environment, kill_tree, rank_of, read_records
+from tests.commands import (
+    RECIPES,
+    command,
+    curve,
+    descendants,
+    digests,
+    environment,
+    kill_tree,
+    rank_of,
+    read_records,
+)
 
 STEPS = 24
 RUN = (
@@ -207,12 +217,11 @@ def _is_agent(pid: int) -> bool:
 def state_of(run: Path) -> dict[str, object]:
     """What has to be equal: metrics by step, and what the last checkpoint holds."""
     catalogue = Catalogue(run / "checkpoints" / "meta")
-    manifest = catalogue.verify(catalogue.steps()[-1])
-    digests = {name: [chunk.sha256 for chunk in tensor.chunks] for name, tensor in manifest.tensors.items()}
+    manifest = catalogue.manifest(catalogue.steps()[-1])
     return {
         "curve": curve(run),
         "step": manifest.step,
-        "digests": digests,
+        "digests": digests(run / "checkpoints" / "meta"),
         "scalars": _scalars(manifest.scalars),
     }
 

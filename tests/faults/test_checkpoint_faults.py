@@ -24,6 +24,7 @@ from tests.commands import (
     RECIPES,
     command,
     curve,
+    digests,
     environment,
     kill_tree,
     killed_at_end,
@@ -57,13 +58,6 @@ def changed(folder: Path, code: str, **variables: str) -> Iterator[None]:
     finally:
         for name in added:
             del ADDED[name]
-
-
-def digests(root: str | Path) -> dict[str, list[str]]:
-    """Of every tensor of the last checkpoint."""
-    catalogue = Catalogue(root)
-    manifest = catalogue.verify(catalogue.steps()[-1])
-    return {name: [chunk.sha256 for chunk in tensor.chunks] for name, tensor in manifest.tensors.items()}
 
 
 @pytest.fixture(scope="module")

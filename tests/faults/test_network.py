@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from metaloom.checkpoints.catalogue import Catalogue
-from tests.commands import ADDED, RECIPES, curve, run_well
+from tests.commands import ADDED, RECIPES, curve, digests, run_well
 from tests.hosts import Host, held
 
 pytestmark = pytest.mark.netns
@@ -139,13 +138,6 @@ def test_a_host_that_is_cut_off_says_where_it_was_and_comes_back_by_itself(
         assert ours == pytest.approx(theirs, rel=1e-7)  # sums over tasks are added in another order
 
 
-def digests(root: Path) -> dict[str, list[str]]:
-    """Of every tensor of the last checkpoint."""
-    catalogue = Catalogue(root / "meta")
-    manifest = catalogue.verify(catalogue.steps()[-1])
-    return {name: [chunk.sha256 for chunk in tensor.chunks] for name, tensor in manifest.tensors.items()}
-
-
 def test_a_job_survives_the_loss_of_each_host_with_its_folder(
     tmp_path: Path, glyphs: Path, network: Network
 ) -> None:
@@ -191,6 +183,6 @@ def test_a_job_survives_the_loss_of_each_host_with_its_folder(
         hold.at(STEPS)
         assert (last.end(), again.end()) == (0, 0), last.errors + again.errors
     assert "resumed after outer step 4 of 12" in last.output
-    assert digests(tmp_path / "checkpoints") == digests(tmp_path / "whole")
+    assert digests(tmp_path / "checkpoints" / "meta") == digests(tmp_path / "whole" / "meta")
     assert not (folders / "second-again" / "metrics.jsonl").exists()
     assert curve(folders / "first-again") == curve(tmp_path / "whole-run")[4:]
