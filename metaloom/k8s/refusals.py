@@ -19,12 +19,14 @@ class RefusedError(LaunchError):
     Attributes:
         status: of the answer: 403, 404 ...
         reason: the server's word for it: `Forbidden`, `NotFound` ...; "" where it gave none.
+        told: what the server said, as it did; "" where that is of no use.
     """
 
-    def __init__(self, message: str, *, status: int, reason: str = "") -> None:
+    def __init__(self, message: str, *, status: int, reason: str = "", told: str = "") -> None:
         super().__init__(message)
         self.status = status
         self.reason = reason
+        self.told = told
 
 
 class AlreadyExistsError(RefusedError):
@@ -149,7 +151,7 @@ def refusal(answer: Answer, attempt: Attempt) -> LaunchError:
         message = (
             f"cannot {attempt.words}: the API server answered {answer.status} ({told}); try again later."
         )
-    return RefusedError(message, status=answer.status, reason=reason)
+    return RefusedError(message, status=answer.status, reason=reason, told=told)
 
 
 def _missing(answer: Answer, attempt: Attempt) -> RefusedError:

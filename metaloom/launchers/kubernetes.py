@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from metaloom.errors import LaunchError
 from metaloom.k8s.client import Cluster
+from metaloom.k8s.finding import Finding
 from metaloom.k8s.gathering import Found, Gathering, NoSuchJobError
 from metaloom.k8s.kubeconfig import kubeconfig_paths
 from metaloom.k8s.manifests import BACKENDS, Backend, choose, host_command, owner_reference, problems, to_yaml
 from metaloom.k8s.marks import JOB_LABEL
-from metaloom.k8s.preflight import Finding, check_cluster, check_places
+from metaloom.k8s.preflight import check_cluster, check_places
 from metaloom.k8s.refusals import AlreadyExistsError
 from metaloom.k8s.request import DEFAULT_TTL_S, DEFAULT_WAIT_S, JobRequest, SecretFiles, Toleration, Volume
 from metaloom.k8s.resources import CONFIG_MAPS, SERVICES, Resource

@@ -19,8 +19,9 @@ LOCAL_QUEUES are served, until `cluster.admit(JOB)`.
 
 Faults: `refuse(429, times=2, retry_after_s=1)`, `refuse(503, body="<html>...")`, `reset()`,
 `close_streams()` (watches and followed logs break off), `expire_versions()` (410 Gone), `forbid("create",
-"jobs")`, `cluster.token = "another"` (401), `cluster.add(QUOTAS, ...)`; `cluster.log_chunk_bytes` and
-`cluster.log_delay_s` make logs slow. `cluster.requests` are all requests: (method, path, query).
+"jobs")`, `cluster.token = "another"` (401), `cluster.add(QUOTAS, ...)`, also LIMIT_RANGES, and
+`enforce("restricted")` (pod security); `cluster.log_chunk_bytes` and `cluster.log_delay_s` make logs slow.
+`cluster.requests` are all requests: (method, path, query).
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from typing import Any, TypeVar
 
 from metaloom.k8s import resources
 from metaloom.k8s.resources import JOBS, LOCAL_QUEUES, NAMESPACES, PODS, Resource
+from tests.k8s.fake_admission import ENFORCE, admit_pod
 from tests.k8s.fake_jobs import JobController, Kubelet, Pods, delete_pod, end_log, set_condition
 from tests.k8s.fake_rules import check, check_update
 from tests.k8s.fake_store import Object, Refusal, Selection, Store, not_found, now
@@ -60,6 +62,8 @@ BUILT_IN = (
     resources.QUOTAS,
     resources.NAMESPACES,
     resources.NODES,
+    resources.LIMIT_RANGES,
+    resources.PRIORITY_CLASSES,
     resources.JOBS,
     resources.ACCESS_REVIEWS,
 )
@@ -274,6 +278,10 @@ class FakeCluster:
     def forbid(self, verb: str, plural: str, namespace: str = "") -> None:
         """The user may not do that (any more); "*" is any verb or kind, `pods/log` a subresource."""
         self._forbidden.append((verb, plural, namespace))
+
+    def enforce(self, level: str) -> None:
+        """The namespace admits no pods but those of a level of pod security."""
+        self.edit(NAMESPACES, self.namespace, lambda obj: obj["metadata"].update(labels={ENFORCE: level}))
 
     def close_streams(self) -> None:
         """All watches and followed logs break off, in the middle of what they say."""
@@ -568,6 +576,8 @@ class Handler(BaseHTTPRequestHandler):
                 )
             check(resource, obj)
             self.cluster.admit_object(resource, obj)
+            if resource == PODS:
+                obj = admit_pod(store, namespace, obj)
             if query.get("dryRun") == "All":
                 self._send(201, obj | {"metadata": metadata | {"namespace": namespace, "uid": "dry-run"}})
                 return

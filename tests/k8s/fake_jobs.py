@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from metaloom.k8s.resources import EVENTS, JOBS, PODS, QUOTAS
-from tests.k8s.fake_rules import check_quota
+from metaloom.k8s.resources import EVENTS, JOBS, PODS
+from tests.k8s.fake_admission import admit_pod
 from tests.k8s.fake_store import Object, Refusal, Selection, Store, now
 
 INDEX = "batch.kubernetes.io/job-completion-index"
@@ -210,7 +210,7 @@ class JobController:
         """A new pod of a Job.
 
         Raises:
-            Refusal: a quota does not allow it.
+            Refusal: admission does not take it.
         """
         metadata, template = job["metadata"], copy.deepcopy(job["spec"]["template"])
         name = f"{metadata['name']}-{index}-{self._store.letters()}"
@@ -238,19 +238,10 @@ class JobController:
             },
             "spec": template["spec"] | {"hostname": f"{metadata['name']}-{index}"},
         }
-        return self.add_pod(metadata["namespace"], pod)
+        return self.add_pod(metadata["namespace"], admit_pod(self._store, metadata["namespace"], pod))
 
     def add_pod(self, namespace: str, pod: Object) -> Object:
-        """Stores a pod that waits, or runs where pods are started.
-
-        Raises:
-            Refusal: a quota does not allow it.
-        """
-        check_quota(
-            self._store.list(QUOTAS, namespace, Selection()),
-            self._store.list(PODS, namespace, Selection()),
-            pod,
-        )
+        """Stores a pod that admission has taken; it waits, or runs where pods are started."""
         pod = pod | {"status": {"phase": "Pending", "conditions": []}}
         made = self._store.create(PODS, namespace, pod)
         if self.starts_pods:

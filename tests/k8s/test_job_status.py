@@ -232,6 +232,42 @@ def test_a_suspended_job_without_a_queue_says_what_keeps_it() -> None:
             ),
         ),
         (
+            'Error creating: pods "glyphs-0-x7x2k" is forbidden: exceeded quota: gpus, requested: '
+            "requests.nvidia.com/gpu=8, used: requests.nvidia.com/gpu=0, limited: "
+            "requests.nvidia.com/gpu=4",
+            "starting",
+            "cannot start: one pod asks for more requests.nvidia.com/gpu than the quota gpus of the "
+            "namespace allows",
+            (
+                "requested requests.nvidia.com/gpu=8; used requests.nvidia.com/gpu=0 of "
+                "requests.nvidia.com/gpu=4",
+            ),
+        ),
+        (
+            'Error creating: pods "glyphs-0-x7x2k" is forbidden: failed quota: all: must specify limits.cpu '
+            "for: metaloom; requests.memory for: metaloom",
+            "starting",
+            "cannot start: the quota all of the namespace counts limits.cpu and requests.memory, which they "
+            "do not say",
+            (),
+        ),
+        (
+            'Error creating: pods "glyphs-0-x7x2k" is forbidden: [maximum memory usage per Container is 1Gi, '
+            "but limit is 2Gi, minimum cpu usage per Pod is 1.  No request is specified]",
+            "starting",
+            "cannot start: a limit of the namespace (LimitRange) does not allow it",
+            (
+                "maximum memory usage per Container is 1Gi, but limit is 2Gi, minimum cpu usage per Pod is "
+                "1. No request is specified",
+            ),
+        ),
+        (
+            'Error creating: pods "glyphs-0-" is forbidden: no PriorityClass with name urgent was found',
+            "starting",
+            "cannot start: the cluster has no PriorityClass urgent",
+            (),
+        ),
+        (
             'Error creating: pods "glyphs-0-" is forbidden: error looking up service account lab/train: '
             'serviceaccount "train" not found',
             "starting",
