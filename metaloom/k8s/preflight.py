@@ -191,13 +191,14 @@ def _permission(verb: str, resource: Resource, part: str = "") -> str:
 def _queue(cluster: Cluster, request: JobRequest, backend: Backend) -> Iterator[Finding]:
     if request.queue is None:
         return
-    if not cluster.serves(LOCAL_QUEUES):
+    queues = cluster.as_served(LOCAL_QUEUES)
+    if queues is None:
         yield Finding(
-            f"--queue {request.queue}: this cluster has no queues of Kueue ({LOCAL_QUEUES.api_version}), so "
+            f"--queue {request.queue}: this cluster has no queues of Kueue ({LOCAL_QUEUES.full_name}), so "
             "the label would do nothing: leave it out"
         )
         return
-    yield from _named(cluster, LOCAL_QUEUES, "--queue", [request.queue])
+    yield from _named(cluster, queues, "--queue", [request.queue])
 
 
 def _secrets(cluster: Cluster, request: JobRequest, backend: Backend) -> Iterator[Finding]:

@@ -321,7 +321,8 @@ class FakeCluster:
     def admit_object(self, resource: Resource, obj: Object) -> None:
         """What admission changes in a new object."""
         labels = obj["metadata"].get("labels") or {}
-        if resource == JOBS and QUEUE in labels and LOCAL_QUEUES in self.kinds:
+        has_queues = LOCAL_QUEUES.full_name in {kind.full_name for kind in self.kinds}
+        if resource == JOBS and QUEUE in labels and has_queues:
             obj["spec"]["suspend"] = True
 
     def created(self, resource: Resource, namespace: str, name: str) -> None:
@@ -490,19 +491,15 @@ class Handler(BaseHTTPRequestHandler):
             return {"major": "1", "minor": "34", "gitVersion": "v1.34.0"}
         if parts == ["api"]:
             return {"kind": "APIVersions", "versions": ["v1"]}
+        groups: dict[str, list[str]] = {}
+        for kind in kinds:
+            if kind.group and kind.version not in groups.setdefault(kind.group, []):
+                groups[kind.group].append(kind.version)
         if parts == ["apis"]:
-            groups: dict[str, list[str]] = {}
-            for kind in kinds:
-                if kind.group and kind.version not in groups.setdefault(kind.group, []):
-                    groups[kind.group].append(kind.version)
-            told = [
-                {
-                    "name": group,
-                    "versions": [{"groupVersion": f"{group}/{v}", "version": v} for v in versions],
-                }
-                for group, versions in groups.items()
-            ]
+            told = [_group(group, versions) for group, versions in groups.items()]
             return {"kind": "APIGroupList", "apiVersion": "v1", "groups": told}
+        if parts[0] == "apis" and len(parts) == 2 and parts[1] in groups:
+            return {"kind": "APIGroup", "apiVersion": "v1"} | _group(parts[1], groups[parts[1]])
         version = "/".join(parts[1:])
         if parts[0] not in ("api", "apis") or version not in {kind.api_version for kind in kinds}:
             return None
@@ -821,6 +818,12 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         with contextlib.suppress(OSError):
             self.wfile.write(b"ffff\r\n" + content)
+
+
+def _group(name: str, versions: Sequence[str]) -> Object:
+    """A group of kinds, which prefers the newest of its versions."""
+    told = [{"groupVersion": f"{name}/{version}", "version": version} for version in versions]
+    return {"name": name, "versions": told, "preferredVersion": max(told, key=lambda one: one["version"])}
 
 
 class _NoSuchPath(Exception):

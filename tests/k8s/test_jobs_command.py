@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -17,7 +18,16 @@ from pathlib import Path
 import pytest
 
 from metaloom.cli import main
-from metaloom.k8s.resources import CONFIG_MAPS, JOB_SETS, JOBS, LOCAL_QUEUES, PODS, PYTORCH_JOBS, SERVICES
+from metaloom.k8s.resources import (
+    CONFIG_MAPS,
+    JOB_SETS,
+    JOBS,
+    LOCAL_QUEUES,
+    PODS,
+    PYTORCH_JOBS,
+    SERVICES,
+    WORKLOADS,
+)
 from tests.commands import command, environment
 from tests.k8s import job_objects
 from tests.k8s.fake_api import FakeCluster
@@ -167,17 +177,28 @@ def job_objects_index(pod: Object) -> str:
     return str(pod["metadata"]["labels"]["batch.kubernetes.io/job-completion-index"])
 
 
+@pytest.mark.parametrize("versions", [("v1beta1",), ("v1beta1", "v1beta2"), ("v1beta2",)])
 def test_a_job_in_a_queue_of_kueue_says_which(
+    versions: tuple[str, ...],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with FakeCluster(tmp_path, kinds=[LOCAL_QUEUES]) as cluster:
+    queues, workloads = (
+        [dataclasses.replace(kind, version=version) for version in versions]
+        for kind in (LOCAL_QUEUES, WORKLOADS)
+    )
+    with FakeCluster(tmp_path, kinds=[*queues, *workloads]) as cluster:
         monkeypatch.setenv("KUBECONFIG", str(cluster.kubeconfig))
-        cluster.add(LOCAL_QUEUES, {"metadata": {"name": "team-a"}, "status": {"pendingWorkloads": 3}})
-        submitted(cluster, queue="team-a")
+        cluster.add(queues[-1], {"metadata": {"name": "team-a"}, "status": {"pendingWorkloads": 3}})
+        job = submitted(cluster, queue="team-a")
+        owner = {"kind": "Job", "name": "glyphs", "uid": job["metadata"]["uid"]}
+        no_quota = condition("QuotaReserved", "Pending", "8 more GPUs are needed", status="False")
+        waits = {"metadata": {"name": "job-glyphs-1a2b3", "ownerReferences": [owner]}}
+        cluster.add(workloads[-1], waits | {"status": {"conditions": [no_quota]}})
         assert said(capsys, "status", "glyphs").splitlines() == [
             "glyphs: queued for 2 GPUs: waiting in Kueue's queue team-a",
+            "  8 more GPUs are needed",
             "  queue team-a: 3 waiting",
         ]
 

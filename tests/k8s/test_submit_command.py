@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -511,13 +512,17 @@ def test_secrets_travel_by_reference(cluster: FakeCluster, submit: Submit) -> No
     assert {"secret": {"name": "mlflow"}} in spec["volumes"][-1]["projected"]["sources"]
 
 
-def test_a_queue_of_kueue_is_a_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, submit: Submit) -> None:
-    with FakeCluster(tmp_path, kinds=[LOCAL_QUEUES]) as cluster:
+@pytest.mark.parametrize("version", ["v1beta1", "v1beta2"])
+def test_a_queue_of_kueue_is_a_label(
+    version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, submit: Submit
+) -> None:
+    queues = dataclasses.replace(LOCAL_QUEUES, version=version)
+    with FakeCluster(tmp_path, kinds=[queues]) as cluster:
         monkeypatch.setenv("KUBECONFIG", str(cluster.kubeconfig))
         code, _, errors = submit(*TWO_NODES, *PLACES, "--queue", "gpus")
         assert code == 5
         assert "--queue gpus: there is no such LocalQueue" in errors
-        cluster.add(LOCAL_QUEUES, {"metadata": {"name": "gpus"}})
+        cluster.add(queues, {"metadata": {"name": "gpus"}})
         assert submit(*TWO_NODES, *PLACES, "--queue", "gpus")[0] == 0
         assert job_of(cluster)["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
 
