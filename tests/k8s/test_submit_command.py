@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import subprocess
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -537,6 +538,57 @@ def test_a_name_that_is_taken_is_refused_and_nothing_of_it_is_touched(
     assert "A job of this name has been submitted before: go on with its run by --resume" in errors
     assert job_of(cluster) == before
     assert cluster.get(CONFIG_MAPS, "one-recipe")["metadata"]["ownerReferences"]
+
+
+def being_deleted(obj: dict[str, Any]) -> None:
+    obj["metadata"]["deletionTimestamp"] = "2026-03-02T12:00:00Z"
+
+
+def test_a_name_that_becomes_free_is_waited_for(
+    cluster: FakeCluster, submit: Submit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("metaloom.launchers.kubernetes.POLL_S", 0.02)
+    submit(*TWO_NODES, *PLACES)
+    first = cluster.edit(JOBS, "one", being_deleted)["metadata"]["uid"]
+
+    def is_waited_for() -> bool:
+        return sum(path.endswith("/configmaps/one-recipe") for _, path, _ in list(cluster.requests)) > 4
+
+    def play() -> None:
+        cluster.wait(is_waited_for)
+        cluster.delete(JOBS, "one")
+
+    thread = threading.Thread(target=play)
+    thread.start()
+    code, output, errors = submit(*TWO_NODES, *PLACES)
+    thread.join()
+    assert code == 0
+    assert output.startswith("submitted one: ")
+    assert errors == (
+        "note: a job one is being deleted: waiting until its name is free (Ctrl-C ends this, and nothing is "
+        "sent)\n"
+    )
+    assert job_of(cluster)["metadata"]["uid"] != first
+    (owner,) = cluster.get(CONFIG_MAPS, "one-recipe")["metadata"]["ownerReferences"]
+    assert owner["uid"] == job_of(cluster)["metadata"]["uid"]
+
+
+def test_what_is_deleted_and_does_not_go_is_named(
+    cluster: FakeCluster, submit: Submit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("metaloom.launchers.kubernetes.GONE_WITHIN_S", 0.0)
+    submit(*TWO_NODES, *PLACES)
+    cluster.edit(JOBS, "one", being_deleted)
+    code, output, errors = submit(*TWO_NODES, *PLACES)
+    assert (code, output) == (5, "")
+    assert errors.endswith(
+        "error: ConfigMap one-recipe, which is being deleted, is still there after 0 s. See what holds it: "
+        "kubectl get configmaps one-recipe -n team -o yaml\n"
+    )
+    cluster.delete(CONFIG_MAPS, "one-recipe")
+    cluster.delete(SERVICES, "one")
+    _, _, errors = submit(*TWO_NODES, *PLACES)
+    assert "kubectl get jobs.batch one -n team -o yaml" in errors
 
 
 def test_what_was_made_is_deleted_when_the_rest_is_refused(cluster: FakeCluster, submit: Submit) -> None:
