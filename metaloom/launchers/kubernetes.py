@@ -427,9 +427,11 @@ def _is_going(cluster: Cluster, obj: Mapping[str, Any]) -> bool:
     kinds = {kind.kind: kind for kind in KINDS}
     for owner in owners:
         kind = kinds.get(owner["kind"])
-        there = None if kind is None else cluster.get(kind, owner["name"])
-        same = there is not None and there["metadata"]["uid"] == owner["uid"]
-        if kind is None or (same and there["metadata"].get("deletionTimestamp") is None):
+        if kind is None:
+            return False
+        there = cluster.get(kind, owner["name"]) or {"metadata": {}}
+        is_owner = there["metadata"].get("uid") == owner["uid"]
+        if is_owner and there["metadata"].get("deletionTimestamp") is None:
             return False
     return bool(owners)
 

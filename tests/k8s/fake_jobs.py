@@ -108,7 +108,11 @@ class JobController:
         told = (reason, message)
         with self._store.changed:
             self._edit(namespace, name, lambda s: set_condition(s, condition("FailureTarget", *told)))
-            self._delete_active(self._store.get(JOBS, namespace, name))
+            job = self._store.get(JOBS, namespace, name)
+            for pod in self.pods(job):
+                # A Job that has failed counts those that it ends as well, whatever their end.
+                self._counted.setdefault(pod["metadata"]["uid"], job["metadata"]["uid"])
+            self._delete_active(job)
             self._measure(namespace, name)
             self._edit(namespace, name, lambda s: set_condition(s, condition("Failed", *told)))
             self.event(self._store.get(JOBS, namespace, name), "Warning", reason, message)
@@ -238,7 +242,9 @@ class JobController:
             },
             "spec": template["spec"] | {"hostname": f"{metadata['name']}-{index}"},
         }
-        return self.add_pod(metadata["namespace"], admit_pod(self._store, metadata["namespace"], pod))
+        made = self.add_pod(metadata["namespace"], admit_pod(self._store, metadata["namespace"], pod))
+        self.event(job, "Normal", "SuccessfulCreate", f"Created pod: {name}")
+        return made
 
     def add_pod(self, namespace: str, pod: Object) -> Object:
         """Stores a pod that admission has taken; it waits, or runs where pods are started."""
@@ -274,7 +280,9 @@ class JobController:
             status["active"] = len([phase for phase in phases if phase not in ENDED])
             status["ready"] = phases.count("Running")
             status["succeeded"] = len(done)
-            status["failed"] = list(self._counted.values()).count(job["metadata"]["uid"])
+            # By index or not; what a policy ignores counts for nothing.
+            counted = [owner.partition("/")[0] for owner in self._counted.values()]
+            status["failed"] = counted.count(job["metadata"]["uid"])
             if job["spec"].get("completionMode") == "Indexed":
                 status["completedIndexes"] = ",".join(map(str, done))
 

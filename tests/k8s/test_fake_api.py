@@ -127,7 +127,7 @@ def test_pods_that_wait_say_why_in_conditions_states_and_events(fake: FakeCluste
     waiting = pods.get(1)["status"]["containerStatuses"][0]["state"]["waiting"]
     assert waiting["reason"] == "ImagePullBackOff"
     reasons = {event["reason"] for event in fake.objects(EVENTS)}
-    assert reasons == {"FailedScheduling", "Failed", "BackOff"}
+    assert reasons == {"SuccessfulCreate", "FailedScheduling", "Failed", "BackOff"}
 
 
 def test_a_deadline_ends_a_job_and_a_queue_holds_it_back(fake: FakeCluster, batch: Any) -> None:
@@ -148,7 +148,8 @@ def test_a_quota_refuses_pods_and_their_job_tells_in_an_event(
     fake.add(QUOTAS, {"metadata": {"name": "q"}, "spec": {"hard": {"limits.nvidia.com/gpu": "8"}}})
     batch.create_namespaced_job("team", job())
     assert len(phases(fake)) == 1
-    (event,) = fake.objects(EVENTS)
+    created, event = sorted(fake.objects(EVENTS), key=lambda one: -len(one["reason"]))
+    assert created["message"].startswith("Created pod: glyphs-0-")
     assert event["reason"] == "FailedCreate"
     words = "exceeded quota: q, requested: limits.nvidia.com/gpu=8, used: limits.nvidia.com/gpu=8, limited: "
     assert words in event["message"]
@@ -169,7 +170,7 @@ def test_admission_refuses_pods_and_the_job_that_makes_them_tells_in_events(
     assert container["resources"] == {"limits": resources, "requests": resources}
     fake.enforce("restricted")
     batch.create_namespaced_job("team", job("second", nodes=1))
-    (event,) = fake.objects(EVENTS)
+    (event,) = (one for one in fake.objects(EVENTS) if one["type"] == "Warning")
     assert (event["involvedObject"]["name"], event["reason"]) == ("second", "FailedCreate")
     assert event["message"].startswith('Error creating: pods "second-0-')
     assert event["message"].endswith(
