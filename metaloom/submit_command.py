@@ -70,7 +70,8 @@ def add_submit_command(commands: Commands) -> None:
         action="append",
         default=[],
         metavar="NAME[=VALUE]",
-        help="a variable for all ranks, as it is here where it has no value; no secrets; may be given again",
+        help="a variable for all ranks, as it is here where it has no value; a secret never with one; may be "
+        "given again",
     )
     submit.add_argument("--resume", action="store_true", help="go on with the run of that name or folder")
     added = add_launcher_options(submit)

@@ -70,7 +70,7 @@ EDGES = {
         "metaloom.sources",
         "metaloom.tracking",
     },
-    "metaloom.launchers": {ERRORS, RECIPE, "metaloom.run_folder", "metaloom.k8s"},
+    "metaloom.launchers": {CREDENTIALS, ERRORS, RECIPE, "metaloom.run_folder", "metaloom.k8s"},
     # The version is written on a job.
     "metaloom.k8s": {"metaloom", CREDENTIALS, ERRORS, RECIPE},
 }
