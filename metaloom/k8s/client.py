@@ -38,6 +38,7 @@ from metaloom.k8s.refusals import (
     is_before_sending,
     is_lasting,
     is_no_such_object,
+    is_no_such_path,
     reason_of,
     refusal,
     unreachable,
@@ -454,7 +455,7 @@ class Cluster:
         """What the server says that it has at a path of its API; {} where it has nothing there."""
         attempt = self._attempt("discover", resource, "")
         answer = self._ask("GET", path, attempt)
-        return {} if answer.status == 404 else _checked(answer, attempt)
+        return {} if is_no_such_path(answer) else _checked(answer, attempt)
 
     def _attempt(self, verb: str, resource: Resource, name: str) -> Attempt:
         namespace = self.namespace if resource.is_namespaced else ""
