@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from metaloom.k8s.admission import read_refusal
+from metaloom.k8s.exit_codes import FINAL, exit_words
 from metaloom.k8s.happening import newest
 from metaloom.k8s.heartbeat import Progress, allowed_silence_s
-from metaloom.k8s.manifests.failures import FINAL
-from metaloom.k8s.pod_state import NodeState, exit_words
+from metaloom.k8s.pod_state import NodeState
 from metaloom.k8s.queueing import kueue_words, queue_details, read_lack
 from metaloom.k8s.top_state import Condition, true_conditions
 from metaloom.k8s.view import View, has_failed, verb

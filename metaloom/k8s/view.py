@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from metaloom.k8s.exit_codes import MISTAKES
 from metaloom.k8s.happening import Happening
 from metaloom.k8s.heartbeat import Heartbeat, read_heartbeat
 from metaloom.k8s.marks import GROUP
@@ -18,7 +19,6 @@ from metaloom.k8s.wording import counted, indices_words, ranks_words, time_of
 
 # What controllers say of a pod that they have made: of a Job's, its index and five letters.
 _CREATED = re.compile(r"Created pod: (?P<pod>\S*?(?:-(?P<index>\d+)-[a-z0-9]{5})?)$")
-MISTAKES = (2, 3, 4, 5, 6)  # exit codes of what someone may have to mend
 
 
 @dataclasses.dataclass(frozen=True)
