@@ -373,6 +373,21 @@ def test_the_command_line_starts_without_heavy_packages() -> None:
     assert run(program) == "[]"
 
 
+def test_help_is_printed_without_launchers() -> None:
+    program = """
+import contextlib, io, sys
+from metaloom.cli import main
+with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+    main(["--help"])
+print([name for name in sys.modules if name.startswith(("metaloom.k8s", "metaloom.launchers.", "yaml"))])
+"""
+    assert run(program) == "['metaloom.launchers.table']"
+
+
+def test_what_jobs_do_is_told_without_what_makes_them() -> None:
+    assert not any(is_under(name, "metaloom.k8s.manifests") for name in loaded_with("metaloom.k8s.gathering"))
+
+
 def test_the_engine_works_with_torch_alone() -> None:
     # None in sys.modules makes an import fail; numpy is left, as torch takes it where it is there.
     absent = ("pydantic", "yaml", "mlflow", "webdataset", "rich", "fsspec", "matplotlib", "PIL", "psutil")
