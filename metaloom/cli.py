@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments; key=value may stand anywhere, also behind options, where argparse alone refuses it."""
-    parser = _parser()
+    parser = _parser(sys.argv[1:] if argv is None else argv)
     arguments, rest = parser.parse_known_args(argv)
     unknown = [word for word in rest if word.startswith("-") or "=" not in word]
     if unknown or (rest and "overrides" not in arguments):
@@ -66,7 +66,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser of a command's words; others have no part of it that takes long to make."""
     parser = argparse.ArgumentParser(
         prog="metaloom",
         description="Meta-training with exact hypergradients.",
@@ -80,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     add_evaluate_command(commands)
     add_check_command(commands)
     add_plan_command(commands)
-    add_submit_command(commands)
+    add_submit_command(commands, is_given=list(words[:1]) == ["submit"])
     add_jobs_commands(commands)
     add_launchers_command(commands)
     add_export_command(commands)

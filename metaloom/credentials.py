@@ -1,4 +1,4 @@
-"""Credentials inside URLs: found, so that a recipe refuses them, and blotted out of every message."""
+"""Credentials inside URLs and variables: found, so that they are refused, and blotted out of messages."""
 
 import re
 
@@ -7,6 +7,15 @@ import re
 _USER = re.compile(r"://.*:.*@|^https?://[^/?]*@", re.DOTALL | re.IGNORECASE)
 _WORDS = "password|passwd|pwd|token|secret|signature|credential|sig|api_?key"
 _PARAMETER = re.compile(rf"[?&;][^=&;]*(?:{_WORDS})=.*", re.DOTALL | re.IGNORECASE)
+
+# TOKENIZERS_PARALLELISM is none: what counts is how a word ends.
+_NAME = re.compile(r"(key|token|secret|passwo?rd|passwd|passphrase|credential)s?(?![a-z0-9])", re.IGNORECASE)
+HIDDEN = "***"
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether the name of a variable is one of a secret."""
+    return _NAME.search(name) is not None
 
 
 def has_credentials(url: str) -> bool:
@@ -17,5 +26,5 @@ def has_credentials(url: str) -> bool:
 def without_credentials(text: str) -> str:
     """The text with everything blotted out that may be a credential of a URL in it; rather too much."""
     if "@" in text:
-        text = re.sub(r"[^\s'\"]*:.*@", "***@", text, flags=re.DOTALL)
-    return _PARAMETER.sub("?***", text)
+        text = re.sub(r"[^\s'\"]*:.*@", f"{HIDDEN}@", text, flags=re.DOTALL)
+    return _PARAMETER.sub(f"?{HIDDEN}", text)

@@ -36,10 +36,12 @@ examples:
 Ctrl-C ends the command and leaves the job running.
 
 exit codes of wait: 0 done; 1 to 6 and 75 those of the run, where it has failed; 1 failed otherwise;
-124 --timeout has passed, and the job goes on; 130 Ctrl-C, and the job goes on
+124 --timeout has passed, and the job goes on; 125 the command itself failed (no such job, or no more; no
+cluster that answers), so that the job's end is not known; 130 Ctrl-C, and the job goes on
 """
 
 TIMED_OUT = 124  # as timeout(1) has it
+UNKNOWN = 125  # as there, where the command that waits fails by itself
 INTERRUPTED = 130
 RUN_CODES = (1, 2, 3, 4, 5, 6, 75)
 POLL_S = 3.0
@@ -47,6 +49,12 @@ POLL_S = 3.0
 OUTAGE_S = 600.0
 _DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
 _SHORT_WORDS = 70
+
+
+class UnknownEndError(LaunchError):
+    """A failure of `wait` itself. A run has never its exit code."""
+
+    exit_code = UNKNOWN
 
 
 def add_jobs_commands(commands: Commands) -> None:
@@ -193,6 +201,14 @@ def _plain(status: Status) -> dict[str, Any]:
 
 
 def _wait(arguments: argparse.Namespace) -> int:
+    try:
+        return _end_code(arguments)
+    except LaunchError as error:
+        raise UnknownEndError(str(error)) from error
+
+
+def _end_code(arguments: argparse.Namespace) -> int:
+    """Waits for the end of a job and tells how it ended; returns what that makes the exit code."""
     from metaloom.k8s.gathering import NoSuchJobError
     from metaloom.k8s.status import ENDED
 

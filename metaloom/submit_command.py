@@ -33,8 +33,13 @@ SUFFIX_LETTERS = "bcdfghjklmnpqrstvwxz2456789"  # as Kubernetes has them: no wor
 SUFFIX_LENGTH = 5
 
 
-def add_submit_command(commands: Commands) -> None:
-    """Adds the command to those of a parser."""
+def add_submit_command(commands: Commands, *, is_given: bool) -> None:
+    """Adds the command to those of a parser.
+
+    Args:
+        is_given: whether it is the one to be parsed: else it has no options of launchers, which are imported
+            for them.
+    """
     from metaloom.launchers.table import LAUNCHERS, add_launcher_options
 
     submit = add_command(commands, "submit", "start a recipe as a job on a cluster", EXAMPLES)
@@ -68,10 +73,11 @@ def add_submit_command(commands: Commands) -> None:
         action="append",
         default=[],
         metavar="NAME[=VALUE]",
-        help="a variable for all ranks, as it is here where it has no value; no secrets; may be given again",
+        help="a variable for all ranks, as it is here where it has no value; a secret never with one; may be "
+        "given again",
     )
     submit.add_argument("--resume", action="store_true", help="go on with the run of that name or folder")
-    added = add_launcher_options(submit)
+    added = add_launcher_options(submit) if is_given else {}
     submit.set_defaults(run_command=lambda arguments: _submit(arguments, added))
 
 

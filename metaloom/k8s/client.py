@@ -38,6 +38,7 @@ from metaloom.k8s.refusals import (
     is_before_sending,
     is_lasting,
     is_no_such_object,
+    is_no_such_path,
     reason_of,
     refusal,
     unreachable,
@@ -256,6 +257,7 @@ class Cluster:
         self._is_closed = threading.Event()
         self._place = f"{context} ({access.server})"
         self._served: dict[str, frozenset[str]] = {}
+        self._versions: dict[str, tuple[str, ...]] = {}
         self._has_told = False
         self.namespace = namespace
         self.shown = f"namespace {namespace} of {self._place}"
@@ -347,15 +349,21 @@ class Cluster:
     def serves(self, resource: Resource) -> bool:
         """Whether the server has such a kind of objects."""
         if resource.api_version not in self._served:
-            attempt = self._attempt("discover", resource, "")
             prefix = "apis" if resource.group else "api"
-            answer = self._ask("GET", f"/{prefix}/{resource.api_version}", attempt)
-            found: frozenset[str] = frozenset()
-            if answer.status != 404:
-                kinds = _checked(answer, attempt).get("resources") or []
-                found = frozenset(str(kind.get("name")) for kind in kinds)
-            self._served[resource.api_version] = found
+            kinds = self._discovered(f"/{prefix}/{resource.api_version}", resource).get("resources") or []
+            self._served[resource.api_version] = frozenset(str(kind.get("name")) for kind in kinds)
         return resource.plural in self._served[resource.api_version]
+
+    def as_served(self, resource: Resource) -> Resource | None:
+        """A kind of a named group in a version that the server has, first the one that it prefers; None where
+        it has none."""
+        if resource.group not in self._versions:
+            group = self._discovered(f"/apis/{resource.group}", resource)
+            told = [group.get("preferredVersion") or {}, *(group.get("versions") or [])]
+            versions = dict.fromkeys(str(one.get("version") or "") for one in told)
+            self._versions[resource.group] = tuple(version for version in versions if version)
+        kinds = [dataclasses.replace(resource, version=one) for one in self._versions[resource.group]]
+        return next((kind for kind in kinds if self.serves(kind)), None)
 
     def may(self, verb: str, resource: Resource, *, subresource: str = "") -> bool:
         """Whether the user has the permission."""
@@ -442,6 +450,12 @@ class Cluster:
         return Lines(response, f"the log of pod {pod!r} on {self._place}")
 
     # Requests.
+
+    def _discovered(self, path: str, resource: Resource) -> Object:
+        """What the server says that it has at a path of its API; {} where it has nothing there."""
+        attempt = self._attempt("discover", resource, "")
+        answer = self._ask("GET", path, attempt)
+        return {} if is_no_such_path(answer) else _checked(answer, attempt)
 
     def _attempt(self, verb: str, resource: Resource, name: str) -> Attempt:
         namespace = self.namespace if resource.is_namespaced else ""

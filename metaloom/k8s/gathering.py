@@ -19,6 +19,7 @@ from metaloom.k8s.resources import (
     PODS,
     PYTORCH_JOBS,
     TRAIN_JOBS,
+    WORKLOADS,
     Resource,
 )
 from metaloom.k8s.status import Status, read_status
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from metaloom.k8s.client import Cluster
 
 T = TypeVar("T")
-WORKLOADS = Resource("kueue.x-k8s.io", "v1beta1", "Workload", "workloads")
 KINDS = (JOBS, JOB_SETS, PYTORCH_JOBS, TRAIN_JOBS)
 NUM_LOG_LINES = 200
 
@@ -164,15 +164,19 @@ class Gathering:
             inside = self._listed(JOBS, found.labels)
             others += [{"kind": "Job"} | one for one in inside]
         queue = (found.top["metadata"].get("labels") or {}).get(QUEUE_LABEL)
-        if not queue or not self._cluster.serves(LOCAL_QUEUES):
-            return others
+        return [*others, *self._of_kueue(found, queue)] if queue else others
+
+    def _of_kueue(self, found: Found, queue: str) -> list[dict[str, Any]]:
+        """The Workload of a job, and the LocalQueue in which it waits."""
+        others: list[dict[str, Any]] = []
+        workloads, queues = (self._cluster.as_served(kind) for kind in (WORKLOADS, LOCAL_QUEUES))
         uid = found.top["metadata"].get("uid")
-        for workload in self._listed(WORKLOADS):
+        for workload in [] if workloads is None else self._listed(workloads):
             owners = workload["metadata"].get("ownerReferences") or []
             if any(owner.get("uid") == uid for owner in owners):
                 others.append({"kind": "Workload"} | workload)
-        local = self._optional(lambda: self._cluster.get(LOCAL_QUEUES, queue))
-        return others + ([] if local is None else [{"kind": "LocalQueue"} | local])
+        local = queues and self._optional(lambda: self._cluster.get(queues, queue))
+        return [*others, {"kind": "LocalQueue"} | local] if local else others
 
     def _log_tail(self, pods: Sequence[dict[str, Any]]) -> list[str] | None:
         """The last lines of the newest pod of the first node that has started; of another, where none has.

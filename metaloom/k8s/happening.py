@@ -17,6 +17,7 @@ class Happening:
     Attributes:
         kind, name: of the object.
         at: when it was last told; None where the event has no time.
+        num_times: how often it was told.
     """
 
     kind: str
@@ -25,6 +26,7 @@ class Happening:
     message: str
     is_warning: bool
     at: datetime.datetime | None
+    num_times: int = 1
 
     def is_after(self, moment: datetime.datetime | None) -> bool:
         """Whether it was told then or later; one without a time counts as new."""
@@ -66,6 +68,9 @@ def _read(event: Mapping[str, Any]) -> Happening:
         message=(event.get("message") or event.get("note") or "").strip(),
         is_warning=event.get("type") == "Warning",
         at=next((moment for moment in map(time_of, times) if moment is not None), None),
+        num_times=max(
+            event.get("count") or 0, event.get("deprecatedCount") or 0, series.get("count") or 0, 1
+        ),
     )
 
 

@@ -10,6 +10,8 @@ MANAGED = {"app.kubernetes.io/managed-by": "metaloom"}
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 # Of the pods of a plain Job and of a JobSet; the operators of Kubeflow look for the others.
 CONTAINERS = ("metaloom", "pytorch", "node")
+# Of the one group of pods of a JobSet, in the names of all of them.
+GROUP = "node"
 _COMPLETION_INDEX = "batch.kubernetes.io/job-completion-index"
 _REPLICA_INDEX = "training.kubeflow.org/replica-index"
 _REPLICA_TYPE = "training.kubeflow.org/replica-type"

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from metaloom.k8s.exit_codes import exit_words
 from metaloom.k8s.happening import Happening
 from metaloom.k8s.marks import CONTAINERS, node_index
 from metaloom.k8s.top_state import num_gpus
@@ -17,23 +18,6 @@ Phase = Literal["queued", "starting", "running", "done", "failed", "stopping", "
 _ATTEMPT_LABEL = "jobset.sigs.k8s.io/restart-attempt"
 
 OUT_OF_MEMORY = "OOMKilled"
-EXIT_MEANINGS = {
-    1: "a fault",
-    2: "a mistake in the recipe",
-    3: "the data",
-    4: "a checkpoint",
-    5: "the launch or the run folder",
-    6: "the tracking store",
-    75: "stopped from outside, and saved",
-    126: "its command cannot be executed",
-    127: "its command is not in the image",
-    128: "its command could not be started",
-    129: "its terminal was closed",
-    130: "interrupted",
-    137: "killed",
-    139: "a segmentation fault",
-    143: "ended by SIGTERM before it could save",
-}
 _DISRUPTIONS = {
     "PreemptionByScheduler": "preempted by a pod of higher priority",
     "DeletionByTaintManager": "evicted by a taint of its machine, which is lost or being drained",
@@ -111,12 +95,6 @@ def read_pod(pod: Mapping[str, Any], happenings: Sequence[Happening], now: datet
         happenings: of its job, oldest first.
     """
     return _Pod(pod, happenings, now).read()
-
-
-def exit_words(code: int) -> str:
-    """An exit code with what it means: exit code 2 (a mistake in the recipe)."""
-    meaning = EXIT_MEANINGS.get(code)
-    return f"exit code {code}" + (f" ({meaning})" if meaning else "")
 
 
 def image_cause(message: str, image: str) -> str:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import urllib.parse
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from metaloom.credentials import without_credentials
+from metaloom.k8s.finding import Finding, note
 from metaloom.k8s.manifests import Backend
+from metaloom.k8s.pod_checks import ask_for_a_pod, read_quotas, read_rules, unasked
 from metaloom.k8s.quantities import parse_quantity
-from metaloom.k8s.refusals import AlreadyExistsError, NotServedError, RefusedError
+from metaloom.k8s.refusals import AlreadyExistsError, RefusedError
 from metaloom.k8s.request import JobRequest, Volume, is_within
 from metaloom.k8s.resources import (
     CLAIMS,
@@ -21,7 +20,6 @@ from metaloom.k8s.resources import (
     NAMESPACES,
     NODES,
     PODS,
-    QUOTAS,
     SECRETS,
     SERVICE_ACCOUNTS,
     Resource,
@@ -32,24 +30,6 @@ if TYPE_CHECKING:
     from metaloom.recipe import Recipe
 
 TRACKING_VARIABLE = "MLFLOW_TRACKING_URI"
-
-
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """Something that was found.
-
-    Attributes:
-        text: what, where, and what to do.
-        is_problem: whether the job could not run, or would lose what it does; else it may be meant so, or
-            could not be looked at.
-    """
-
-    text: str
-    is_problem: bool = True
-
-
-def note(text: str) -> Finding:
-    return Finding(text, is_problem=False)
 
 
 # ---------------------------------------------------------------- what the pods would not find
@@ -163,11 +143,15 @@ def check_cluster(
         _claims,
         _service_account,
         _machines,
-        _quotas,
     )
     found = [finding for part in parts for finding in part(cluster, request, backend)]
+    found += read_quotas(cluster, request)
+    may_ask = cluster.may("create", PODS)
+    if not may_ask:
+        found += read_rules(cluster, request, backend)
     if is_right and not any(finding.is_problem for finding in found):
         found += _admission(cluster, request, backend)
+        found += ask_for_a_pod(cluster, request, backend) if may_ask else []
     return found
 
 
@@ -207,13 +191,14 @@ def _permission(verb: str, resource: Resource, part: str = "") -> str:
 def _queue(cluster: Cluster, request: JobRequest, backend: Backend) -> Iterator[Finding]:
     if request.queue is None:
         return
-    if not cluster.serves(LOCAL_QUEUES):
+    queues = cluster.as_served(LOCAL_QUEUES)
+    if queues is None:
         yield Finding(
-            f"--queue {request.queue}: this cluster has no queues of Kueue ({LOCAL_QUEUES.api_version}), so "
+            f"--queue {request.queue}: this cluster has no queues of Kueue ({LOCAL_QUEUES.full_name}), so "
             "the label would do nothing: leave it out"
         )
         return
-    yield from _named(cluster, LOCAL_QUEUES, "--queue", [request.queue])
+    yield from _named(cluster, queues, "--queue", [request.queue])
 
 
 def _secrets(cluster: Cluster, request: JobRequest, backend: Backend) -> Iterator[Finding]:
@@ -319,69 +304,6 @@ def _allocatable(node: Mapping[str, Any], resource: str) -> int:
     return int(parse_quantity(str(amounts.get(resource, "0"))))
 
 
-def _quotas(cluster: Cluster, request: JobRequest, backend: Backend) -> Iterator[Finding]:
-    """Limits of the namespace that the job alone exceeds, or for which it has to wait."""
-    if not cluster.may("list", QUOTAS):
-        return
-    need = _needed(request)
-    for quota in cluster.list(QUOTAS):
-        if quota.get("spec", {}).get("scopes") or quota.get("spec", {}).get("scopeSelector"):
-            continue  # of some pods only
-        status = quota.get("status") or {}
-        hard, used = status.get("hard") or {}, status.get("used") or {}
-        yield from _uncounted(quota["metadata"]["name"], hard, need)
-        for name, amount in need.items():
-            if name not in hard:
-                continue
-            limit = parse_quantity(str(hard[name]))
-            taken = parse_quantity(str(used.get(name, "0")))
-            where = f"the quota {quota['metadata']['name']} of namespace {cluster.namespace}"
-            if amount > limit:
-                yield Finding(f"the job needs {_shown(amount)} of {name}, and {where} allows {hard[name]}")
-            elif amount > limit - taken:
-                yield note(
-                    f"the job needs {_shown(amount)} of {name}; {where} allows {hard[name]}, of which "
-                    f"{used.get(name)} are in use: pods will be refused until others end"
-                )
-
-
-def _uncounted(quota: str, hard: Mapping[str, Any], need: Mapping[str, Fraction]) -> Iterator[Finding]:
-    """What a quota counts and the pods do not say: they are refused, unless a LimitRange says it for them."""
-    options = {
-        "requests.cpu": "--cpus-per-node",
-        "cpu": "--cpus-per-node",
-        "limits.cpu": "a default of the namespace (LimitRange), since pods of metaloom limit no processors",
-        "requests.memory": "--memory-per-node",
-        "memory": "--memory-per-node",
-        "limits.memory": "--memory-per-node",
-    }
-    for name, by in options.items():
-        if name in hard and name not in need:
-            yield note(
-                f"the quota {quota} counts {name}, which the pods do not have, so that they may be refused: "
-                f"it takes {by}"
-            )
-
-
-def _needed(request: JobRequest) -> dict[str, Fraction]:
-    """What all pods of a job count for in a quota."""
-    amounts = {"pods": Fraction(1), "count/pods": Fraction(1)}
-    if request.gpus_per_node:
-        amounts[f"requests.{request.gpu_resource}"] = Fraction(request.gpus_per_node)
-    for names, quantity in (
-        (("memory", "requests.memory", "limits.memory"), request.memory),
-        (("cpu", "requests.cpu"), request.cpus),
-    ):
-        if quantity is not None:
-            with contextlib.suppress(ValueError):  # told by `problems`
-                amounts |= dict.fromkeys(names, parse_quantity(quantity))
-    return {name: amount * request.nodes for name, amount in amounts.items()}
-
-
-def _shown(amount: Fraction) -> str:
-    return str(amount.numerator) if amount.denominator == 1 else f"{float(amount):g}"
-
-
 def _admission(cluster: Cluster, request: JobRequest, backend: Backend) -> Iterator[Finding]:
     """What the server itself refuses of the objects, which it makes none of."""
     kinds = {resource.kind: resource for resource in (*backend.creates, backend.resource)}
@@ -390,5 +312,5 @@ def _admission(cluster: Cluster, request: JobRequest, backend: Backend) -> Itera
             cluster.create(kinds[obj["kind"]], obj, dry_run=True)
         except AlreadyExistsError:
             continue  # of the job that is being replaced
-        except (NotServedError, RefusedError) as error:
-            yield Finding(str(error))
+        except RefusedError as error:
+            yield unasked(f"the {obj['kind']}", error) or Finding(str(error))

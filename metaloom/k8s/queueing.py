@@ -1,4 +1,4 @@
-"""Why a job waits: what the scheduler, a quota or Kueue says, in words."""
+"""Why a job waits: what the scheduler or Kueue says, in words."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from metaloom.k8s.wording import listed
 _NODES = re.compile(r"(\d+)/(\d+) nodes are available: (.*)", re.DOTALL)
 _COUNTED = re.compile(r"(\d+) (.*)", re.DOTALL)
 _TAINT = re.compile(r"node\(s\) had untolerated taint\(?s?\)? ?\{([^}]*)\}")
-_QUOTA = re.compile(r"exceeded quota: ([^,]+), requested: (.*), used: (.*), limited: (.*)", re.DOTALL)
-_FORBIDDEN = re.compile(r'^(?:Error creating: )?(?:pods? "[^"]*" is forbidden: )?', re.DOTALL)
 _REASONS = {
     "node(s) didn't match Pod's node affinity/selector": (
         "does not match its node selector",
@@ -79,34 +77,6 @@ def _reason_words(text: str, number: int) -> str:
         return f"{has} the taint {taint[1].strip().removesuffix(':')}, which the job does not tolerate"
     one, several = _REASONS.get(text, (text, text))
     return one if is_one else several
-
-
-@dataclasses.dataclass(frozen=True)
-class Refusal:
-    """Why pods of a job are not made.
-
-    Attributes:
-        is_of_quota: whether they are made once other work has ended.
-        details: lines.
-    """
-
-    words: str
-    is_of_quota: bool
-    details: tuple[str, ...] = ()
-
-
-def read_refusal(happening: Happening) -> Refusal:
-    """What an event says of pods that could not be made."""
-    message = _FORBIDDEN.sub("", happening.message)
-    quota = _QUOTA.search(message)
-    if quota is not None:
-        lines = tuple(f"requested {quota[2]}; used {quota[3]} of {quota[4]}".splitlines())
-        return Refusal(f"the quota {quota[1]} of the namespace is used up", True, lines)
-    if message.startswith("violates PodSecurity"):
-        what, _, why = message.partition(": ")
-        level = what.removeprefix("violates PodSecurity ").strip('"')
-        return Refusal(f"the namespace admits no such pods (pod security {level})", False, (why,))
-    return Refusal(message, False)
 
 
 @dataclasses.dataclass(frozen=True)

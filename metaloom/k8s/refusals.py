@@ -19,12 +19,14 @@ class RefusedError(LaunchError):
     Attributes:
         status: of the answer: 403, 404 ...
         reason: the server's word for it: `Forbidden`, `NotFound` ...; "" where it gave none.
+        told: what the server said, as it did; "" where that is of no use.
     """
 
-    def __init__(self, message: str, *, status: int, reason: str = "") -> None:
+    def __init__(self, message: str, *, status: int, reason: str = "", told: str = "") -> None:
         super().__init__(message)
         self.status = status
         self.reason = reason
+        self.told = told
 
 
 class AlreadyExistsError(RefusedError):
@@ -112,6 +114,12 @@ def is_no_such_object(answer: Answer, attempt: Attempt) -> bool:
     return answer.status == 404 and bool(details.get("name")) and not is_about_namespace
 
 
+def is_no_such_path(answer: Answer) -> bool:
+    """Whether an API server says that it has nothing at a path; a 404 of something else does not."""
+    said = answer.content[:100].decode(errors="replace").strip()
+    return answer.status == 404 and (bool(answer.status_object) or said == "404 page not found")
+
+
 def foreign_answer(answer: Answer, attempt: Attempt) -> UnreachableError:
     """The error for an answer that no API server gives."""
     kind = answer.kind.partition(";")[0] or "nothing that is named"
@@ -125,7 +133,7 @@ def foreign_answer(answer: Answer, attempt: Attempt) -> UnreachableError:
 def refusal(answer: Answer, attempt: Attempt) -> LaunchError:
     """The error for an answer that is no success."""
     status = answer.status_object
-    if not status and answer.status not in (401, 404, 429, 503):
+    if not status and not is_no_such_path(answer) and answer.status not in (401, 429, 503):
         return foreign_answer(answer, attempt)
     reason = str(status.get("reason") or "")
     told = str(status.get("message") or "") or f"HTTP {answer.status}"
@@ -149,7 +157,7 @@ def refusal(answer: Answer, attempt: Attempt) -> LaunchError:
         message = (
             f"cannot {attempt.words}: the API server answered {answer.status} ({told}); try again later."
         )
-    return RefusedError(message, status=answer.status, reason=reason)
+    return RefusedError(message, status=answer.status, reason=reason, told=told)
 
 
 def _missing(answer: Answer, attempt: Attempt) -> RefusedError:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, Self
 
-from metaloom.credentials import has_credentials
+from metaloom.credentials import has_credentials, is_secret_name
 from metaloom.k8s.names import key_fault, label_name_fault, label_value_fault, object_name_fault
 from metaloom.k8s.quantities import bytes_as_quantity, parse_quantity
 
@@ -35,10 +35,6 @@ DECIDED = {
     "launcher.show_all_ranks": "this command, which sets it to true",
 }
 _ENV_NAME = re.compile(r"[-._a-zA-Z][-._a-zA-Z0-9]*")
-# TOKENIZERS_PARALLELISM is none: what counts is how a word ends.
-_SECRET = re.compile(
-    r"(key|token|secret|passwo?rd|passwd|passphrase|credential)s?(?![a-z0-9])", re.IGNORECASE
-)
 _IMAGE = re.compile(
     r"([A-Za-z0-9]([-A-Za-z0-9.]*[A-Za-z0-9])?(:[0-9]+)?/)?"
     r"[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*(/[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*)*"
@@ -327,7 +323,7 @@ def _environment(request: JobRequest) -> Iterator[str]:
             )
         elif name in PLACE:
             yield f"--env: {name} is set by the cluster, for each pod"
-        elif (_SECRET.search(name) and not _is_mounted(value, request)) or has_credentials(value):
+        elif (is_secret_name(name) and not _is_mounted(value, request)) or has_credentials(value):
             yield (
                 f"--env: {name} reads like a secret, and everyone who may look at the job would see its "
                 f"value: put it into a Secret (kubectl create secret generic NAME --from-literal={name}=...) "

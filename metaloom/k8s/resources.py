@@ -46,8 +46,12 @@ SECRETS = Resource("", "v1", "Secret", "secrets")
 CLAIMS = Resource("", "v1", "PersistentVolumeClaim", "persistentvolumeclaims")
 SERVICE_ACCOUNTS = Resource("", "v1", "ServiceAccount", "serviceaccounts")
 QUOTAS = Resource("", "v1", "ResourceQuota", "resourcequotas")
+LIMIT_RANGES = Resource("", "v1", "LimitRange", "limitranges")
 NAMESPACES = Resource("", "v1", "Namespace", "namespaces", is_namespaced=False)
 NODES = Resource("", "v1", "Node", "nodes", is_namespaced=False)
+PRIORITY_CLASSES = Resource(
+    "scheduling.k8s.io", "v1", "PriorityClass", "priorityclasses", is_namespaced=False
+)
 JOBS = Resource("batch", "v1", "Job", "jobs")
 ACCESS_REVIEWS = Resource(
     "authorization.k8s.io", "v1", "SelfSubjectAccessReview", "selfsubjectaccessreviews", is_namespaced=False
@@ -56,4 +60,6 @@ JOB_SETS = Resource("jobset.x-k8s.io", "v1alpha2", "JobSet", "jobsets")
 PYTORCH_JOBS = Resource("kubeflow.org", "v1", "PyTorchJob", "pytorchjobs")
 TRAIN_JOBS = Resource("trainer.kubeflow.org", "v1alpha1", "TrainJob", "trainjobs")
 TRAINING_RUNTIMES = Resource("trainer.kubeflow.org", "v1alpha1", "TrainingRuntime", "trainingruntimes")
+# Kueue's are read in whatever version a cluster has them: `Cluster.as_served`.
 LOCAL_QUEUES = Resource("kueue.x-k8s.io", "v1beta1", "LocalQueue", "localqueues")
+WORKLOADS = Resource("kueue.x-k8s.io", "v1beta1", "Workload", "workloads")

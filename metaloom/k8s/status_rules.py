@@ -7,11 +7,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from metaloom.k8s.admission import read_refusal
+from metaloom.k8s.exit_codes import FINAL, exit_words
 from metaloom.k8s.happening import newest
 from metaloom.k8s.heartbeat import Progress, allowed_silence_s
-from metaloom.k8s.manifests.failures import FINAL
-from metaloom.k8s.pod_state import NodeState, exit_words
-from metaloom.k8s.queueing import kueue_words, queue_details, read_lack, read_refusal
+from metaloom.k8s.pod_state import NodeState
+from metaloom.k8s.queueing import kueue_words, queue_details, read_lack
 from metaloom.k8s.top_state import Condition, true_conditions
 from metaloom.k8s.view import View, has_failed, verb
 from metaloom.k8s.wording import clock_words, counted, duration_words
@@ -218,12 +219,15 @@ def _not_created(view: View) -> Told | None:
     ]
     if not refusals:
         return None
-    refusal = read_refusal(refusals[-1])
+    refusal = read_refusal(refusals[-1].message)
     who = _wanted(view.num_missing(), view.job.num_gpus)
-    if refusal.is_of_quota:
+    if refusal.is_passing:
         return Told("queued", f"queued for {who}: {refusal.words}", refusal.details)
     return Told(
-        "starting", f"cannot start: {refusal.words}", [*refusal.details, *_again_lines(view)], is_stuck=True
+        "starting",
+        f"cannot start: {refusal.words}",
+        [*refusal.details, *_again_lines(view)],
+        is_stuck=True,
     )
 
 

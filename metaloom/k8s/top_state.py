@@ -41,6 +41,7 @@ class Top:
         queue: of Kueue.
         num_restarts: of the whole job, as the object counts them.
         max_restarts: how many it may take; None where the object does not say.
+        num_failed: pods that have failed, also those that are gone, as the object counts them.
         deadline_s: how long it may take; None for any time.
         is_seen: whether its controller has written a status.
     """
@@ -61,6 +62,7 @@ class Top:
     queue: str
     num_restarts: int
     max_restarts: int | None
+    num_failed: int
     deadline_s: int | None
     is_seen: bool
 
@@ -74,6 +76,7 @@ def read_top(top: Mapping[str, Any]) -> Top:
     policy = spec.get("runPolicy") or {}
     run_spec = policy if kind == "PyTorchJob" else spec
     failure_policy = spec.get("failurePolicy") or {}
+    uncounted = status.get("uncountedTerminatedPods") or {}
     ended = time_of(status.get("completionTime")) or (outcome[1].since if outcome is not None else None)
     annotations = meta.get("annotations") or {}
     return Top(
@@ -93,6 +96,7 @@ def read_top(top: Mapping[str, Any]) -> Top:
         queue=(meta.get("labels") or {}).get(QUEUE_LABEL) or "",
         num_restarts=_number(status.get("restarts")) or 0,
         max_restarts=_number(failure_policy.get("maxRestarts")),
+        num_failed=(_number(status.get("failed")) or 0) + len(uncounted.get("failed") or []),
         deadline_s=_number(run_spec.get("activeDeadlineSeconds")),
         is_seen=any(status.values()),
     )

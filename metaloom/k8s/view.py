@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from metaloom.k8s.exit_codes import MISTAKES
 from metaloom.k8s.happening import Happening
 from metaloom.k8s.heartbeat import Heartbeat, read_heartbeat
+from metaloom.k8s.marks import GROUP
 from metaloom.k8s.pod_state import NodeState
 from metaloom.k8s.top_state import Top
 from metaloom.k8s.wording import counted, indices_words, ranks_words, time_of
 
-MISTAKES = (2, 3, 4, 5, 6)  # exit codes of what someone may have to mend
+# What controllers say of a pod that they have made: of a Job's, its index and five letters.
+_CREATED = re.compile(r"Created pod: (?P<pod>\S*?(?:-(?P<index>\d+)-[a-z0-9]{5})?)$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,14 +48,43 @@ class View:
         return max(0, self.job.nodes - len(self.present))
 
     def num_restarts(self) -> int:
-        """How often the cluster has started pods, or all of them, again."""
-        per_node: dict[object, int] = {}
-        for one in self.earlier:
-            key = one.pod if one.index is None else one.index
-            per_node[key] = per_node.get(key, 0) + (one.attempt == 0)
+        """How often the cluster has started pods, or all of them, again; of pods that are gone, as far as it
+        still tells of them."""
         again = max((one.num_restarts for one in self.present), default=0)
-        attempt = max((one.attempt for one in self.present), default=0)
-        return max(self.job.num_restarts, attempt, again, *per_node.values(), 0)
+        of_nodes = [number - 1 for number in self._num_pods().values()]
+        return max(self._num_restarts_of_all(), again, self._num_by_failures(), *of_nodes, 0)
+
+    def _num_restarts_of_all(self) -> int:
+        return max([self.job.num_restarts, *(one.attempt for one in self.present)])
+
+    def _num_pods(self) -> dict[object, int]:
+        """How many pods each node has had: those that are there, and those of which events tell."""
+        pods: dict[object, dict[str, int]] = {}
+        for one in (*self.present, *self.earlier):
+            pods.setdefault(one.pod if one.index is None else one.index, {})[one.pod] = 1
+        makers = (self.job.name, f"{self.job.name}-{GROUP}-0")
+        for event in self.happenings:
+            created = _CREATED.search(event.message)
+            if event.name not in makers or created is None or not event.is_after(self.job.created):
+                continue
+            pod = created["pod"]
+            # One that stands for many, in a short time, tells of the last pod alone.
+            number = 1 if event.message.startswith("(combined") else event.num_times
+            own = pods.setdefault(pod if created["index"] is None else int(created["index"]), {})
+            own[pod] = max(own.get(pod, 0), number)
+        return {key: sum(own.values()) for key, own in pods.items()}
+
+    def _num_by_failures(self) -> int:
+        """How often some node was started again at least, by the number of pods of a Job that have failed."""
+        if self.job.kind != "Job":
+            return 0
+        told = self.job.outcome or self.job.verdict
+        if told is None:
+            not_again = len(self.are("failed")) + self.num_missing()
+        else:
+            # Where a job has failed, so have all nodes for good: some were ended since another had failed.
+            not_again = self.job.nodes if told[0] == "failed" else 0
+        return math.ceil(max(0, self.job.num_failed - not_again) / self.job.nodes)
 
     def who(self, node: NodeState) -> str:
         """A node with its ranks: node 3 (ranks 24-31)."""
@@ -97,7 +131,7 @@ class View:
             together = [one for one in gone if one.words == last.words and one.attempt == last.attempt]
             who = self.who(last) if len({one.index for one in together}) == 1 else self.what(together)
             return f"{who} {verb(last, len(together))}"
-        number, of = self.num_restarts(), self.job.max_restarts
+        number, of = self._num_restarts_of_all(), self.job.max_restarts
         if self.job.kind in ("JobSet", "TrainJob") and number:
             return f"restart {number}" + ("" if of is None else f" of {of}") + " of all nodes"
         return ""

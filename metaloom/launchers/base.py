@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from metaloom.credentials import HIDDEN, has_credentials, is_secret_name
 from metaloom.errors import LaunchError
 from metaloom.run_folder import RunFolder
 
@@ -61,7 +62,8 @@ class Submission:
         memory_per_node: a quantity, such as 64Gi or 500M.
         time_limit_s: after which the job is stopped.
         queue: the partition or queue in which the job waits.
-        environment: variables that all ranks shall have, with their values; no secrets.
+        environment: variables that all ranks shall have, with their values; no secrets where these would be
+            written down.
         is_resumed: whether a run that has started already is meant to go on.
     """
 
@@ -196,6 +198,25 @@ def size_problems(submission: Submission) -> list[str]:
         for name, minimum in least.items()
         if getattr(submission, name) is not None and getattr(submission, name) < minimum
     ]
+
+
+def secrets_in(variables: Mapping[str, str]) -> list[str]:
+    """The names of those variables that read like secrets; one that says in which file it is does not."""
+    return [
+        name
+        for name, value in variables.items()
+        if has_credentials(value) or (is_secret_name(name) and not _is_path(value))
+    ]
+
+
+def shown_variables(variables: Mapping[str, str]) -> list[str]:
+    """Variables as `env` takes them, for people to read: without the values of secrets."""
+    secrets = secrets_in(variables)
+    return [f"{name}={HIDDEN if name in secrets else value}" for name, value in variables.items()]
+
+
+def _is_path(value: str) -> bool:
+    return value.startswith("/") and Path(value).exists()
 
 
 def host_overrides(*, endpoint: str, num_hosts: int, num_ranks: int) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -34,7 +35,9 @@ from metaloom.launchers.base import (
     recipe_text,
     refuse,
     run_path,
+    secrets_in,
     shell_words,
+    shown_variables,
     size_problems,
 )
 from metaloom.launchers.far_end import HERE, SIGNALS
@@ -112,15 +115,13 @@ class DeepSpeed(Launcher):
         ]
 
     def plan(self, submission: Submission) -> str:
-        """The command of ssh for each host, and what is run there."""
+        """The command of ssh for each host, and what is run there, but for the values of secrets."""
         slots = self._slots(submission)
         words = self._words(submission, slots)
         lines = []
         for host in slots:
             shown = [submission.source if word is None else word for word in words]
-            variables = [
-                f"{name}={value}" for name, value in self._environment(submission, slots, host).items()
-            ]
+            variables = shown_variables(self._environment(submission, slots, host))
             lines += [
                 shell_words(_ssh(host, submission.folder)),
                 f"    {shell_words([*(['env', *variables] if variables else []), *shown])}",
@@ -166,6 +167,12 @@ class DeepSpeed(Launcher):
             problems.append("--nodes and --gpus-per-node have no effect beside --include or --exclude.")
         if submission.gpus_per_node == 0:
             problems.append("--gpus-per-node is 0; with a hostfile it is the slots to take of each host.")
+        problems += [
+            f"--env: {name} reads like a secret, and while this command runs, everyone on this machine can "
+            f"read its words: set it in the environment here, and give --env {name} without the value."
+            for name in secrets_in(submission.environment)
+            if os.environ.get(name) != submission.environment[name]
+        ]
         if not 1024 <= self.port < 65536:
             problems.append(f"--port is {self.port}; it must be from 1024 to 65535.")
         refuse(problems)

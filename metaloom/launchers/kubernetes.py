@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from metaloom.errors import LaunchError
 from metaloom.k8s.client import Cluster
-from metaloom.k8s.gathering import Found, Gathering, NoSuchJobError
+from metaloom.k8s.finding import Finding
+from metaloom.k8s.gathering import KINDS, Found, Gathering, NoSuchJobError
 from metaloom.k8s.kubeconfig import kubeconfig_paths
 from metaloom.k8s.manifests import BACKENDS, Backend, choose, host_command, owner_reference, problems, to_yaml
 from metaloom.k8s.marks import JOB_LABEL
-from metaloom.k8s.preflight import Finding, check_cluster, check_places
+from metaloom.k8s.preflight import check_cluster, check_places
 from metaloom.k8s.refusals import AlreadyExistsError
 from metaloom.k8s.request import DEFAULT_TTL_S, DEFAULT_WAIT_S, JobRequest, SecretFiles, Toleration, Volume
 from metaloom.k8s.resources import CONFIG_MAPS, SERVICES, Resource
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 AUTO = "auto"
 RUNS = "/runs"  # where the folders of runs are in the pods, unless --run says otherwise
-GONE_WITHIN_S = 180.0  # how long the objects of a job that has ended may take to be deleted
+GONE_WITHIN_S = 180.0  # how long objects that are being deleted may take to be gone
 POLL_S = 0.5
 
 
@@ -275,7 +276,11 @@ class Kubernetes(Launcher):
             self._check_recipe(request, backend, submission)
             if submission.is_resumed:
                 _clear(cluster, request, backend)
-            _send(cluster, request, backend)
+            try:
+                _send(cluster, request, backend)
+            except AlreadyExistsError as error:
+                _wait_for_names(cluster, request, backend, error)
+                _send(cluster, request, backend)
         again = "".join(
             f" --{option} {value}"
             for option, value in (("namespace", self.namespace), ("context", self.context))
@@ -368,6 +373,7 @@ def _send(cluster: Cluster, request: JobRequest, backend: Backend) -> None:
     """Makes the objects of a job, which the job owns: they go when it is deleted. All, or none.
 
     Raises:
+        AlreadyExistsError: one of these names is taken.
         LaunchError: one is refused.
     """
     kinds = {resource.kind: resource for resource in (*backend.creates, backend.resource)}
@@ -381,16 +387,71 @@ def _send(cluster: Cluster, request: JobRequest, backend: Backend) -> None:
             if resource != backend.resource:
                 change = {"metadata": {"ownerReferences": [owner_reference(job)]}}
                 cluster.patch(resource, obj["metadata"]["name"], change)
-    except BaseException as error:
+    except BaseException:
         for resource, obj in reversed(made):
             with contextlib.suppress(LaunchError):
                 cluster.delete(resource, obj["metadata"]["name"])
-        if isinstance(error, AlreadyExistsError):
-            raise LaunchError(
-                f"{error} A job of this name has been submitted before: go on with its run by --resume, or "
-                "choose another --name."
-            ) from error
         raise
+
+
+def _wait_for_names(
+    cluster: Cluster, request: JobRequest, backend: Backend, taken: AlreadyExistsError
+) -> None:
+    """Waits for the names of a job's objects, where those that have them are being deleted.
+
+    Raises:
+        LaunchError: one of them stays.
+    """
+    kinds = {resource.kind: resource for resource in (*backend.creates, backend.resource)}
+    named = [(kinds[obj["kind"]], str(obj["metadata"]["name"])) for obj in backend.build(request)]
+    there = [(resource, name, cluster.get(resource, name)) for resource, name in named]
+    if not all(obj is None or _is_going(cluster, obj) for _, _, obj in there):
+        raise LaunchError(
+            f"{taken} A job of this name has been submitted before: go on with its run by --resume, or "
+            "choose another --name."
+        ) from taken
+    print(
+        f"note: a job {request.name} is being deleted: waiting until its name is free (Ctrl-C ends this, and "
+        "nothing is sent)",
+        file=sys.stderr,
+        flush=True,
+    )
+    _wait_until_gone(cluster, named)
+
+
+def _is_going(cluster: Cluster, obj: Mapping[str, Any]) -> bool:
+    """Whether an object is being deleted, or will be, since what owns it is."""
+    if obj["metadata"].get("deletionTimestamp") is not None:
+        return True
+    owners = obj["metadata"].get("ownerReferences") or []
+    kinds = {kind.kind: kind for kind in KINDS}
+    for owner in owners:
+        kind = kinds.get(owner["kind"])
+        if kind is None:
+            return False
+        there = cluster.get(kind, owner["name"]) or {"metadata": {}}
+        is_owner = there["metadata"].get("uid") == owner["uid"]
+        if is_owner and there["metadata"].get("deletionTimestamp") is None:
+            return False
+    return bool(owners)
+
+
+def _wait_until_gone(cluster: Cluster, named: Sequence[tuple[Resource, str]]) -> None:
+    """Returns when objects that are being deleted are gone.
+
+    Raises:
+        LaunchError: one is not, after a while.
+    """
+    deadline = time.monotonic() + GONE_WITHIN_S
+    for resource, name in named:
+        while cluster.get(resource, name) is not None:
+            if time.monotonic() > deadline:
+                raise LaunchError(
+                    f"{resource.kind} {name}, which is being deleted, is still there after "
+                    f"{GONE_WITHIN_S:g} s. See what holds it: kubectl get {resource.full_name} {name} -n "
+                    f"{cluster.namespace} -o yaml"
+                )
+            time.sleep(POLL_S)
 
 
 def _chosen(cluster: Cluster) -> Backend:
@@ -427,7 +488,7 @@ def _clear(cluster: Cluster, request: JobRequest, backend: Backend) -> None:
     """Deletes what is left in the cluster of a job that has ended: its run goes on under the same name.
 
     Raises:
-        LaunchError: it has not ended.
+        LaunchError: it has not ended, or does not go.
     """
     name = request.name
     gathering = Gathering(cluster)
@@ -452,15 +513,8 @@ def _clear(cluster: Cluster, request: JobRequest, backend: Backend) -> None:
     for resource in dict.fromkeys((SERVICES, CONFIG_MAPS, *backend.creates)):
         for obj in cluster.list(resource, labels=labels):
             cluster.delete(resource, obj["metadata"]["name"])
-    deadline = time.monotonic() + GONE_WITHIN_S
-    while found is not None and cluster.get(found.resource, name) is not None:
-        if time.monotonic() > deadline:
-            raise LaunchError(
-                f"--resume: {found.resource.kind} {name}, which has ended, is still there {GONE_WITHIN_S:g} "
-                f"s after it was deleted. See what holds it: kubectl get {found.resource.full_name} {name} "
-                "-o yaml"
-            )
-        time.sleep(POLL_S)
+    if found is not None:
+        _wait_until_gone(cluster, [(found.resource, name)])
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -23,6 +23,7 @@ from metaloom.launchers.base import (
     refuse,
     run_path,
     shell_words,
+    shown_variables,
     size_problems,
 )
 from metaloom.launchers.network import address_towards, interface_of, is_here, resolve
@@ -62,9 +63,9 @@ class Local(Launcher):
         ]
 
     def plan(self, submission: Submission) -> str:
-        """The command."""
+        """The command, but for the values of secrets."""
         refuse(self.unused_options(submission) + size_problems(submission))
-        variables = [f"{name}={value}" for name, value in submission.environment.items()]
+        variables = shown_variables(submission.environment)
         words = [*(["env", *variables] if variables else []), "metaloom", *_train_words(submission)]
         return shell_words(words) + "\n"
 

@@ -25,6 +25,7 @@ from metaloom.launchers.base import (
     recipe_text,
     refuse,
     run_path,
+    secrets_in,
     shell_words,
     size_problems,
 )
@@ -294,6 +295,12 @@ class Slurm(Launcher):
                 )
         if PLAIN.fullmatch(submission.name) is None or "/" in submission.name:
             problems.append(f"--name: {submission.name!r} is no name of a Slurm job and its files.")
+        for name in secrets_in(submission.environment):
+            problems.append(
+                f"--env: {name} reads like a secret, and the batch script, which Slurm keeps and shows, "
+                f"would hold its value. Set it in the environment of this command, and leave --env {name} "
+                "out: sbatch passes the environment on, unless its option --export says otherwise."
+            )
         if self.max_faults < 0:
             problems.append(f"--max-faults is {self.max_faults}; it must be at least 0.")
         if submission.memory_per_node is not None and _memory(submission.memory_per_node) is None:

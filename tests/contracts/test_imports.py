@@ -70,7 +70,7 @@ EDGES = {
         "metaloom.sources",
         "metaloom.tracking",
     },
-    "metaloom.launchers": {ERRORS, RECIPE, "metaloom.run_folder", "metaloom.k8s"},
+    "metaloom.launchers": {CREDENTIALS, ERRORS, RECIPE, "metaloom.run_folder", "metaloom.k8s"},
     # The version is written on a job.
     "metaloom.k8s": {"metaloom", CREDENTIALS, ERRORS, RECIPE},
 }
@@ -378,6 +378,21 @@ def test_the_command_line_starts_without_heavy_packages() -> None:
     heavy = ("torch", "mlflow", "matplotlib", "webdataset", "pandas", "scipy", "pyarrow", "numpy")
     program = f"import sys, metaloom.cli; print([name for name in {heavy!r} if name in sys.modules])"
     assert run(program) == "[]"
+
+
+def test_help_is_printed_without_launchers() -> None:
+    program = """
+import contextlib, io, sys
+from metaloom.cli import main
+with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+    main(["--help"])
+print([name for name in sys.modules if name.startswith(("metaloom.k8s", "metaloom.launchers.", "yaml"))])
+"""
+    assert run(program) == "['metaloom.launchers.table']"
+
+
+def test_what_jobs_do_is_told_without_what_makes_them() -> None:
+    assert not any(is_under(name, "metaloom.k8s.manifests") for name in loaded_with("metaloom.k8s.gathering"))
 
 
 def test_the_engine_works_with_torch_alone() -> None:

@@ -19,8 +19,9 @@ LOCAL_QUEUES are served, until `cluster.admit(JOB)`.
 
 Faults: `refuse(429, times=2, retry_after_s=1)`, `refuse(503, body="<html>...")`, `reset()`,
 `close_streams()` (watches and followed logs break off), `expire_versions()` (410 Gone), `forbid("create",
-"jobs")`, `cluster.token = "another"` (401), `cluster.add(QUOTAS, ...)`; `cluster.log_chunk_bytes` and
-`cluster.log_delay_s` make logs slow. `cluster.requests` are all requests: (method, path, query).
+"jobs")`, `cluster.token = "another"` (401), `cluster.add(QUOTAS, ...)`, also LIMIT_RANGES, and
+`enforce("restricted")` (pod security); `cluster.log_chunk_bytes` and `cluster.log_delay_s` make logs slow.
+`cluster.requests` are all requests: (method, path, query).
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from typing import Any, TypeVar
 
 from metaloom.k8s import resources
 from metaloom.k8s.resources import JOBS, LOCAL_QUEUES, NAMESPACES, PODS, Resource
+from tests.k8s.fake_admission import ENFORCE, admit_pod
 from tests.k8s.fake_jobs import JobController, Kubelet, Pods, delete_pod, end_log, set_condition
 from tests.k8s.fake_rules import check, check_update
 from tests.k8s.fake_store import Object, Refusal, Selection, Store, not_found, now
@@ -60,6 +62,8 @@ BUILT_IN = (
     resources.QUOTAS,
     resources.NAMESPACES,
     resources.NODES,
+    resources.LIMIT_RANGES,
+    resources.PRIORITY_CLASSES,
     resources.JOBS,
     resources.ACCESS_REVIEWS,
 )
@@ -275,6 +279,10 @@ class FakeCluster:
         """The user may not do that (any more); "*" is any verb or kind, `pods/log` a subresource."""
         self._forbidden.append((verb, plural, namespace))
 
+    def enforce(self, level: str) -> None:
+        """The namespace admits no pods but those of a level of pod security."""
+        self.edit(NAMESPACES, self.namespace, lambda obj: obj["metadata"].update(labels={ENFORCE: level}))
+
     def close_streams(self) -> None:
         """All watches and followed logs break off, in the middle of what they say."""
         with self.store.changed:
@@ -313,7 +321,8 @@ class FakeCluster:
     def admit_object(self, resource: Resource, obj: Object) -> None:
         """What admission changes in a new object."""
         labels = obj["metadata"].get("labels") or {}
-        if resource == JOBS and QUEUE in labels and LOCAL_QUEUES in self.kinds:
+        has_queues = LOCAL_QUEUES.full_name in {kind.full_name for kind in self.kinds}
+        if resource == JOBS and QUEUE in labels and has_queues:
             obj["spec"]["suspend"] = True
 
     def created(self, resource: Resource, namespace: str, name: str) -> None:
@@ -482,19 +491,15 @@ class Handler(BaseHTTPRequestHandler):
             return {"major": "1", "minor": "34", "gitVersion": "v1.34.0"}
         if parts == ["api"]:
             return {"kind": "APIVersions", "versions": ["v1"]}
+        groups: dict[str, list[str]] = {}
+        for kind in kinds:
+            if kind.group and kind.version not in groups.setdefault(kind.group, []):
+                groups[kind.group].append(kind.version)
         if parts == ["apis"]:
-            groups: dict[str, list[str]] = {}
-            for kind in kinds:
-                if kind.group and kind.version not in groups.setdefault(kind.group, []):
-                    groups[kind.group].append(kind.version)
-            told = [
-                {
-                    "name": group,
-                    "versions": [{"groupVersion": f"{group}/{v}", "version": v} for v in versions],
-                }
-                for group, versions in groups.items()
-            ]
+            told = [_group(group, versions) for group, versions in groups.items()]
             return {"kind": "APIGroupList", "apiVersion": "v1", "groups": told}
+        if parts[0] == "apis" and len(parts) == 2 and parts[1] in groups:
+            return {"kind": "APIGroup", "apiVersion": "v1"} | _group(parts[1], groups[parts[1]])
         version = "/".join(parts[1:])
         if parts[0] not in ("api", "apis") or version not in {kind.api_version for kind in kinds}:
             return None
@@ -568,6 +573,8 @@ class Handler(BaseHTTPRequestHandler):
                 )
             check(resource, obj)
             self.cluster.admit_object(resource, obj)
+            if resource == PODS:
+                obj = admit_pod(store, namespace, obj)
             if query.get("dryRun") == "All":
                 self._send(201, obj | {"metadata": metadata | {"namespace": namespace, "uid": "dry-run"}})
                 return
@@ -811,6 +818,12 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         with contextlib.suppress(OSError):
             self.wfile.write(b"ffff\r\n" + content)
+
+
+def _group(name: str, versions: Sequence[str]) -> Object:
+    """A group of kinds, which prefers the newest of its versions."""
+    told = [{"groupVersion": f"{name}/{version}", "version": version} for version in versions]
+    return {"name": name, "versions": told, "preferredVersion": max(told, key=lambda one: one["version"])}
 
 
 class _NoSuchPath(Exception):

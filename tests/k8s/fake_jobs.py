@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from metaloom.k8s.resources import EVENTS, JOBS, PODS, QUOTAS
-from tests.k8s.fake_rules import check_quota
+from metaloom.k8s.resources import EVENTS, JOBS, PODS
+from tests.k8s.fake_admission import admit_pod
 from tests.k8s.fake_store import Object, Refusal, Selection, Store, now
 
 INDEX = "batch.kubernetes.io/job-completion-index"
@@ -108,7 +108,11 @@ class JobController:
         told = (reason, message)
         with self._store.changed:
             self._edit(namespace, name, lambda s: set_condition(s, condition("FailureTarget", *told)))
-            self._delete_active(self._store.get(JOBS, namespace, name))
+            job = self._store.get(JOBS, namespace, name)
+            for pod in self.pods(job):
+                # A Job that has failed counts those that it ends as well, whatever their end.
+                self._counted.setdefault(pod["metadata"]["uid"], job["metadata"]["uid"])
+            self._delete_active(job)
             self._measure(namespace, name)
             self._edit(namespace, name, lambda s: set_condition(s, condition("Failed", *told)))
             self.event(self._store.get(JOBS, namespace, name), "Warning", reason, message)
@@ -210,7 +214,7 @@ class JobController:
         """A new pod of a Job.
 
         Raises:
-            Refusal: a quota does not allow it.
+            Refusal: admission does not take it.
         """
         metadata, template = job["metadata"], copy.deepcopy(job["spec"]["template"])
         name = f"{metadata['name']}-{index}-{self._store.letters()}"
@@ -238,19 +242,12 @@ class JobController:
             },
             "spec": template["spec"] | {"hostname": f"{metadata['name']}-{index}"},
         }
-        return self.add_pod(metadata["namespace"], pod)
+        made = self.add_pod(metadata["namespace"], admit_pod(self._store, metadata["namespace"], pod))
+        self.event(job, "Normal", "SuccessfulCreate", f"Created pod: {name}")
+        return made
 
     def add_pod(self, namespace: str, pod: Object) -> Object:
-        """Stores a pod that waits, or runs where pods are started.
-
-        Raises:
-            Refusal: a quota does not allow it.
-        """
-        check_quota(
-            self._store.list(QUOTAS, namespace, Selection()),
-            self._store.list(PODS, namespace, Selection()),
-            pod,
-        )
+        """Stores a pod that admission has taken; it waits, or runs where pods are started."""
         pod = pod | {"status": {"phase": "Pending", "conditions": []}}
         made = self._store.create(PODS, namespace, pod)
         if self.starts_pods:
@@ -283,7 +280,9 @@ class JobController:
             status["active"] = len([phase for phase in phases if phase not in ENDED])
             status["ready"] = phases.count("Running")
             status["succeeded"] = len(done)
-            status["failed"] = list(self._counted.values()).count(job["metadata"]["uid"])
+            # By index or not; what a policy ignores counts for nothing.
+            counted = [owner.partition("/")[0] for owner in self._counted.values()]
+            status["failed"] = counted.count(job["metadata"]["uid"])
             if job["spec"].get("completionMode") == "Indexed":
                 status["completedIndexes"] = ",".join(map(str, done))
 

@@ -20,6 +20,9 @@ FACTORS = {"n": "1e-9", "u": "1e-6", "m": "1e-3", "k": "1e3", "M": "1e6", "G": "
     "E": "1e18",
 }
 
+# What a quota counts only of pods that say it.
+COUNTED = ("cpu", "memory")
+
 Cause = dict[str, str]
 
 
@@ -301,26 +304,46 @@ def check_quota(quotas: Sequence[Object], pods: Sequence[Object], pod: Object) -
         Refusal: 403.
     """
     used, wanted = Usage.of(pods).amounts, Usage.of([pod]).amounts
+    name = pod["metadata"]["name"]
     for quota in quotas:
-        hard = quota["spec"]["hard"]
+        hard, title = quota["spec"]["hard"], quota["metadata"]["name"]
+        if unsaid := [text for text in (_unsaid(key, pod) for key in hard) if text]:
+            raise Refusal(
+                403,
+                "Forbidden",
+                f'pods "{name}" is forbidden: failed quota: {title}: must specify {"; ".join(unsaid)}',
+                details={"name": name, "kind": "pods"},
+            )
         over = [
-            name
-            for name in hard
-            if name in wanted and used.get(name, Decimal(0)) + wanted[name] > quantity(hard[name])
+            key
+            for key in hard
+            if key in wanted and used.get(key, Decimal(0)) + wanted[key] > quantity(hard[key])
         ]
         if over:
             said = (
-                "requested: " + ",".join(f"{name}={_shown(wanted[name])}" for name in over),
-                "used: " + ",".join(f"{name}={_shown(used.get(name, Decimal(0)))}" for name in over),
-                "limited: " + ",".join(f"{name}={hard[name]}" for name in over),
+                "requested: " + ",".join(f"{key}={_shown(wanted[key])}" for key in over),
+                "used: " + ",".join(f"{key}={_shown(used.get(key, Decimal(0)))}" for key in over),
+                "limited: " + ",".join(f"{key}={hard[key]}" for key in over),
             )
-            name, title = pod["metadata"]["name"], quota["metadata"]["name"]
             raise Refusal(
                 403,
                 "Forbidden",
                 f'pods "{name}" is forbidden: exceeded quota: {title}, {", ".join(said)}',
                 details={"name": name, "kind": "pods"},
             )
+
+
+def _unsaid(key: str, pod: Object) -> str:
+    """What a quota counts and containers of a pod do not say; "" if they do."""
+    part, _, name = (key if "." in key else f"requests.{key}").partition(".")
+    if part not in ("requests", "limits") or name not in COUNTED:
+        return ""
+    silent = [
+        one["name"]
+        for one in pod["spec"].get("containers", [])
+        if name not in (one.get("resources", {}).get(part) or {})
+    ]
+    return f"{key} for: {','.join(silent)}" if silent else ""
 
 
 def _shown(number: Decimal) -> str:

@@ -9,7 +9,17 @@ from typing import Any
 
 import pytest
 
-from metaloom.k8s.resources import CONFIG_MAPS, EVENTS, JOB_SETS, JOBS, LOCAL_QUEUES, PODS, QUOTAS
+from metaloom.k8s.resources import (
+    CONFIG_MAPS,
+    EVENTS,
+    JOB_SETS,
+    JOBS,
+    LIMIT_RANGES,
+    LOCAL_QUEUES,
+    PODS,
+    PRIORITY_CLASSES,
+    QUOTAS,
+)
 from tests.k8s.fake_api import FakeCluster
 from tests.k8s.jobs import LABELS, config_map, job
 
@@ -117,7 +127,7 @@ def test_pods_that_wait_say_why_in_conditions_states_and_events(fake: FakeCluste
     waiting = pods.get(1)["status"]["containerStatuses"][0]["state"]["waiting"]
     assert waiting["reason"] == "ImagePullBackOff"
     reasons = {event["reason"] for event in fake.objects(EVENTS)}
-    assert reasons == {"FailedScheduling", "Failed", "BackOff"}
+    assert reasons == {"SuccessfulCreate", "FailedScheduling", "Failed", "BackOff"}
 
 
 def test_a_deadline_ends_a_job_and_a_queue_holds_it_back(fake: FakeCluster, batch: Any) -> None:
@@ -138,7 +148,8 @@ def test_a_quota_refuses_pods_and_their_job_tells_in_an_event(
     fake.add(QUOTAS, {"metadata": {"name": "q"}, "spec": {"hard": {"limits.nvidia.com/gpu": "8"}}})
     batch.create_namespaced_job("team", job())
     assert len(phases(fake)) == 1
-    (event,) = fake.objects(EVENTS)
+    created, event = sorted(fake.objects(EVENTS), key=lambda one: -len(one["reason"]))
+    assert created["message"].startswith("Created pod: glyphs-0-")
     assert event["reason"] == "FailedCreate"
     words = "exceeded quota: q, requested: limits.nvidia.com/gpu=8, used: limits.nvidia.com/gpu=8, limited: "
     assert words in event["message"]
@@ -146,6 +157,51 @@ def test_a_quota_refuses_pods_and_their_job_tells_in_an_event(
     code, reason, message = refusal(lambda: core.create_namespaced_pod("team", pod))
     assert (code, reason) == (403, "Forbidden")
     assert message.startswith('pods "more" is forbidden: exceeded quota: q')
+
+
+def test_admission_refuses_pods_and_the_job_that_makes_them_tells_in_events(
+    fake: FakeCluster, batch: Any, core: Any
+) -> None:
+    limits = {"type": "Container", "max": {"memory": "1Gi"}, "default": {"cpu": "2"}}
+    fake.add(LIMIT_RANGES, {"metadata": {"name": "l"}, "spec": {"limits": [limits]}})
+    batch.create_namespaced_job("team", job())
+    (container,) = fake.pods("glyphs").get(0)["spec"]["containers"]
+    resources = {"cpu": "2", "memory": "1Gi", "nvidia.com/gpu": "8"}
+    assert container["resources"] == {"limits": resources, "requests": resources}
+    fake.enforce("restricted")
+    batch.create_namespaced_job("team", job("second", nodes=1))
+    (event,) = (one for one in fake.objects(EVENTS) if one["type"] == "Warning")
+    assert (event["involvedObject"]["name"], event["reason"]) == ("second", "FailedCreate")
+    assert event["message"].startswith('Error creating: pods "second-0-')
+    assert event["message"].endswith(
+        'is forbidden: violates PodSecurity "restricted:latest": allowPrivilegeEscalation != false '
+        '(container "metaloom" must set securityContext.allowPrivilegeEscalation=false), unrestricted '
+        'capabilities (container "metaloom" must set securityContext.capabilities.drop=["ALL"]), '
+        'runAsNonRoot != true (pod or container "metaloom" must set securityContext.runAsNonRoot=true), '
+        'seccompProfile (pod or container "metaloom" must set securityContext.seccompProfile.type to '
+        '"RuntimeDefault" or "Localhost")'
+    )
+    fake.enforce("privileged")
+    pod = job()["spec"]["template"] | {"metadata": {"name": "more"}}
+    pod["spec"]["priorityClassName"] = "urgent"
+    for dry_run in ({}, {"dry_run": "All"}):
+        told = refusal(lambda more=dry_run: core.create_namespaced_pod("team", pod, **more))  # type: ignore[misc]
+        assert told == (
+            403,
+            "Forbidden",
+            'pods "more" is forbidden: no PriorityClass with name urgent was found',
+        )
+    fake.add(PRIORITY_CLASSES, {"metadata": {"name": "urgent"}, "value": 1000})
+    pod["spec"]["containers"][0]["resources"] = {"requests": {"cpu": "4", "memory": "2Gi"}}
+    code, _, message = refusal(lambda: core.create_namespaced_pod("team", pod))
+    assert code == 422
+    assert "spec.containers[0].resources.requests: Invalid value" in message
+    pod["spec"]["containers"][0]["resources"] = {"limits": {"memory": "2Gi"}}
+    code, _, message = refusal(lambda: core.create_namespaced_pod("team", pod))
+    assert (code, message) == (
+        403,
+        'pods "more" is forbidden: maximum memory usage per Container is 1Gi, but limit is 2Gi',
+    )
 
 
 def changed(path: str, value: object) -> dict[str, Any]:

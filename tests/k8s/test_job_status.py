@@ -232,6 +232,42 @@ def test_a_suspended_job_without_a_queue_says_what_keeps_it() -> None:
             ),
         ),
         (
+            'Error creating: pods "glyphs-0-x7x2k" is forbidden: exceeded quota: gpus, requested: '
+            "requests.nvidia.com/gpu=8, used: requests.nvidia.com/gpu=0, limited: "
+            "requests.nvidia.com/gpu=4",
+            "starting",
+            "cannot start: one pod asks for more requests.nvidia.com/gpu than the quota gpus of the "
+            "namespace allows",
+            (
+                "requested requests.nvidia.com/gpu=8; used requests.nvidia.com/gpu=0 of "
+                "requests.nvidia.com/gpu=4",
+            ),
+        ),
+        (
+            'Error creating: pods "glyphs-0-x7x2k" is forbidden: failed quota: all: must specify limits.cpu '
+            "for: metaloom; requests.memory for: metaloom",
+            "starting",
+            "cannot start: the quota all of the namespace counts limits.cpu and requests.memory, which they "
+            "do not say",
+            (),
+        ),
+        (
+            'Error creating: pods "glyphs-0-x7x2k" is forbidden: [maximum memory usage per Container is 1Gi, '
+            "but limit is 2Gi, minimum cpu usage per Pod is 1.  No request is specified]",
+            "starting",
+            "cannot start: a limit of the namespace (LimitRange) does not allow it",
+            (
+                "maximum memory usage per Container is 1Gi, but limit is 2Gi, minimum cpu usage per Pod is "
+                "1. No request is specified",
+            ),
+        ),
+        (
+            'Error creating: pods "glyphs-0-" is forbidden: no PriorityClass with name urgent was found',
+            "starting",
+            "cannot start: the cluster has no PriorityClass urgent",
+            (),
+        ),
+        (
             'Error creating: pods "glyphs-0-" is forbidden: error looking up service account lab/train: '
             'serviceaccount "train" not found',
             "starting",
@@ -587,6 +623,68 @@ def test_a_container_that_is_started_again_in_its_pod_is_restarting() -> None:
         "restarting: node 1 (ranks 8-15) ended with exit code 1 (a fault); started again in a moment: rank 9 "
         "at outer step 3: CUDA error"
     )
+
+
+def created(job: Object, pod_name: str, when: str = "13:10", *, times: int = 1) -> Object:
+    """The event by which a controller says that it has made a pod."""
+    reason = "SuccessfulCreatePod" if job["kind"] == "PyTorchJob" else "SuccessfulCreate"
+    made = event(job, reason, f"Created pod: {pod_name}", when, warning=False)
+    return made | {"count": times}
+
+
+def test_a_restart_is_told_also_when_the_pod_before_is_gone() -> None:
+    job = top()
+    pods = [pod(0), pod(1, suffix="zz9zz", created="13:10")]
+    events = [
+        created(job, "glyphs-0-x7x2k", "12:00"),
+        created(job, "glyphs-1-x7x2k", "12:00"),
+        created(job, "glyphs-1-zz9zz"),
+        # Of a job of this name before it, and of another one.
+        created(job, "glyphs-0-aaaaa", "11:00"),
+        created(top(name="glyphs-2"), "glyphs-2-0-aaaaa"),
+    ]
+    status = told(job, pods, events=events, log=[STEPS])
+    assert (status.state, status.num_restarts) == ("running", 1)
+    assert status.details == ("started again by the cluster once",)
+    # The pod before counts once, whoever tells of it.
+    gone = pod(1, "Failed", PREEMPTED, state=terminated(75), machine="gpu-b")
+    status = told(job, [*pods, gone], events=events, log=[STEPS])
+    assert status.num_restarts == 1
+    # What stands for many is of the last pod alone.
+    many = created(job, "glyphs-1-yyyyy", times=9)
+    many["message"] = f"(combined from similar events): {many['message']}"
+    assert told(job, pods, events=[*events, many], log=[STEPS]).num_restarts == 2
+    ended = top("Job", condition("Complete", "CompletionsReached"))
+    assert told(ended, events=events).details == ("started again by the cluster once",)
+
+
+def test_a_restart_of_a_node_is_told_by_the_number_of_pods_that_have_failed() -> None:
+    pods = [pod(0), pod(1, suffix="zz9zz", created="13:10")]
+    assert told(top(failed=1), pods).num_restarts == 1
+    assert told(top(failed=2), pods).num_restarts == 1
+    assert told(top(failed=2, uncountedTerminatedPods={"failed": ["uid"]}), pods).num_restarts == 2
+    # One that failed and is not replaced yet was not started again; nor were those of a job that has failed.
+    assert told(top(failed=1), [pod(0), pod(1, "Failed", state=terminated(1))]).num_restarts == 0
+    assert told(top(failed=2), [pod(0)]).num_restarts == 1
+    assert told(failed("PodFailurePolicy", MISTAKE, failed=2)).num_restarts == 0
+    assert told(failed("BackoffLimitExceeded", BACKOFF, failed=3)).num_restarts == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "maker", "names", "number"),
+    [
+        ("JobSet", "glyphs-node-0", ("glyphs-node-0-1-aaaaa", "glyphs-node-0-1-bbbbb"), 1),
+        ("TrainJob", "glyphs-node-0", ("glyphs-node-0-0-aaaaa", "glyphs-node-0-1-bbbbb"), 0),
+        ("PyTorchJob", "glyphs", ("glyphs-master-0", "glyphs-worker-0", "glyphs-worker-0"), 1),
+    ],
+)
+def test_pods_of_the_other_backends_are_counted_by_what_makes_them(
+    kind: str, maker: str, names: tuple[str, ...], number: int
+) -> None:
+    job = top(kind)
+    inside = top("PyTorchJob" if kind == "PyTorchJob" else "Job", name=maker)
+    events = [created(inside, name, times=names.count(name)) for name in dict.fromkeys(names)]
+    assert told(job, events=events).num_restarts == number
 
 
 def test_pods_of_an_earlier_job_of_that_name_are_passed_over() -> None:

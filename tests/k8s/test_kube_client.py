@@ -439,7 +439,7 @@ def test_a_server_that_stays_busy_is_told_after_a_while(
         cluster.list(PODS)
 
 
-@pytest.mark.parametrize("status", [200, 302, 400, 403, 500])
+@pytest.mark.parametrize("status", [200, 302, 400, 403, 404, 500])
 def test_an_answer_that_is_no_json_is_told_with_how_it_begins(
     fake: FakeCluster, cluster: Cluster, status: int
 ) -> None:
@@ -489,6 +489,19 @@ def test_kinds_are_discovered_and_permissions_asked_for(fake: FakeCluster, clust
     assert cluster.may("create", JOBS)
     assert cluster.may("get", PODS)
     assert not cluster.may("get", PODS, subresource="log")
+
+
+def test_only_an_api_server_can_say_that_it_has_no_such_kind(fake: FakeCluster, cluster: Cluster) -> None:
+    for look in (cluster.serves, cluster.as_served):
+        fake.refuse(404, body="<html>Not here</html>")
+        with refused("what answered there is no Kubernetes API server (404, text/html, '<html>Not here"):
+            look(JOB_SETS)
+    fake.refuse(404)
+    assert not cluster.serves(JOB_SETS)
+    assert cluster.as_served(JOB_SETS) is None
+    # That answer was kept; the proxy's were not.
+    fake.kinds = (*fake.kinds, JOB_SETS)
+    assert not cluster.serves(JOB_SETS)
 
 
 def test_a_list_is_read_page_by_page_and_anew_when_its_pages_expire(

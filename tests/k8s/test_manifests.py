@@ -9,7 +9,15 @@ import pytest
 import yaml
 from hypothesis import strategies as st
 
-from metaloom.k8s.manifests import BACKENDS, choose, host_command, owner_reference, problems, to_yaml
+from metaloom.k8s.manifests import (
+    BACKENDS,
+    choose,
+    host_command,
+    owner_reference,
+    probe_pod,
+    problems,
+    to_yaml,
+)
 from metaloom.k8s.manifests.command import literal
 from metaloom.k8s.request import JobRequest, Volume
 from metaloom.k8s.resources import JOB_SETS, JOBS, Resource
@@ -479,3 +487,19 @@ def test_the_run_folder_s_volume_is_the_innermost() -> None:
     )
 
     assert request.volume_of_run == Volume("inner", "/a/b")
+
+
+@EVERY
+@EVERY_CASE
+def test_the_pod_that_a_server_is_asked_for_is_one_of_the_job(backend: str, case: str) -> None:
+    probe = probe_pod(CASES[case], BACKENDS[backend])
+
+    (labels,) = {str(each["metadata"]["labels"]) for each in all_templates(case, backend)}
+    assert str(probe["metadata"]["labels"]) == labels
+    assert "kueue.x-k8s.io/queue-name" not in labels
+    assert probe["spec"]["restartPolicy"] == "Never"
+    for template in all_templates(case, backend):
+        # A pod alone has no Service, nor anyone who starts it again.
+        own = {"restartPolicy", "subdomain"}
+        left, right = ({k: v for k, v in one["spec"].items() if k not in own} for one in (probe, template))
+        assert left == right

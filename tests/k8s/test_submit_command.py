@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import subprocess
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 import yaml
@@ -16,11 +20,16 @@ from metaloom.k8s.resources import (
     CONFIG_MAPS,
     JOB_SETS,
     JOBS,
+    LIMIT_RANGES,
     LOCAL_QUEUES,
     NODES,
+    PODS,
+    PYTORCH_JOBS,
     QUOTAS,
     SECRETS,
     SERVICES,
+    TRAIN_JOBS,
+    TRAINING_RUNTIMES,
 )
 from tests.commands import RECIPES, command, environment
 from tests.k8s.fake_api import FakeCluster
@@ -175,6 +184,11 @@ def test_a_shared_claim_holds_run_and_checkpoints(cluster: FakeCluster, submit: 
     assert "launcher.hosts.own_folders=false" in container["command"]
 
 
+GPU_CONTAINER = {
+    "name": "other",
+    "image": "other:1",
+    "resources": {"limits": {"nvidia.com/gpu": "8"}, "requests": {"nvidia.com/gpu": "8"}},
+}
 NODE = {
     "metadata": {"name": "gpu-1", "labels": {"pool": "a"}},
     "status": {"allocatable": {"nvidia.com/gpu": "2"}},
@@ -261,14 +275,169 @@ def test_what_may_not_be_looked_at_is_noted_and_the_job_is_sent(cluster: FakeClu
 
 
 def test_a_quota_on_what_the_pods_do_not_say_is_noted(cluster: FakeCluster, submit: Submit) -> None:
-    hard = {"limits.cpu": "64", "requests.memory": "1Ti"}
-    quota = {"metadata": {"name": "all"}, "spec": {"hard": hard}, "status": {"hard": hard, "used": {}}}
-    cluster.add(QUOTAS, quota)
+    cluster.forbid("create", "pods")
+    cluster.add(QUOTAS, quota("all", {}, hard={"limits.cpu": "64", "requests.memory": "1Ti"}))
     code, _, errors = submit(*TWO_NODES, *PLACES)
     assert code == 0
     assert "note: the quota all counts limits.cpu, which the pods do not have" in errors
     assert "note: the quota all counts requests.memory, which the pods do not have, so that they " in errors
     assert "may be refused: it takes --memory-per-node" in errors
+
+
+LIMITS = {
+    "metadata": {"name": "small"},
+    "spec": {"limits": [{"type": "Container", "max": {"memory": "1Gi"}, "min": {"cpu": "1"}}]},
+}
+
+
+def quota(name: str, used: dict[str, str], **spec: Any) -> dict[str, Any]:
+    hard = spec["hard"]
+    return {"metadata": {"name": name}, "spec": spec, "status": {"hard": hard, "used": used}}
+
+
+@pytest.mark.parametrize(
+    ("prepare", "words", "message"),
+    [
+        (
+            lambda cluster: cluster.enforce("baseline"),
+            ("--rdma", "rdma/hca=1"),
+            "namespace team takes no pod of the job: the namespace admits no such pods (pod security "
+            'baseline:latest): non-default capabilities (container "metaloom" must not include "IPC_LOCK" in '
+            "securityContext.capabilities.add); leave out --rdma, whose pods may lock memory (IPC_LOCK), or "
+            "name a namespace that admits them with --namespace, or ask who runs the cluster",
+        ),
+        (
+            lambda cluster: cluster.enforce("restricted"),
+            ("--rdma", "rdma/hca=1"),
+            "(pod security restricted:latest): unrestricted capabilities (container",
+        ),
+        (
+            lambda cluster: cluster.add(LIMIT_RANGES, LIMITS),
+            ("--memory-per-node", "2Gi"),
+            "namespace team takes no pod of the job: a limit of the namespace (LimitRange) does not allow "
+            "it: maximum memory usage per Container is 1Gi, but limit is 2Gi; change --memory-per-node",
+        ),
+        (
+            lambda cluster: None,
+            ("--priority-class", "urgent"),
+            "namespace team takes no pod of the job: the cluster has no PriorityClass urgent; name another "
+            "with --priority-class (kubectl get priorityclasses)",
+        ),
+        (
+            lambda cluster: cluster.add(QUOTAS, quota("all", {}, hard={"limits.cpu": "64"})),
+            (),
+            "namespace team takes no pod of the job: the quota all of the namespace counts limits.cpu, which "
+            "they do not say; it takes a default of the namespace (LimitRange), since pods of metaloom limit",
+        ),
+        (
+            # Of some pods only, so that it is not read.
+            lambda cluster: cluster.add(
+                QUOTAS, quota("low", {}, hard={"limits.memory": "1Gi"}, scopes=["NotBestEffort"])
+            ),
+            ("--memory-per-node", "2Gi"),
+            "namespace team takes no pod of the job: one pod asks for more limits.memory than the quota low "
+            "of the namespace allows: requested limits.memory=2147483648; used limits.memory=0 of "
+            "limits.memory=1Gi; ask for less",
+        ),
+    ],
+)
+def test_pods_that_would_be_refused_are_told_before_anything_is_sent(
+    prepare: Callable[[FakeCluster], object],
+    words: Sequence[str],
+    message: str,
+    cluster: FakeCluster,
+    submit: Submit,
+) -> None:
+    prepare(cluster)
+    code, output, errors = submit(*TWO_NODES, *PLACES, *words)
+    assert (code, output) == (5, "")
+    assert message in errors
+    assert errors.count("\n") == 1
+    assert cluster.objects(JOBS) == cluster.objects(CONFIG_MAPS) == cluster.objects(PODS) == []
+
+
+@pytest.mark.parametrize("backend", ["job", "jobset", "pytorchjob", "trainjob"])
+def test_a_pod_of_every_backend_is_admitted_by_the_restricted_level(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, submit: Submit
+) -> None:
+    kinds = [JOB_SETS, PYTORCH_JOBS, TRAIN_JOBS, TRAINING_RUNTIMES, LOCAL_QUEUES]
+    with FakeCluster(tmp_path, kinds=kinds) as cluster:
+        monkeypatch.setenv("KUBECONFIG", str(cluster.kubeconfig))
+        cluster.enforce("restricted")
+        cluster.add(LOCAL_QUEUES, {"metadata": {"name": "gpus"}})
+        words = (*TWO_NODES, *PLACES, "--backend", backend, "--queue", "gpus")
+        assert submit(*words) == (0, ANY, "")
+        asked = [
+            path
+            for method, path, query in cluster.requests
+            if method == "POST" and path.endswith("/pods") and query["dryRun"] == "All"
+        ]
+        assert len(asked) == 1
+
+
+def test_a_quota_that_is_used_up_is_noted_once(cluster: FakeCluster, submit: Submit) -> None:
+    gpus = {"requests.nvidia.com/gpu": "8"}
+    cluster.add(QUOTAS, quota("gpus", gpus, hard=gpus))
+    cluster.add(PODS, {"metadata": {"name": "other"}, "spec": {"containers": [GPU_CONTAINER]}})
+    code, _, errors = submit(*TWO_NODES, *PLACES)
+    assert code == 0
+    assert errors == (
+        "note: the job needs 8 of requests.nvidia.com/gpu; the quota gpus of namespace team allows 8, of "
+        "which 8 are in use: pods will be refused until others end\n"
+    )
+    cluster.forbid("list", "resourcequotas")
+    _, _, errors = submit(*TWO_NODES[:-1], "two", *PLACES)
+    assert errors == (
+        "note: namespace team takes no pod of the job: the quota gpus of the namespace is used up: requested "
+        "requests.nvidia.com/gpu=4; used requests.nvidia.com/gpu=8 of requests.nvidia.com/gpu=8: pods will "
+        "be refused until others end\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("prepare", "words", "message"),
+    [
+        (
+            lambda cluster: cluster.enforce("baseline"),
+            ("--rdma", "rdma/hca=1"),
+            "--rdma: namespace team enforces the baseline level of pod security, which takes no pods that "
+            "may lock memory (IPC_LOCK): leave it out, or name a namespace that admits them with --namespace",
+        ),
+        (
+            lambda cluster: cluster.add(LIMIT_RANGES, LIMITS),
+            ("--memory-per-node", "2Gi", "--cpus-per-node", "4"),
+            "--memory-per-node 2Gi: the LimitRange small of namespace team allows at most 1Gi of memory",
+        ),
+        (
+            lambda cluster: None,
+            ("--priority-class", "urgent"),
+            "--priority-class urgent: the cluster has no such PriorityClass (kubectl get priorityclasses)",
+        ),
+    ],
+)
+def test_where_no_pod_may_be_asked_for_the_rules_are_read(
+    prepare: Callable[[FakeCluster], object],
+    words: Sequence[str],
+    message: str,
+    cluster: FakeCluster,
+    submit: Submit,
+) -> None:
+    cluster.forbid("create", "pods")
+    prepare(cluster)
+    code, output, errors = submit(*TWO_NODES, *PLACES, *words)
+    assert (code, output, errors) == (5, "", f"error: {message}\n")
+    for what in ("namespaces", "limitranges", "priorityclasses"):
+        cluster.forbid("*", what)
+    assert submit(*TWO_NODES, *PLACES, *words)[0] == 0
+
+
+def test_a_webhook_that_cannot_be_asked_beforehand_is_noted(cluster: FakeCluster, submit: Submit) -> None:
+    told = 'admission webhook "policy.lab" does not support dry run'
+    status = {"kind": "Status", "status": "Failure", "reason": "BadRequest", "code": 400, "message": told}
+    cluster.refuse(400, method="POST", path="/pods", body=json.dumps(status))
+    code, _, errors = submit(*TWO_NODES, *PLACES)
+    assert code == 0
+    assert errors == f"note: a pod of the job could not be checked beforehand: {told}\n"
 
 
 def test_a_job_of_one_node_has_no_hosts_whatever_the_recipe_says(
@@ -344,13 +513,17 @@ def test_secrets_travel_by_reference(cluster: FakeCluster, submit: Submit) -> No
     assert {"secret": {"name": "mlflow"}} in spec["volumes"][-1]["projected"]["sources"]
 
 
-def test_a_queue_of_kueue_is_a_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, submit: Submit) -> None:
-    with FakeCluster(tmp_path, kinds=[LOCAL_QUEUES]) as cluster:
+@pytest.mark.parametrize("version", ["v1beta1", "v1beta2"])
+def test_a_queue_of_kueue_is_a_label(
+    version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, submit: Submit
+) -> None:
+    queues = dataclasses.replace(LOCAL_QUEUES, version=version)
+    with FakeCluster(tmp_path, kinds=[queues]) as cluster:
         monkeypatch.setenv("KUBECONFIG", str(cluster.kubeconfig))
         code, _, errors = submit(*TWO_NODES, *PLACES, "--queue", "gpus")
         assert code == 5
         assert "--queue gpus: there is no such LocalQueue" in errors
-        cluster.add(LOCAL_QUEUES, {"metadata": {"name": "gpus"}})
+        cluster.add(queues, {"metadata": {"name": "gpus"}})
         assert submit(*TWO_NODES, *PLACES, "--queue", "gpus")[0] == 0
         assert job_of(cluster)["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
 
@@ -365,6 +538,57 @@ def test_a_name_that_is_taken_is_refused_and_nothing_of_it_is_touched(
     assert "A job of this name has been submitted before: go on with its run by --resume" in errors
     assert job_of(cluster) == before
     assert cluster.get(CONFIG_MAPS, "one-recipe")["metadata"]["ownerReferences"]
+
+
+def being_deleted(obj: dict[str, Any]) -> None:
+    obj["metadata"]["deletionTimestamp"] = "2026-03-02T12:00:00Z"
+
+
+def test_a_name_that_becomes_free_is_waited_for(
+    cluster: FakeCluster, submit: Submit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("metaloom.launchers.kubernetes.POLL_S", 0.02)
+    submit(*TWO_NODES, *PLACES)
+    first = cluster.edit(JOBS, "one", being_deleted)["metadata"]["uid"]
+
+    def is_waited_for() -> bool:
+        return sum(path.endswith("/configmaps/one-recipe") for _, path, _ in list(cluster.requests)) > 4
+
+    def play() -> None:
+        cluster.wait(is_waited_for)
+        cluster.delete(JOBS, "one")
+
+    thread = threading.Thread(target=play)
+    thread.start()
+    code, output, errors = submit(*TWO_NODES, *PLACES)
+    thread.join()
+    assert code == 0
+    assert output.startswith("submitted one: ")
+    assert errors == (
+        "note: a job one is being deleted: waiting until its name is free (Ctrl-C ends this, and nothing is "
+        "sent)\n"
+    )
+    assert job_of(cluster)["metadata"]["uid"] != first
+    (owner,) = cluster.get(CONFIG_MAPS, "one-recipe")["metadata"]["ownerReferences"]
+    assert owner["uid"] == job_of(cluster)["metadata"]["uid"]
+
+
+def test_what_is_deleted_and_does_not_go_is_named(
+    cluster: FakeCluster, submit: Submit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("metaloom.launchers.kubernetes.GONE_WITHIN_S", 0.0)
+    submit(*TWO_NODES, *PLACES)
+    cluster.edit(JOBS, "one", being_deleted)
+    code, output, errors = submit(*TWO_NODES, *PLACES)
+    assert (code, output) == (5, "")
+    assert errors.endswith(
+        "error: ConfigMap one-recipe, which is being deleted, is still there after 0 s. See what holds it: "
+        "kubectl get configmaps one-recipe -n team -o yaml\n"
+    )
+    cluster.delete(CONFIG_MAPS, "one-recipe")
+    cluster.delete(SERVICES, "one")
+    _, _, errors = submit(*TWO_NODES, *PLACES)
+    assert "kubectl get jobs.batch one -n team -o yaml" in errors
 
 
 def test_what_was_made_is_deleted_when_the_rest_is_refused(cluster: FakeCluster, submit: Submit) -> None:

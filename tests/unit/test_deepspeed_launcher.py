@@ -304,6 +304,21 @@ def test_the_plan_shows_ssh_and_the_command_of_every_host(submission: Submission
     ]
 
 
+def test_a_secret_is_passed_on_by_its_name_and_shown_nowhere(
+    submission: Submission, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = dataclasses.replace(submission, environment={"HF_TOKEN": "planted"})
+    with pytest.raises(LaunchError) as raised:
+        HOSTS.plan(given)
+    assert str(raised.value) == (
+        "--env: HF_TOKEN reads like a secret, and while this command runs, everyone on this machine can read "
+        "its words: set it in the environment here, and give --env HF_TOKEN without the value."
+    )
+    monkeypatch.setenv("HF_TOKEN", "planted")
+    assert "HF_TOKEN=***" in shlex.split(HOSTS.plan(given).splitlines()[1])
+    assert "planted" not in HOSTS.plan(given)
+
+
 def test_options_are_checked_all_at_once(submission: Submission) -> None:
     wrong = dataclasses.replace(
         submission, ranks_per_node=2, time_limit_s=60, memory_per_node="4Gi", nodes=2, queue="q"

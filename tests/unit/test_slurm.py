@@ -328,3 +328,31 @@ def test_processors_are_asked_for_each_thread_and_reader_where_nothing_else_is_s
 ) -> None:
     assert "#SBATCH --cpus-per-task=4\n" in Slurm().plan(submission)
     assert "#SBATCH --cpus-per-task=9\n" in Slurm().plan(dataclasses.replace(submission, cpus_per_node=9))
+
+
+def test_a_secret_does_not_come_into_the_script(submission: Submission, tmp_path: Path) -> None:
+    key = tmp_path / "key.json"
+    key.touch()
+    variables = {"HF_TOKEN": "planted", "TRACKING": "https://me:planted@host", "MY_CREDENTIALS": str(key)}
+    with pytest.raises(LaunchError) as raised:
+        Slurm().plan(dataclasses.replace(submission, environment=variables))
+    lines = str(raised.value).splitlines()
+    assert lines[0] == "2 problems:"
+    assert lines[1] == (
+        "  --env: HF_TOKEN reads like a secret, and the batch script, which Slurm keeps and shows, would "
+        "hold its value. Set it in the environment of this command, and leave --env HF_TOKEN out: sbatch "
+        "passes the environment on, unless its option --export says otherwise."
+    )
+    assert lines[2].startswith("  --env: TRACKING reads like a secret")
+    assert "planted" not in str(raised.value)
+
+
+def test_the_environment_of_the_command_reaches_sbatch(
+    submission: Submission, calls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bin" / "sbatch").write_text(
+        '#!/bin/bash\ncat >/dev/null; echo "$HF_TOKEN" >"$CALLS/token"; echo 1\n'
+    )
+    monkeypatch.setenv("HF_TOKEN", "planted")
+    Slurm().submit(submission)
+    assert (calls / "token").read_text() == "planted\n"

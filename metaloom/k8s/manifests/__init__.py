@@ -9,6 +9,7 @@ from metaloom.k8s.manifests import job, jobset, pytorchjob, trainjob
 from metaloom.k8s.manifests.backend import Backend
 from metaloom.k8s.manifests.command import host_command
 from metaloom.k8s.manifests.identity import owner_reference
+from metaloom.k8s.manifests.pod import probe_pod
 from metaloom.k8s.manifests.text import to_yaml
 from metaloom.k8s.names import service_name_fault
 from metaloom.k8s.request import JobRequest
@@ -20,6 +21,7 @@ __all__ = [
     "choose",
     "host_command",
     "owner_reference",
+    "probe_pod",
     "problems",
     "to_yaml",
 ]

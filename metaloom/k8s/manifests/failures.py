@@ -1,14 +1,10 @@
-"""What the end of a pod means, by the exit codes of the command in it."""
+"""What a Job makes of the end of a pod."""
 
 from __future__ import annotations
 
 from typing import Any
 
-# Stopped from outside, and saved: goes on where it stopped.
-ASKED_TO_STOP = 75
-# A mistake in the recipe, a command that the image does not have, and someone's Ctrl-C: they come again.
-# Those of data, checkpoints, run folder and tracking store (3 to 6) may come of a storage that is down.
-FINAL = (2, 126, 127, 130)
+from metaloom.k8s.exit_codes import ASKED_TO_STOP, FINAL
 
 
 def pod_failure_policy(container: str) -> dict[str, Any]:

@@ -8,11 +8,9 @@ from metaloom.k8s.manifests.backend import Backend
 from metaloom.k8s.manifests.failures import pod_failure_policy
 from metaloom.k8s.manifests.identity import job_labels, job_metadata
 from metaloom.k8s.manifests.pod import pod_template, recipe_config_map
+from metaloom.k8s.marks import GROUP
 from metaloom.k8s.request import JobRequest
 from metaloom.k8s.resources import CONFIG_MAPS, JOB_SETS
-
-# Of the one group of pods, in the names of all of them.
-GROUP = "node"
 
 
 def build(request: JobRequest) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from metaloom.k8s.request import (
     Toleration,
     is_within,
 )
-from metaloom.k8s.resources import CONFIG_MAPS
+from metaloom.k8s.resources import CONFIG_MAPS, PODS
 
 INDEX_VARIABLE = "METALOOM_HOST_INDEX"
 # An annotation since Indexed Jobs exist; the label of the same name came later.
@@ -89,6 +89,29 @@ def pod_template(
     }
     spec |= {key: value for key, value in optional.items() if value}
     return {"metadata": {"labels": {**request.labels, **job_labels(request.name)}}, "spec": spec}
+
+
+def probe_pod(request: JobRequest, backend: Backend) -> dict[str, Any]:
+    """A pod like those of the job, with which a server can be asked whether it takes them.
+
+    Pods have no label of Kueue's queue, which so does not hold this one back. Rules against pods that nothing
+    owns do not hit it.
+    """
+    template = pod_template(request, backend, restart_policy="Never")
+    owner = {"apiVersion": "batch/v1", "kind": "Job", "name": request.name, "controller": True}
+    # Of no object: nothing is looked up for a pod that is not made.
+    owner["uid"] = "00000000-0000-0000-0000-000000000000"
+    return {
+        "apiVersion": PODS.api_version,
+        "kind": PODS.kind,
+        "metadata": {
+            **template["metadata"],
+            "generateName": f"{request.name}-0-",
+            "namespace": request.namespace,
+            "ownerReferences": [owner],
+        },
+        "spec": template["spec"],
+    }
 
 
 def _container(request: JobRequest, backend: Backend) -> dict[str, Any]:
