@@ -2,12 +2,14 @@
 # made anew when they change. Needs GNU make and Python 3.11 or later.
 #
 #     make test PYTEST_ARGS='-k recipe -x'                arguments for pytest
+#     make test TEST_WORKERS=0 PYTEST_ARGS=--pdb          in one process, in place of one per core
 #     make clean test PYTHON=/opt/python3.12/bin/python3  another Python, for a new environment
 #     make clean test INSTALL_ARGS='--no-cache-dir'       arguments for pip, for a new environment
 
 PYTHON ?=
 INSTALL_ARGS ?=
 PYTEST_ARGS ?=
+TEST_WORKERS ?= logical
 REPRODUCE_ARGS ?=
 
 # What `make demo` runs, and key=value overrides of its recipe: shorter phases and two of the baselines,
@@ -30,10 +32,10 @@ MOVED := moved
 endif
 endif
 
-.PHONY: help demo test lint check format reproduce soak clean moved
+.PHONY: help demo test test-all lint check format reproduce soak clean moved
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
 demo: $(STAMP) ## make data, meta-train, and evaluate beside baselines; into runs/demo
 	@run=runs/demo; number=1; \
@@ -43,8 +45,11 @@ demo: $(STAMP) ## make data, meta-train, and evaluate beside baselines; into run
 	.venv/bin/metaloom train $(DEMO_RECIPE) --run "$$run" $(DEMO_TRAIN); \
 	.venv/bin/metaloom evaluate "$$run" $(DEMO_EVALUATE)
 
-test: $(STAMP) ## run the tests
-	.venv/bin/python -m pytest $(PYTEST_ARGS)
+test: $(STAMP) ## run the tests, but for slow ones that show once more what others show
+	.venv/bin/python -m pytest -n $(TEST_WORKERS) --dist loadgroup $(PYTEST_ARGS)
+
+test-all: $(STAMP) ## run all tests
+	.venv/bin/python -m pytest -n $(TEST_WORKERS) --dist loadgroup -m '' $(PYTEST_ARGS)
 
 lint: $(STAMP) ## check style, format and types
 	.venv/bin/ruff check .

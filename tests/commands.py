@@ -41,7 +41,7 @@ def environment() -> dict[str, str]:
     return kept | {"PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"} | ADDED
 
 
-def run(*words: str | Path, cwd: Path, timeout_s: float = 120.0) -> Finished:
+def run(*words: str | Path, cwd: Path, timeout_s: float = 300.0) -> Finished:
     """Runs `metaloom ...` to its end, whatever that is; no process outlives it."""
     process = subprocess.Popen(
         command(*words),
@@ -62,7 +62,7 @@ def run(*words: str | Path, cwd: Path, timeout_s: float = 120.0) -> Finished:
     return Finished(process.returncode, output, errors)
 
 
-def run_well(*words: str | Path, cwd: Path, timeout_s: float = 120.0) -> str:
+def run_well(*words: str | Path, cwd: Path, timeout_s: float = 300.0) -> str:
     """What a command printed that must succeed."""
     finished = run(*words, cwd=cwd, timeout_s=timeout_s)
     assert finished.code == 0, f"{finished.output}\n{finished.errors}\n{logs(cwd)}"
@@ -142,7 +142,7 @@ def rank_of(pid: int, rank: int) -> int:
 
 
 def wait_for_step(
-    metrics: Path, step: int, process: "subprocess.Popen[bytes]", timeout_s: float = 60.0
+    metrics: Path, step: int, process: "subprocess.Popen[bytes]", timeout_s: float = 180.0
 ) -> None:
     """Returns once a running job has logged an outer step."""
     deadline = time.monotonic() + timeout_s
@@ -178,5 +178,5 @@ def digests(root: str | Path) -> dict[str, list[str]]:
 def run_silently(code: str) -> None:
     """Runs a program, with warnings as errors, that has to end well and say nothing."""
     command = [sys.executable, "-W", "error", "-c", code]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
     assert (finished.returncode, finished.stdout, finished.stderr) == (0, "", "")

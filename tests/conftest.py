@@ -10,6 +10,8 @@ import pytest
 from metaloom.datasets import make_dataset
 from tests.object_store import ObjectStore, running_object_store
 
+SEVERAL_PROCESSES = ("faults", "multirank")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def one_intra_op_thread() -> None:
@@ -41,6 +43,26 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     # Torch scripts its forward-mode rules when the first dual number is made, and warns of itself.
     config.addinivalue_line("filterwarnings", r"ignore:.torch\.jit\.script. is:DeprecationWarning:torch\.jit")
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of several workers (xdist), one has all tests of a file, for the sake of its fixtures; and one has all
+    tests that start many processes or kill them, which so come one after the other."""
+    for item in items:
+        group = "processes" if item.path.parent.name in SEVERAL_PROCESSES else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.fixture
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A process group of this process, as a worker joins one."""
+    import torch.distributed as dist  # most tests start quicker without
+
+    store = tmp_path_factory.mktemp("store") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from metaloom.checkpoints.store import CheckpointStore
@@ -42,31 +41,35 @@ def assert_evaluated(folder: Path) -> None:
     assert all(math.isfinite(value) for method in methods for value in method["mean"])
 
 
-def test_learned_loss_parameters_and_rates_per_element_are_evaluated(tmp_path: Path, glyphs: Path) -> None:
+@pytest.mark.usefixtures("alone")
+def test_learned_loss_parameters_and_rates_per_element_are_evaluated(
+    tmp_path: Path, glyphs: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     learned = (
         "adaptation.rule.learned=per_element",
         "adaptation.loss={label_smoothing: 0.1, learned: [temperature, label_smoothing]}",
         "algorithm.hypergradient={kind: truncated, num_steps: 1}",
     )
-    run_well("train", SMOKE, f"data.url={glyphs}", *SHORT, *learned, cwd=tmp_path)
-    output = run_well("evaluate", "runs/smoke", cwd=tmp_path)
+    recipe = load_recipe(SMOKE, (f"data.url={glyphs}", *SHORT, *learned))
+    assert_evaluated(trained_and_evaluated(recipe, tmp_path / "run"))
+    output = capfd.readouterr().out
     assert "meta-trained" in output
     assert "random init" in output
-    assert_evaluated(tmp_path / "runs" / "smoke")
 
 
+@pytest.mark.usefixtures("alone")
 def test_weights_of_classes_are_learned_and_evaluated(tmp_path: Path, glyphs: Path) -> None:
     learned = ("data.labels=kept", "adaptation.loss.learned=[class_weights]", "outer.lr_loss=0.1")
-    run_well("train", SMOKE, f"data.url={glyphs}", *SHORT, *learned, cwd=tmp_path)
-    output = run_well("evaluate", "runs/smoke", cwd=tmp_path)
-    assert "random init" in output
-    assert_evaluated(tmp_path / "runs" / "smoke")
-    store = CheckpointStore(tmp_path / "runs" / "smoke" / "checkpoints" / "meta")
-    newest = store.load_newest(pytest.fail)
+    folder = trained_and_evaluated(
+        load_recipe(SMOKE, (f"data.url={glyphs}", *SHORT, *learned)), tmp_path / "run"
+    )
+    assert_evaluated(folder)
+    newest = CheckpointStore(folder / "checkpoints" / "meta").load_newest(pytest.fail)
     assert newest is not None
     assert bool((newest.tensors["meta/loss.class_weights"] != 0.0).all())
 
 
+@pytest.mark.usefixtures("alone")
 def test_weights_of_groups_are_learned_kept_and_evaluated(tmp_path: Path) -> None:
     """A mixture of two families of regressions, whose groups are their places in it."""
     part = "{data: {kind: synthetic, task: sinusoid, num_support: 3}}"
@@ -78,51 +81,57 @@ def test_weights_of_groups_are_learned_kept_and_evaluated(tmp_path: Path) -> Non
         "outer.lr_loss=0.1",
         "outer.combiner=mean",
     )
-    run_well("train", RECIPES / "unequal-scales.yaml", *SHORT, *overrides, cwd=tmp_path)
-    run_well("evaluate", "runs/unequal-scales", cwd=tmp_path)
-    assert_evaluated(tmp_path / "runs" / "unequal-scales")
-    store = CheckpointStore(tmp_path / "runs" / "unequal-scales" / "checkpoints" / "meta")
-    newest = store.load_newest(pytest.fail)
+    recipe = load_recipe(RECIPES / "unequal-scales.yaml", (*SHORT, *overrides))
+    folder = trained_and_evaluated(recipe, tmp_path / "run")
+    assert_evaluated(folder)
+    newest = CheckpointStore(folder / "checkpoints" / "meta").load_newest(pytest.fail)
     assert newest is not None
     weights = newest.tensors["meta/loss.group_weights"]
     assert weights.shape == (2,)
     assert bool((weights != 0.0).any())
 
 
-def test_every_part_of_maml_plus_plus_is_trained_and_evaluated(tmp_path: Path, glyphs: Path) -> None:
+@pytest.mark.usefixtures("alone")
+def test_every_part_of_maml_plus_plus_is_trained_and_evaluated(
+    tmp_path: Path, glyphs: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     parts = (
         "adaptation.rule.learned=per_tensor_per_step",
         "adaptation.norms={weights: per_step, statistics: per_step}",
         "algorithm={hypergradient: rematerialized, step_weights: annealed, annealing_steps: 2, "
         "first_order_steps: 1}",
     )
-    run_well("train", SMOKE, f"data.url={glyphs}", *SHORT, *parts, cwd=tmp_path)
-    output = run_well("evaluate", "runs/smoke", cwd=tmp_path)
-    assert "Batch norm of the meta-trained model takes running means of training" in output
-    assert_evaluated(tmp_path / "runs" / "smoke")
+    recipe = load_recipe(SMOKE, (f"data.url={glyphs}", *SHORT, *parts))
+    assert_evaluated(trained_and_evaluated(recipe, tmp_path / "run"))
+    assert "Batch norm of the meta-trained model takes running means of training" in capfd.readouterr().out
 
 
-def test_an_algorithm_without_inner_steps_is_trained_and_evaluated(tmp_path: Path, glyphs: Path) -> None:
-    output = run_well("train", SMOKE, f"data.url={glyphs}", *SHORT, "algorithm=protonet", cwd=tmp_path)
+@pytest.mark.usefixtures("alone")
+def test_an_algorithm_without_inner_steps_is_trained_and_evaluated(
+    tmp_path: Path, glyphs: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe = load_recipe(SMOKE, (f"data.url={glyphs}", *SHORT, "algorithm=protonet"))
+    folder = trained_and_evaluated(recipe, tmp_path / "run")
+    output = capfd.readouterr().out
     assert "meta-trained for 2 outer steps" in output
-    output = run_well("evaluate", "runs/smoke", cwd=tmp_path)
     assert "no steps" in output
-    assert_evaluated(tmp_path / "runs" / "smoke")
-    ours, _ = json.loads((tmp_path / "runs" / "smoke" / "evaluation.json").read_text())["methods"]
+    assert_evaluated(folder)
+    ours, _ = json.loads((folder / "evaluation.json").read_text())["methods"]
     assert len(set(ours["mean"])) == 1
 
 
+@pytest.mark.usefixtures("alone")
 def test_a_head_of_zero_on_learned_features_is_trained_and_evaluated(tmp_path: Path, glyphs: Path) -> None:
     way = (
         "adaptation.fast=head",
         "adaptation.head.init=zero",
         "algorithm.meta_parameters={init: false, backbone: true}",
     )
-    run_well("train", SMOKE, f"data.url={glyphs}", *SHORT, *way, cwd=tmp_path)
-    run_well("evaluate", "runs/smoke", cwd=tmp_path)
-    assert_evaluated(tmp_path / "runs" / "smoke")
+    recipe = load_recipe(SMOKE, (f"data.url={glyphs}", *SHORT, *way))
+    assert_evaluated(trained_and_evaluated(recipe, tmp_path / "run"))
 
 
+@pytest.mark.usefixtures("alone")
 def test_a_soft_prompt_is_planned_checked_trained_and_evaluated(tmp_path: Path, stdlib: Path) -> None:
     recipe = RECIPES / "stdlib-lora.yaml"
     small = (
@@ -134,17 +143,7 @@ def test_a_soft_prompt_is_planned_checked_trained_and_evaluated(tmp_path: Path, 
     )
     run_well("plan", recipe, *small, cwd=tmp_path)
     assert "passed: unrolled is exact" in run_well("check", recipe, *small, cwd=tmp_path)
-    run_well("train", recipe, *small, *SHORT, cwd=tmp_path)
-    run_well("evaluate", "runs/stdlib-lora", cwd=tmp_path)
-    assert_evaluated(tmp_path / "runs" / "stdlib-lora")
-
-
-@pytest.fixture
-def alone(tmp_path: Path) -> Iterator[None]:
-    """A process group of this process, as the worker joins one."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+    assert_evaluated(trained_and_evaluated(load_recipe(recipe, (*small, *SHORT)), tmp_path / "run"))
 
 
 @pytest.mark.usefixtures("alone")

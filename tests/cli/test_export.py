@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -85,15 +83,6 @@ def images(tmp_path_factory: pytest.TempPathFactory, glyphs: Path) -> Path:
     words = (RECIPES / "smoke.yaml", f"data.url={glyphs}", "--run", "run", *SHORT, *learns)
     run_well("train", *words, cwd=folder)
     return folder / "run"
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A process group of this process, which weights in shards need."""
-    store = tmp_path_factory.mktemp("store") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def evaluated(folder: Path, num_steps: int) -> tuple[TaskBatch, dict[str, Tensor]]:

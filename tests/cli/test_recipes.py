@@ -1,11 +1,14 @@
-"""Every ready recipe runs from its first step to its evaluation, made short."""
+"""Every ready recipe runs from its first step to its evaluation, made short, in this process."""
 
 from pathlib import Path
 
 import pytest
 
 from metaloom.datasets import make_dataset
-from tests.commands import RECIPES, run_well
+from metaloom.recipe import load_recipe
+from metaloom.sources import open_data, require_episodes
+from tests.commands import RECIPES
+from tests.in_process import trained_and_evaluated
 
 SHORT = {
     "faces-arm": [
@@ -45,7 +48,10 @@ def test_every_recipe_is_tried_here() -> None:
 
 
 @pytest.mark.parametrize("name", SHORT)
-def test_recipe_runs_end_to_end(name: str, tmp_path: Path, glyphs: Path, stdlib: Path) -> None:
+@pytest.mark.usefixtures("alone")
+def test_recipe_runs_end_to_end(
+    name: str, tmp_path: Path, glyphs: Path, stdlib: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     data = stdlib if name.startswith("stdlib") else glyphs
     if name.startswith("faces"):
         data = tmp_path / "faces"
@@ -53,8 +59,12 @@ def test_recipe_runs_end_to_end(name: str, tmp_path: Path, glyphs: Path, stdlib:
     pretrain = ["pretrain.warmup_steps=0"] if name.startswith("stdlib") else []
     url = [] if name.startswith(("memorised", "msr", "sinusoid", "unequal")) else [f"data.url={data}"]
     overrides = [*url, *ALL, *SHORT[name], *pretrain]
-    run_well("train", RECIPES / f"{name}.yaml", *overrides, cwd=tmp_path)
-    output = run_well("evaluate", Path("runs") / name, cwd=tmp_path)
+    recipe = load_recipe(RECIPES / f"{name}.yaml", overrides)
+    opened = open_data(recipe)
+    require_episodes(recipe, opened)
+    opened.close()
+    trained_and_evaluated(recipe, tmp_path / "run")
+    output = capfd.readouterr().out
     assert "meta-trained" in output
     has_baselines = not name.startswith(("faces", "memorised", "unequal"))
     assert "random init" in output or not has_baselines

@@ -45,10 +45,11 @@ def test_the_recipe_of_the_page_trains_it(tmp_path: Path, glyphs: Path) -> None:
     ("factory", "message"),
     [
         ("nowhere:build", "algorithm.factory: nowhere:build cannot be imported: No module named 'nowhere'"),
-        ("matching_networks:make", "has no attribute 'make'"),
-        (
+        pytest.param("matching_networks:make", "has no attribute 'make'", marks=pytest.mark.slow),
+        pytest.param(
             "matching_networks:softmaxes",
             "returned a list; it has to return a metaloom.engine.algorithms.base",
+            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 REPOSITORY = Path(__file__).parent.parent.parent
-IMPORT_TIMEOUT_S = 60.0
+IMPORT_TIMEOUT_S = 180.0
 TIMED_OUT = 3  # an exit code
 Result = TypeVar("Result")
 
@@ -48,7 +48,7 @@ def run_ranks(
     world_size: int,
     function: Callable[..., Result],
     *args: object,
-    timeout_s: float = 60.0,
+    timeout_s: float = 180.0,
     environment: Mapping[str, str] | None = None,
 ) -> list[Result]:
     """What `function(*args)` returns on each of `world_size` ranks of a gloo group, in the order of ranks.

@@ -142,7 +142,9 @@ class ClusterStage:
 
         made = client.Configuration()
         if any(path.exists() for path in kubeconfig_paths(os.environ)):
-            config.load_kube_config(context=self._given.context, client_configuration=made)
+            # What the client takes by itself is that of when it was imported.
+            files = os.pathsep.join(map(str, kubeconfig_paths(os.environ)))
+            config.load_kube_config(files, context=self._given.context, client_configuration=made)
         else:
             config.load_incluster_config(client_configuration=made)
         with client.ApiClient(made) as api:
