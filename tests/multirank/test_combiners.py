@@ -57,8 +57,8 @@ def flat(gradient: dict[str, Tensor], kinds: tuple[str, ...]) -> Tensor:
     [
         ("replicated", 2, TASKS, 3, None),
         ("replicated", 4, 2, 1, None),
-        ("lockstep", 3, TASKS, 1, None),
-        ("sharded", 2, TASKS, 2, None),
+        pytest.param("lockstep", 3, TASKS, 1, None, marks=pytest.mark.slow),
+        pytest.param("sharded", 2, TASKS, 2, None, marks=pytest.mark.slow),
         ("sharded", 4, TASKS, 1, 2),
     ],
 )

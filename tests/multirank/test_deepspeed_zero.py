@@ -68,7 +68,7 @@ def on_ranks(begun: dict[str, dict[str, Path]]) -> tuple[Results, Findings]:
     findings: list[Findings] = []
     for num_ranks, trainings in plan:
         returned = run_ranks(
-            num_ranks, train_and_ask, trainings, DeepSpeedImported(), timeout_s=100.0, environment=ON_CPU
+            num_ranks, train_and_ask, trainings, DeepSpeedImported(), timeout_s=600.0, environment=ON_CPU
         )
         for position, training in enumerate(trainings):
             results[num_ranks, training] = [done[position] for done, _ in returned]

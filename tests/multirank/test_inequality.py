@@ -46,7 +46,9 @@ def on_this_rank(num_tasks: int) -> list[Curve]:
     ]
 
 
-@pytest.mark.parametrize(("world_size", "num_tasks"), [(2, 4), (3, 4), (4, 2)])
+@pytest.mark.parametrize(
+    ("world_size", "num_tasks"), [(2, 4), pytest.param(3, 4, marks=pytest.mark.slow), (4, 2)]
+)
 def test_ranks_without_tasks_and_dummies_do_not_change_the_inequality(
     world_size: int, num_tasks: int
 ) -> None:

@@ -70,7 +70,7 @@ def assert_gathered_given_back_and_gathered_again(
 def test_blocks_are_gathered_given_back_and_gathered_again_in_one_order(
     estimator: Hypergradient, passes: int
 ) -> None:
-    ranks = run_ranks(4, trained, estimator, SMALL, 3, True, timeout_s=120.0, environment=COMPARED)
+    ranks = run_ranks(4, trained, estimator, SMALL, 3, True, timeout_s=600.0, environment=COMPARED)
     assert_gathered_given_back_and_gathered_again(ranks, SMALL, 3, passes=passes)
     # Each layer's gradient is summed into shards twice in the sweep, through the gradient and through what it
     # is taken at, and once of the query loss; no inner step has use for it.
