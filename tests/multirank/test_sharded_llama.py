@@ -79,7 +79,7 @@ def test_blocks_are_gathered_given_back_and_gathered_again_in_one_order(
     assert scatters[of_a_layer] == SMALL.num_layers * 3 * 3
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_a_llama_of_300_million_parameters_trains_on_4_ranks() -> None:
     ranks = run_ranks(4, trained, MixedMode(), LARGE, 2, False, timeout_s=500.0, environment=COMPARED)
     assert ranks[0].num_parameters >= 300e6
