@@ -242,7 +242,7 @@ def _tell_of_groups(job: Job, summary: EvaluationSummary) -> None:
 def _publish(job: Job, summary: EvaluationSummary) -> None:
     """Table, page and record. Rank 0 calls."""
     folder = job.place.folder
-    folder.evaluation.write_text(summary.to_json(), encoding="utf-8")
+    job.disk.replace(folder.evaluation, summary.to_json())
     for method in summary.methods:
         key = method.name.replace(",", "").replace(" ", "_")
         name = method.metric.replace(" ", "_")

@@ -13,6 +13,7 @@ import torch
 from metaloom.broken_record import BrokenRecord
 from metaloom.checkpoints.lease import Lease
 from metaloom.datasets import SampleError
+from metaloom.disk import Disk
 from metaloom.engine.sharding.base import Sharding
 from metaloom.engine.stopping import StopPoints
 from metaloom.recipe import MLflowTracking, Recipe, flatten_recipe, plain_recipe, recipe_digest
@@ -70,6 +71,7 @@ class Job:
     Attributes:
         origin: what it comes from, as plain JSON values: the recipe, the tracked run's id, the digest of the
             data, versions.
+        disk: by which files of the run's folder are written.
         lease: without which checkpoints are not to be written; None where none is needed.
     """
 
@@ -81,6 +83,7 @@ class Job:
     tracker: RunTracker
     origin: Mapping[str, Any]
     broken: BrokenRecord
+    disk: Disk
     lease: Lease | None = None
 
 
@@ -109,12 +112,14 @@ def open_job(
     """
     # Standard error goes to the run's logs: what a person should see is on standard output.
     console = make_console(rank=sharding.rank, error_stream=sys.stdout)
+    disk = Disk(patience_minutes=recipe.checkpoint.patience_minutes, warn=console.warn, note=console.note)
     data = open_data(recipe)
     broken = BrokenRecord(
         place.folder.broken,
         max_broken=recipe.loading.max_broken,
         sharding=sharding,
         console=console,
+        disk=disk,
         first_step=first_step,
     )
     tracking = recipe.tracking
@@ -126,6 +131,7 @@ def open_job(
         uri=None if named is None else named.uri or place.tracking_uri,
         experiment="" if named is None else named.experiment,
         first_step=sys.maxsize if first_step is None else first_step,
+        disk=disk,
         warn=console.warn,
     )
     facts = environment_facts()
@@ -146,7 +152,7 @@ def open_job(
     # What is left of a training that is killed before it can say anything.
     status: FinishStatus = "killed" if is_training else place.folder.facts().get("status", "killed")
     if sharding.rank == 0:
-        place.folder.record(tracking_run_id=run_id, status=status)
+        place.folder.record(disk, tracking_run_id=run_id, status=status)
     try:
         origin = {
             "recipe": plain_recipe(recipe),
@@ -156,10 +162,12 @@ def open_job(
             "versions": facts,
             "world_size": sharding.world_size,
         }
-        yield Job(recipe, place, data, sharding, console, tracker, origin, broken, lease)
+        yield Job(recipe, place, data, sharding, console, tracker, origin, broken, disk, lease)
+        disk.wait(lambda: place.shutdown.was_asked)
         if is_training:
             status = "finished"
     except BaseException as error:
+        disk.raise_nothing()
         if isinstance(error, SampleError):
             broken.end_with(error.all_broken)
         # A stopped rank may end in `Stopped`, in KeyboardInterrupt, or in a collective whose partner stopped
@@ -170,7 +178,9 @@ def open_job(
         raise
     finally:
         place.shutdown.is_closing = True
+        disk.raise_nothing()
         if sharding.rank == 0:
-            place.folder.record(status=status)
+            place.folder.record(disk, status=status)
+        disk.end()
         tracker.finish(status)
         data.close()

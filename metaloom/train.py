@@ -45,7 +45,6 @@ from metaloom.engine.sharding.base import Sharding
 from metaloom.engine.sharding.deepspeed_zero import DeepSpeedZero
 from metaloom.engine.step import StepTasks, outer_step
 from metaloom.errors import RecipeError
-from metaloom.files import replace_file
 from metaloom.group_measures import worst_of_groups
 from metaloom.job import Job, Place, open_job
 from metaloom.keeping import (
@@ -281,7 +280,7 @@ def _pretrained(job: Job, pretrain: Pretrain, model: HeldModel) -> dict[str, Ten
 def _tell_of_deepspeed(job: Job, sharding: DeepSpeedZero) -> None:
     """Says what DeepSpeed does, and keeps the configuration that it was given."""
     if sharding.rank == 0:
-        replace_file(job.place.folder.deepspeed, json.dumps(sharding.config, indent=1))
+        job.disk.replace(job.place.folder.deepspeed, json.dumps(sharding.config, indent=1))
     job.console.note(sharding.describe())
     job.tracker.artifact(job.place.folder.deepspeed)
 
@@ -392,7 +391,7 @@ def _keep_cosines(job: Job, state: State) -> None:
     cosines = state.combiner.cosines
     if cosines is not None and job.sharding.rank == 0:
         record = CosineRecord(state.outer.step, cosines.of, cosines.labels, cosines.values)
-        add_cosines(job.place.folder.cosines, record)
+        add_cosines(job.place.folder.cosines, record, job.disk)
 
 
 def _own_tasks(job: Job, episodes: Sequence[Episode], *, num_dummies: int) -> TaskBatch | None:
