@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -95,6 +95,7 @@ def open_job(
     *,
     is_training: bool,
     first_step: int | None,
+    last_step: int = 0,
     lease: Lease | None = None,
 ) -> Iterator[Job]:
     """Opens the data, starts or continues the tracked run, and ends it with the right status.
@@ -105,6 +106,7 @@ def open_job(
         is_training: whether this job is the training.
         first_step: metrics and damaged samples of this step and later ones, left by a run that went on after
             its last checkpoint, are dropped; None drops none.
+        last_step: outer steps that are done: changes that a user has just insisted on come after them.
         lease: without which checkpoints are not to be written; None where none is needed.
 
     Raises:
@@ -136,6 +138,10 @@ def open_job(
     )
     facts = environment_facts()
     recorded = place.folder.facts()
+    insisted = [dict(change) for change in recorded.get("insisted", [])]
+    for change in insisted:
+        if is_training and change["after_step"] is None:
+            change["after_step"] = last_step
     run_id = tracker.start(
         run_name=place.folder.path.name,
         params=flatten_recipe(recipe),
@@ -144,6 +150,7 @@ def open_job(
             "recipe_digest": recipe_digest(recipe),
             "data_digest": data.digest,
             "world_size": str(sharding.world_size),
+            **({"insisted": insisted_in_words(insisted)} if insisted else {}),
         },
         resume_id=recorded.get("tracking_run_id"),
         # Whoever has lost the folder before its first checkpoint finds the tracked run by it.
@@ -152,7 +159,8 @@ def open_job(
     # What is left of a training that is killed before it can say anything.
     status: FinishStatus = "killed" if is_training else place.folder.facts().get("status", "killed")
     if sharding.rank == 0:
-        place.folder.record(disk, tracking_run_id=run_id, status=status)
+        more = {"insisted": insisted} if insisted else {}
+        place.folder.record(disk, tracking_run_id=run_id, status=status, **more)
     try:
         origin = {
             "recipe": plain_recipe(recipe),
@@ -161,6 +169,7 @@ def open_job(
             "data_digest": data.digest,
             "versions": facts,
             "world_size": sharding.world_size,
+            "insisted": insisted,
         }
         yield Job(recipe, place, data, sharding, console, tracker, origin, broken, disk, lease)
         disk.wait(lambda: place.shutdown.was_asked)
@@ -184,3 +193,12 @@ def open_job(
         disk.end()
         tracker.finish(status)
         data.close()
+
+
+def insisted_in_words(insisted: Sequence[Mapping[str, Any]]) -> str:
+    """The changes of a run's recipe that a user has insisted on, and after which outer steps: as `run.json`
+    has them."""
+    return "; ".join(
+        f"{change['path']}: {change['old']} -> {change['new']} after outer step {change['after_step']}"
+        for change in insisted
+    )

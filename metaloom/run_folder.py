@@ -2,7 +2,7 @@
 
 recipe.yaml          the recipe, with every default spelled out
 run.json             what outlives one process: the tracking run's id, the training's status, the digest
-                     of its data
+                     of its data, changes of its recipe that a user has insisted on
 deepspeed.json       the configuration that DeepSpeed was given, under sharding.kind = deepspeed_zero
 metrics.jsonl        metrics by outer step
 cosines.jsonl        cosines between the gradients of tasks or groups, where the combiner measures them
