@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from metaloom.datasets import BrokenSample
+from metaloom.disk import Disk
 from metaloom.engine.sharding.base import Sharding
 from metaloom.errors import StreamError
-from metaloom.files import replace_file
 from metaloom.tracking.console import Console
 
 NUM_TOLD = 10  # what is more stands in the file
@@ -28,13 +28,21 @@ class BrokenRecord:
         max_broken: how many samples may be damaged.
         first_step: what was met at this step or later, by a run that went on after its last checkpoint, or
             in an evaluation, will be met again, and is dropped; None drops nothing.
+        disk: the file is on.
     """
 
     def __init__(
-        self, path: Path, *, max_broken: int, sharding: Sharding, console: Console, first_step: int | None
+        self,
+        path: Path,
+        *,
+        max_broken: int,
+        sharding: Sharding,
+        console: Console,
+        disk: Disk,
+        first_step: int | None,
     ) -> None:
         self._path, self._max_broken = path, max_broken
-        self._sharding, self._console = sharding, console
+        self._sharding, self._console, self._disk = sharding, console, disk
         self._known: dict[tuple[str, str, str], dict[str, Any]] = {}
         self._num_told = 0
         records = sharding.gather(_read(path) if sharding.rank == 0 else [])
@@ -96,7 +104,7 @@ class BrokenRecord:
 
     def _write(self) -> None:
         lines = (json.dumps(record) for record in self._known.values())
-        replace_file(self._path, "".join(f"{line}\n" for line in lines))
+        self._disk.replace(self._path, "".join(f"{line}\n" for line in lines))
 
 
 def _identity(broken: BrokenSample) -> tuple[str, str, str]:

@@ -12,7 +12,7 @@ from metaloom.confidence import confidence_95
 from metaloom.contenders import IN_CONTEXT, TRANSFERRED, Contender, baseline, meta_trained, newest_checkpoint
 from metaloom.datasets import slice_for_rank
 from metaloom.group_measures import group_results
-from metaloom.job import Job, Place, open_job
+from metaloom.job import Job, Place, insisted_in_words, open_job
 from metaloom.keeping import writing_alone
 from metaloom.recipe import (
     ARMBNAlgorithm,
@@ -242,7 +242,7 @@ def _tell_of_groups(job: Job, summary: EvaluationSummary) -> None:
 def _publish(job: Job, summary: EvaluationSummary) -> None:
     """Table, page and record. Rank 0 calls."""
     folder = job.place.folder
-    folder.evaluation.write_text(summary.to_json(), encoding="utf-8")
+    job.disk.replace(folder.evaluation, summary.to_json())
     for method in summary.methods:
         key = method.name.replace(",", "").replace(" ", "_")
         name = method.metric.replace(" ", "_")
@@ -254,6 +254,9 @@ def _publish(job: Job, summary: EvaluationSummary) -> None:
         "data": f"{_data_name(job)}, digest {job.data.digest[:12]}",
         "tracking": job.tracker.describe(),
     }
+    insisted = folder.facts().get("insisted", [])
+    if insisted:
+        facts["insisted on"] = insisted_in_words(insisted)
     pictures = write_report(
         folder.report,
         title=job.recipe.name,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ import torch
 from metaloom.broken_record import BrokenRecord
 from metaloom.checkpoints.lease import Lease
 from metaloom.datasets import SampleError
+from metaloom.disk import Disk
 from metaloom.engine.sharding.base import Sharding
 from metaloom.engine.stopping import StopPoints
 from metaloom.recipe import MLflowTracking, Recipe, flatten_recipe, plain_recipe, recipe_digest
@@ -70,6 +71,7 @@ class Job:
     Attributes:
         origin: what it comes from, as plain JSON values: the recipe, the tracked run's id, the digest of the
             data, versions.
+        disk: by which files of the run's folder are written.
         lease: without which checkpoints are not to be written; None where none is needed.
     """
 
@@ -81,6 +83,7 @@ class Job:
     tracker: RunTracker
     origin: Mapping[str, Any]
     broken: BrokenRecord
+    disk: Disk
     lease: Lease | None = None
 
 
@@ -92,6 +95,7 @@ def open_job(
     *,
     is_training: bool,
     first_step: int | None,
+    last_step: int = 0,
     lease: Lease | None = None,
 ) -> Iterator[Job]:
     """Opens the data, starts or continues the tracked run, and ends it with the right status.
@@ -102,6 +106,7 @@ def open_job(
         is_training: whether this job is the training.
         first_step: metrics and damaged samples of this step and later ones, left by a run that went on after
             its last checkpoint, are dropped; None drops none.
+        last_step: outer steps that are done: changes that a user has just insisted on come after them.
         lease: without which checkpoints are not to be written; None where none is needed.
 
     Raises:
@@ -109,12 +114,14 @@ def open_job(
     """
     # Standard error goes to the run's logs: what a person should see is on standard output.
     console = make_console(rank=sharding.rank, error_stream=sys.stdout)
+    disk = Disk(patience_minutes=recipe.checkpoint.patience_minutes, warn=console.warn, note=console.note)
     data = open_data(recipe)
     broken = BrokenRecord(
         place.folder.broken,
         max_broken=recipe.loading.max_broken,
         sharding=sharding,
         console=console,
+        disk=disk,
         first_step=first_step,
     )
     tracking = recipe.tracking
@@ -126,10 +133,15 @@ def open_job(
         uri=None if named is None else named.uri or place.tracking_uri,
         experiment="" if named is None else named.experiment,
         first_step=sys.maxsize if first_step is None else first_step,
+        disk=disk,
         warn=console.warn,
     )
     facts = environment_facts()
     recorded = place.folder.facts()
+    insisted = [dict(change) for change in recorded.get("insisted", [])]
+    for change in insisted:
+        if is_training and change["after_step"] is None:
+            change["after_step"] = last_step
     run_id = tracker.start(
         run_name=place.folder.path.name,
         params=flatten_recipe(recipe),
@@ -138,6 +150,7 @@ def open_job(
             "recipe_digest": recipe_digest(recipe),
             "data_digest": data.digest,
             "world_size": str(sharding.world_size),
+            **({"insisted": insisted_in_words(insisted)} if insisted else {}),
         },
         resume_id=recorded.get("tracking_run_id"),
         # Whoever has lost the folder before its first checkpoint finds the tracked run by it.
@@ -146,7 +159,8 @@ def open_job(
     # What is left of a training that is killed before it can say anything.
     status: FinishStatus = "killed" if is_training else place.folder.facts().get("status", "killed")
     if sharding.rank == 0:
-        place.folder.record(tracking_run_id=run_id, status=status)
+        more = {"insisted": insisted} if insisted else {}
+        place.folder.record(disk, tracking_run_id=run_id, status=status, **more)
     try:
         origin = {
             "recipe": plain_recipe(recipe),
@@ -155,11 +169,14 @@ def open_job(
             "data_digest": data.digest,
             "versions": facts,
             "world_size": sharding.world_size,
+            "insisted": insisted,
         }
-        yield Job(recipe, place, data, sharding, console, tracker, origin, broken, lease)
+        yield Job(recipe, place, data, sharding, console, tracker, origin, broken, disk, lease)
+        disk.wait(lambda: place.shutdown.was_asked)
         if is_training:
             status = "finished"
     except BaseException as error:
+        disk.raise_nothing()
         if isinstance(error, SampleError):
             broken.end_with(error.all_broken)
         # A stopped rank may end in `Stopped`, in KeyboardInterrupt, or in a collective whose partner stopped
@@ -170,7 +187,18 @@ def open_job(
         raise
     finally:
         place.shutdown.is_closing = True
+        disk.raise_nothing()
         if sharding.rank == 0:
-            place.folder.record(status=status)
+            place.folder.record(disk, status=status)
+        disk.end()
         tracker.finish(status)
         data.close()
+
+
+def insisted_in_words(insisted: Sequence[Mapping[str, Any]]) -> str:
+    """The changes of a run's recipe that a user has insisted on, and after which outer steps: as `run.json`
+    has them."""
+    return "; ".join(
+        f"{change['path']}: {change['old']} -> {change['new']} after outer step {change['after_step']}"
+        for change in insisted
+    )

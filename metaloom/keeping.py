@@ -170,6 +170,7 @@ class Keeper:
         except Stopped:
             self._job.place.whereabouts.enter("the checkpoint of a stop")
             self._is_stopping = True
+            self._job.disk.raise_nothing()
             now = checkpoint()
             self._settle()
             if self._saved_step != now.step and now.step > 0:
@@ -200,7 +201,8 @@ class Keeper:
                 console.note(f"checkpoints are written again: {step_folder(outcome.step)}")
             self._failing_since_s = None
             if self._is_recorded and self._job.sharding.rank == 0:
-                self._job.place.folder.record(checkpoint={"root": self.store.shown, "step": outcome.step})
+                facts = {"root": self.store.shown, "step": outcome.step}
+                self._job.place.folder.record(self._job.disk, checkpoint=facts)
             return
         if self._is_stopping:
             console.warn(f"{outcome.error} The run goes on from the checkpoint before.")

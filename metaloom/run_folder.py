@@ -2,7 +2,7 @@
 
 recipe.yaml          the recipe, with every default spelled out
 run.json             what outlives one process: the tracking run's id, the training's status, the digest
-                     of its data
+                     of its data, changes of its recipe that a user has insisted on
 deepspeed.json       the configuration that DeepSpeed was given, under sharding.kind = deepspeed_zero
 metrics.jsonl        metrics by outer step
 cosines.jsonl        cosines between the gradients of tasks or groups, where the combiner measures them
@@ -30,6 +30,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from metaloom.disk import Disk
 from metaloom.errors import LaunchError
 from metaloom.files import replace_file
 
@@ -97,14 +98,21 @@ class RunFolder:
     def facts(self) -> dict[str, Any]:
         """What `record` has kept; empty for a new run."""
         try:
-            facts: dict[str, Any] = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+            return _facts((self.path / "run.json").read_bytes())
         except FileNotFoundError:
             return {}
-        return facts
 
-    def record(self, **facts: Any) -> None:
-        """Keeps facts of the run, beside and over those kept before. One rank must call."""
-        replace_file(self.path / "run.json", json.dumps(self.facts() | facts, indent=1))
+    def record(self, disk: Disk | None = None, /, **facts: Any) -> None:
+        """Keeps facts of the run, beside and over those kept before. One rank must call.
+
+        Args:
+            disk: of the job that does; None where it is to be done at once.
+        """
+        path = self.path / "run.json"
+        if disk is None:
+            replace_file(path, json.dumps(self.facts() | facts, indent=1))
+        else:
+            disk.replace(path, json.dumps(_facts(disk.read(path)) | facts, indent=1))
 
     def create(self) -> None:
         """Makes the folder of a new run.
@@ -187,6 +195,11 @@ class RunFolder:
         """
         if not self.recipe.is_file():
             raise LaunchError(f"{self.path} holds no run: {self.recipe.name} is not there.")
+
+
+def _facts(content: bytes) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads(content or "{}")
+    return facts
 
 
 def new_run_path(name: str) -> Path:

@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 # Imports stand inside the functions, so that `metaloom --help` is quick.
 
 
-def check_data(recipe: Recipe, *, of_run: RunFolder | None = None) -> str:
+def check_data(recipe: Recipe, *, of_run: RunFolder | None = None, otherwise: str = "") -> str:
     """Opens the recipe's data: every shard is there and whole in size, and has what is asked for.
 
     Args:
         of_run: the run that goes on, or is evaluated, with the data.
+        otherwise: what else can be done where it is other data, as an end of the message.
 
     Returns:
         The data's digest.
@@ -47,12 +48,12 @@ def check_data(recipe: Recipe, *, of_run: RunFolder | None = None) -> str:
             raise StreamError(
                 f"this version of metaloom computes other synthetic data (digest {data.digest[:12]}) than "
                 f"{of_run.path} was trained on (digest {trained_on[:12]}). Go on with the version that "
-                "trained it, or start a new run."
+                f"trained it, or start a new run{otherwise}."
             )
         raise StreamError(
             f"{', '.join(dict.fromkeys(urls.values()))} holds other data (digest {data.digest[:12]}) than "
             f"{of_run.path} was trained on (digest {trained_on[:12]}). Point {', '.join(urls)} at the same "
-            "data, or start a new run."
+            f"data, or start a new run{otherwise}."
         )
     return data.digest
 

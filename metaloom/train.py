@@ -25,6 +25,7 @@ from metaloom.build import (
     outer_settings,
     task_batch,
 )
+from metaloom.changed import fitted
 from metaloom.checkpoints.manifest import Manifest
 from metaloom.checkpoints.retention import retention_of
 from metaloom.checkpoints.store import (
@@ -45,7 +46,6 @@ from metaloom.engine.sharding.base import Sharding
 from metaloom.engine.sharding.deepspeed_zero import DeepSpeedZero
 from metaloom.engine.step import StepTasks, outer_step
 from metaloom.errors import RecipeError
-from metaloom.files import replace_file
 from metaloom.group_measures import worst_of_groups
 from metaloom.job import Job, Place, open_job
 from metaloom.keeping import (
@@ -84,11 +84,22 @@ def train(recipe: Recipe, place: Place) -> None:
         model = build_model(recipe, place.device, sharding)
         resumed = _resumed(recipe, place, sharding, store, model, notes.append)
         first_step = _first_step(recipe, place, resumed)
-        with open_job(recipe, place, sharding, is_training=True, first_step=first_step, lease=lease) as job:
+        last_step = 0 if resumed is None else resumed.state.outer.step
+        with open_job(
+            recipe,
+            place,
+            sharding,
+            is_training=True,
+            first_step=first_step,
+            last_step=last_step,
+            lease=lease,
+        ) as job:
             for note in notes:
                 job.console.warn(note)
             job.tracker.artifact(place.folder.recipe)
             run = resumed or _new_run(job, model)
+            if not run.state.choices.fit(recipe):
+                run = _chosen_anew(job, run, model)
             if isinstance(job.sharding, DeepSpeedZero):
                 _tell_of_deepspeed(job, job.sharding)
             if resumed is not None:
@@ -97,10 +108,10 @@ def train(recipe: Recipe, place: Place) -> None:
                 )
             store.remove_remains()
             is_saved = resumed is not None and run.state.unfinished is None
-            last_step = run.state.outer.step if is_saved else None
-            _outer_loop(
-                job, run, Keeper(job, store, last_step=last_step, noun="outer step", is_recorded=True)
+            keeper = Keeper(
+                job, store, last_step=last_step if is_saved else None, noun="outer step", is_recorded=True
             )
+            _outer_loop(job, run, keeper)
             if job.sharding.rank == 0 and job.place.folder.cosines.exists():
                 job.tracker.artifact(job.place.folder.cosines)
             where = job.tracker.describe()
@@ -126,6 +137,10 @@ def _resumed(
 ) -> Run | None:
     """The run as its newest valid checkpoint has it; None where there is none yet. Every rank must call.
 
+    Args:
+        on_skip: called on rank 0 with a line for each checkpoint that was passed over, and for what is left
+            out of one.
+
     Raises:
         CheckpointError: no checkpoint is valid, or they belong to another model.
     """
@@ -135,7 +150,9 @@ def _resumed(
     def rooms(manifest: Manifest) -> dict[str, Tensor]:
         # Before anything is read: what belongs to another run, or model, is refused at once.
         require_own(place.folder, facts, manifest, shown=store.shown)
-        run = _run(recipe, place, sharding, model, Choices.load(manifest.scalars["choices"]))
+        choices = Choices.load(manifest.scalars["choices"])
+        run = _run(recipe, place, sharding, model, choices.filled(recipe))
+        run.state.choices = choices
         _require_same(run.state.outer, manifest, source=store.shown)
         built[:] = [run]
         return held_rooms(sharding)(manifest)
@@ -150,7 +167,11 @@ def _resumed(
     if newest is None:
         return None
     (run,) = built
-    run.state.load(newest)
+    fitting, left_out = fitted(newest, recipe, data_digest=facts.get("data_digest"))
+    if sharding.rank == 0:
+        for text in left_out:
+            on_skip(text)
+    run.state.load(fitting)
     return run
 
 
@@ -160,15 +181,23 @@ def _require_same(outer: OuterOptimizer, manifest: Manifest, *, source: str) -> 
     Raises:
         CheckpointError: it is not; all differences are listed.
     """
-    expected = outer.room()
+    expected, found_tensors = outer.room(), dict(manifest.tensors)
+    if any(map(_is_average, expected)) != any(map(_is_average, found_tensors)):
+        # It begins, or ends, here: see `fitted`.
+        expected = {key: value for key, value in expected.items() if not _is_average(key)}
+        found_tensors = {key: value for key, value in found_tensors.items() if not _is_average(key)}
     meta = outer.stored_meta()
-    for key, found in manifest.tensors.items():
+    for key, found in found_tensors.items():
         like = meta.get(parameter_of(key))
         if key.startswith("optimizer/") and like is not None:
             # What an optimizer keeps of a parameter is shaped like that, or a number.
             shape = found.shape if found.shape in ((), tuple(like.shape)) else like.shape
             expected[key] = torch.empty(shape, dtype=dtype_of(found), device="meta")
-    require_same_tensors(expected, manifest.tensors, source=source)
+    require_same_tensors(expected, found_tensors, source=source)
+
+
+def _is_average(key: str) -> bool:
+    return key.startswith("average/")
 
 
 def _new_run(job: Job, model: HeldModel) -> Run:
@@ -180,6 +209,15 @@ def _new_run(job: Job, model: HeldModel) -> Run:
     if recipe.pretrain is not None:
         model.load(_pretrained(job, recipe.pretrain, model))
     return _run(recipe, job.place, job.sharding, model, choices)
+
+
+def _chosen_anew(job: Job, run: Run, model: HeldModel) -> Run:
+    """A run that goes on by a recipe that leaves more to be chosen than the one before."""
+    run.state.choices = choices = choose(job, model, _train_source(job))
+    algorithm = build_algorithm(
+        job.recipe, model, choices, job.place.device, sharding=job.sharding, points=job.place.points
+    )
+    return dataclasses.replace(run, algorithm=algorithm)
 
 
 def _run(recipe: Recipe, place: Place, sharding: Sharding, model: HeldModel, choices: Choices) -> Run:
@@ -251,11 +289,12 @@ class State:
         return Checkpoint(self.outer.step, self.outer.tensors(), scalars, dict(metrics))
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Takes over what `checkpoint` returned; the choices are made before."""
+        """Takes over what `checkpoint` returned, as far as it is `fitted`; the choices are made before."""
         self.outer.load(checkpoint.tensors, checkpoint.scalars)
-        self.combiner.load(checkpoint.scalars["combiner"])
+        if checkpoint.scalars["combiner"] is not None:
+            self.combiner.load(checkpoint.scalars["combiner"])
         self.scaler.load(checkpoint.scalars["scaler"])
-        self.progress = Progress(**checkpoint.scalars["progress"])
+        self.progress = Progress(**checkpoint.scalars["progress"] or {})
         self.unfinished = checkpoint.scalars["unfinished"]
 
 
@@ -281,7 +320,7 @@ def _pretrained(job: Job, pretrain: Pretrain, model: HeldModel) -> dict[str, Ten
 def _tell_of_deepspeed(job: Job, sharding: DeepSpeedZero) -> None:
     """Says what DeepSpeed does, and keeps the configuration that it was given."""
     if sharding.rank == 0:
-        replace_file(job.place.folder.deepspeed, json.dumps(sharding.config, indent=1))
+        job.disk.replace(job.place.folder.deepspeed, json.dumps(sharding.config, indent=1))
     job.console.note(sharding.describe())
     job.tracker.artifact(job.place.folder.deepspeed)
 
@@ -392,7 +431,7 @@ def _keep_cosines(job: Job, state: State) -> None:
     cosines = state.combiner.cosines
     if cosines is not None and job.sharding.rank == 0:
         record = CosineRecord(state.outer.step, cosines.of, cosines.labels, cosines.values)
-        add_cosines(job.place.folder.cosines, record)
+        add_cosines(job.place.folder.cosines, record, job.disk)
 
 
 def _own_tasks(job: Job, episodes: Sequence[Episode], *, num_dummies: int) -> TaskBatch | None:

@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,11 @@ examples:
   metaloom train recipes/glyphs-maml.yaml data.n_way=20 outer.optimizer.lr=5e-4 --run runs/20-way
   metaloom train recipes/smoke.yaml launcher.num_processes=1
   metaloom train --resume runs/glyphs-maml
+  metaloom train --resume runs/glyphs-maml outer.optimizer.lr=1e-4 --insist
 """
+
+
+DATA = "the data's digest"  # what is said to change with the data
 
 
 def add_train_command(commands: Commands) -> None:
@@ -50,6 +54,12 @@ def add_train_command(commands: Commands) -> None:
         help="a name that no other run has: the command goes on with the run of that name where its folder, "
         "or checkpoint.url, has it, and else begins it; so a cluster can give it again and again",
     )
+    train.add_argument(
+        "--insist",
+        action="store_true",
+        help="go on with a run by a recipe, or on data, that make it another one than it was so far: each "
+        "such change is printed, and kept in run.json",
+    )
     train.set_defaults(run_command=_train)
 
 
@@ -66,6 +76,8 @@ def _train(arguments: argparse.Namespace) -> int:
             "launcher.hosts: several hosts work on one run folder; name it with --run DIR, on a file system "
             "that all of them share."
         )
+    if arguments.insist and recipe.launcher.hosts is None and arguments.run_id is None:
+        raise RecipeError("--insist is for a run that goes on: name it with --resume RUN.")
     run_id = _checked_run_id(arguments.run_id, arguments.run)
     if run_id is not None:
         # Until its ranks run there is nothing to save. The first process of a container would not even hear
@@ -84,10 +96,10 @@ def _train(arguments: argparse.Namespace) -> int:
         # The same command is given on every host, and again on one that comes back.
         if run_id is not None:
             _require_run(folder, run_id)
-        return _go_on(recipe, folder)
+        return _go_on(recipe, folder, insists=arguments.insist)
     hosts = standing_of(recipe)
     if stored is not None and url is not None and hosts.is_first:
-        return _go_on(recipe, _taken_over(url, folder.path, stored))
+        return _go_on(recipe, _taken_over(url, folder.path, stored), insists=arguments.insist)
     digest = check_data(recipe)
     if hosts.is_first:
         folder.create()
@@ -166,7 +178,7 @@ def _resume(arguments: argparse.Namespace) -> int:
     if source is not None and "=" in source:
         overrides.insert(0, source)
         source = None
-    return _go_on(load_recipe(source or folder.recipe, overrides), folder)
+    return _go_on(load_recipe(source or folder.recipe, overrides), folder, insists=arguments.insist)
 
 
 def _taken_over(url: str, path: Path | None, origin: Mapping[str, Any] | None) -> RunFolder:
@@ -200,6 +212,7 @@ def _taken_over(url: str, path: Path | None, origin: Mapping[str, Any] | None) -
             run=origin["run"],
             data_digest=origin["data_digest"],
             tracking_run_id=origin["tracking_run_id"],
+            insisted=origin.get("insisted", []),
         )
         recipe = recipe_from_dict(origin["recipe"], source=shown)
         moved = recipe.checkpoint.model_copy(update={"url": url})
@@ -207,23 +220,60 @@ def _taken_over(url: str, path: Path | None, origin: Mapping[str, Any] | None) -
     return folder
 
 
-def _go_on(new: Recipe, folder: RunFolder) -> int:
-    """Trains on in the folder of a run, by a recipe that differs from the run's in harmless keys alone."""
+def _go_on(new: Recipe, folder: RunFolder, *, insists: bool) -> int:
+    """Trains on in the folder of a run, by a recipe that differs from the run's in harmless keys alone,
+    unless the user insists on others."""
     from metaloom.recipe import differences, load_recipe
 
     changes = differences(load_recipe(folder.recipe), new)
     harmful = [change for change in changes if change.harmful]
-    if harmful:
+    if harmful and not insists:
         lines = "\n".join(f"  {change.path}: {change.old} in the run, {change.new} now" for change in harmful)
         raise RecipeError(
             f"{folder.path} cannot be resumed with these changes, since it would not be the same run:\n"
-            f"{lines}\nLeave them out, or start a new run (without --resume)."
+            f"{lines}\nLeave them out, start a new run (without --resume), or insist on them (--insist): "
+            "then it goes on from its last checkpoint, as a run that no single recipe describes."
         )
     for change in changes:
-        print(f"changed: {change.path}: {change.old} -> {change.new}")
-    check_data(new, of_run=folder)
+        insisted = ", as insisted" if change.harmful else ""
+        print(f"changed{insisted}: {change.path}: {change.old} -> {change.new}", flush=True)
+    digest = check_data(new, of_run=None if insists else folder, otherwise=", or insist on it (--insist)")
+    trained_on = folder.facts().get("data_digest", digest)
     hosts = standing_of(new)
     with alone(folder, "train", hosts) as lock:
+        taking: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if lock.is_own:
-            write_recipe(new, folder.recipe)
-        return launch_job("train", new, folder, folder.recipe, hosts, lock=lock)
+            insisted_on = [(change.path, change.old, change.new) for change in harmful]
+            if trained_on != digest:
+                old_data, new_data = trained_on[:12], digest[:12]
+                insisted_on.append((DATA, old_data, new_data))
+                print(f"changed, as insisted: {DATA}: {old_data} -> {new_data}", flush=True)
+            if insisted_on:
+                taking = _insisting(folder, insisted_on, digest)
+        with taking:
+            if lock.is_own:
+                write_recipe(new, folder.recipe)
+            return launch_job("train", new, folder, folder.recipe, hosts, lock=lock)
+
+
+@contextlib.contextmanager
+def _insisting(folder: RunFolder, changes: Sequence[tuple[str, str, str]], digest: str) -> Iterator[None]:
+    """Keeps in a run's folder what a user has insisted on. Where the job in this context ends before it has
+    gone on with that, because its checkpoint does not fit for instance, the run is as it was.
+
+    Args:
+        changes: path, old and new value of each.
+        digest: of the data from now on.
+    """
+    recipe, facts = folder.recipe.read_bytes(), folder.facts()
+    before = facts.get("insisted", [])
+    added = [{"path": path, "old": old, "new": new, "after_step": None} for path, old, new in changes]
+    folder.record(insisted=[*before, *added], data_digest=digest)
+    try:
+        yield
+    finally:
+        # The first rank says after which step they came, when it has taken them.
+        if any(change["after_step"] is None for change in folder.facts()["insisted"]):
+            replace_file(folder.recipe, recipe)
+            folder.record(insisted=before, data_digest=facts.get("data_digest", digest))
+            print(f"{folder.path}: the recipe is as it was, since the run did not go on with the changes")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -45,14 +46,17 @@ class Whereabouts:
     def begin(self, phase: str) -> None:
         """Says what the rank does there from now on, in words such as `reading tasks`."""
         if self._file is not None:
-            os.pwrite(self._file, f"{self.text}\n{phase}\n".encode().ljust(160), 0)
+            with contextlib.suppress(OSError):  # a full disk is no reason to end
+                os.pwrite(self._file, f"{self.text}\n{phase}\n".encode().ljust(160), 0)
 
     def record(self, failure: Failure) -> None:
-        """Leaves the reason of a failure for whoever started the rank."""
+        """Leaves the reason of a failure for whoever started the rank, where the disk takes it: it must not
+        hide the failure."""
         if self._folder is not None:
             partial = self._folder / "failure.partial"
-            partial.write_text(json.dumps(dataclasses.asdict(failure)), encoding="utf-8")
-            partial.replace(_failure(self._folder))
+            with contextlib.suppress(OSError):
+                partial.write_text(json.dumps(dataclasses.asdict(failure)), encoding="utf-8")
+                partial.replace(_failure(self._folder))
 
 
 def last_place(folder: Path) -> str:

@@ -240,7 +240,7 @@ def _is_broken_collective(error: RuntimeError) -> bool:
 
 
 def _lost_partner(whereabouts: Whereabouts, error: Exception) -> int:
-    traceback.print_exc()
+    _print_traceback()
     _record(
         whereabouts,
         "lost_partner",
@@ -252,7 +252,7 @@ def _lost_partner(whereabouts: Whereabouts, error: Exception) -> int:
 
 
 def _unexpected(whereabouts: Whereabouts, error: Exception) -> int:
-    traceback.print_exc()
+    _print_traceback()
     _record(whereabouts, "defect", f"{type(error).__name__}: {_last_line(error)}")
     return 1
 
@@ -264,13 +264,21 @@ def _last_line(error: Exception) -> str:
 
 def _record(whereabouts: Whereabouts, kind: FailureKind, text: str) -> None:
     """Leaves the reason of a failure where the agent finds it."""
-    print(f"rank {os.environ.get('RANK', '0')} at {whereabouts.text}: {text}", file=sys.stderr)
     whereabouts.record(Failure(kind, text))
+    with contextlib.suppress(OSError):  # the disk of the logs may be full
+        print(f"rank {os.environ.get('RANK', '0')} at {whereabouts.text}: {text}", file=sys.stderr)
+
+
+def _print_traceback() -> None:
+    """Prints the traceback of the error that is handled, where the disk of the logs takes it."""
+    with contextlib.suppress(OSError):
+        traceback.print_exc()
 
 
 if __name__ == "__main__":
     code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # a full disk changes no exit code
+            stream.flush()
     # Not by way of the interpreter's end: a thread may be inside a storage that does not answer.
     os._exit(code)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from metaloom.engine.choice import EstimatorChoice
+from metaloom.recipe import AutoHypergradient, Recipe
 
 Tasks = Literal["loop", "vmap"]
 
@@ -22,6 +23,19 @@ class Choices:
 
     tasks: Tasks = "loop"
     estimator: EstimatorChoice | None = None
+
+    def fit(self, recipe: Recipe) -> bool:
+        """Whether they hold all that a recipe leaves to be chosen: one that was changed may leave more."""
+        maml = recipe.maml
+        leaves_estimator = maml is not None and isinstance(maml.hypergradient, AutoHypergradient)
+        return self.tasks in recipe.task_ways and not (leaves_estimator and self.estimator is None)
+
+    def filled(self, recipe: Recipe) -> Choices:
+        """What fits the recipe: in place of what does not, the first way that there is, to build what is not
+        differentiated."""
+        if self.fit(recipe):
+            return self
+        return Choices(recipe.task_ways[0], self.estimator or EstimatorChoice("rematerialized", 0))
 
     def scalars(self) -> dict[str, Any]:
         """As JSON values, for checkpoints."""

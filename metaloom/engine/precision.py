@@ -107,8 +107,8 @@ class LossScaler:
         return self.metrics() | {"num_good_steps": self._num_good}
 
     def load(self, scalars: dict[str, float]) -> None:
-        """Takes over what `scalars` returned."""
-        if self._is_active:
+        """Takes over what `scalars` returned, or nothing where that was in another format."""
+        if self._is_active and scalars:
             self.scales = Scales(scalars["loss_scale"], scalars["tangent_scale"])
             self._num_good = int(scalars["num_good_steps"])
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+from metaloom.disk import Disk
 from metaloom.tracking.base import FinishStatus, MetricRecord, RunTracker
 from metaloom.tracking.environment import environment_facts
 from metaloom.tracking.jsonl import JsonlTracker, read_metrics
@@ -40,6 +41,7 @@ def make_tracker(
     uri: str | None = None,
     experiment: str = "metaloom",
     first_step: int = 0,
+    disk: Disk | None = None,
     warn: Callable[[str], None] | None = None,
 ) -> RunTracker:
     """The tracker of one rank: the real one on rank 0, one that records nothing elsewhere.
@@ -51,11 +53,14 @@ def make_tracker(
         uri: MLflow tracking URI; None for an sqlite store of its own in the run folder.
         experiment: MLflow experiment, made when it is missing.
         first_step: see `JsonlTracker`.
+        disk: see `JsonlTracker`.
         warn: shows a warning to people, from any thread; the `metaloom.tracking` logger if None.
     """
     if kind == "none" or rank != 0:
         return NullTracker()
     metrics_path = run_folder / METRICS_FILE
     if kind == "jsonl":
-        return JsonlTracker(metrics_path, first_step=first_step)
-    return MlflowTracker(uri, experiment, journal_path=metrics_path, first_step=first_step, warn=warn)
+        return JsonlTracker(metrics_path, first_step=first_step, disk=disk)
+    return MlflowTracker(
+        uri, experiment, journal_path=metrics_path, first_step=first_step, disk=disk, warn=warn
+    )

@@ -23,6 +23,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Column, Table
 from rich.text import Text
 
+from metaloom.disk import PASSING
+
 LINE_INTERVAL_S = 10.0
 LINE_FRACTION = 0.05
 
@@ -64,9 +66,14 @@ def _printable(text: str) -> str:
 def _write_lines(stream: TextIO, text: str) -> None:
     lines = "".join(f"{line}\n" for line in _printable(text).splitlines())
     encoding = stream.encoding or "utf-8"
-    # A log in ASCII shows "?" for a "±" rather than end the run.
-    stream.write(lines.encode(encoding, "replace").decode(encoding))
-    stream.flush()
+    try:
+        # A log in ASCII shows "?" for a "±" rather than end the run.
+        stream.write(lines.encode(encoding, "replace").decode(encoding))
+        stream.flush()
+    except OSError as error:
+        # On a full disk it stays in the stream's buffer, up to the next line.
+        if error.errno not in PASSING:
+            raise
 
 
 class Phase:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from metaloom.files import replace_file
+from metaloom.disk import Disk
 from metaloom.tracking.jsonl import complete_lines
 
 
@@ -38,11 +38,13 @@ def read_cosines(path: Path) -> list[CosineRecord]:
     return [_record(line) for line in complete_lines(path)] if path.exists() else []
 
 
-def add_cosines(path: Path, record: CosineRecord) -> None:
+def add_cosines(path: Path, record: CosineRecord, disk: Disk) -> None:
     """Adds a record; those of its step and later ones, of an attempt that went on after its last checkpoint,
     are dropped. One rank must call."""
-    kept = [each for each in read_cosines(path) if each.step < record.step]
-    replace_file(
+    lines = disk.read(path).splitlines(keepends=True)
+    before = [_record(line) for line in lines if line.endswith(b"\n")]
+    kept = [each for each in before if each.step < record.step]
+    disk.replace(
         path, "".join(f"{json.dumps(asdict(each), ensure_ascii=False)}\n" for each in [*kept, record])
     )
 

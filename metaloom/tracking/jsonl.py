@@ -4,16 +4,19 @@ Each line is one `log` call: {"step": 3, "time_s": 1700000000.123, "meta_loss": 
 infinities are written as the strings "NaN", "Infinity", "-Infinity", so every line is strict JSON.
 """
 
+import contextlib
 import json
 import math
 import os
 import shutil
 import time
 import uuid
+from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO
 
+from metaloom.disk import Disk
 from metaloom.errors import TrackingError
 from metaloom.files import replace_file
 from metaloom.tracking.base import RESERVED_METRIC_NAMES, FinishStatus, MetricRecord, RunTracker
@@ -91,24 +94,77 @@ def read_metrics(path: Path) -> list[MetricRecord]:
 def truncate_from(path: Path, step: int) -> int:
     """Drops the lines of `step` and later, and a torn last line; returns how many were dropped.
 
-    The file is replaced in one motion, so a process killed here leaves the old or the new file.
+    The file is cut, where all of them are at its end, or else replaced in one motion: so a process killed
+    here leaves the old or the new file, and a full disk has room for it.
     """
     if not path.exists():
         return 0
-    total, kept = 0, []
+    total, kept, is_prefix = 0, list[bytes](), True
     with path.open("rb") as file:
         for line in file:
             total += 1
             if line.endswith(b"\n") and decode_line(line).step < step:
+                is_prefix &= len(kept) == total - 1
                 kept.append(line)
     if len(kept) == total:
         return 0
-    replace_file(path, b"".join(kept))
+    if is_prefix:
+        os.truncate(path, sum(map(len, kept)))
+    else:
+        replace_file(path, b"".join(kept))
     return total - len(kept)
 
 
+class _Lines:
+    """Lines at the end of a file, each there as a whole or not at all.
+
+    Attributes:
+        waiting: what was not written yet: each line, and the number of metrics in it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        # Without a buffer: one that could not be emptied would be written again in part.
+        self._file: BinaryIO = path.open("ab", buffering=0)
+        self._num_torn = 0  # bytes at the end of the file, of a line that is not whole
+        self.waiting: deque[tuple[bytes, int]] = deque()
+
+    def write(self) -> None:
+        """Writes what waits.
+
+        Raises:
+            OSError: not all of it could be written; what is left waits.
+        """
+        while self.waiting:
+            self._cut()
+            line, _ = self.waiting[0]
+            try:
+                while self._num_torn < len(line):
+                    # A disk with room for a part takes that.
+                    self._num_torn += self._file.write(line[self._num_torn :])
+            except OSError:
+                # At once, for those that read meanwhile; if not, before the next attempt.
+                with contextlib.suppress(OSError):
+                    self._cut()
+                raise
+            self._num_torn = 0
+            self.waiting.popleft()
+
+    def sync(self) -> None:
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _cut(self) -> None:
+        if self._num_torn:
+            descriptor = self._file.fileno()
+            os.ftruncate(descriptor, os.fstat(descriptor).st_size - self._num_torn)
+            self._num_torn = 0
+
+
 class JsonlTracker(RunTracker):
-    """Appends one line per `log` call to `path`; each line is with the operating system on return.
+    """Appends one line per `log` call to `path`; each line is with the operating system on return, unless the
+    disk is full: then lines wait in memory for the next call.
 
     Args:
         path: the file, usually metrics.jsonl of the run folder; its folder is made.
@@ -116,15 +172,22 @@ class JsonlTracker(RunTracker):
             that it continued from, or 0 (less, where phases before meta-training count below 0).
             Lines of that step and later come from an attempt that went further than its last
             checkpoint: `start` drops them, so that no step is there twice.
+        disk: the file is on; it says how long lines may wait.
 
     Artifacts from outside the folder of `path` are copied to `artifacts/` in it; others stay
     where they are.
     """
 
-    def __init__(self, path: Path, *, first_step: int = 0) -> None:
+    def __init__(self, path: Path, *, first_step: int = 0, disk: Disk | None = None) -> None:
         self._path = path
         self._first_step = first_step
-        self._file: IO[bytes] | None = None
+        self._disk = disk or Disk()
+        self._lines: _Lines | None = None
+
+    @property
+    def num_waiting(self) -> int:
+        """Metrics that were logged and are not in the file yet."""
+        return 0 if self._lines is None else sum(count for _, count in self._lines.waiting)
 
     def start(
         self,
@@ -138,7 +201,7 @@ class JsonlTracker(RunTracker):
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             truncate_from(self._path, self._first_step)
-            self._file = self._path.open("ab")
+            self._lines = _Lines(self._path)
         except (OSError, ValueError) as error:
             raise TrackingError(
                 f"{self._path}: metrics cannot be written there ({error}). The file holds JSON lines in a "
@@ -152,10 +215,12 @@ class JsonlTracker(RunTracker):
             raise ValueError(
                 f"a metric cannot be called {sorted(reserved)[0]!r}: the name is part of the format"
             )
-        if self._file is None:
+        lines = self._lines
+        if lines is None:
             raise RuntimeError("log() needs a tracker that was started and is not finished")
-        self._file.write(_encode(MetricRecord(step, round(time.time(), 3), dict(metrics))))
-        self._file.flush()
+        record = MetricRecord(step, round(time.time(), 3), dict(metrics))
+        lines.waiting.append((_encode(record), len(metrics)))
+        self._disk.write(self._path, lines.write, lost=lambda: f"{len(lines.waiting)} lines")
 
     def artifact(self, path: Path, folder: str = "") -> None:
         home = self._path.parent.resolve()
@@ -166,14 +231,20 @@ class JsonlTracker(RunTracker):
         shutil.copyfile(path, target)
 
     def flush(self, timeout_s: float) -> bool:
-        if self._file is not None:
-            os.fsync(self._file.fileno())
+        if self._lines is not None:
+            try:
+                self._lines.write()
+                self._lines.sync()
+            except OSError:
+                return False
         return True
 
     def finish(self, status: FinishStatus) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        if self._lines is not None:
+            self._disk.end()
+            with contextlib.suppress(OSError):  # file systems of a network may say here that the disk is full
+                self._lines.close()
+            self._lines = None
 
     def describe(self) -> str:
         return str(self._path)

@@ -30,6 +30,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from metaloom.disk import Disk
 from metaloom.errors import TrackingError
 from metaloom.tracking.base import FinishStatus, MetricRecord, RunTracker
 from metaloom.tracking.jsonl import JsonlTracker, decode_line
@@ -133,6 +134,7 @@ class MlflowTracker(RunTracker):
         experiment: its name; made when it is missing.
         journal_path: the JSONL file; it is written too, see `JsonlTracker`.
         first_step: see `JsonlTracker`.
+        disk: see `JsonlTracker`.
         warn: shows a warning to people, from any thread.
         start_timeout_s: how long `start` waits for a server that the user named. A database that
             the user named gets eight times that, since its tables may have to be made first.
@@ -149,6 +151,7 @@ class MlflowTracker(RunTracker):
         *,
         journal_path: Path,
         first_step: int = 0,
+        disk: Disk | None = None,
         warn: Callable[[str], None] | None = None,
         start_timeout_s: float = 15.0,
         finish_timeout_s: float = 20.0,
@@ -159,11 +162,12 @@ class MlflowTracker(RunTracker):
         self._experiment = experiment
         self._journal_path = journal_path
         self._first_step = first_step
-        self._journal = JsonlTracker(journal_path, first_step=first_step)
+        self._journal = JsonlTracker(journal_path, first_step=first_step, disk=disk)
         self._warn = warn or logging.getLogger("metaloom.tracking").warning
         self._start_timeout_s = start_timeout_s * (8 if is_database(self._uri) else 1)
         self._finish_timeout_s = finish_timeout_s
         self._run_id = ""
+        self._num_logged = 0  # metrics, those of earlier processes included
         self._state = _Delivery()
         self._thread: threading.Thread | None = None
         self._set_variables: list[str] = []
@@ -188,9 +192,8 @@ class MlflowTracker(RunTracker):
         )
         # Lines of earlier processes count as handed over: the store may lack some of them.
         offset_of_new = self._journal_path.stat().st_size
-        self._state.num_written = sum(
-            len(r.metrics) for r, _ in _records(self._journal_path, 0, offset_of_new)
-        )
+        self._num_logged = sum(len(r.metrics) for r, _ in _records(self._journal_path, 0, offset_of_new))
+        self._count()
         self._set_environment()
         sender = _Sender(
             uri=self._uri,
@@ -231,10 +234,13 @@ class MlflowTracker(RunTracker):
         )
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        self._journal.log(metrics, step)
+        self._num_logged += len(metrics)
+        try:
+            self._journal.log(metrics, step)
+        finally:
+            self._count()
         state = self._state
         with state.changed:
-            state.num_written += len(metrics)
             if state.num_written - state.num_read >= DELIVERY_COUNT:
                 state.changed.notify_all()
 
@@ -244,18 +250,20 @@ class MlflowTracker(RunTracker):
             self._state.changed.notify_all()
 
     def flush(self, timeout_s: float) -> bool:
-        self._journal.flush(timeout_s)
+        is_written = self._journal.flush(timeout_s)
+        self._count()
         state = self._state
         with state.changed:
             state.is_urgent = True
             state.changed.notify_all()
             delivered = state.changed.wait_for(lambda: state.is_done, timeout_s)
             state.is_urgent = False
-        return delivered
+        return is_written and delivered
 
     def finish(self, status: FinishStatus) -> None:
         if self._thread is None:
             return
+        self._count()  # what the journal lacks at its end does not come: its disk tells of it
         state = self._state
         with state.changed:
             state.status, state.is_urgent = status, True
@@ -271,6 +279,11 @@ class MlflowTracker(RunTracker):
                 f"{self._finish_timeout_s:g} s ({reason or 'the store is slow'}). All metrics are in "
                 f"{self._journal_path}; resuming the run delivers the rest."
             )
+
+    def _count(self) -> None:
+        """Hands over what is in the journal, which may lack lines while its disk is full."""
+        with self._state.changed:
+            self._state.num_written = self._num_logged - self._journal.num_waiting
 
     def _close(self, timeout_s: float) -> None:
         with self._state.changed:

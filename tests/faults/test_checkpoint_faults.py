@@ -4,6 +4,7 @@ not."""
 from __future__ import annotations
 
 import http.client
+import json
 import os
 import re
 import signal
@@ -130,6 +131,125 @@ def test_a_run_whose_checkpoints_cannot_be_written_for_too_long_ends_and_names_t
     assert "longer than checkpoint.patience_minutes. The last one is " in finished.errors
     assert "checkpoints/meta/step-00000002." in finished.errors
     assert "Traceback" not in finished.errors
+
+
+# The disk under the run's folder is full on rank 0 for some steps: for records, and for checkpoints.
+FULL_FOLDER = """
+import errno, os
+if "RANK" in os.environ:
+    import metaloom.disk, metaloom.keeping
+    metaloom.keeping.RETRY_S = metaloom.disk.RETRY_S = 0.1
+if os.environ.get("RANK") == "0":
+    from metaloom.tracking import jsonl
+    step = [0]
+    def refuse():
+        if FIRST <= step[0] < LAST:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def fsync(descriptor, fsync=os.fsync):
+        refuse()
+        fsync(descriptor)
+    os.fsync = fsync
+    class File:
+        def __init__(self, file):
+            self.file = file
+            self.is_torn = False
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+        def write(self, content):
+            self.is_torn = not self.is_torn
+            if self.is_torn:
+                return self.file.write(content[:20])
+            refuse()
+            return self.file.write(content)
+    def start(lines, path, start=jsonl._Lines.__init__):
+        start(lines, path)
+        lines._file = File(lines._file)
+    jsonl._Lines.__init__ = start
+    def log(tracker, metrics, number, log=jsonl.JsonlTracker.log):
+        step[0] = number
+        log(tracker, metrics, number)
+    jsonl.JsonlTracker.log = log
+"""
+
+
+def test_a_run_folder_whose_disk_is_full_for_a_while_lacks_nothing_in_the_end(
+    tmp_path: Path, glyphs: Path, whole: Path
+) -> None:
+    with changed(tmp_path, FULL_FOLDER.replace("FIRST", "3").replace("LAST", "9")):
+        output = run_well("train", SMOKE, f"data.url={glyphs}", *RUN, "--run", tmp_path / "run", cwd=tmp_path)
+    assert "metrics.jsonl cannot be written: No space left on device. The job goes on" in output
+    assert "the run's folder is written again: nothing is lost" in output
+    assert "checkpoints are written again: step-" in output
+    assert_equal(tmp_path / "run", whole)
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (facts["status"], facts["checkpoint"]["step"]) == ("finished", 12)
+
+
+def test_a_run_whose_records_cannot_be_written_for_too_long_ends_with_the_cause(
+    tmp_path: Path, glyphs: Path
+) -> None:
+    words = (*RUN, "checkpoint={every_steps: 9, patience_minutes: 1e-9}", "--run", tmp_path / "run")
+    with changed(tmp_path, FULL_FOLDER.replace("FIRST", "3").replace("LAST", "99")):
+        finished = run("train", SMOKE, f"data.url={glyphs}", *words, cwd=tmp_path)
+    assert finished.code == 4, finished
+    assert "metrics.jsonl cannot be written: No space left on device. So it has been" in finished.errors
+    assert re.search(r"Lost is: of \S+/metrics.jsonl [0-9]+ lines", finished.output)
+    assert "Traceback" not in finished.errors
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """The folder of a disk of 4 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    try:
+        subprocess.run(words, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"a disk cannot be mounted here: {error}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.mark.mount
+def test_a_disk_that_is_really_full_for_a_while_changes_nothing(
+    tmp_path: Path, glyphs: Path, small_disk: Path
+) -> None:
+    few = ("outer.num_steps=40", "validation.every_steps=20", "launcher.num_processes=1")
+    words = ("train", SMOKE, f"data.url={glyphs}", *RUN, *few)
+    run_well(*words, "--run", tmp_path / "whole", cwd=tmp_path)
+    folder, filler = small_disk / "run", small_disk / "filler"
+    with held(tmp_path) as hold:
+        with (tmp_path / "held" / "sitecustomize.py").open("a") as file:
+            file.write("    import metaloom.disk, metaloom.keeping\n")
+            file.write("    metaloom.keeping.RETRY_S = metaloom.disk.RETRY_S = 0.2\n")
+        hold.at(3)
+        process = subprocess.Popen(
+            command(*words, "--run", folder),
+            cwd=tmp_path,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            wait_for_step(folder / "metrics.jsonl", 3, process)
+            wait_until(lambda: Catalogue(folder / "checkpoints" / "meta").steps() == [2])
+            with filler.open("wb", buffering=0) as file:
+                assert 2**20 < file.write(bytes(2**22)) < 2**22  # all that there is
+            hold.at(40)  # the record's last page has room for some of it
+            time.sleep(10.0)  # steps go on, and the last checkpoint waits
+            assert process.poll() is None
+            filler.unlink()
+            output, _ = process.communicate(timeout=120)
+        finally:
+            if process.poll() is None:
+                kill_tree(process.pid)
+                process.communicate()
+    assert process.returncode == 0, output
+    assert b"metrics.jsonl cannot be written: No space left on device" in output
+    assert b"fault:" not in output
+    assert_equal(folder, tmp_path / "whole")
 
 
 # Rank 1 does something as it comes to the checkpoint of a step, or writes its file of it.

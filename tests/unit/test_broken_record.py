@@ -11,6 +11,7 @@ import pytest
 
 from metaloom.broken_record import NUM_TOLD, BrokenRecord
 from metaloom.datasets import BrokenSample
+from metaloom.disk import Disk
 from metaloom.engine.sharding.base import Sharding
 from metaloom.engine.sharding.replicated import Replicated
 from metaloom.errors import StreamError
@@ -29,7 +30,14 @@ def record(
     said = io.StringIO()
     console = make_console(rank=sharding.rank, error_stream=said)
     return (
-        BrokenRecord(path, max_broken=max_broken, sharding=sharding, console=console, first_step=first_step),
+        BrokenRecord(
+            path,
+            max_broken=max_broken,
+            sharding=sharding,
+            console=console,
+            disk=Disk(),
+            first_step=first_step,
+        ),
         said,
     )
 

@@ -10,6 +10,7 @@ import torch
 from metaloom.broken_record import BrokenRecord
 from metaloom.budgets import NUM_SIZED_TASKS, ordinary_budget
 from metaloom.build import Choices
+from metaloom.disk import Disk
 from metaloom.engine.sharding.replicated import Replicated
 from metaloom.job import Job, Place, Shutdown
 from metaloom.recipe import load_recipe
@@ -27,8 +28,11 @@ def job(recipe_name: str, *overrides: str) -> Job:
     place = Place(RunFolder(Path("unused")), torch.device("cpu"), None, Shutdown())
     console = LineConsole(io.StringIO(), io.StringIO())
     sharding = Replicated()
-    broken = BrokenRecord(Path("unused"), max_broken=0, sharding=sharding, console=console, first_step=None)
-    return Job(recipe, place, open_data(recipe), sharding, console, NullTracker(), {}, broken)
+    disk = Disk()
+    broken = BrokenRecord(
+        Path("unused"), max_broken=0, sharding=sharding, console=console, disk=disk, first_step=None
+    )
+    return Job(recipe, place, open_data(recipe), sharding, console, NullTracker(), {}, broken, disk)
 
 
 def test_equal_data_counts_every_sample_of_every_task_once(glyphs: Path, stdlib: Path) -> None:

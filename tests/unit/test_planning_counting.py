@@ -102,6 +102,7 @@ def test_counted_without_data_is_what_a_real_hypergradient_allocates_and_compute
     assert counted.peak_bytes == pytest.approx(peak_allocated(differentiate), rel=0.12)
 
 
+@pytest.mark.slow
 def test_a_recipe_larger_than_what_is_counted_follows_linearly() -> None:
     deep = recipe(
         num_steps=5,

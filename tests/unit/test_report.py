@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from metaloom.disk import Disk
 from metaloom.errors import TrackingError
 from metaloom.tracking.base import MetricRecord
 from metaloom.tracking.cosines import CosineRecord, add_cosines, mean_cosines, read_cosines
@@ -343,7 +344,7 @@ def test_a_resumed_run_writes_its_cosines_over_those_of_a_lost_attempt(tmp_path:
         cosines(6, "ab", 0.3),
         cosines(4, "ab", 0.4),
     ):
-        add_cosines(path, record)
+        add_cosines(path, record, Disk())
     with path.open("a") as file:
         file.write('{"step": 6, "of"')  # torn by a killed process
     assert read_cosines(path) == [cosines(2, "ab", 0.1), cosines(4, "ab", 0.4)]
