@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import secrets
 from pathlib import Path
 
 
@@ -14,12 +16,18 @@ def replace_file(path: Path, content: str | bytes) -> None:
     Raises:
         OSError: it cannot be written; what was there before is.
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # two processes may write the same file
-    with partial.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    # Two may write the same file at once: threads, or processes of two containers, whose ids may be the same.
+    partial = path.with_name(f"{path.name}.{secrets.randbits(64)}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
     sync_folder(path.parent)
 
 
