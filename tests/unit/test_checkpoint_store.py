@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from metaloom.checkpoints.catalogue import Catalogue
 from metaloom.checkpoints.folder import Folder, Sink
 from metaloom.checkpoints.manifest import MANIFEST, DamagedError, Manifest, StoredTensor, parse_manifest
-from metaloom.checkpoints.retention import Retention
+from metaloom.checkpoints.retention import Retention, retention_of
 from metaloom.checkpoints.store import (
     Checkpoint,
     CheckpointStore,
@@ -29,6 +29,8 @@ from metaloom.checkpoints.store import (
     whole_tensor,
 )
 from metaloom.errors import CheckpointError
+from metaloom.recipe import load_recipe
+from tests.commands import RECIPES
 
 
 def tensors(step: int) -> dict[str, Tensor]:
@@ -339,6 +341,37 @@ def test_pruning_keeps_what_any_rule_keeps(tmp_path: Path) -> None:
 def test_the_best_may_be_the_highest() -> None:
     rules = Retention(last=1, best=1, metric="accuracy", is_higher_better=True)
     assert rules.kept({1: {"accuracy": 0.5}, 2: {"accuracy": 0.9}, 3: {"accuracy": 0.9}, 4: {}}) == {2, 4}
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "expected"),
+    [
+        (
+            "smoke",
+            (),
+            Retention(last=2, every=None, best=1, metric="validation_loss", is_higher_better=False),
+        ),
+        (
+            "smoke",
+            ("checkpoint={keep_last: 3, keep_every: 5, keep_best: 4}", "validation.best_by=accuracy"),
+            Retention(last=3, every=5, best=4, metric="validation_accuracy", is_higher_better=True),
+        ),
+        (
+            "faces-arm",
+            ("validation.best_by=worst_group_loss",),
+            Retention(last=2, best=1, metric="validation_worst_group_loss", is_higher_better=False),
+        ),
+        (
+            "faces-arm",
+            ("validation.best_by=worst_group_accuracy",),
+            Retention(last=2, best=1, metric="validation_worst_group_accuracy", is_higher_better=True),
+        ),
+    ],
+)
+def test_the_rules_of_a_recipe_are_those_that_it_names(
+    name: str, words: tuple[str, ...], expected: Retention
+) -> None:
+    assert retention_of(load_recipe(RECIPES / f"{name}.yaml", words)) == expected
 
 
 def test_the_checkpoint_just_saved_is_never_pruned(tmp_path: Path) -> None:
