@@ -99,7 +99,7 @@ def train(recipe: Recipe, place: Place) -> None:
             is_saved = resumed is not None and run.state.unfinished is None
             last_step = run.state.outer.step if is_saved else None
             _outer_loop(
-                job, run, Keeper(job, store, last_step=last_step, noun="outer step", is_recorded=True)
+                job, run, Keeper(job, store, last_step=last_step, noun="outer step {}", is_recorded=True)
             )
             if job.sharding.rank == 0 and job.place.folder.cosines.exists():
                 job.tracker.artifact(job.place.folder.cosines)
