@@ -32,8 +32,8 @@ def loaded(root: Path, views: tuple[str, str]) -> tuple[str, list[str]]:
     def is_newest(path: str) -> bool:
         return f"step-{NEWEST:08d}" in path and path.endswith(".safetensors")
 
-    def read(folder: Folder, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        content = bytearray(read_file(folder, name, start, stop))
+    def read(self: Folder, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        content = bytearray(read_file(self, name, start, stop))
         if is_newest(name):
             content[-1] ^= 1
         return bytes(content)
