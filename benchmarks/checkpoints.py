@@ -35,13 +35,13 @@ from metaloom.recipe.tasks import data_urls
 EVERY = 5
 VALIDATED_EVERY = 8
 STEPS = 40
-RECIPES = (*sorted(str(path) for path in Path("recipes").glob("*.yaml")), "recipes/few-shot/maml.yaml")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures the recipes that are named, and prints a row for each."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.checkpoints")
-    parser.add_argument("recipes", nargs="*", default=RECIPES, metavar="RECIPE")
+    built_in = [*sorted(map(str, Path("recipes").glob("*.yaml"))), "recipes/few-shot/maml.yaml"]
+    parser.add_argument("recipes", nargs="*", default=built_in, metavar="RECIPE")
     recipes: Sequence[str] = parser.parse_args(argv).recipes
     print(
         f"{'recipe':<26}{'state':>10}{'step':>10}{'waits':>11}{'best':>8}{'interval':>12}{'validated':>12}"
