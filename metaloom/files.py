@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 from pathlib import Path
 
 
@@ -15,14 +16,15 @@ def replace_file(path: Path, content: str | bytes) -> None:
     Raises:
         OSError: it cannot be written; what was there before is.
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # two processes may write the same file
+    # Two may write the same file at once: threads, or processes of two containers, whose ids may be the same.
+    partial = path.with_name(f"{path.name}.{secrets.randbits(64)}.partial")
     try:
         with partial.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except OSError:
+    except BaseException:
         # Half a file takes the room that a full disk lacks.
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)

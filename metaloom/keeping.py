@@ -85,7 +85,7 @@ class Keeper:
 
     Args:
         last_step: of the checkpoint that the training goes on from; None where there is none.
-        noun: what a step of it is called.
+        noun: what a step of it is called, with `{}` where its number comes.
         is_recorded: whether the run's folder says that there was a checkpoint: without it the run does not go
             on then.
 
@@ -177,7 +177,7 @@ class Keeper:
                 self.store.start_saving(now)
                 self._settle()
             if self._saved_step == now.step:
-                self._job.console.note(f"saved after {self._noun} {now.step}")
+                self._job.console.note(f"saved after {self._noun.format(now.step)}")
             raise
 
     def waited_s(self) -> float:

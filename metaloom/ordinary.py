@@ -99,7 +99,7 @@ def train_ordinary(
         noun="batch",
     )
     keeper = Keeper(
-        job, store, last_step=None if newest is None else newest.step, noun=f"step of {shown_name}"
+        job, store, last_step=None if newest is None else newest.step, noun=f"step {{}} of {shown_name}"
     )
 
     def checkpoint() -> Checkpoint:

@@ -109,7 +109,7 @@ def train(recipe: Recipe, place: Place) -> None:
             store.remove_remains()
             is_saved = resumed is not None and run.state.unfinished is None
             keeper = Keeper(
-                job, store, last_step=last_step if is_saved else None, noun="outer step", is_recorded=True
+                job, store, last_step=last_step if is_saved else None, noun="outer step {}", is_recorded=True
             )
             _outer_loop(job, run, keeper)
             if job.sharding.rank == 0 and job.place.folder.cosines.exists():

@@ -64,6 +64,21 @@ def test_pruning_says_what_it_would_do_and_does_it(
     assert CheckpointStore(tmp_path / "meta").steps() == [2, 4]
 
 
+def test_pruning_keeps_the_newest_one_that_is_not_damaged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stored(tmp_path, 1, 2, 3)
+    # Only who reads its bytes finds this damage.
+    shard = next((tmp_path / "meta" / "step-00000003").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\1")
+    words = ["checkpoints", "prune", str(tmp_path), "--keep-last", "1"]
+    assert main([*words, "--dry-run"]) == 0
+    assert capsys.readouterr().out == "would delete 1; kept 2, 3\n"
+    assert main(words) == 0
+    assert capsys.readouterr().out == "deleted 1; kept 2, 3\n"
+    assert CheckpointStore(tmp_path / "meta").catalogue.verify(2).step == 2
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -21,11 +21,11 @@ from metaloom.export import load, load_backbone, plain
 from metaloom.export.card import Card
 from metaloom.export.trained import result_of_run
 from metaloom.job import Place, Shutdown, open_job
-from metaloom.recipe import Recipe, dump_recipe, load_recipe
+from metaloom.recipe import load_recipe
 from metaloom.run_folder import RunFolder
 from metaloom.sources import episode_source
-from metaloom.train import train
 from tests.commands import RECIPES, run_well
+from tests.in_process import trained
 from tests.packed import samples_of
 
 SHORT = (
@@ -98,15 +98,6 @@ def evaluated(folder: Path, num_steps: int) -> tuple[TaskBatch, dict[str, Tensor
         return batch, contender.curve(contender.meta, batch, num_steps=num_steps)
 
 
-def trained(recipe: Recipe, folder: Path) -> Path:
-    """The folder of a run that was trained in this process."""
-    place = Place(RunFolder(folder), torch.device("cpu"), None, Shutdown())
-    place.folder.create()
-    (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-    train(recipe, place)
-    return folder
-
-
 def losses(logits: Tensor, targets: Tensor) -> float:
     """The mean cross-entropy of next tokens `[N, L]`, of logits `[N, L, V]`."""
     return float(F.cross_entropy(logits.double().flatten(0, 1), targets.flatten()))
@@ -170,6 +161,8 @@ def test_transformers_computes_with_the_model_as_the_run_does(texts: Path) -> No
     merged_folder = texts.parent / "merged"
     words = ["export", str(texts), "--format", "huggingface", "--merge", "--output", str(merged_folder)]
     assert main(words) == 0
+    assert main(["export", str(texts), "--format", "safetensors", "--replace"]) == 0
+    ours = load(texts / "export" / "safetensors")
     inputs, targets = batch.query["inputs"], batch.query["targets"]
     with torch.no_grad():
         for model in (
@@ -177,7 +170,10 @@ def test_transformers_computes_with_the_model_as_the_run_does(texts: Path) -> No
             GPT2LMHeadModel.from_pretrained(merged_folder),
         ):
             model.eval()
-            found = [losses(model(inputs[task]).logits, targets[task]) for task in range(2)]
+            logits = [model(inputs[task]).logits for task in range(2)]
+            for task in range(2):
+                torch.testing.assert_close(logits[task], ours.outputs(inputs[task]), rtol=0.0, atol=1e-6)
+            found = [losses(logits[task], targets[task]) for task in range(2)]
             assert found == pytest.approx(first_losses(curves), abs=1e-6)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from metaloom.datasets.connection import Persistence
 from metaloom.errors import CheckpointError, LaunchError
 from tests.commands import RECIPES, curve, killed_at_end, run, run_well, wait_for_step
 from tests.hosts import held
-from tests.object_store import SECRET_KEY, ObjectStore, running_object_store
+from tests.object_store import ACCESS_KEY, SECRET_KEY, ObjectStore, running_object_store
 
 SMOKE = RECIPES / "smoke.yaml"
 QUICK = Persistence(num_attempts=3, backoff_s=0.02, max_backoff_s=0.05, timeout_s=5.0)
@@ -83,8 +84,15 @@ def test_a_storage_that_cannot_be_reached_is_never_taken_for_one_without_checkpo
         store.save(checkpoint(2))
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        f"403, message='Forbidden', url='http://user:{SECRET_KEY}@127.0.0.1/bucket/run/lease.json'",
+        f"Forbidden: https://storage/run?X-Amz-Credential={ACCESS_KEY}&X-Amz-Signature={SECRET_KEY}",
+    ],
+)
 def test_wrong_credentials_are_told_at_once_and_not_shown(
-    s3: ObjectStore, monkeypatch: pytest.MonkeyPatch
+    message: str, s3: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = f"{s3.new_bucket()}/run"
 
@@ -92,7 +100,7 @@ def test_wrong_credentials_are_told_at_once_and_not_shown(
         """A driver that refuses."""
 
         def pipe_file(self, path: str, content: bytes) -> None:
-            raise PermissionError(f"Forbidden {SECRET_KEY[:0]}")
+            raise PermissionError(message)
 
     folder = Folder(url, QUICK)
     monkeypatch.setattr(folder, "_filesystem", Forbidding())
@@ -100,7 +108,10 @@ def test_wrong_credentials_are_told_at_once_and_not_shown(
         CheckpointError, match=r"cannot be written: .*Credentials for s3:// come from"
     ) as caught:
         folder.write("lease.json", b"")
-    assert SECRET_KEY not in str(caught.value)
+    shown = "".join(traceback.format_exception(caught.value))  # of what it follows from, too
+    assert "PermissionError: " in shown
+    assert SECRET_KEY not in shown
+    assert ACCESS_KEY not in shown
 
 
 def test_a_passing_fault_is_tried_again_and_a_full_disk_is_not(

@@ -1,5 +1,6 @@
 """Several hosts: the same command on each. Here each "host" is an agent of its own on this machine."""
 
+import os
 import pickle
 import signal
 import time
@@ -11,7 +12,7 @@ import pytest
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 
-from tests.commands import ADDED, RECIPES, curve, environment, run_well
+from tests.commands import ADDED, RECIPES, curve, digests, environment, rank_of, run_well
 from tests.hosts import Host, free_port, held
 
 SMOKE = RECIPES / "smoke.yaml"
@@ -66,6 +67,56 @@ def test_a_job_goes_on_without_a_host_that_leaves_and_with_it_when_it_is_back(
     assert len(curve(folder)) == STEPS
     for ours, theirs in zip(curve(folder), curve(tmp_path / "whole"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-7)  # sums over tasks are added in another order
+
+
+def two_hosts(folder: Path, stack: ExitStack, *words: str | Path) -> tuple[Host, Host]:
+    """Two hosts whose ranks run: rank 0 on the first of them."""
+    words = (*words, *hosts(min_hosts=2), "--run", folder / "run")
+    first = Host(folder, "first", *words)
+    stack.callback(first.close)
+    first.wait_for_store(folder / "run")
+    second = Host(folder, "second", *words)
+    stack.callback(second.close)
+    second.wait_for("rank 1 of 2 here, on 2 hosts")
+    return first, second
+
+
+def test_sigterm_to_a_rank_saves_and_ends_the_job_on_all_hosts_and_it_goes_on_equal(
+    tmp_path: Path, glyphs: Path, stack: ExitStack
+) -> None:
+    words, folder = (f"data.url={glyphs}", *RUN), tmp_path / "run"
+    run_well("train", SMOKE, *words, "--run", tmp_path / "whole", cwd=tmp_path)  # two ranks as well
+    with held(tmp_path) as hold:
+        first, second = two_hosts(tmp_path, stack, *words)
+        hold.at(5)
+        first.wait_for_step(folder / "metrics.jsonl", 5)
+        os.kill(rank_of(second.process.pid, 1), signal.SIGTERM)
+        assert (first.end(), second.end()) == (75, 75)
+    assert "saved after outer step 5" in first.output
+    assert first.errors == second.errors == "stopped by SIGTERM\n"
+    here = ("launcher.hosts=null", "launcher.num_processes=2")
+    assert "resumed after outer step 5 of 12" in run_well("train", "--resume", folder, *here, cwd=tmp_path)
+    assert curve(folder) == curve(tmp_path / "whole")
+    assert digests(folder / "checkpoints" / "meta") == digests(tmp_path / "whole" / "checkpoints" / "meta")
+
+
+def test_a_rank_that_hangs_on_another_host_is_told_by_where_it_was_last_seen(
+    tmp_path: Path, glyphs: Path, stack: ExitStack
+) -> None:
+    limits = ("launcher.timeout_s=3", "launcher.max_restarts=0")
+    hold = stack.enter_context(held(tmp_path))
+    both = first, second = two_hosts(tmp_path, stack, f"data.url={glyphs}", *RUN, *limits)
+    hold.at(2)
+    first.wait_for_step(tmp_path / "run" / "metrics.jsonl", 2)
+    os.kill(rank_of(second.process.pid, 1), signal.SIGSTOP)
+    hold.at(STEPS)
+    assert [host.end() for host in both] == [1, 1]
+    for host in both:
+        assert host.errors.startswith(
+            "error: rank 0 at outer step 3: a collective failed, since another rank"
+        )
+        assert "(last seen: rank 0 at outer step 3, " in host.errors
+        assert host.errors.endswith("; on other hosts: rank 1 at outer step 3, reading its tasks\n")
 
 
 FAULTY = """

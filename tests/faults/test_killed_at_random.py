@@ -27,5 +27,6 @@ def test_the_seeds_kill_at_every_place_and_by_the_clock() -> None:
 def test_a_run_that_is_killed_ends_as_one_that_is_not(
     tmp_path: Path, glyphs: Path, whole: dict[str, object], seed: int
 ) -> None:
-    disturbed(tmp_path, glyphs, tmp_path / "run", plan_of(seed))
+    done = disturbed(tmp_path, glyphs, tmp_path / "run", plan_of(seed))
+    assert done.has_struck
     assert state_of(tmp_path / "run") == whole

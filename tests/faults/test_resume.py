@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from metaloom.checkpoints.catalogue import Catalogue
 from metaloom.checkpoints.store import CheckpointStore
 from tests.commands import (
     RECIPES,
@@ -86,14 +87,40 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path, gly
     assert final_tensors(tmp_path / "killed") == final_tensors(tmp_path / "whole")
 
 
-def test_killed_while_pretraining_and_resumed_equals_uninterrupted(tmp_path: Path, stdlib: Path) -> None:
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory, stdlib: Path) -> tuple[tuple[str | Path, ...], Path]:
+    """The words of a training that has a pre-training, and a run of it that nothing happens to."""
+    folder = tmp_path_factory.mktemp("pretrained")
     words = ("train", RECIPES / "stdlib-lora.yaml", f"data.url={stdlib}", *STDLIB)
-    run_well(*words, "--run", tmp_path / "whole", cwd=tmp_path)
-    kill_at_step(-30, *words, run=tmp_path / "killed")
-    run_well("train", "--resume", tmp_path / "killed", cwd=tmp_path)
-    assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
+    run_well(*words, "--run", folder / "whole", cwd=folder)
+    return words, folder / "whole"
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
+def test_ended_while_pretraining_and_resumed_equals_uninterrupted(
+    tmp_path: Path, pretrained: tuple[tuple[str | Path, ...], Path], sent: signal.Signals
+) -> None:
+    (words, whole), folder = pretrained, tmp_path / "ended"
+    if sent == signal.SIGKILL:
+        kill_at_step(-30, *words, run=folder)
+    else:
+        process = start(*words, run=folder)
+        try:
+            wait_for_step(folder / "metrics.jsonl", -30, process)
+            process.terminate()
+            output, errors = process.communicate(timeout=60)
+        finally:
+            if process.poll() is None:
+                kill_tree(process.pid)
+        assert process.returncode == 75, (output, errors)
+        (step,) = Catalogue(folder / "checkpoints" / "pretrain").steps()
+        assert 30 <= step < 60
+        assert f"saved after step {step} of pretrain".encode() in output
+        assert not (folder / "checkpoints" / "meta").exists()
+    run_well("train", "--resume", folder, cwd=tmp_path)
+    assert curve(folder) == curve(whole)
     for phase in ("pretrain", "meta"):
-        assert final_tensors(tmp_path / "killed", phase) == final_tensors(tmp_path / "whole", phase)
+        assert final_tensors(folder, phase) == final_tensors(whole, phase)
 
 
 def test_a_rank_that_is_killed_ends_the_job_with_its_name(tmp_path: Path, glyphs: Path) -> None:

@@ -3,18 +3,28 @@ go on."""
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from metaloom.checkpoints.catalogue import Catalogue
+from metaloom.evaluate import evaluate
 from metaloom.faults import START_AGAIN
+from metaloom.job import Place, Shutdown
+from metaloom.recipe import load_recipe
+from metaloom.run_folder import RunFolder
 from tests.commands import (
     ADDED,
     RECIPES,
@@ -28,6 +38,7 @@ from tests.commands import (
 )
 from tests.faults.test_resume import final_tensors
 from tests.hosts import held
+from tests.in_process import trained
 
 SMOKE = RECIPES / "smoke.yaml"
 STEPS = 12
@@ -76,9 +87,16 @@ def slow_from(folder: Path, step: int) -> Iterator[None]:
 
 @contextmanager
 def started(*words: str | Path, run: Path) -> Iterator[subprocess.Popen[bytes]]:
+    with begun("train", SMOKE, *words, "--run", run, cwd=run.parent) as process:
+        yield process
+
+
+@contextmanager
+def begun(*words: str | Path, cwd: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """`metaloom ...`, of which nothing is left at the end."""
     process = subprocess.Popen(
-        command("train", SMOKE, *words, "--run", run),
-        cwd=run.parent,
+        command(*words),
+        cwd=cwd,
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -122,9 +140,12 @@ def test_a_stopped_run_breaks_off_a_long_step_and_goes_on_as_if_it_had_not_been_
     with slow_from(tmp_path, 5), started(*words, run=folder) as process:
         wait_for_step(folder / "metrics.jsonl", 5, process)
         pid = process.pid if target == "command" else rank_of(process.pid, int(target[-1]))
+        asked_s = time.monotonic()
         os.kill(pid, signal.SIGTERM)
         output, errors = process.communicate(timeout=60)
+        took_s = time.monotonic() - asked_s
     assert process.returncode == START_AGAIN, (output, errors)
+    assert took_s < 25.0  # what the recipe grants by default, and clusters count on
     assert b"saved after outer step 5" in output
     assert errors.decode().endswith("stopped by SIGTERM\n")
     assert b"Traceback" not in output + errors
@@ -187,7 +208,8 @@ if "RANK" in os.environ:
     assert final_tensors(folder) == final_tensors(tmp_path / "whole")
 
 
-def test_a_second_signal_stops_at_once(tmp_path: Path, glyphs: Path) -> None:
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_second_signal_stops_at_once(tmp_path: Path, glyphs: Path, sent: signal.Signals, code: int) -> None:
     folder = tmp_path / "run"
     # Nobody comes to a point at which all could stop.
     (tmp_path / "stuck").mkdir()
@@ -207,16 +229,18 @@ if "RANK" in os.environ:
     try:
         with started(f"data.url={glyphs}", *RUN, "launcher.stop_within_s=1000", run=folder) as process:
             wait_for_step(folder / "metrics.jsonl", 3, process)
-            process.send_signal(signal.SIGINT)
+            process.send_signal(sent)
             assert process.stderr is not None
             first = process.stderr.readline()
-            process.send_signal(signal.SIGINT)
+            process.send_signal(sent)
             _, errors = process.communicate(timeout=30)
     finally:
         del ADDED["PYTHONPATH"]
-    assert first == b"SIGINT: stopping, with what was done saved; another signal stops at once\n"
-    assert errors == b"stopped by SIGINT\n"
-    assert process.returncode == 130
+    assert (
+        first.decode() == f"{sent.name}: stopping, with what was done saved; another signal stops at once\n"
+    )
+    assert errors.decode() == f"stopped by {sent.name}\n"
+    assert process.returncode == code
 
 
 def test_a_run_that_cannot_be_saved_in_time_ends_all_the_same(tmp_path: Path, glyphs: Path) -> None:
@@ -244,6 +268,74 @@ if "RANK" in os.environ:
     assert process.returncode == START_AGAIN, errors
     assert b"stopped by SIGTERM, and not saved within 2 s (launcher.stop_within_s)" in errors
     assert b"saved after" not in output
+
+
+# Each step of ordinary training leaves a letter in a file; the fourth, and those after it, wait a little.
+ORDINARY = """
+import os, time
+if "RANK" in os.environ:
+    import metaloom.ordinary
+    def counted(*args, once=metaloom.ordinary.ordinary_gradient, **keywords):
+        with open(os.environ["COUNTED"], "a") as file:
+            file.write("x")
+            if file.tell() >= 4:
+                time.sleep(0.2)
+        return once(*args, **keywords)
+    metaloom.ordinary.ordinary_gradient = counted
+"""
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process, as the worker joins one."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+def test_an_evaluation_that_is_stopped_while_a_baseline_trains_goes_on_with_it(
+    tmp_path: Path, glyphs: Path
+) -> None:
+    words = (
+        f"data.url={glyphs}",
+        "tracking=none",
+        "launcher.num_processes=1",
+        "validation.every_steps=null",
+        "evaluation.baselines=[ordinary_equal_data]",
+        "evaluation.ordinary.batch_size=8",
+    )
+    recipe, folder, place = load_recipe(SMOKE, words), tmp_path / "run", tmp_path / "counting"
+    trained(recipe, folder)
+    shutil.copytree(folder, tmp_path / "whole")
+    evaluate(recipe, Place(RunFolder(tmp_path / "whole"), torch.device("cpu"), None, Shutdown()))
+    place.mkdir()
+    (place / "sitecustomize.py").write_text(ORDINARY)
+    counted = tmp_path / "counted"
+    added = {"PYTHONPATH": f"{place}:{environment()['PYTHONPATH']}", "COUNTED": str(counted)}
+    ADDED.update(added)
+    try:
+        with begun("evaluate", folder, cwd=tmp_path) as process:
+            while not counted.exists() or counted.stat().st_size < 4:
+                assert process.poll() is None
+                time.sleep(0.01)
+            process.terminate()
+            output, errors = process.communicate(timeout=60)
+        num_done = counted.stat().st_size
+        assert process.returncode == START_AGAIN, (output, errors)
+        assert errors.decode().endswith("stopped by SIGTERM\n")
+        assert b"saved after step " in output
+        assert not (folder / "evaluation.json").exists()
+        run_well("evaluate", folder, cwd=tmp_path)
+    finally:
+        for name in added:
+            del ADDED[name]
+    ours, theirs = (json.loads((run / "evaluation.json").read_text()) for run in (folder, tmp_path / "whole"))
+    assert ours == theirs
+    # No step of it was done twice.
+    num_steps = Catalogue(folder / "checkpoints" / "ordinary_equal_data").steps()[-1]
+    assert num_done < num_steps
+    assert counted.stat().st_size == num_steps
 
 
 def test_a_notice_in_a_file_stops_the_run(tmp_path: Path, glyphs: Path) -> None:

@@ -44,6 +44,30 @@ def test_a_second_run_is_refused_by_name_while_the_first_lives(tmp_path: Path) -
     assert not (tmp_path / "lease.json").exists()
 
 
+def test_of_two_runs_that_come_at_once_exactly_one_holds_the_lease(tmp_path: Path) -> None:
+    leases = {name: lease_on(tmp_path, name) for name in ("first", "second")}
+    together = threading.Barrier(2)
+    refused: list[CheckpointError] = []
+
+    def acquire(lease: Lease) -> None:
+        together.wait()
+        try:
+            lease.acquire()
+        except CheckpointError as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=acquire, args=(lease,)) for lease in leases.values()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (error,) = refused
+    (holder,) = (name for name in leases if f"another run works here (the run of {name}, " in str(error))
+    leases[holder].require()
+    for lease in leases.values():
+        lease.release()
+
+
 def test_the_lease_of_a_killed_process_is_taken_at_once(tmp_path: Path) -> None:
     code = (
         "import sys, time; from metaloom.checkpoints.folder import Folder\n"

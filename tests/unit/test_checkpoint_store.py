@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from metaloom.checkpoints.catalogue import Catalogue
 from metaloom.checkpoints.folder import Folder, Sink
 from metaloom.checkpoints.manifest import MANIFEST, DamagedError, Manifest, StoredTensor, parse_manifest
-from metaloom.checkpoints.retention import Retention
+from metaloom.checkpoints.retention import Retention, retention_of
 from metaloom.checkpoints.store import (
     Checkpoint,
     CheckpointStore,
@@ -28,6 +29,8 @@ from metaloom.checkpoints.store import (
     whole_tensor,
 )
 from metaloom.errors import CheckpointError
+from metaloom.recipe import load_recipe
+from tests.commands import RECIPES
 
 
 def tensors(step: int) -> dict[str, Tensor]:
@@ -340,6 +343,37 @@ def test_the_best_may_be_the_highest() -> None:
     assert rules.kept({1: {"accuracy": 0.5}, 2: {"accuracy": 0.9}, 3: {"accuracy": 0.9}, 4: {}}) == {2, 4}
 
 
+@pytest.mark.parametrize(
+    ("name", "words", "expected"),
+    [
+        (
+            "smoke",
+            (),
+            Retention(last=2, every=None, best=1, metric="validation_loss", is_higher_better=False),
+        ),
+        (
+            "smoke",
+            ("checkpoint={keep_last: 3, keep_every: 5, keep_best: 4}", "validation.best_by=accuracy"),
+            Retention(last=3, every=5, best=4, metric="validation_accuracy", is_higher_better=True),
+        ),
+        (
+            "faces-arm",
+            ("validation.best_by=worst_group_loss",),
+            Retention(last=2, best=1, metric="validation_worst_group_loss", is_higher_better=False),
+        ),
+        (
+            "faces-arm",
+            ("validation.best_by=worst_group_accuracy",),
+            Retention(last=2, best=1, metric="validation_worst_group_accuracy", is_higher_better=True),
+        ),
+    ],
+)
+def test_the_rules_of_a_recipe_are_those_that_it_names(
+    name: str, words: tuple[str, ...], expected: Retention
+) -> None:
+    assert retention_of(load_recipe(RECIPES / f"{name}.yaml", words)) == expected
+
+
 def test_the_checkpoint_just_saved_is_never_pruned(tmp_path: Path) -> None:
     store = store_with(tmp_path, 10, 20, keep_last=2)
     store.save(checkpoint(5))  # a run that began anew from an older step
@@ -413,7 +447,8 @@ def test_a_checkpoint_is_on_disk_before_older_ones_go(
     def pruned(self: Catalogue, retention: Retention, *, keep: frozenset[int] = frozenset()) -> list[int]:
         shard, *others = synced
         assert shard == shard_of(tmp_path, 3).name
-        assert others == [f"manifest.json.{os.getpid()}.partial", "step-00000003", tmp_path.name]
+        assert re.fullmatch(r"manifest\.json\.\d+\.partial", others.pop(0))
+        assert others == ["step-00000003", tmp_path.name]
         return prune(self, retention, keep=keep)
 
     monkeypatch.setattr(Catalogue, "prune", pruned)

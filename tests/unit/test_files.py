@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,6 +41,7 @@ def test_content_that_cannot_be_written_leaves_the_old(
     with pytest.raises(OSError, match="No space left"):
         replace_file(path, "new")
     assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_content_is_on_disk_before_it_has_the_name_and_the_name_before_it_returns(
@@ -52,7 +55,31 @@ def test_content_is_on_disk_before_it_has_the_name_and_the_name_before_it_return
         lambda file: seen.append((Path(f"/proc/self/fd/{file}").readlink().name, path.read_text())),
     )
     replace_file(path, "new")
-    assert seen == [(f"facts.json.{os.getpid()}.partial", "old"), (tmp_path.name, "new")]
+    (partial, before), after = seen
+    assert re.fullmatch(r"facts\.json\.\d+\.partial", partial)
+    assert (before, after) == ("old", (tmp_path.name, "new"))
+
+
+def test_writers_that_come_at_once_each_write_all_of_their_own(tmp_path: Path) -> None:
+    path, together, failed = tmp_path / "facts.json", threading.Barrier(4), []
+
+    def write(letter: str) -> None:
+        together.wait()
+        try:
+            for _ in range(25):
+                replace_file(path, 1000 * letter)
+        except OSError as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=write, args=(letter,)) for letter in "abcd"]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        assert not path.exists() or path.read_text() in {1000 * letter for letter in "abcd"}
+    for thread in threads:
+        thread.join()
+    assert failed == []
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])

@@ -1523,6 +1523,10 @@ def test_the_models_have_the_documented_defaults() -> None:
     )
 
 
+def test_a_job_has_the_documented_time_to_stop(load: Load) -> None:
+    assert load(GLYPHS).launcher.stop_within_s == 25.0
+
+
 KINDS_OF_DATA = (
     "{kind: classes, url: x, n_way: 5, n_shot: 1, n_query: 5, inputs: {kind: image, channels: 1}, window: "
     "{num_classes: 9}}",
