@@ -272,7 +272,9 @@ if os.environ.get("RANK") == "1":
 """
 
 
-@pytest.mark.parametrize(("step", "place"), [(2, "start"), (12, "start"), (12, "midst")])
+@pytest.mark.parametrize(
+    ("step", "place"), [(2, "start"), pytest.param(12, "start", marks=pytest.mark.slow), (12, "midst")]
+)
 def test_a_rank_that_hangs_over_a_checkpoint_is_noticed(
     step: int, place: str, tmp_path: Path, glyphs: Path
 ) -> None:
@@ -424,7 +426,9 @@ def wait_until(is_so: object, timeout_s: float = 60.0) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "no manifest"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "flipped", pytest.param("no manifest", marks=pytest.mark.slow)]
+)
 def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(
     tmp_path: Path, glyphs: Path, whole: Path, damage: str
 ) -> None:

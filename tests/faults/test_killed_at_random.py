@@ -8,7 +8,7 @@ import pytest
 
 from tests.faults.soak import PLACES, disturbed, plan_of, state_of, train
 
-SEEDS = (1, 3, 5, 7, 2, 8)
+SEEDS = (1, 5, 7, 2, 3, 8)
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,9 @@ def test_the_seeds_kill_at_every_place_and_by_the_clock() -> None:
     assert {plan_of(seed).place for seed in SEEDS} == {*PLACES, None}
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(
+    "seed", [*SEEDS[:4], *(pytest.param(seed, marks=pytest.mark.slow) for seed in SEEDS[4:])]
+)
 def test_a_run_that_is_killed_ends_as_one_that_is_not(
     tmp_path: Path, glyphs: Path, whole: dict[str, object], seed: int
 ) -> None:

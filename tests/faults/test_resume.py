@@ -96,7 +96,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory, stdlib: Path) -> tuple[
     return words, folder / "whole"
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("sent", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGTERM])
 def test_ended_while_pretraining_and_resumed_equals_uninterrupted(
     tmp_path: Path, pretrained: tuple[tuple[str | Path, ...], Path], sent: signal.Signals
 ) -> None:
@@ -143,7 +143,12 @@ def test_a_rank_that_is_killed_ends_the_job_with_its_name(tmp_path: Path, glyphs
 
 @pytest.mark.parametrize(
     ("sent", "code"),
-    [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGHUP, 129), (signal.SIGKILL, -9)],
+    [
+        (signal.SIGINT, 130),
+        (signal.SIGTERM, 75),
+        pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow),
+        (signal.SIGKILL, -9),
+    ],
 )
 def test_a_stopped_command_leaves_no_process_and_a_run_marked_killed(
     tmp_path: Path, glyphs: Path, sent: signal.Signals, code: int

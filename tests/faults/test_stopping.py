@@ -112,7 +112,12 @@ def begun(*words: str | Path, cwd: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 @pytest.mark.parametrize(
     ("target", "sharding"),
-    [("command", "replicated"), ("rank 0", "replicated"), ("rank 1", "replicated"), ("rank 0", "sharded")],
+    [
+        pytest.param("command", "replicated", marks=pytest.mark.slow),
+        pytest.param("rank 0", "replicated", marks=pytest.mark.slow),
+        ("rank 1", "replicated"),
+        ("rank 0", "sharded"),
+    ],
 )
 def test_a_stopped_run_breaks_off_a_long_step_and_goes_on_as_if_it_had_not_been_stopped(
     tmp_path: Path, glyphs: Path, target: str, sharding: str
@@ -120,8 +125,8 @@ def test_a_stopped_run_breaks_off_a_long_step_and_goes_on_as_if_it_had_not_been_
     words: tuple[str, ...] = (
         f"data.url={glyphs}",
         *RUN,
-        "adaptation.num_steps=100",
-        "adaptation.rule.lr=0.002",
+        "adaptation.num_steps=30",
+        "adaptation.rule.lr=0.005",
     )
     if sharding == "sharded":
         # What is in shards is a backbone that tasks share: the head alone is fast.
@@ -135,8 +140,8 @@ def test_a_stopped_run_breaks_off_a_long_step_and_goes_on_as_if_it_had_not_been_
     whole = tmp_path / "whole"
     run_well("train", SMOKE, *words, "--run", whole, cwd=tmp_path)
     folder = tmp_path / "run"
-    # 16 tasks and more of 200 passes each are left of the sixth step: an hour, of which nobody waits for more
-    # than one inner step.
+    # Tasks of 60 passes each are left of the sixth step: minutes, of which nobody waits for more than one
+    # inner step.
     with slow_from(tmp_path, 5), started(*words, run=folder) as process:
         wait_for_step(folder / "metrics.jsonl", 5, process)
         pid = process.pid if target == "command" else rank_of(process.pid, int(target[-1]))

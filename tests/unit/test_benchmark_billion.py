@@ -35,6 +35,7 @@ def billion() -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_the_table_has_every_estimator_and_the_exact_ones_agree_in_float64(tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
     options = ["--steps", "2", "--rows", "9", "--compute", "float64", "--json", str(figures)]

@@ -347,6 +347,7 @@ def test_the_first_outer_steps_without_second_derivatives_are_not_what_is_planne
     assert cheap.ways == plain.ways
 
 
+@pytest.mark.slow
 def test_steps_are_added_of_what_adapts_in_them() -> None:
     adaptation = {
         "fast": {"kind": "full", "tasks": "loop"},
