@@ -77,6 +77,11 @@ def add_submit_command(commands: Commands, *, is_given: bool) -> None:
         "given again",
     )
     submit.add_argument("--resume", action="store_true", help="go on with the run of that name or folder")
+    submit.add_argument(
+        "--insist",
+        action="store_true",
+        help="with --resume: go on also with changes that make it another run, as metaloom train --insist",
+    )
     added = add_launcher_options(submit) if is_given else {}
     submit.set_defaults(run_command=lambda arguments: _submit(arguments, added))
 
@@ -104,6 +109,8 @@ def _submission(arguments: argparse.Namespace) -> Submission:
     if arguments.resume and known_by is None:
         option = "--name" if arguments.launcher == "kubernetes" else "--run"
         raise LaunchError(f"--resume: say by {option} which run goes on.")
+    if arguments.insist and not arguments.resume:
+        raise LaunchError("--insist is for a run that goes on: give --resume too.")
     limit = arguments.time_limit
     return Submission(
         recipe=recipe,
@@ -121,6 +128,7 @@ def _submission(arguments: argparse.Namespace) -> Submission:
         queue=arguments.queue,
         environment=parse_environment(arguments.env, os.environ),
         is_resumed=arguments.resume,
+        is_insisted=arguments.insist,
     )
 
 

@@ -136,6 +136,7 @@ class JobRequest:
         ttl_s: how long the finished job stays there to be looked at; None for ever.
         active_deadline_s: how long the job may take; None for any time.
         overrides: of the recipe, as key=value.
+        train_options: further options of `metaloom train`.
     """
 
     name: str
@@ -176,6 +177,7 @@ class JobRequest:
     labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
     annotations: Mapping[str, str] = dataclasses.field(default_factory=dict)
     overrides: Sequence[str] = ()
+    train_options: Sequence[str] = ()
 
     @property
     def num_ranks_per_node(self) -> int:

@@ -38,6 +38,7 @@ OPTIONS = {
     "queue": "--queue",
     "environment": "--env",
     "is_resumed": "--resume",
+    "is_insisted": "--insist",
 }
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _CLOCK = re.compile(r"(?:(?P<days>\d{1,5})-)?(?P<hours>\d{1,5}):(?P<minutes>\d\d)(?::(?P<seconds>\d\d))?")
@@ -65,6 +66,7 @@ class Submission:
         environment: variables that all ranks shall have, with their values; no secrets where these would be
             written down.
         is_resumed: whether a run that has started already is meant to go on.
+        is_insisted: whether it is to go on with whatever changes the recipe has.
     """
 
     recipe: Recipe
@@ -82,6 +84,12 @@ class Submission:
     queue: str | None = None
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
     is_resumed: bool = False
+    is_insisted: bool = False
+
+    @property
+    def train_options(self) -> list[str]:
+        """Options of `metaloom train` for whoever starts it, beside those that name the run."""
+        return ["--insist"] if self.is_insisted else []
 
     @property
     def num_nodes(self) -> int:

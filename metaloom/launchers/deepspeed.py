@@ -207,7 +207,8 @@ class DeepSpeed(Launcher):
         overrides = host_overrides(
             endpoint=f"{first}:{self.port}", num_hosts=len(slots), num_ranks=len(slots[first])
         )
-        return [*metaloom_command(), "train", None, "--run", str(run_path(submission)), *overrides]
+        named = ["--run", str(run_path(submission)), *submission.train_options]
+        return [*metaloom_command(), "train", None, *named, *overrides]
 
     def _environment(self, submission: Submission, slots: Slots, host: str) -> dict[str, str]:
         """The variables of a host; its ranks see the chosen slots alone where some were left out."""

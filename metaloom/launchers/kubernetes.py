@@ -363,6 +363,7 @@ class Kubernetes(Launcher):
             stop_within_s=recipe.launcher.stop_within_s,
             wait_s=_wait_s(recipe),
             active_deadline_s=submission.time_limit_s,
+            train_options=submission.train_options,
             **{name: getattr(self, name) for name in own},
         )
         has_own_folders = request.nodes > 1 and request.volume_of_run is None

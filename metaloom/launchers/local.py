@@ -86,7 +86,7 @@ def _train_words(submission: Submission) -> list[str]:
     run = str(run_path(submission))
     overrides = [*submission.overrides, f"launcher.num_processes={submission.num_ranks}"]
     if submission.is_resumed:
-        return ["train", submission.source, "--resume", run, *overrides]
+        return ["train", submission.source, "--resume", run, *submission.train_options, *overrides]
     return ["train", submission.source, "--run", run, *overrides]
 
 

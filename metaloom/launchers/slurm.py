@@ -265,6 +265,7 @@ class Slurm(Launcher):
         ]
         overrides = host_overrides(endpoint="", num_hosts=num_nodes, num_ranks=submission.num_ranks)
         words = [f'"{word}$endpoint"' if word.endswith("=") else shlex.quote(word) for word in overrides]
+        words = [*submission.train_options, *words]
         lines = [
             shell_words(srun),
             f'{shell_words([*metaloom_command(), "train"])} "$recipe" --run {shlex.quote(str(run))}',

@@ -610,10 +610,12 @@ def test_a_run_whose_job_has_ended_goes_on_under_its_name(cluster: FakeCluster, 
     pods.run()
     pods.fail(0, code=2)
     assert "Failed" in cluster.conditions(JOBS, "one")
-    code, output, errors = submit(*TWO_NODES, *PLACES, "--resume")
+    code, output, errors = submit(*TWO_NODES, *PLACES, "--resume", "--insist")
     assert code == 0, errors
     assert output.startswith("submitted one: ")
     again = job_of(cluster)
+    (container,) = again["spec"]["template"]["spec"]["containers"]
+    assert "--insist" in container["command"]
     assert again["metadata"]["uid"] != first
     (owner,) = cluster.get(CONFIG_MAPS, "one-recipe")["metadata"]["ownerReferences"]
     assert owner["uid"] == again["metadata"]["uid"]
@@ -623,6 +625,8 @@ def test_which_run_goes_on_has_to_be_said(submit: Submit) -> None:
     code, _, errors = submit("--image", "repository/metaloom:1", *PLACES, "--resume")
     assert code == 5
     assert "--resume: say by --name which run goes on." in errors
+    code, _, errors = submit("--image", "repository/metaloom:1", *PLACES, "--name", "one", "--insist")
+    assert (code, errors) == (5, "error: --insist is for a run that goes on: give --resume too.\n")
 
 
 def test_a_recipe_with_a_mistake_is_refused_before_any_cluster_is_asked(

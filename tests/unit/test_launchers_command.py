@@ -22,6 +22,7 @@ from metaloom.launchers.base import (
     parse_time_limit,
     size_problems,
 )
+from metaloom.launchers.deepspeed import DeepSpeed
 from metaloom.launchers.local import Local
 from metaloom.launchers.slurm import Slurm
 from metaloom.launchers.table import LAUNCHERS, add_launcher_options, chosen_launcher, launcher_class
@@ -197,6 +198,19 @@ def test_the_local_plan_is_the_command(submission: Submission, tmp_path: Path) -
     assert Local().plan(resumed) == (
         "metaloom train recipes/smoke.yaml --resume /runs/two seed=1 launcher.num_processes=3\n"
     )
+    insisted = dataclasses.replace(resumed, is_insisted=True)
+    assert "--resume /runs/two --insist seed=1 " in Local().plan(insisted)
+
+
+@pytest.mark.parametrize("launcher", [Slurm(), DeepSpeed(Path("hosts"))])
+def test_what_a_user_insists_on_reaches_every_host(
+    launcher: Launcher, submission: Submission, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hosts").write_text("a slots=3\n")
+    asked = dataclasses.replace(submission, is_resumed=True)
+    assert "--insist" not in launcher.plan(asked)
+    assert " --insist " in launcher.plan(dataclasses.replace(asked, is_insisted=True))
 
 
 def test_options_without_effect_here_are_refused(submission: Submission) -> None:
@@ -216,6 +230,7 @@ def test_options_without_effect_here_are_refused(submission: Submission) -> None
 PROGRAM = """
 import sys
 from metaloom.launchers.base import Submission
+from metaloom.launchers.deepspeed import DeepSpeed
 from metaloom.launchers.local import Local
 from metaloom.recipe import load_recipe
 stand_in, folder, recipe = sys.argv[1:]

@@ -16,6 +16,7 @@ def host_command(request: JobRequest, backend: Backend) -> list[str]:
         request.run_folder,
         "--run-id",
         request.name,
+        *request.train_options,
         *request.overrides,
         f"launcher.num_processes={request.num_ranks_per_node}",
         "launcher.show_all_ranks=true",
