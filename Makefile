@@ -46,10 +46,10 @@ demo: $(STAMP) ## make data, meta-train, and evaluate beside baselines; into run
 	.venv/bin/metaloom evaluate "$$run" $(DEMO_EVALUATE)
 
 test: $(STAMP) ## run the tests, but for slow ones that show once more what others show
-	.venv/bin/python -m pytest -n $(TEST_WORKERS) --dist loadgroup $(PYTEST_ARGS)
+	.venv/bin/python -m pytest -n $(TEST_WORKERS) $(PYTEST_ARGS)
 
 test-all: $(STAMP) ## run all tests
-	.venv/bin/python -m pytest -n $(TEST_WORKERS) --dist loadgroup -m '' $(PYTEST_ARGS)
+	.venv/bin/python -m pytest -n $(TEST_WORKERS) -m '' $(PYTEST_ARGS)
 
 lint: $(STAMP) ## check style, format and types
 	.venv/bin/ruff check .

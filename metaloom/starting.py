@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 # Imports stand inside the functions, so that `metaloom --help` is quick.
 
 
-def check_data(recipe: Recipe, *, of_run: RunFolder | None = None, otherwise: str = "") -> str:
+def check_data(recipe: Recipe, *, of_run: RunFolder | None = None, may_insist: bool = False) -> str:
     """Opens the recipe's data: every shard is there and whole in size, and has what is asked for.
 
     Args:
         of_run: the run that goes on, or is evaluated, with the data.
-        otherwise: what else can be done where it is other data, as an end of the message.
+        may_insist: whether the user may insist on other data.
 
     Returns:
         The data's digest.
@@ -44,16 +44,19 @@ def check_data(recipe: Recipe, *, of_run: RunFolder | None = None, otherwise: st
     if trained_on != data.digest:
         assert of_run is not None
         urls = data_urls(recipe)
+        otherwise = "or start a new run"
+        if may_insist:
+            otherwise = "start a new run, or insist on it (--insist)"
         if not urls:
             raise StreamError(
                 f"this version of metaloom computes other synthetic data (digest {data.digest[:12]}) than "
                 f"{of_run.path} was trained on (digest {trained_on[:12]}). Go on with the version that "
-                f"trained it, or start a new run{otherwise}."
+                f"trained it, {otherwise}."
             )
         raise StreamError(
             f"{', '.join(dict.fromkeys(urls.values()))} holds other data (digest {data.digest[:12]}) than "
             f"{of_run.path} was trained on (digest {trained_on[:12]}). Point {', '.join(urls)} at the same "
-            f"data, or start a new run{otherwise}."
+            f"data, {otherwise}."
         )
     return data.digest
 

@@ -237,7 +237,7 @@ def _go_on(new: Recipe, folder: RunFolder, *, insists: bool) -> int:
     for change in changes:
         insisted = ", as insisted" if change.harmful else ""
         print(f"changed{insisted}: {change.path}: {change.old} -> {change.new}", flush=True)
-    digest = check_data(new, of_run=None if insists else folder, otherwise=", or insist on it (--insist)")
+    digest = check_data(new, of_run=None if insists else folder, may_insist=True)
     trained_on = folder.facts().get("data_digest", digest)
     hosts = standing_of(new)
     with alone(folder, "train", hosts) as lock:

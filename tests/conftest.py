@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from metaloom.datasets import make_dataset
 from tests.object_store import ObjectStore, running_object_store
@@ -45,13 +47,17 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", r"ignore:.torch\.jit\.script. is:DeprecationWarning:torch\.jit")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of several workers (xdist), one has all tests of a file, for the sake of its fixtures; and one has all
-    tests that start many processes or kill them, which so come one after the other."""
-    for item in items:
-        group = "processes" if item.path.parent.name in SEVERAL_PROCESSES else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
+class Scheduling(LoadScopeScheduling):
+    """Of several workers, one has all tests of a file, for the sake of its fixtures; and one has all tests
+    that start many processes or kill them, which so come one after the other."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "processes" if file.split("/")[1] in SEVERAL_PROCESSES else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Scheduling:
+    return Scheduling(config, log)
 
 
 @pytest.fixture

@@ -245,7 +245,7 @@ def test_a_run_goes_on_with_other_data_as_insisted(
     make_dataset("glyphs", other, max_per_split=9)
     urls = [f"data.parts.{part}.data.url={other}" for part in (0, 1)]
     assert resume(run, *urls) == 3
-    assert "or start a new run, or insist on it (--insist)." in capsys.readouterr().err
+    assert "start a new run, or insist on it (--insist)." in capsys.readouterr().err
     assert more(run, *urls) == 0
     said = capsys.readouterr().out
     assert "changed, as insisted: the data's digest: " in said

@@ -79,4 +79,4 @@ def test_a_run_whose_tasks_would_be_others_now_is_not_continued(
     told = capsys.readouterr().err
     assert "this version of metaloom computes other synthetic data (digest " in told
     assert "than old was trained on (digest " in told
-    assert "Go on with the version that trained it, or start a new run." in told
+    assert "Go on with the version that trained it, start a new run, or insist on it (--insist)." in told

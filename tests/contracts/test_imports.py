@@ -20,12 +20,14 @@ FILES = "metaloom.files"
 CREDENTIALS = "metaloom.credentials"
 PROCESSES = "metaloom.processes"
 CHECKPOINTS = "metaloom.checkpoints"
+DISK = "metaloom.disk"
 RESULT = "metaloom.result"
 
 # What the modules under a name may import of metaloom, besides themselves.
 EDGES = {
     ERRORS: set[str](),
     FILES: set[str](),
+    DISK: {ERRORS, FILES},
     PROCESSES: set[str](),
     CREDENTIALS: set[str](),
     "metaloom.engine": {ERRORS},
@@ -34,7 +36,7 @@ EDGES = {
     # What drivers' errors mean, and when a request is made again, stands once.
     CHECKPOINTS: {ERRORS, FILES, RECIPE, "metaloom.datasets.connection", "metaloom.datasets.drivers"},
     # The version is recorded with a run.
-    "metaloom.tracking": {"metaloom", ERRORS, FILES, RECIPE},
+    "metaloom.tracking": {"metaloom", DISK, ERRORS, FILES, RECIPE},
     # What cannot be given is refused before anything starts; these tables import no torch.
     RECIPE: {
         CREDENTIALS,
@@ -42,7 +44,7 @@ EDGES = {
         "metaloom.engine.capabilities",
         "metaloom.engine.sharding.deepspeed_config",
     },
-    "metaloom.run_folder": {ERRORS, FILES, RECIPE},
+    "metaloom.run_folder": {DISK, ERRORS, FILES, RECIPE},
     # Which checkpoint is a run's result, and what of it is taken away.
     RESULT: {ERRORS, RECIPE, CHECKPOINTS, "metaloom.engine", "metaloom.keeping", "metaloom.run_folder"},
     "metaloom.export": {
@@ -78,6 +80,7 @@ EDGES = {
 OUTSIDE = {
     ERRORS: set[str](),
     FILES: set[str](),
+    DISK: set[str](),
     PROCESSES: set[str](),
     CREDENTIALS: set[str](),
     # DeepSpeed where it is asked for alone: see ONLY_IN.
