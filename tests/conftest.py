@@ -47,7 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", r"ignore:.torch\.jit\.script. is:DeprecationWarning:torch\.jit")
 
 
-class Scheduling(LoadScopeScheduling):
+class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
     """Of several workers, one has all tests of a file, for the sake of its fixtures; and one has all tests
     that start many processes or kill them, which so come one after the other."""
 

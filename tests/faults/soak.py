@@ -150,17 +150,21 @@ class Disturbance:
     num_resumed: int
 
 
-def train(folder: Path, data: Path, run: Path) -> None:
-    """A training that nobody disturbs."""
-    words = ("train", RECIPES / "smoke.yaml", f"data.url={data}", *RUN, "--run", run)
+def train(folder: Path, data: Path, run: Path, *more: str) -> None:
+    """A training that nobody disturbs.
+
+    Args:
+        more: changes to its recipe.
+    """
+    words = ("train", RECIPES / "smoke.yaml", f"data.url={data}", *RUN, *more, "--run", run)
     subprocess.run(command(*words), cwd=folder, env=environment(), check=True, stdout=subprocess.DEVNULL)
 
 
-def disturbed(folder: Path, data: Path, run: Path, plan: Plan) -> Disturbance:
+def disturbed(folder: Path, data: Path, run: Path, plan: Plan, *more: str) -> Disturbance:
     """A training to which a seed does what it does, resumed until it is done."""
     place = folder / f"{run.name}-struck"
     place.mkdir()
-    words = ("train", RECIPES / "smoke.yaml", f"data.url={data}", *RUN, "--run", run)
+    words = ("train", RECIPES / "smoke.yaml", f"data.url={data}", *RUN, *more, "--run", run)
     if plan.place is not None:
         killed = place / "killed"
         (place / "sitecustomize.py").write_text(KILLING)
@@ -239,14 +243,19 @@ def _is_agent(pid: int) -> bool:
     return False
 
 
-def state_of(run: Path) -> dict[str, object]:
-    """What has to be equal: metrics by step, and what the last checkpoint holds."""
-    catalogue = Catalogue(run / "checkpoints" / "meta")
+def state_of(run: Path, checkpoints: str | None = None) -> dict[str, object]:
+    """What has to be equal: metrics by step, and what the last checkpoint holds.
+
+    Args:
+        checkpoints: their URL; None for the run's folder.
+    """
+    root = f"{checkpoints or run / 'checkpoints'}/meta"
+    catalogue = Catalogue(root)
     manifest = catalogue.manifest(catalogue.steps()[-1])
     return {
         "curve": curve(run),
         "step": manifest.step,
-        "digests": digests(run / "checkpoints" / "meta"),
+        "digests": digests(root),
         "scalars": _scalars(manifest.scalars),
     }
 

@@ -15,7 +15,8 @@ from metaloom.checkpoints.retention import Retention
 from metaloom.checkpoints.store import Checkpoint, CheckpointStore
 from metaloom.datasets.connection import Persistence
 from metaloom.errors import CheckpointError, LaunchError
-from tests.commands import RECIPES, curve, killed_at_end, run, run_well, wait_for_step
+from tests.commands import RECIPES, curve, digests, killed_at_end, run, run_well, wait_for_step
+from tests.faults.soak import disturbed, plan_of, state_of, train
 from tests.hosts import held
 from tests.object_store import ACCESS_KEY, SECRET_KEY, ObjectStore, running_object_store
 
@@ -158,15 +159,25 @@ def test_a_run_with_checkpoints_on_an_object_store_that_is_killed_goes_on_bit_fo
     output = run_well("train", "--resume", folder, cwd=tmp_path)
     assert "resumed after outer step 4" in output
     assert curve(folder) == curve(tmp_path / "whole")
-    ours, theirs = (Catalogue(f"{bucket}/{name}/meta").manifest(12) for name in ("killed", "whole"))
-    digests = [
-        {name: [chunk.sha256 for chunk in tensor.chunks] for name, tensor in manifest.tensors.items()}
-        for manifest in (ours, theirs)
-    ]
-    assert digests[0] == digests[1]
+    assert digests(f"{bucket}/killed/meta") == digests(f"{bucket}/whole/meta")
     listed = run_well("checkpoints", "list", folder, cwd=tmp_path)
     assert f"{url}\n" in listed
     assert "as written" in run_well("checkpoints", "verify", folder, cwd=tmp_path)
+
+
+def test_a_run_that_is_killed_while_it_writes_to_an_object_store_ends_as_one_that_is_not(
+    tmp_path: Path, glyphs: Path, s3: ObjectStore
+) -> None:
+    bucket = s3.new_bucket()
+    whole = f"checkpoint.url={bucket}/whole"
+    train(tmp_path, glyphs, tmp_path / "whole", whole)
+    expected = state_of(tmp_path / "whole", f"{bucket}/whole")
+    plans = {seed: plan_of(seed) for seed in (3, 5)}
+    assert [plan.place for plan in plans.values()] == ["upload", "before the manifest"]
+    for seed, plan in plans.items():
+        run_path, url = tmp_path / f"seed-{seed}", f"{bucket}/seed-{seed}"
+        assert disturbed(tmp_path, glyphs, run_path, plan, f"checkpoint.url={url}").has_struck
+        assert state_of(run_path, url) == expected
 
 
 def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(tmp_path: Path, glyphs: Path) -> None:
