@@ -150,13 +150,17 @@ class Disturbance:
     num_resumed: int
 
 
+def _words(data: Path, run: Path, more: Sequence[str]) -> list[str | Path]:
+    return ["train", RECIPES / "smoke.yaml", f"data.url={data}", *RUN, *more, "--run", run]
+
+
 def train(folder: Path, data: Path, run: Path, *more: str) -> None:
     """A training that nobody disturbs.
 
     Args:
         more: changes to its recipe.
     """
-    words = ("train", RECIPES / "smoke.yaml", f"data.url={data}", *RUN, *more, "--run", run)
+    words = _words(data, run, more)
     subprocess.run(command(*words), cwd=folder, env=environment(), check=True, stdout=subprocess.DEVNULL)
 
 
@@ -164,7 +168,7 @@ def disturbed(folder: Path, data: Path, run: Path, plan: Plan, *more: str) -> Di
     """A training to which a seed does what it does, resumed until it is done."""
     place = folder / f"{run.name}-struck"
     place.mkdir()
-    words = ("train", RECIPES / "smoke.yaml", f"data.url={data}", *RUN, *more, "--run", run)
+    words = _words(data, run, more)
     if plan.place is not None:
         killed = place / "killed"
         (place / "sitecustomize.py").write_text(KILLING)
