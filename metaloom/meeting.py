@@ -239,7 +239,7 @@ class Meeting:
             first_rank=position * terms.num_processes,
             num_here=terms.num_processes,
             world_size=met.world_size * terms.num_processes,
-            store=(terms.endpoint[0], self._store.port if self.serves else terms.endpoint[1]),
+            store=(terms.address, self._store.port) if self.serves else terms.endpoint,
         )
         return Round(met.store, position, met.world_size, seats, before)
 
@@ -319,8 +319,10 @@ class Meeting:
 
 def _serve(terms: Terms) -> TCPStore | None:
     """The store, served from here; None where another agent of this machine serves it."""
+    # It listens at every address, and this host connects to its own: the endpoint's name may lead to where the
+    # host was before it was replaced, for as long as that is remembered.
     try:
-        return _tcp_store(terms.endpoint, is_master=True)
+        return _tcp_store((terms.address, terms.endpoint[1]), is_master=True)
     except dist.DistError as error:
         if terms.max_hosts == 1:
             raise LaunchError(f"this machine's ranks cannot be joined: {error}.") from error

@@ -27,6 +27,7 @@ from metaloom.errors import LaunchError
 from metaloom.k8s import watching
 from metaloom.k8s.kubeconfig import Context, kubeconfig_paths, read_context
 from metaloom.k8s.refusals import (
+    UNWELL,
     AlreadyExistsError,
     Answer,
     Attempt,
@@ -43,7 +44,7 @@ from metaloom.k8s.refusals import (
     refusal,
     unreachable,
 )
-from metaloom.k8s.resources import ACCESS_REVIEWS, PODS, Resource
+from metaloom.k8s.resources import ACCESS_REVIEWS, NAMESPACES, PODS, Resource
 from metaloom.k8s.streams import Lines
 from metaloom.k8s.watching import Watched
 
@@ -68,6 +69,7 @@ PAGE_SIZE = 500
 # A server that is busy is waited for so long in all, and for so long at once.
 PATIENCE_S = 120.0
 LONGEST_PAUSE_S = 30.0
+BUSY = (429, 503)
 # Pauses before another try where no connection came about, or it broke.
 PAUSES_S = (0.2, 1.0, 3.0)
 
@@ -369,7 +371,10 @@ class Cluster:
         """Whether the user has the permission."""
         wanted = {"verb": verb, "group": resource.group, "resource": resource.plural}
         wanted |= {"subresource": subresource} if subresource else {}
-        wanted |= {"namespace": self.namespace} if resource.is_namespaced else {}
+        # A role in a namespace allows to look at that namespace itself, which lies in none.
+        is_within = resource.is_namespaced or resource == NAMESPACES
+        wanted |= {"namespace": self.namespace} if is_within else {}
+        wanted |= {"name": self.namespace} if resource == NAMESPACES else {}
         review = {
             "apiVersion": ACCESS_REVIEWS.api_version,
             "kind": ACCESS_REVIEWS.kind,
@@ -406,7 +411,9 @@ class Cluster:
             query = selectors | {"watch": "1", "allowWatchBookmarks": "true"}
             query |= {"resourceVersion": version, "timeoutSeconds": str(seconds)}
             path = resource.path(self.namespace)
-            response = self._open(path, attempt, query=query, timeout_s=silence_s, outage_s=outage_s)
+            response = self._open(
+                path, attempt, query=query, timeout_s=silence_s, is_read=True, outage_s=outage_s
+            )
             return Lines(response, "a watch") if response.status == 200 else _whole(response)
 
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
@@ -444,7 +451,8 @@ class Cluster:
         query |= {"previous": "true"} if previous else {}
         attempt = self._attempt("read the log of", PODS, pod)
         path = PODS.path(self.namespace, f"{_quoted(pod)}/log")
-        response = self._open(path, attempt, query=query, timeout_s=SILENCE_S)
+        # A machine that is gone is answered for by the server, with a failure that lasts as long.
+        response = self._open(path, attempt, query=query, timeout_s=SILENCE_S, is_read=False)
         if response.status != 200:
             raise refusal(_whole(response), attempt)
         return Lines(response, f"the log of pod {pod!r} on {self._place}")
@@ -502,6 +510,7 @@ class Cluster:
             lambda: _whole(self._send(method, path, query, body, ANSWER_TIMEOUT_S)),
             attempt,
             outage_s=outage_s,
+            is_read=method == "GET",
             doubt=doubt,
         )
         return answer
@@ -513,11 +522,15 @@ class Cluster:
         *,
         query: Mapping[str, str],
         timeout_s: float,
+        is_read: bool,
         outage_s: float = 0.0,
     ) -> Any:
         """The answer to be read as it comes, of whatever status."""
         return self._tried(
-            lambda: self._send("GET", path, query, None, timeout_s), attempt, outage_s=outage_s
+            lambda: self._send("GET", path, query, None, timeout_s),
+            attempt,
+            outage_s=outage_s,
+            is_read=is_read,
         )
 
     def _send(
@@ -547,11 +560,13 @@ class Cluster:
         attempt: Attempt,
         *,
         outage_s: float,
+        is_read: bool,
         doubt: _Doubt | None = None,
     ) -> Any:
         """The answer, after as many tries as are due.
 
         Args:
+            is_read: whether it only reads what the server itself has: one that has failed is asked again.
             outage_s: a server that cannot be reached is tried for so long, in place of a few times.
             doubt: learns whether a try that failed may have reached the server.
         """
@@ -581,13 +596,14 @@ class Cluster:
                 _drop(answer)
                 self._access.load()
                 continue
-            if answer.status in (429, 503):
+            if answer.status in BUSY or (is_read and answer.status in UNWELL):
                 pause_s = _pause_s(answer, num_busy)
                 waited_s = time.monotonic() - begin + pause_s
                 if waited_s <= max(PATIENCE_S, outage_s) and not self._is_closed.is_set():
                     num_busy += 1
+                    what = "is busy" if answer.status in BUSY else "has failed"
                     self._tell(
-                        f"{self._place} is busy ({answer.status}): trying again, first in {pause_s:g} s"
+                        f"{self._place} {what} ({answer.status}): trying again, first in {pause_s:g} s"
                     )
                     _drop(answer)
                     self._pause(pause_s)

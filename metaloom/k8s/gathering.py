@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from metaloom.errors import LaunchError
 from metaloom.k8s.marks import JOB_LABEL, MANAGED, QUEUE_LABEL, container_of, node_index
-from metaloom.k8s.refusals import InterruptedStreamError, RefusedError
+from metaloom.k8s.refusals import UNWELL, InterruptedStreamError, RefusedError
 from metaloom.k8s.resources import (
     EVENTS,
     JOB_SETS,
@@ -200,7 +200,7 @@ class Gathering:
         except InterruptedStreamError:
             pass  # whole lines came; those that are missing are read the next time
         except RefusedError as error:
-            if error.status not in (400, 404):
+            if error.status not in (400, 404, *UNWELL):
                 raise
             return None  # the pod is gone, or its machine does not answer
         return lines

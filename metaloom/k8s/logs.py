@@ -13,6 +13,7 @@ import dataclasses
 import heapq
 import queue
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from typing import Any, Literal
 from metaloom.errors import LaunchError
 from metaloom.k8s.client import Cluster
 from metaloom.k8s.marks import container_of, node_index
-from metaloom.k8s.refusals import InterruptedStreamError, RefusedError
+from metaloom.k8s.refusals import UNWELL, InterruptedStreamError, RefusedError
 from metaloom.k8s.resources import PODS
 from metaloom.k8s.streams import Lines
 from metaloom.k8s.watching import Watched
@@ -35,6 +36,7 @@ RANK = re.compile(r"\[rank (\d+)\] ?(.*)", re.DOTALL)
 NUM_WAITING = 1000
 # How often a log that breaks off before its next line is opened again.
 NUM_TRIES = 5
+PAUSE_S = 0.5  # between two tries where the pod's machine does not answer
 # How the server says that a container has no log yet, or that there is no such pod.
 NOT_STARTED = 400
 NOT_THERE = 404
@@ -214,7 +216,13 @@ def _read_to_the_end(
         except RefusedError as error:
             if error.status in (NOT_STARTED, NOT_THERE):
                 return
-            raise
+            if error.status not in UNWELL:
+                raise
+            num_broken += 1
+            if num_broken > NUM_TRIES:
+                print(f"note: {error}", file=sys.stderr, flush=True)
+                return
+            time.sleep(PAUSE_S)
 
 
 def _past(cluster: Cluster, pod: _Pod, rank: int | None, tail: int | None) -> Iterator[LogLine]:
@@ -372,18 +380,18 @@ class _Following:
             place, had_ended = pod.last, pod.has_ended
             outcome = self._read_on(pod, tail)
             # A pod that had ended before its log was read to the end has no more to say.
-            if pod.is_gone or (had_ended and outcome != "broken"):
+            if pod.is_gone or (had_ended and outcome in ("whole", "not started")):
                 break
             pause_s = 0.05 if pod.last != place else min(2 * pause_s, 2.0)
             with self._changed:
-                if outcome == "not started":
+                if outcome in ("not started", "silent"):
                     self._busy.discard(pod.uid)
                 if not self._is_ending:
                     self._changed.wait(pause_s)
                 self._busy.add(pod.uid)
         self._busy.discard(pod.uid)
 
-    def _read_on(self, pod: _Pod, tail: int | None) -> Literal["whole", "broken", "not started"]:
+    def _read_on(self, pod: _Pod, tail: int | None) -> Literal["whole", "broken", "silent", "not started"]:
         """Reads what each start of the container has, over one connection each."""
         try:
             if not self._is_same(pod):
@@ -395,6 +403,8 @@ class _Following:
         except InterruptedStreamError:
             return "broken"
         except RefusedError as error:
+            if error.status in UNWELL:
+                return "silent"  # its machine does not answer; it may again, or the pod is replaced
             if error.status not in (NOT_STARTED, NOT_THERE):
                 raise
             pod.is_gone = error.status == NOT_THERE

@@ -39,6 +39,26 @@ def ask_for_a_pod(cluster: Cluster, request: JobRequest, backend: Backend) -> It
             yield from _refused(cluster, error.told)
 
 
+def what_is_added(cluster: Cluster, request: JobRequest, backend: Backend) -> Iterator[Finding]:
+    """What an operator puts into pods, which a server that is asked for a pod of the job does not see."""
+    added = backend.adds(request)
+    if added and _enforced_level(cluster) == "restricted":
+        yield note(
+            f"namespace {cluster.namespace} enforces the restricted level of pod security, and {added}: the "
+            "pods may be refused"
+        )
+
+
+def _enforced_level(cluster: Cluster) -> str | None:
+    """The level of pod security that the namespace enforces; None where it enforces none, or may not be
+    looked at."""
+    if not cluster.may("get", NAMESPACES):
+        return None
+    namespace = cluster.get(NAMESPACES, cluster.namespace) or {"metadata": {}}
+    level: str | None = (namespace["metadata"].get("labels") or {}).get(ENFORCED)
+    return level
+
+
 def unasked(what: str, error: RefusedError) -> Finding | None:
     """The note that a server could not be asked for something, where that is all that its refusal says."""
     if "does not support dry run" not in error.told:
@@ -152,10 +172,7 @@ def _priority_class(cluster: Cluster, request: JobRequest) -> Iterator[Finding]:
 
 def _pod_security(cluster: Cluster, request: JobRequest) -> Iterator[Finding]:
     """Pods keep to the restricted level, but for what --rdma takes, which no level but privileged allows."""
-    if request.rdma is None or not cluster.may("get", NAMESPACES):
-        return
-    namespace = cluster.get(NAMESPACES, cluster.namespace) or {"metadata": {}}
-    level = (namespace["metadata"].get("labels") or {}).get(ENFORCED)
+    level = None if request.rdma is None else _enforced_level(cluster)
     if level in ("restricted", "baseline"):
         yield Finding(
             f"--rdma: namespace {cluster.namespace} enforces the {level} level of pod security, which takes "

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from metaloom.credentials import without_credentials
 from metaloom.k8s.finding import Finding, note
 from metaloom.k8s.manifests import Backend
-from metaloom.k8s.pod_checks import ask_for_a_pod, read_quotas, read_rules, unasked
+from metaloom.k8s.pod_checks import ask_for_a_pod, read_quotas, read_rules, unasked, what_is_added
 from metaloom.k8s.quantities import parse_quantity
 from metaloom.k8s.refusals import AlreadyExistsError, RefusedError
 from metaloom.k8s.request import JobRequest, Volume, is_within
@@ -146,6 +146,7 @@ def check_cluster(
     )
     found = [finding for part in parts for finding in part(cluster, request, backend)]
     found += read_quotas(cluster, request)
+    found += what_is_added(cluster, request, backend)
     may_ask = cluster.may("create", PODS)
     if not may_ask:
         found += read_rules(cluster, request, backend)
@@ -224,12 +225,18 @@ def _claims(cluster: Cluster, request: JobRequest, backend: Backend) -> Iterator
         is_written = any(v.claim == claim and not v.is_read_only for v in request.volumes)
         shared = ("ReadWriteMany",) if is_written else ("ReadWriteMany", "ReadOnlyMany")
         if request.nodes > 1 and not set(shared) & set(modes):
-            yield Finding(
+            text = (
                 f"--volume {claim}: the claim can be mounted as {', '.join(modes) or 'nothing'}, and "
                 f"{request.nodes} pods on several machines need {' or '.join(shared)}"
             )
+            # Of one machine, ReadWriteOnce admits any number of pods.
+            yield Finding(text, is_problem="ReadWriteOnce" not in modes or not _has_one_machine(cluster))
         if (found.get("status") or {}).get("phase") == "Lost":
             yield Finding(f"--volume {claim}: the claim has lost its volume (phase Lost)")
+
+
+def _has_one_machine(cluster: Cluster) -> bool:
+    return cluster.may("list", NODES) and len(cluster.list(NODES)) == 1
 
 
 def _named(cluster: Cluster, resource: Resource, option: str, names: Sequence[str]) -> Iterator[Finding]:
@@ -308,6 +315,8 @@ def _admission(cluster: Cluster, request: JobRequest, backend: Backend) -> Itera
     """What the server itself refuses of the objects, which it makes none of."""
     kinds = {resource.kind: resource for resource in (*backend.creates, backend.resource)}
     for obj in backend.build(request):
+        if backend.is_named_last and obj["kind"] == backend.resource.kind:
+            continue  # what it names is not there
         try:
             cluster.create(kinds[obj["kind"]], obj, dry_run=True)
         except AlreadyExistsError:

@@ -12,6 +12,10 @@ from typing import Any
 from metaloom.errors import LaunchError
 from metaloom.k8s.resources import NAMESPACES, Resource
 
+# What a server answers, or a proxy in front of it, while it or its leader is being replaced; and for a log,
+# where the pod's machine does not answer.
+UNWELL = (500, 502, 504)
+
 
 class RefusedError(LaunchError):
     """The API server refused a request.

@@ -20,7 +20,7 @@ from metaloom.k8s.kubeconfig import kubeconfig_paths
 from metaloom.k8s.manifests import BACKENDS, Backend, choose, host_command, owner_reference, problems, to_yaml
 from metaloom.k8s.marks import JOB_LABEL
 from metaloom.k8s.preflight import check_cluster, check_places
-from metaloom.k8s.refusals import AlreadyExistsError
+from metaloom.k8s.refusals import AlreadyExistsError, RefusedError
 from metaloom.k8s.request import DEFAULT_TTL_S, DEFAULT_WAIT_S, JobRequest, SecretFiles, Toleration, Volume
 from metaloom.k8s.resources import CONFIG_MAPS, SERVICES, Resource
 from metaloom.k8s.status import ENDED
@@ -45,6 +45,7 @@ AUTO = "auto"
 RUNS = "/runs"  # where the folders of runs are in the pods, unless --run says otherwise
 GONE_WITHIN_S = 180.0  # how long objects that are being deleted may take to be gone
 POLL_S = 0.5
+KNOWN_WITHIN_S = 30.0  # how long webhooks may take to know of an object that was just made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,8 +134,8 @@ class Kubernetes(Launcher):
             group.add_argument(
                 "--rdma",
                 metavar="NAME=COUNT",
-                help="network cards for each pod, such as rdma/hca=1; the pods may lock memory then, which "
-                "the restricted level of pod security does not allow",
+                help="network cards for each pod, such as rdma/hca=1; the pods ask for IPC_LOCK then, which "
+                "the restricted and baseline levels of pod security do not allow",
             ),
             group.add_argument(
                 "--max-restarts",
@@ -382,7 +383,8 @@ def _send(cluster: Cluster, request: JobRequest, backend: Backend) -> None:
     try:
         for obj in backend.build(request):
             resource = kinds[obj["kind"]]
-            made.append((resource, cluster.create(resource, obj)))
+            is_last = backend.is_named_last and resource == backend.resource
+            made.append((resource, _made_when_known(cluster, resource, obj, KNOWN_WITHIN_S * is_last)))
         (job,) = [obj for resource, obj in made if resource == backend.resource]
         for resource, obj in made:
             if resource != backend.resource:
@@ -393,6 +395,24 @@ def _send(cluster: Cluster, request: JobRequest, backend: Backend) -> None:
             with contextlib.suppress(LaunchError):
                 cluster.delete(resource, obj["metadata"]["name"])
         raise
+
+
+def _made_when_known(
+    cluster: Cluster, resource: Resource, obj: dict[str, Any], within_s: float
+) -> dict[str, Any]:
+    """Makes an object; one that names another, as soon as the server knows of that.
+
+    Args:
+        within_s: how long that may take.
+    """
+    deadline = time.monotonic() + within_s
+    while True:
+        try:
+            return cluster.create(resource, obj)
+        except RefusedError as error:
+            if "must be created before" not in error.told or time.monotonic() > deadline:
+                raise
+        time.sleep(POLL_S)
 
 
 def _wait_for_names(

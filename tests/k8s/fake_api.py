@@ -46,7 +46,16 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from metaloom.k8s import resources
-from metaloom.k8s.resources import JOBS, LOCAL_QUEUES, NAMESPACES, PODS, Resource
+from metaloom.k8s.resources import (
+    ACCESS_REVIEWS,
+    JOBS,
+    LOCAL_QUEUES,
+    NAMESPACES,
+    PODS,
+    TRAIN_JOBS,
+    TRAINING_RUNTIMES,
+    Resource,
+)
 from tests.k8s.fake_admission import ENFORCE, admit_pod
 from tests.k8s.fake_jobs import JobController, Kubelet, Pods, delete_pod, end_log, set_condition
 from tests.k8s.fake_rules import check, check_update
@@ -129,6 +138,8 @@ class FakeCluster:
         self.pages: dict[str, tuple[list[Object], int]] = {}
         self._faults: list[Fault] = []
         self._forbidden: list[tuple[str, str, str]] = []
+        self._granted: list[tuple[Object, bool]] | None = None
+        self._known_runtimes: set[str] = set()
         self._server = _Server(self)
         self._scheme = "http" if tls is None else "https"
         if tls is not None:
@@ -279,6 +290,16 @@ class FakeCluster:
         """The user may not do that (any more); "*" is any verb or kind, `pods/log` a subresource."""
         self._forbidden.append((verb, plural, namespace))
 
+    def grant(self, roles: Sequence[Object]) -> None:
+        """The user may do what these roles allow, and nothing else: a Role in the namespace, a ClusterRole
+        where it is asked for."""
+        self._granted = [
+            (rule, role["kind"] == "Role")
+            for role in roles
+            if role["kind"] in ("Role", "ClusterRole")
+            for rule in role["rules"]
+        ]
+
     def enforce(self, level: str) -> None:
         """The namespace admits no pods but those of a level of pod security."""
         self.edit(NAMESPACES, self.namespace, lambda obj: obj["metadata"].update(labels={ENFORCE: level}))
@@ -313,6 +334,13 @@ class FakeCluster:
 
     def is_allowed(self, verb: str, plural: str, namespace: str) -> bool:
         """Whether the user may do that."""
+        if self._granted is not None and plural != ACCESS_REVIEWS.plural:
+            return any(
+                verb in rule["verbs"]
+                and plural in rule["resources"]
+                and (not is_within or namespace == self.namespace)
+                for rule, is_within in self._granted
+            )
         return not any(
             each[0] in ("*", verb) and each[1] in ("*", plural) and each[2] in ("", namespace)
             for each in self._forbidden
@@ -324,6 +352,22 @@ class FakeCluster:
         has_queues = LOCAL_QUEUES.full_name in {kind.full_name for kind in self.kinds}
         if resource == JOBS and QUEUE in labels and has_queues:
             obj["spec"]["suspend"] = True
+        if resource == TRAIN_JOBS:
+            self._check_runtime(obj["spec"]["runtimeRef"]["name"])
+
+    def _check_runtime(self, name: str) -> None:
+        """The webhook of Kubeflow Trainer, which hears of a runtime a moment after it was made."""
+        is_known = name in self._known_runtimes
+        if self.store.find(TRAINING_RUNTIMES, self.namespace, name) is not None:
+            self._known_runtimes.add(name)
+        if not is_known:
+            raise Refusal(
+                403,
+                "Forbidden",
+                'admission webhook "validator.trainjob.trainer.kubeflow.org" denied the request: '
+                f'spec.runtimeRef: Invalid value: "{name}": trainingruntimes.trainer.kubeflow.org "{name}" '
+                "not found: specified trainingRuntime must be created before the TrainJob is created",
+            )
 
     def created(self, resource: Resource, namespace: str, name: str) -> None:
         """Something was made or changed by a request."""
@@ -529,6 +573,8 @@ class Handler(BaseHTTPRequestHandler):
         if verb is None:
             verb = "get" if target.name else "watch" if _is_on(query, "watch") else "list"
         resource, namespace = target.resource, target.namespace or ""
+        if resource == NAMESPACES:
+            namespace = target.name or ""  # each is one that lies in itself
         plural = resource.plural + (f"/{target.subresource}" if target.subresource else "")
         if self.cluster.is_allowed(verb, plural, namespace):
             return

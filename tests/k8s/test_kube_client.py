@@ -427,6 +427,29 @@ def test_a_busy_server_is_tried_again_when_it_says_and_that_is_told_once(
     assert told == f"fake ({fake.url}) is busy ({status}): trying again, first in 7 s\n"
 
 
+@pytest.mark.parametrize("status", [500, 502, 504])
+def test_a_server_that_has_failed_is_asked_again_where_that_changes_nothing(
+    fake: FakeCluster,
+    cluster: Cluster,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    status: int,
+) -> None:
+    monkeypatch.setattr(Cluster, "_pause", lambda self, seconds: None)
+    fake.refuse(status, times=2, body="etcdserver: leader changed")
+    assert cluster.list(PODS) == []
+    assert capsys.readouterr().err == f"fake ({fake.url}) has failed ({status}): trying again, first in 1 s\n"
+    fake.refuse(status, body="etcdserver: leader changed")
+    with pytest.raises(LaunchError):
+        cluster.create(JOBS, job())
+
+
+def test_a_namespace_may_be_looked_at_by_a_role_in_it(fake: FakeCluster, cluster: Cluster) -> None:
+    assert cluster.may("get", NAMESPACES)
+    fake.forbid("get", "namespaces", "team")  # as asked for that namespace, and not for all
+    assert not cluster.may("get", NAMESPACES)
+
+
 def test_a_server_that_stays_busy_is_told_after_a_while(
     fake: FakeCluster, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -441,8 +464,9 @@ def test_a_server_that_stays_busy_is_told_after_a_while(
 
 @pytest.mark.parametrize("status", [200, 302, 400, 403, 404, 500])
 def test_an_answer_that_is_no_json_is_told_with_how_it_begins(
-    fake: FakeCluster, cluster: Cluster, status: int
+    fake: FakeCluster, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, status: int
 ) -> None:
+    monkeypatch.setattr(client, "PATIENCE_S", 0.0)
     fake.refuse(status, body="<html>\n <title>Sign in</title> " + "x" * 5000)
     with refused(
         f"what answered there is no Kubernetes API server ({status}, text/html, '<html> <title>Sign in",

@@ -326,6 +326,29 @@ def test_an_outage_is_waited_for_and_told_once(
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+def test_a_machine_that_does_not_answer_ends_neither_following_nor_reading(
+    fake: FakeCluster, cluster: Cluster, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logs, "PAUSE_S", 0.01)
+    cluster.create(JOBS, job())
+    pods = fake.pods("glyphs")
+    pods.run()
+    pods.log(0, "a")
+    pods.log(1, "b")
+    silent = f"/pods/{pods.name(1)}/log"
+    fake.refuse(500, times=3, path=silent)
+    with followed(fake, cluster) as lines:
+        assert {next(lines).text, next(lines).text} == {"a", "b"}
+        fake.refuse(500, times=1000, path=silent)
+        fake.close_streams()
+        pods.log(0, "c")
+        assert next(lines).text == "c"
+        pods.succeed()
+        assert list(lines) == []
+    told = f"note: cannot read the log of pods {pods.name(1)!r} in namespace 'team' on fake ("
+    assert capsys.readouterr().err.startswith(told)
+
+
 def test_what_ends_following_for_good_is_an_error(fake: FakeCluster, cluster: Cluster) -> None:
     cluster.create(JOBS, job())
     pods = fake.pods("glyphs")

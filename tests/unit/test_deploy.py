@@ -34,11 +34,12 @@ NEEDED = {
     "jobsets.jobset.x-k8s.io": JOB_VERBS,
     "pytorchjobs.kubeflow.org": JOB_VERBS,
     "trainjobs.trainer.kubeflow.org": JOB_VERBS,
-    "trainingruntimes.trainer.kubeflow.org": {"create", "list", "patch", "delete"},
+    "trainingruntimes.trainer.kubeflow.org": {"create", "get", "list", "patch", "delete"},
     "configmaps": {"create", "get", "list", "patch", "delete"},
     "services": {"create", "get", "list", "patch", "delete"},
     "pods": {"create", "get", "list", "watch"},
     "pods/log": {"get"},
+    "pods/portforward": {"create"},  # by kubectl, as docs/operations.md says
     "events": {"get", "list", "watch"},
     "namespaces": {"get"},
     "persistentvolumeclaims": {"get"},

@@ -46,6 +46,14 @@ def other(terms: Terms, digest: str = "abc", log_dir: Path | None = None, wait_s
     )
 
 
+def test_a_host_that_serves_does_not_look_for_itself_where_its_name_leads(terms: Terms) -> None:
+    """A name may lead to the address that the host had before it was replaced."""
+    gone = dataclasses.replace(terms, endpoint=("no-such-host.invalid", terms.endpoint[1]), min_hosts=1)
+    meeting = Meeting(gone)
+    assert meeting.serves
+    assert Meeting(other(terms)).job == meeting.job
+
+
 def meet(first: Meeting, second: Meeting, before: Verdict | None = None) -> tuple[Round, Round]:
     with ThreadPoolExecutor(2) as threads:
         mine = threads.submit(first.next_round, before)
@@ -60,7 +68,8 @@ def test_hosts_agree_on_ranks_on_one_verdict_and_on_the_end(terms: Terms) -> Non
     # Rank 0 is where the store is, whatever the addresses are.
     assert (mine.seats.first_rank, theirs.seats.first_rank) == (0, 3)
     assert mine.seats.world_size == theirs.seats.world_size == 6
-    assert mine.seats.store == theirs.seats.store == terms.endpoint
+    assert theirs.seats.store == terms.endpoint
+    assert mine.seats.store == (terms.address, terms.endpoint[1])
     assert theirs.seats.describe() == "ranks 3 to 5"
     one = Verdict(Fault("crash", "one", "outer step 1"), is_end=False, num_restarts=1)
     two = Verdict(Fault("crash", "two", "outer step 1"), is_end=False, num_restarts=1)

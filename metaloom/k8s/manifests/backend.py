@@ -29,6 +29,10 @@ class Backend:
         index_variable: an environment variable that the cluster sets to the pod's index, where no annotation
             of the pod has it; None where one has.
         refusals: what of a request it cannot do, in words.
+        is_named_last: whether the job is taken only once the server knows what it names, which `build` makes
+            before it.
+        adds: what is put into pods beside what `build` has, and may not keep to the restricted level of pod
+            security, in words; "" for nothing.
     """
 
     name: str
@@ -41,3 +45,5 @@ class Backend:
     longest_suffix: Callable[[JobRequest], str]
     index_variable: str | None = None
     refusals: Callable[[JobRequest], list[str]] = lambda request: []
+    is_named_last: bool = False
+    adds: Callable[[JobRequest], str] = lambda request: ""

@@ -54,6 +54,15 @@ def _longest_suffix(request: JobRequest) -> str:
     return "-master-0" if request.nodes == 1 else f"-worker-{request.nodes - 2}"
 
 
+def _adds(request: JobRequest) -> str:
+    if request.nodes == 1:
+        return ""
+    return (
+        "the training operator puts an init container into all pods but the first, which by default does not "
+        "keep to that level (its --pytorch-init-container-template-file names one that does)"
+    )
+
+
 BACKEND = Backend(
     name="pytorchjob",
     resource=PYTORCH_JOBS,
@@ -66,4 +75,5 @@ BACKEND = Backend(
     longest_suffix=_longest_suffix,
     # The operator's labels count masters and workers apart; its RANK is the number of the pod among all.
     index_variable="RANK",
+    adds=_adds,
 )

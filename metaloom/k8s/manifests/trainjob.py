@@ -72,4 +72,5 @@ BACKEND = Backend(
     first_host=first_host,
     longest_suffix=longest_suffix,
     refusals=_refusals,
+    is_named_last=True,
 )
