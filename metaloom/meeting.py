@@ -319,8 +319,8 @@ class Meeting:
 
 def _serve(terms: Terms) -> TCPStore | None:
     """The store, served from here; None where another agent of this machine serves it."""
-    # It listens at every address, and this host connects to its own: the endpoint's name may lead to where the
-    # host was before it was replaced, for as long as that is remembered.
+    # It listens at every address, and this host connects to its own: the endpoint's name may lead to where it
+    # was before it was replaced, for as long as that is remembered.
     try:
         return _tcp_store((terms.address, terms.endpoint[1]), is_master=True)
     except dist.DistError as error:
