@@ -121,6 +121,7 @@ def test_a_shard_that_is_missing_is_named_before_anything_starts(damaged: Path, 
 # ---------------------------------------------------------------- object stores
 
 
+@pytest.mark.slow
 def test_a_data_set_in_an_object_store_trains_like_the_local_one(
     whole: tuple[Finished, Path], damaged: Path, tmp_path: Path, s3: ObjectStore
 ) -> None:
@@ -160,7 +161,7 @@ def goes_down(server: FlakyServer, metrics: Path, *, comes_up: bool) -> threadin
     return thread
 
 
-@pytest.mark.parametrize("comes_up", [True, False])
+@pytest.mark.parametrize("comes_up", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_store_that_goes_down_in_mid_run_is_waited_for_or_ends_the_run(
     comes_up: bool, whole: tuple[Finished, Path], server: FlakyServer, tmp_path: Path
 ) -> None:

@@ -379,7 +379,7 @@ if "RANK" in os.environ:
 
 
 @pytest.mark.usefixtures("proxy")
-@pytest.mark.parametrize("mode", ["refuse", "stall"])
+@pytest.mark.parametrize("mode", ["refuse", pytest.param("stall", marks=pytest.mark.slow)])
 def test_an_object_store_that_fails_for_a_while_neither_stops_nor_changes_a_run(
     tmp_path: Path, glyphs: Path, whole: Path, s3: ObjectStore, mode: str
 ) -> None:

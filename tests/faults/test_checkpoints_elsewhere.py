@@ -165,6 +165,7 @@ def test_a_run_with_checkpoints_on_an_object_store_that_is_killed_goes_on_bit_fo
     assert "as written" in run_well("checkpoints", "verify", folder, cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_while_it_writes_to_an_object_store_ends_as_one_that_is_not(
     tmp_path: Path, glyphs: Path, s3: ObjectStore
 ) -> None:
@@ -180,6 +181,7 @@ def test_a_run_that_is_killed_while_it_writes_to_an_object_store_ends_as_one_tha
         assert state_of(run_path, url) == expected
 
 
+@pytest.mark.slow
 def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(tmp_path: Path, glyphs: Path) -> None:
     folder, url = tmp_path / "run", tmp_path / "elsewhere"
     run_well(
@@ -201,6 +203,7 @@ def test_a_run_whose_folder_is_lost_goes_on_from_its_url_in_another(tmp_path: Pa
     assert curve(tmp_path / "found") == curve(tmp_path / "lost")[8:]
 
 
+@pytest.mark.slow
 def test_a_new_run_does_not_go_on_from_the_checkpoints_of_another(tmp_path: Path, glyphs: Path) -> None:
     url = tmp_path / "store"
     words = ("train", SMOKE, f"data.url={glyphs}", *RUN, f"checkpoint.url={url}")

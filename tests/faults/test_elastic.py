@@ -106,6 +106,7 @@ def test_killed_ranks_are_started_again_and_change_no_number(tmp_path: Path, gly
     assert tracked_steps(folder) == list(range(1, STEPS + 1))
 
 
+@pytest.mark.slow
 def test_a_killed_rank_under_deepspeed_is_started_again_from_the_same_checkpoints(
     tmp_path: Path, glyphs: Path
 ) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.faults.soak import PLACES, disturbed, plan_of, state_of, train
 
-SEEDS = (1, 5, 7, 2, 3, 8)
+SEEDS = (5, 2, 1, 3, 7, 8)
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def test_the_seeds_kill_at_every_place_and_by_the_clock() -> None:
 
 
 @pytest.mark.parametrize(
-    "seed", [*SEEDS[:4], *(pytest.param(seed, marks=pytest.mark.slow) for seed in SEEDS[4:])]
+    "seed", [*SEEDS[:2], *(pytest.param(seed, marks=pytest.mark.slow) for seed in SEEDS[2:])]
 )
 def test_a_run_that_is_killed_ends_as_one_that_is_not(
     tmp_path: Path, glyphs: Path, whole: dict[str, object], seed: int

@@ -96,6 +96,7 @@ def network() -> Iterator[Network]:
         made.remove()
 
 
+@pytest.mark.slow
 def test_a_host_that_is_cut_off_says_where_it_was_and_comes_back_by_itself(
     tmp_path: Path, glyphs: Path, network: Network
 ) -> None:

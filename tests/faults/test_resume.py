@@ -144,10 +144,10 @@ def test_a_rank_that_is_killed_ends_the_job_with_its_name(tmp_path: Path, glyphs
 @pytest.mark.parametrize(
     ("sent", "code"),
     [
-        (signal.SIGINT, 130),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
         (signal.SIGTERM, 75),
         pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow),
-        (signal.SIGKILL, -9),
+        pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow),
     ],
 )
 def test_a_stopped_command_leaves_no_process_and_a_run_marked_killed(

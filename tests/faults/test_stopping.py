@@ -173,6 +173,7 @@ def test_a_run_that_waits_for_data_stops_too(tmp_path: Path, glyphs: Path) -> No
     assert b"not saved" not in errors
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_while_it_validates_repeats_the_validation_alone(
     tmp_path: Path, glyphs: Path
 ) -> None:
@@ -372,6 +373,7 @@ class Metadata(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
+@pytest.mark.slow
 def test_a_notice_at_a_url_stops_the_run(tmp_path: Path, glyphs: Path) -> None:
     folder = tmp_path / "run"
     with ThreadingHTTPServer(("127.0.0.1", 0), Metadata) as server:

@@ -28,6 +28,7 @@ def losses(run: Path) -> list[float]:
     return [record[name] for record in curve(run) for name in names if name in record]
 
 
+@pytest.mark.slow
 def test_a_run_begun_under_deepspeed_goes_on_replicated_with_the_same_losses(
     tmp_path: Path, stdlib: Path
 ) -> None:
