@@ -1,5 +1,6 @@
 """Ranks that are killed, crash or hang: the job goes on by itself, or ends with the cause."""
 
+import contextlib
 import os
 import re
 import signal
@@ -90,8 +91,7 @@ def test_killed_ranks_are_started_again_and_change_no_number(tmp_path: Path, gly
     try:
         for step, rank in ((6, 1), (22, 0)):
             wait_for_step(folder / "metrics.jsonl", step, process)
-            os.kill(rank_of(process.pid, rank), signal.SIGKILL)
-            wait_for_restart(folder, rank, process)
+            kill_and_wait_for_restart(rank, process)
     finally:
         code, output, errors = end(process)
     assert code == 0, errors + logs(tmp_path)
@@ -119,8 +119,7 @@ def test_a_killed_rank_under_deepspeed_is_started_again_from_the_same_checkpoint
         process = start(*words, "sharding=deepspeed_zero", "--run", folder, cwd=tmp_path)
         try:
             wait_for_step(folder / "metrics.jsonl", 3, process)
-            os.kill(rank_of(process.pid, 1), signal.SIGKILL)
-            wait_for_restart(folder, 1, process)
+            kill_and_wait_for_restart(1, process)
             hold.at(6)
         finally:
             code, output, errors = end(process)
@@ -133,12 +132,17 @@ def test_a_killed_rank_under_deepspeed_is_started_again_from_the_same_checkpoint
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
-def wait_for_restart(folder: Path, rank: int, process: "subprocess.Popen[bytes]") -> None:
-    """Returns once the steps that will be repeated are cut from the metrics: the file is another one then."""
-    metrics = folder / "metrics.jsonl"
-    before = metrics.stat().st_ino
-    while metrics.stat().st_ino == before:
+def kill_and_wait_for_restart(rank: int, process: "subprocess.Popen[bytes]") -> None:
+    """Returns once a rank that was killed is there again, as another process."""
+    killed = rank_of(process.pid, rank)
+    os.kill(killed, signal.SIGKILL)
+    deadline = time.monotonic() + 180
+    while True:
+        with contextlib.suppress(ValueError):  # there is none now
+            if rank_of(process.pid, rank) != killed:
+                return
         assert process.poll() is None, f"the job ended after rank {rank} was killed"
+        assert time.monotonic() < deadline, f"rank {rank} was not started again"
         time.sleep(0.01)
 
 
