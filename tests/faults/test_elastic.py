@@ -200,7 +200,7 @@ def test_a_rank_that_hangs_is_named_when_the_timeout_has_passed(tmp_path: Path, 
         code, _, errors = end(process, timeout_s=60.0)
     assert code == 1
     assert "error: rank 0 at outer step " in errors
-    assert "was silent for longer than launcher.timeout_s: Timed out waiting 3000ms" in errors
+    assert "was silent for longer than launcher.timeout_s: " in errors
     assert re.search(r"\(last seen: rank 0 at outer step \d+, .*; rank 1 at outer step \d+, \w", errors)
 
 
