@@ -70,6 +70,8 @@ def measured_episodes(
             count = min(len(episodes), num_real - start)
             if count > 0:
                 yield episodes[:count], {name: value[:count] for name, value in measured.items()}
+    # One that is to stop does so in its own tasks, where the others would wait for it in what comes next.
+    job.place.points.meet()
     job.broken.take(broken, step=step)
 
 

@@ -344,7 +344,6 @@ def test_an_evaluation_that_is_stopped_while_a_baseline_trains_goes_on_with_it(
     assert counted.stat().st_size == num_steps
 
 
-@pytest.mark.slow
 def test_a_notice_in_a_file_stops_the_run(tmp_path: Path, glyphs: Path) -> None:
     folder, notice = tmp_path / "run", tmp_path / "notice"
     words = (f"launcher.notice={{file: '{notice}', every_s: 0.2}}", "outer.num_steps=100000")
