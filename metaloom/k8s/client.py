@@ -412,7 +412,7 @@ class Cluster:
             query |= {"resourceVersion": version, "timeoutSeconds": str(seconds)}
             path = resource.path(self.namespace)
             response = self._open(
-                path, attempt, query=query, timeout_s=silence_s, is_read=True, outage_s=outage_s
+                path, attempt, query=query, timeout_s=silence_s, is_repeatable=True, outage_s=outage_s
             )
             return Lines(response, "a watch") if response.status == 200 else _whole(response)
 
@@ -452,7 +452,7 @@ class Cluster:
         attempt = self._attempt("read the log of", PODS, pod)
         path = PODS.path(self.namespace, f"{_quoted(pod)}/log")
         # A machine that is gone is answered for by the server, with a failure that lasts as long.
-        response = self._open(path, attempt, query=query, timeout_s=SILENCE_S, is_read=False)
+        response = self._open(path, attempt, query=query, timeout_s=SILENCE_S, is_repeatable=False)
         if response.status != 200:
             raise refusal(_whole(response), attempt)
         return Lines(response, f"the log of pod {pod!r} on {self._place}")
@@ -510,7 +510,7 @@ class Cluster:
             lambda: _whole(self._send(method, path, query, body, ANSWER_TIMEOUT_S)),
             attempt,
             outage_s=outage_s,
-            is_read=method == "GET",
+            is_repeatable=method == "GET",
             doubt=doubt,
         )
         return answer
@@ -522,7 +522,7 @@ class Cluster:
         *,
         query: Mapping[str, str],
         timeout_s: float,
-        is_read: bool,
+        is_repeatable: bool,
         outage_s: float = 0.0,
     ) -> Any:
         """The answer to be read as it comes, of whatever status."""
@@ -530,7 +530,7 @@ class Cluster:
             lambda: self._send("GET", path, query, None, timeout_s),
             attempt,
             outage_s=outage_s,
-            is_read=is_read,
+            is_repeatable=is_repeatable,
         )
 
     def _send(
@@ -560,13 +560,13 @@ class Cluster:
         attempt: Attempt,
         *,
         outage_s: float,
-        is_read: bool,
+        is_repeatable: bool,
         doubt: _Doubt | None = None,
     ) -> Any:
         """The answer, after as many tries as are due.
 
         Args:
-            is_read: whether it only reads what the server itself has: one that has failed is asked again.
+            is_repeatable: whether a server that has failed is asked again.
             outage_s: a server that cannot be reached is tried for so long, in place of a few times.
             doubt: learns whether a try that failed may have reached the server.
         """
@@ -596,7 +596,7 @@ class Cluster:
                 _drop(answer)
                 self._access.load()
                 continue
-            if answer.status in BUSY or (is_read and answer.status in UNWELL):
+            if answer.status in BUSY or (is_repeatable and answer.status in UNWELL):
                 pause_s = _pause_s(answer, num_busy)
                 waited_s = time.monotonic() - begin + pause_s
                 if waited_s <= max(PATIENCE_S, outage_s) and not self._is_closed.is_set():
