@@ -6,12 +6,10 @@ import json
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 import metaloom.train_command
 from metaloom.checkpoints.store import Checkpoint, CheckpointStore
@@ -37,15 +35,6 @@ def here(job: str, recipe: Recipe, folder: RunFolder, *arguments: object, lock: 
         print(error, file=sys.stderr)
         return error.exit_code
     return 0
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A process group of this process, as the worker joins one."""
-    store = tmp_path_factory.mktemp("store") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
