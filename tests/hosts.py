@@ -19,6 +19,7 @@ if "RANK" in os.environ:
     def wait_and_read(stream, read=EpisodeStream.__next__):
         step, episodes = read(stream)
         while step >= int(open(os.environ["HOLD"]).read()):
+            open(f"{os.environ['HOLD']}-{os.environ['RANK']}", "w").write(str(step))
             time.sleep(0.02)
         return step, episodes
     EpisodeStream.__next__ = wait_and_read
@@ -44,6 +45,13 @@ class Hold:
         partial = self._path.with_suffix(".partial")
         partial.write_text(str(step))
         partial.replace(self._path)
+
+    def wait_for(self, rank: int, step: int, timeout_s: float = 120.0) -> None:
+        """Returns once a rank stands before the step after this one."""
+        deadline, standing = time.monotonic() + timeout_s, Path(f"{self._path}-{rank}")
+        while not (standing.exists() and standing.read_text() == str(step)):
+            assert time.monotonic() < deadline, f"rank {rank} did not come to the end of step {step}"
+            time.sleep(0.02)
 
 
 @contextmanager
