@@ -18,6 +18,7 @@ OVERRIDES = (
     "outer.tasks_per_step=3",
     "validation.num_episodes=3",
     "validation.every_steps=2",
+    "memory.recompute_blocks=true",  # shards ask for it
     "tracking=none",
 )
 
@@ -53,7 +54,7 @@ def test_a_run_goes_on_from_deepspeed_in_shards_and_from_shards_under_deepspeed(
         run_well("train", "--resume", moving, *changes, f"outer.num_steps={3 + number}", cwd=tmp_path)
     run_well("train", recipe, "--run", whole, data, *OVERRIDES, one, "outer.num_steps=5", cwd=tmp_path)
     ours, expected = losses(moving), losses(whole)
-    assert len(expected) == 10
+    assert len(expected) == 9
     # float32: tasks are summed in another order, and Adam amplifies the rounding of small gradients. (Each
     # part of the moving run is also validated at its end.)
     assert {name: ours[name] for name in expected} == pytest.approx(expected, rel=1e-4)
