@@ -105,10 +105,10 @@ def test_a_rank_that_hangs_on_another_host_is_told_by_where_it_was_last_seen(
 ) -> None:
     limits = ("launcher.timeout_s=3", "launcher.max_restarts=0")
     hold = stack.enter_context(held(tmp_path))
-    both = first, second = two_hosts(tmp_path, stack, f"data.url={glyphs}", *RUN, *limits)
+    both = two_hosts(tmp_path, stack, f"data.url={glyphs}", *RUN, *limits)
     hold.at(2)
     hold.wait_for(rank=1, step=2)
-    os.kill(rank_of(second.process.pid, 1), signal.SIGSTOP)
+    os.kill(rank_of(both[1].process.pid, 1), signal.SIGSTOP)
     hold.at(STEPS)
     assert [host.end() for host in both] == [1, 1]
     for host in both:
