@@ -91,7 +91,7 @@ def meta_trained(job: Job, newest: Checkpoint) -> Contender:
     model = build_model(recipe, job.place.device, job.sharding)
     if recipe.pretrain is not None:
         model.load(_pretrained(job))
-    choices = Choices.load(newest.scalars["choices"]).filled(job.recipe)
+    choices = _choices(job, newest)
     algorithm = build_algorithm(recipe, model, choices, job.place.device, sharding=job.sharding)
 
     def hold(stored: Tensor) -> Tensor:
@@ -125,6 +125,11 @@ def _own_rate(recipe: Recipe) -> str:
     return f"{rule.lr:g}" if rule.learned == "none" else "learned"
 
 
+def _choices(job: Job, newest: Checkpoint) -> Choices:
+    """What was chosen in meta-training, as far as it fits the recipe."""
+    return Choices.load(newest.scalars["choices"]).filled(job.recipe)
+
+
 def newest_checkpoint(job: Job) -> Checkpoint:
     rooms = held_rooms(job.sharding)
     return newest_result(_checkpoints(job), job.place.folder, job.console.warn, rooms)
@@ -143,7 +148,7 @@ def baseline(job: Job, name: str, newest: Checkpoint) -> Contender:
     if name in IN_CONTEXT:
         return _in_context(job, name, newest)
     model = build_model(job.recipe, job.place.device, job.sharding)
-    choices = Choices.load(newest.scalars["choices"]).filled(job.recipe)
+    choices = _choices(job, newest)
     start = job.recipe.transferred if name in TRANSFERRED else name
     training = "none"
     if start == "pretrained":
@@ -214,7 +219,7 @@ def _in_context(job: Job, name: str, newest: Checkpoint) -> Contender:
 
 def _after_ordinary_training(job: Job, name: str, newest: Checkpoint) -> tuple[MetaTensors, str]:
     """The weights of a baseline that is ordinarily trained, and what was spent on them, in words."""
-    choices = Choices.load(newest.scalars["choices"]).filled(job.recipe)
+    choices = _choices(job, newest)
     num_samples, num_steps = ordinary_budget(job, name, choices, num_outer_steps=newest.step)
     weights = _ordinarily_trained(job, name, num_steps)
     return weights, _after_pretraining(job.recipe, f"{num_steps} steps, {num_samples} samples")

@@ -70,14 +70,30 @@ def run_well(*words: str | Path, cwd: Path, timeout_s: float = 300.0) -> str:
 
 
 @contextmanager
-def killed_at_end(*words: str | Path, cwd: Path) -> Iterator["subprocess.Popen[bytes]"]:
-    """`metaloom ...`, started and seen by nobody; on leaving, it and all that it started are killed."""
+def changed(folder: Path, code: str, **variables: str) -> Iterator[None]:
+    """Commands of a test whose processes run `code` when they start, and find some variables."""
+    place = folder / "changed"
+    place.mkdir()
+    (place / "sitecustomize.py").write_text(code)
+    before = dict(ADDED)
+    ADDED.update({"PYTHONPATH": f"{place}:{environment()['PYTHONPATH']}", **variables})
+    try:
+        yield
+    finally:
+        ADDED.clear()
+        ADDED.update(before)
+
+
+@contextmanager
+def begun(*words: str | Path, cwd: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    """`metaloom ...`, started; on leaving, it and all that it started are killed."""
     process = subprocess.Popen(
         command(*words),
         cwd=cwd,
         env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         start_new_session=True,
     )
     try:
@@ -85,7 +101,18 @@ def killed_at_end(*words: str | Path, cwd: Path) -> Iterator["subprocess.Popen[b
     finally:
         if process.poll() is None:
             kill_tree(process.pid)
-        process.wait()
+            process.communicate()
+
+
+def end(process: "subprocess.Popen[bytes]", timeout_s: float = 120.0) -> Finished:
+    """How a command ends that was begun."""
+    try:
+        output, errors = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        kill_tree(process.pid)
+        output, errors = process.communicate()
+        pytest.fail(f"no end within {timeout_s} s:\n{output.decode()}\n{errors.decode()}")
+    return Finished(process.returncode, output.decode(), errors.decode())
 
 
 def logs(folder: Path) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import ADDED, RECIPES, command, environment, kill_tree, read_records
+from tests.commands import RECIPES, changed, command, environment, kill_tree, read_records
 
 # Ranks wait before the tasks of a step that lies beyond the one in the file.
 HELD = """
@@ -55,21 +55,11 @@ class Hold:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[Hold]:
-    """Commands of a test wait where it wants them to."""
-    (folder / "held").mkdir()
-    (folder / "held" / "sitecustomize.py").write_text(HELD)
-    added = {
-        "PYTHONPATH": f"{folder / 'held'}:{environment()['PYTHONPATH']}",
-        "HOLD": str(folder / "hold"),
-    }
+def held(folder: Path, code: str = "") -> Iterator[Hold]:
+    """Commands of a test wait where it wants them to; their processes run `code` too when they start."""
     hold = Hold(folder / "hold")
-    ADDED.update(added)
-    try:
+    with changed(folder, HELD + code, HOLD=str(folder / "hold")):
         yield hold
-    finally:
-        for name in added:
-            del ADDED[name]
 
 
 class Host:

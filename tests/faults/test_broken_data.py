@@ -89,7 +89,7 @@ def test_killed_and_resumed_with_workers_equals_uninterrupted_damage_included(
 ) -> None:
     folder = tmp_path / "run"
     words = ("train", RECIPES / "smoke.yaml", f"data.url={damaged}", *WORDS, "loading.num_workers=1")
-    with commands.killed_at_end(*words, "--run", folder, cwd=tmp_path) as process:
+    with commands.begun(*words, "--run", folder, cwd=tmp_path) as process:
         wait_for_step(folder / "metrics.jsonl", 6, process)
     assert len(curve(folder)) < STEPS
     output = commands.run_well("train", "--resume", folder, cwd=tmp_path)

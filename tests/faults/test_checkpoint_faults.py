@@ -7,12 +7,10 @@ import http.client
 import json
 import os
 import re
-import signal
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -21,14 +19,12 @@ import pytest
 
 from metaloom.checkpoints.catalogue import Catalogue
 from tests.commands import (
-    ADDED,
     RECIPES,
-    command,
+    begun,
+    changed,
     curve,
     digests,
-    environment,
-    kill_tree,
-    killed_at_end,
+    end,
     run,
     run_well,
     wait_for_step,
@@ -44,21 +40,6 @@ RUN = (
     "validation.every_steps=6",
     "tracking=none",
 )
-
-
-@contextmanager
-def changed(folder: Path, code: str, **variables: str) -> Iterator[None]:
-    """Commands of a test whose processes run `code` when they start."""
-    place = folder / "changed"
-    place.mkdir()
-    (place / "sitecustomize.py").write_text(code)
-    added = {"PYTHONPATH": f"{place}:{environment()['PYTHONPATH']}", **variables}
-    ADDED.update(added)
-    try:
-        yield
-    finally:
-        for name in added:
-            del ADDED[name]
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +192,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
+IMPATIENT = """
+    import metaloom.disk, metaloom.keeping
+    metaloom.keeping.RETRY_S = metaloom.disk.RETRY_S = 0.2
+"""
+
+
 @pytest.mark.mount
 def test_a_disk_that_is_really_full_for_a_while_changes_nothing(
     tmp_path: Path, glyphs: Path, small_disk: Path
@@ -219,20 +206,9 @@ def test_a_disk_that_is_really_full_for_a_while_changes_nothing(
     words = ("train", SMOKE, f"data.url={glyphs}", *RUN, *few)
     run_well(*words, "--run", tmp_path / "whole", cwd=tmp_path)
     folder, filler = small_disk / "run", small_disk / "filler"
-    with held(tmp_path) as hold:
-        with (tmp_path / "held" / "sitecustomize.py").open("a") as file:
-            file.write("    import metaloom.disk, metaloom.keeping\n")
-            file.write("    metaloom.keeping.RETRY_S = metaloom.disk.RETRY_S = 0.2\n")
+    with held(tmp_path, IMPATIENT) as hold:
         hold.at(3)
-        process = subprocess.Popen(
-            command(*words, "--run", folder),
-            cwd=tmp_path,
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
+        with begun(*words, "--run", folder, cwd=tmp_path) as process:
             wait_for_step(folder / "metrics.jsonl", 3, process)
             wait_until(lambda: Catalogue(folder / "checkpoints" / "meta").steps() == [2])
             with filler.open("wb", buffering=0) as file:
@@ -241,14 +217,10 @@ def test_a_disk_that_is_really_full_for_a_while_changes_nothing(
             time.sleep(10.0)  # steps go on, and the last checkpoint waits
             assert process.poll() is None
             filler.unlink()
-            output, _ = process.communicate(timeout=120)
-        finally:
-            if process.poll() is None:
-                kill_tree(process.pid)
-                process.communicate()
-    assert process.returncode == 0, output
-    assert b"metrics.jsonl cannot be written: No space left on device" in output
-    assert b"fault:" not in output
+            finished = end(process)
+    assert finished.code == 0, finished
+    assert "metrics.jsonl cannot be written: No space left on device" in finished.output + finished.errors
+    assert "fault:" not in finished.errors
     assert_equal(folder, tmp_path / "whole")
 
 
@@ -384,21 +356,10 @@ def test_an_object_store_that_fails_for_a_while_neither_stops_nor_changes_a_run(
     tmp_path: Path, glyphs: Path, whole: Path, s3: ObjectStore, mode: str
 ) -> None:
     url = f"{s3.new_bucket()}/run"
-    with held(tmp_path) as hold:
-        with (tmp_path / "held" / "sitecustomize.py").open("a") as file:
-            file.write(QUICK)
+    words = ("train", SMOKE, f"data.url={glyphs}", *RUN, f"checkpoint.url={url}", "--run", tmp_path / "run")
+    with held(tmp_path, QUICK) as hold:
         hold.at(3)
-        process = subprocess.Popen(
-            command(
-                "train", SMOKE, f"data.url={glyphs}", *RUN, f"checkpoint.url={url}", "--run", tmp_path / "run"
-            ),
-            cwd=tmp_path,
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
+        with begun(*words, cwd=tmp_path) as process:
             wait_for_step(tmp_path / "run" / "metrics.jsonl", 3, process)
             wait_until(lambda: Catalogue(f"{url}/meta").steps() == [2])
             Proxy.mode = mode
@@ -407,14 +368,10 @@ def test_an_object_store_that_fails_for_a_while_neither_stops_nor_changes_a_run(
             wait_until(lambda: Proxy.num_refused >= 8)  # a save has failed for good by then
             Proxy.mode = "pass"
             hold.at(12)
-            output, _ = process.communicate(timeout=120)
-        finally:
-            if process.poll() is None:
-                kill_tree(process.pid)
-                process.communicate()
-    assert process.returncode == 0, output
-    assert b"Training goes on, and it is tried again" in output
-    assert b"checkpoints are written again" in output
+            finished = end(process)
+    assert finished.code == 0, finished
+    assert "Training goes on, and it is tried again" in finished.output + finished.errors
+    assert "checkpoints are written again" in finished.output + finished.errors
     assert_equal(tmp_path / "run", whole, f"{url}/meta")
 
 
@@ -435,9 +392,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(
     folder = tmp_path / "run"
     with held(tmp_path) as hold:
         hold.at(7)
-        with killed_at_end(
-            "train", SMOKE, f"data.url={glyphs}", *RUN, "--run", folder, cwd=tmp_path
-        ) as process:
+        with begun("train", SMOKE, f"data.url={glyphs}", *RUN, "--run", folder, cwd=tmp_path) as process:
             wait_for_step(folder / "metrics.jsonl", 7, process)
             wait_until(lambda: 6 in Catalogue(folder / "checkpoints" / "meta").steps())
     newest = folder / "checkpoints" / "meta" / "step-00000006"
@@ -468,18 +423,9 @@ time.time = lambda: real() + jumps.choice([-3, -1, 0, 1, 3]) * 86400
 def test_clocks_that_jump_change_nothing(tmp_path: Path, glyphs: Path, whole: Path) -> None:
     folder = tmp_path / "run"
     with changed(tmp_path, JUMPS):
-        process = subprocess.Popen(
-            command("train", SMOKE, f"data.url={glyphs}", *RUN, "--run", folder),
-            cwd=tmp_path,
-            env=environment(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        try:
+        with begun("train", SMOKE, f"data.url={glyphs}", *RUN, "--run", folder, cwd=tmp_path) as process:
             wait_for_step(folder / "metrics.jsonl", 4, process)
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait()
+            process.terminate()
+            assert end(process).code == 75
         run_well("train", "--resume", folder, cwd=tmp_path)
     assert_equal(folder, whole)

@@ -15,7 +15,7 @@ from metaloom.checkpoints.retention import Retention
 from metaloom.checkpoints.store import Checkpoint, CheckpointStore
 from metaloom.datasets.connection import Persistence
 from metaloom.errors import CheckpointError, LaunchError
-from tests.commands import RECIPES, curve, digests, killed_at_end, run, run_well, wait_for_step
+from tests.commands import RECIPES, begun, curve, digests, run, run_well, wait_for_step
 from tests.faults.soak import disturbed, plan_of, state_of, train
 from tests.hosts import held
 from tests.object_store import ACCESS_KEY, SECRET_KEY, ObjectStore, running_object_store
@@ -149,7 +149,7 @@ def test_a_run_with_checkpoints_on_an_object_store_that_is_killed_goes_on_bit_fo
     folder, url = tmp_path / "killed", f"{bucket}/killed"
     with held(tmp_path) as hold:
         hold.at(6)
-        with killed_at_end(*words, f"checkpoint.url={url}", "--run", folder, cwd=tmp_path) as process:
+        with begun(*words, f"checkpoint.url={url}", "--run", folder, cwd=tmp_path) as process:
             wait_for_step(folder / "metrics.jsonl", 6, process)
             deadline = time.monotonic() + 60
             while Catalogue(f"{url}/meta").steps() != [4]:  # written in the background
@@ -221,7 +221,7 @@ def test_two_runs_cannot_write_to_one_url_at_once(tmp_path: Path, glyphs: Path) 
     words = ("train", SMOKE, f"data.url={glyphs}", *RUN, f"checkpoint.url={url}")
     with held(tmp_path) as hold:
         hold.at(2)
-        with killed_at_end(*words, "--run", tmp_path / "first", cwd=tmp_path) as process:
+        with begun(*words, "--run", tmp_path / "first", cwd=tmp_path) as process:
             wait_for_step(tmp_path / "first" / "metrics.jsonl", 2, process)
             second = run(*words, "--run", tmp_path / "second", cwd=tmp_path)
             in_the_same_folder = run("train", "--resume", tmp_path / "first", cwd=tmp_path)

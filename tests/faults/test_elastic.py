@@ -12,12 +12,11 @@ from pathlib import Path
 import pytest
 
 from tests.commands import (
-    ADDED,
     RECIPES,
-    command,
+    begun,
+    changed,
     curve,
-    environment,
-    kill_tree,
+    end,
     logs,
     rank_of,
     run,
@@ -53,54 +52,27 @@ if os.environ.get("RANK") == "1":
 @pytest.fixture
 def faulty(tmp_path: Path) -> Iterator[None]:
     """Commands whose rank 1 fails in the fifth outer step."""
-    folder = tmp_path / "faulty"
-    folder.mkdir()
-    (folder / "sitecustomize.py").write_text(FAULTY)
-    ADDED["PYTHONPATH"] = f"{folder}:{environment()['PYTHONPATH']}"
-    yield
-    del ADDED["PYTHONPATH"]
-
-
-def start(*words: str | Path, cwd: Path) -> "subprocess.Popen[bytes]":
-    return subprocess.Popen(
-        command(*words),
-        cwd=cwd,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
-
-
-def end(process: "subprocess.Popen[bytes]", timeout_s: float = 120.0) -> tuple[int, str, str]:
-    """How a command ends: its code, its output, its errors."""
-    try:
-        output, errors = process.communicate(timeout=timeout_s)
-    finally:
-        if process.poll() is None:
-            kill_tree(process.pid)
-            process.communicate()
-    return process.returncode, output.decode(), errors.decode()
+    with changed(tmp_path, FAULTY):
+        yield
 
 
 def test_killed_ranks_are_started_again_and_change_no_number(tmp_path: Path, glyphs: Path) -> None:
     words = ("train", SMOKE, f"data.url={glyphs}", *LONG)
     run_well(*words, "tracking=none", "--run", tmp_path / "whole", cwd=tmp_path)
     folder = tmp_path / "run"
-    process = start(*words, "--run", folder, cwd=tmp_path)
-    try:
+    with begun(*words, "--run", folder, cwd=tmp_path) as process:
         for step, rank in ((6, 1), (22, 0)):
             wait_for_step(folder / "metrics.jsonl", step, process)
             kill_and_wait_for_restart(rank, process)
-    finally:
-        code, output, errors = end(process)
-    assert code == 0, errors + logs(tmp_path)
+        finished = end(process)
+    errors = finished.errors
+    assert finished.code == 0, errors + logs(tmp_path)
     assert "fault: rank 1 was killed by SIGKILL at outer step " in errors
     assert "fault: rank 0 was killed by SIGKILL at outer step " in errors
     assert "restart 1 of 3, from the last checkpoint" in errors
     assert "restart 2 of 3, from the last checkpoint" in errors
     assert "error:" not in errors
-    assert "resumed after outer step" in output
+    assert "resumed after outer step" in finished.output
     # Bit for bit, each step once.
     assert curve(folder) == curve(tmp_path / "whole")
     assert tracked_steps(folder) == list(range(1, STEPS + 1))
@@ -116,16 +88,14 @@ def test_a_killed_rank_under_deepspeed_is_started_again_from_the_same_checkpoint
     folder = tmp_path / "run"
     with held(tmp_path) as hold:
         hold.at(3)
-        process = start(*words, "sharding=deepspeed_zero", "--run", folder, cwd=tmp_path)
-        try:
+        with begun(*words, "sharding=deepspeed_zero", "--run", folder, cwd=tmp_path) as process:
             wait_for_step(folder / "metrics.jsonl", 3, process)
             kill_and_wait_for_restart(1, process)
             hold.at(6)
-        finally:
-            code, output, errors = end(process)
-    assert code == 0, errors + logs(tmp_path)
-    assert "fault: rank 1 was killed by SIGKILL at outer step " in errors
-    assert "resumed after outer step 2 of 6" in output
+            finished = end(process)
+    assert finished.code == 0, finished.errors + logs(tmp_path)
+    assert "fault: rank 1 was killed by SIGKILL at outer step " in finished.errors
+    assert "resumed after outer step 2 of 6" in finished.output
     assert len(curve(folder)) == len(curve(tmp_path / "whole"))
     for ours, theirs in zip(curve(folder), curve(tmp_path / "whole"), strict=True):
         # float32: tasks are summed in another order, and Adam amplifies the rounding of small gradients.
@@ -181,24 +151,13 @@ def test_a_fault_that_comes_again_at_the_same_step_ends_the_job_with_its_cause(
 
 def test_a_rank_that_hangs_is_named_when_the_timeout_has_passed(tmp_path: Path, glyphs: Path) -> None:
     folder = tmp_path / "run"
-    process = start(
-        "train",
-        SMOKE,
-        f"data.url={glyphs}",
-        "outer.num_steps=5000",
-        "launcher.timeout_s=3",
-        "launcher.max_restarts=0",
-        "tracking=none",
-        "--run",
-        folder,
-        cwd=tmp_path,
-    )
-    try:
+    limits = ("outer.num_steps=5000", "launcher.timeout_s=3", "launcher.max_restarts=0", "tracking=none")
+    with begun("train", SMOKE, f"data.url={glyphs}", *limits, "--run", folder, cwd=tmp_path) as process:
         wait_for_step(folder / "metrics.jsonl", 3, process)
         os.kill(rank_of(process.pid, 1), signal.SIGSTOP)
-    finally:
-        code, _, errors = end(process, timeout_s=60.0)
-    assert code == 1
+        finished = end(process)
+    errors = finished.errors
+    assert finished.code == 1
     assert "error: rank 0 at outer step " in errors
     assert "was silent for longer than launcher.timeout_s: " in errors
     assert re.search(r"\(last seen: rank 0 at outer step \d+, .*; rank 1 at outer step \d+, \w", errors)

@@ -3,12 +3,11 @@ apart."""
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.commands import ADDED, RECIPES, command, environment, run, run_well
+from tests.commands import RECIPES, begun, changed, end, run, run_well
 
 SMOKE = RECIPES / "smoke.yaml"
 STEPS = 8
@@ -45,19 +44,11 @@ def test_a_host_that_waits_for_others_ends_at_once_when_it_is_asked(tmp_path: Pa
         "launcher.hosts={endpoint: 'nowhere.invalid:29400', num_hosts: 2, wait_s: 1000, own_folders: true}"
     )
     words = (SMOKE, f"data.url={glyphs}", f"checkpoint.url={url}", nowhere, "--run-id", "one")
-    process = subprocess.Popen(
-        command("train", *words, "--run", tmp_path / "run"),
-        cwd=tmp_path,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    with process:
+    with begun("train", *words, "--run", tmp_path / "run", cwd=tmp_path) as process:
         assert process.stderr is not None
-        assert process.stderr.readline() == "waiting for the name nowhere.invalid, for up to 1000 s\n"
+        assert process.stderr.readline() == b"waiting for the name nowhere.invalid, for up to 1000 s\n"
         process.terminate()
-        assert process.wait(60) == 75
+        assert end(process).code == 75
 
 
 @pytest.mark.parametrize(
@@ -85,22 +76,9 @@ if "RANK" in os.environ:
 
 
 def test_what_all_ranks_print_is_shown_after_their_names(tmp_path: Path, glyphs: Path) -> None:
-    (tmp_path / "talkative").mkdir()
-    (tmp_path / "talkative" / "sitecustomize.py").write_text(TALKATIVE)
-    ADDED["PYTHONPATH"] = f"{tmp_path / 'talkative'}:{environment()['PYTHONPATH']}"
-    try:
-        finished = run(
-            "train",
-            SMOKE,
-            f"data.url={glyphs}",
-            "tracking=none",
-            "launcher.show_all_ranks=true",
-            "--run",
-            tmp_path / "run",
-            cwd=tmp_path,
-        )
-    finally:
-        del ADDED["PYTHONPATH"]
+    words = (f"data.url={glyphs}", "tracking=none", "launcher.show_all_ranks=true")
+    with changed(tmp_path, TALKATIVE):
+        finished = run("train", SMOKE, *words, "--run", tmp_path / "run", cwd=tmp_path)
     assert finished.code == 0, finished
     assert "[rank 0] rank 0 says hello\n" in finished.errors
     assert "[rank 1] rank 1 says hello\n" in finished.errors

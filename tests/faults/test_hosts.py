@@ -12,7 +12,7 @@ import pytest
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 
-from tests.commands import ADDED, RECIPES, curve, digests, environment, rank_of, run_well
+from tests.commands import RECIPES, changed, curve, digests, rank_of, run_well
 from tests.hosts import Host, free_port, held
 
 SMOKE = RECIPES / "smoke.yaml"
@@ -131,11 +131,9 @@ if os.environ.get("RANK") == "1":
 
 
 def test_all_hosts_end_with_the_message_and_the_code_of_the_one_that_failed(
-    tmp_path: Path, glyphs: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, glyphs: Path, stack: ExitStack
 ) -> None:
-    (tmp_path / "faulty").mkdir()
-    (tmp_path / "faulty" / "sitecustomize.py").write_text(FAULTY)
-    monkeypatch.setitem(ADDED, "PYTHONPATH", f"{tmp_path / 'faulty'}:{environment()['PYTHONPATH']}")
+    stack.enter_context(changed(tmp_path, FAULTY))
     words = (f"data.url={glyphs}", *RUN, *hosts(min_hosts=2), "--run", tmp_path / "run")
     both = [Host(tmp_path, name, *words) for name in ("first", "second")]
     for host in both:
@@ -172,15 +170,13 @@ if sys.argv[0] == "-m" and "metaloom.agent" in sys.orig_argv:
 
 
 def test_ctrl_c_on_a_host_that_does_not_know_yet_that_all_are_there(
-    tmp_path: Path, glyphs: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, glyphs: Path, stack: ExitStack
 ) -> None:
     words = (f"data.url={glyphs}", *RUN, *hosts(min_hosts=2), "--run", tmp_path / "run")
     first = Host(tmp_path, "first", *words)
     stack.callback(first.close)
     first.wait_for_store(tmp_path / "run")
-    (tmp_path / "unaware").mkdir()
-    (tmp_path / "unaware" / "sitecustomize.py").write_text(UNAWARE)
-    monkeypatch.setitem(ADDED, "PYTHONPATH", f"{tmp_path / 'unaware'}:{environment()['PYTHONPATH']}")
+    stack.enter_context(changed(tmp_path, UNAWARE))
     second = Host(tmp_path, "second", *words)
     stack.callback(second.close)
     first.wait_for("of 2 here, on 2 hosts")

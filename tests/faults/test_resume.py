@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -13,12 +12,10 @@ from metaloom.checkpoints.catalogue import Catalogue
 from metaloom.checkpoints.store import CheckpointStore
 from tests.commands import (
     RECIPES,
-    command,
+    begun,
     curve,
     descendants,
-    environment,
-    kill_tree,
-    killed_at_end,
+    end,
     rank_of,
     run_well,
     wait_for_step,
@@ -52,21 +49,9 @@ STDLIB = (
 )
 
 
-def start(*words: str | Path, run: Path) -> "subprocess.Popen[bytes]":
-    """Starts `metaloom ... --run RUN` in the run's parent folder."""
-    return subprocess.Popen(
-        command(*words, "--run", run),
-        cwd=run.parent,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
-
-
 def kill_at_step(step: int, *words: str | Path, run: Path) -> None:
     """Starts a training, and kills every process of it when it has logged a step."""
-    with killed_at_end(*words, "--run", run, cwd=run.parent) as process:
+    with begun(*words, "--run", run, cwd=run.parent) as process:
         wait_for_step(run / "metrics.jsonl", step, process)
 
 
@@ -104,18 +89,14 @@ def test_ended_while_pretraining_and_resumed_equals_uninterrupted(
     if sent == signal.SIGKILL:
         kill_at_step(-30, *words, run=folder)
     else:
-        process = start(*words, run=folder)
-        try:
+        with begun(*words, "--run", folder, cwd=tmp_path) as process:
             wait_for_step(folder / "metrics.jsonl", -30, process)
             process.terminate()
-            output, errors = process.communicate(timeout=60)
-        finally:
-            if process.poll() is None:
-                kill_tree(process.pid)
-        assert process.returncode == 75, (output, errors)
+            finished = end(process)
+        assert finished.code == 75, finished
         (step,) = Catalogue(folder / "checkpoints" / "pretrain").steps()
         assert 30 <= step < 60
-        assert f"saved after step {step} of pretrain".encode() in output
+        assert f"saved after step {step} of pretrain" in finished.output
         assert not (folder / "checkpoints" / "meta").exists()
     run_well("train", "--resume", folder, cwd=tmp_path)
     assert curve(folder) == curve(whole)
@@ -126,18 +107,15 @@ def test_ended_while_pretraining_and_resumed_equals_uninterrupted(
 def test_a_rank_that_is_killed_ends_the_job_with_its_name(tmp_path: Path, glyphs: Path) -> None:
     run = tmp_path / "run"
     words = (f"data.url={glyphs}", "outer.num_steps=5000", "launcher.max_restarts=0")
-    process = start("train", RECIPES / "smoke.yaml", *words, run=run)
-    try:
+    with begun("train", RECIPES / "smoke.yaml", *words, "--run", run, cwd=tmp_path) as process:
         wait_for_tracking(run)
         wait_for_step(run / "metrics.jsonl", 3, process)
         os.kill(rank_of(process.pid, 1), signal.SIGKILL)
-        _, errors = process.communicate(timeout=60)
-    finally:
-        if process.poll() is None:
-            kill_tree(process.pid)
-    assert process.returncode == 1
-    assert re.search(rb"error: rank 1 was killed by SIGKILL at outer step [0-9]+; its output is in ", errors)
-    assert b"Traceback" not in errors
+        finished = end(process)
+    assert finished.code == 1
+    said = r"error: rank 1 was killed by SIGKILL at outer step [0-9]+; its output is in "
+    assert re.search(said, finished.errors)
+    assert "Traceback" not in finished.errors
     assert tracked_status(run) == "FAILED"
 
 
@@ -154,22 +132,20 @@ def test_a_stopped_command_leaves_no_process_and_a_run_marked_killed(
     tmp_path: Path, glyphs: Path, sent: signal.Signals, code: int
 ) -> None:
     run = tmp_path / "run"
-    process = start("train", RECIPES / "smoke.yaml", f"data.url={glyphs}", "outer.num_steps=5000", run=run)
-    try:
+    words = ("train", RECIPES / "smoke.yaml", f"data.url={glyphs}", "outer.num_steps=5000", "--run", run)
+    with begun(*words, cwd=tmp_path) as process:
         wait_for_step(run / "metrics.jsonl", 3, process)
         started = descendants(process.pid)
         process.send_signal(sent)
-        output, errors = process.communicate(timeout=60)
-    finally:
-        if process.poll() is None:
-            kill_tree(process.pid)
-    assert process.returncode == code
-    assert b"Traceback" not in output + errors
+        finished = end(process)
+    said = finished.output + finished.errors
+    assert finished.code == code
+    assert "Traceback" not in said
     deadline = time.monotonic() + 30.0  # a command that was killed is missed by its agent a little later
     while [pid for pid in started if is_running(pid)] and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not [pid for pid in started if is_running(pid)]
-    assert tracked_status(run) == "KILLED", output.decode()[-1500:] + errors.decode()
+    assert tracked_status(run) == "KILLED", said[-3000:]
 
 
 def wait_for_tracking(run: Path) -> None:

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from metaloom.checkpoints.catalogue import Catalogue
 from metaloom.evaluate import evaluate
@@ -26,12 +25,11 @@ from metaloom.job import Place, Shutdown
 from metaloom.recipe import load_recipe
 from metaloom.run_folder import RunFolder
 from tests.commands import (
-    ADDED,
     RECIPES,
-    command,
+    begun,
+    changed,
     curve,
-    environment,
-    kill_tree,
+    end,
     rank_of,
     run_well,
     wait_for_step,
@@ -71,43 +69,9 @@ if os.environ.get("RANK") == "1":
 
 
 @contextmanager
-def slow_from(folder: Path, step: int) -> Iterator[None]:
-    """Commands of a test whose outer steps take minutes from one on."""
-    place = folder / "slow"
-    place.mkdir()
-    (place / "sitecustomize.py").write_text(SLOW)
-    added = {"PYTHONPATH": f"{place}:{environment()['PYTHONPATH']}", "SLOW_FROM": str(step)}
-    ADDED.update(added)
-    try:
-        yield
-    finally:
-        for name in added:
-            del ADDED[name]
-
-
-@contextmanager
 def started(*words: str | Path, run: Path) -> Iterator[subprocess.Popen[bytes]]:
     with begun("train", SMOKE, *words, "--run", run, cwd=run.parent) as process:
         yield process
-
-
-@contextmanager
-def begun(*words: str | Path, cwd: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """`metaloom ...`, of which nothing is left at the end."""
-    process = subprocess.Popen(
-        command(*words),
-        cwd=cwd,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            kill_tree(process.pid)
-            process.communicate()
 
 
 @pytest.mark.parametrize(
@@ -142,18 +106,18 @@ def test_a_stopped_run_breaks_off_a_long_step_and_goes_on_as_if_it_had_not_been_
     folder = tmp_path / "run"
     # Tasks of 60 passes each are left of the sixth step: minutes, of which nobody waits for more than one
     # inner step.
-    with slow_from(tmp_path, 5), started(*words, run=folder) as process:
+    with changed(tmp_path, SLOW, SLOW_FROM="5"), started(*words, run=folder) as process:
         wait_for_step(folder / "metrics.jsonl", 5, process)
         pid = process.pid if target == "command" else rank_of(process.pid, int(target[-1]))
         asked_s = time.monotonic()
         os.kill(pid, signal.SIGTERM)
-        output, errors = process.communicate(timeout=60)
+        finished = end(process)
         took_s = time.monotonic() - asked_s
-    assert process.returncode == START_AGAIN, (output, errors)
+    assert finished.code == START_AGAIN, finished
     assert took_s < 25.0  # what the recipe grants by default, and clusters count on
-    assert b"saved after outer step 5" in output
-    assert errors.decode().endswith("stopped by SIGTERM\n")
-    assert b"Traceback" not in output + errors
+    assert "saved after outer step 5" in finished.output
+    assert finished.errors.endswith("stopped by SIGTERM\n")
+    assert "Traceback" not in finished.output + finished.errors
     resumed = run_well("train", "--resume", folder, cwd=tmp_path)
     assert "resumed after outer step 5 of 12" in resumed
     assert curve(folder) == curve(whole)
@@ -167,22 +131,13 @@ def test_a_run_that_waits_for_data_stops_too(tmp_path: Path, glyphs: Path) -> No
         with started(f"data.url={glyphs}", *RUN, run=folder) as process:
             wait_for_step(folder / "metrics.jsonl", 2, process)
             process.terminate()
-            output, errors = process.communicate(timeout=60)
-    assert process.returncode == START_AGAIN
-    assert b"saved after outer step 2" in output
-    assert b"not saved" not in errors
+            finished = end(process)
+    assert finished.code == START_AGAIN
+    assert "saved after outer step 2" in finished.output
+    assert "not saved" not in finished.errors
 
 
-@pytest.mark.slow
-def test_a_run_that_is_stopped_while_it_validates_repeats_the_validation_alone(
-    tmp_path: Path, glyphs: Path
-) -> None:
-    words = (f"data.url={glyphs}", *RUN)
-    run_well("train", SMOKE, *words, "--run", tmp_path / "whole", cwd=tmp_path)
-    folder, place = tmp_path / "run", tmp_path / "slow"
-    place.mkdir()
-    (place / "sitecustomize.py").write_text(
-        """
+SLOW_VALIDATION = """
 import os, time
 if "RANK" in os.environ:
     from metaloom.engine.algorithms.maml import Maml
@@ -192,35 +147,31 @@ if "RANK" in os.environ:
         return once(algorithm, *args, **keywords)
     Maml.curve = slowly
 """
-    )
-    mark = tmp_path / "validating"
-    added = {"PYTHONPATH": f"{place}:{environment()['PYTHONPATH']}", "VALIDATING": str(mark)}
-    ADDED.update(added)
-    try:
-        with started(*words, run=folder) as process:
-            wait_for_step(folder / "metrics.jsonl", 3, process)
-            while not mark.exists():
-                assert process.poll() is None
-            process.terminate()
-            output, _ = process.communicate(timeout=60)
-    finally:
-        for name in added:
-            del ADDED[name]
-    assert process.returncode == START_AGAIN
-    assert b"saved after outer step 4" in output
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_while_it_validates_repeats_the_validation_alone(
+    tmp_path: Path, glyphs: Path
+) -> None:
+    words = (f"data.url={glyphs}", *RUN)
+    run_well("train", SMOKE, *words, "--run", tmp_path / "whole", cwd=tmp_path)
+    folder, mark = tmp_path / "run", tmp_path / "validating"
+    with changed(tmp_path, SLOW_VALIDATION, VALIDATING=str(mark)), started(*words, run=folder) as process:
+        wait_for_step(folder / "metrics.jsonl", 3, process)
+        while not mark.exists():
+            assert process.poll() is None
+        process.terminate()
+        finished = end(process)
+    assert finished.code == START_AGAIN
+    assert "saved after outer step 4" in finished.output
     assert [record["step"] for record in curve(folder)] == [1, 2, 3]
     run_well("train", "--resume", folder, cwd=tmp_path)
     assert curve(folder) == curve(tmp_path / "whole")
     assert final_tensors(folder) == final_tensors(tmp_path / "whole")
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_second_signal_stops_at_once(tmp_path: Path, glyphs: Path, sent: signal.Signals, code: int) -> None:
-    folder = tmp_path / "run"
-    # Nobody comes to a point at which all could stop.
-    (tmp_path / "stuck").mkdir()
-    (tmp_path / "stuck" / "sitecustomize.py").write_text(
-        """
+# Nobody comes to a point at which all could stop.
+STUCK = """
 import os, time
 if "RANK" in os.environ:
     from metaloom.engine.outer import OuterOptimizer
@@ -230,30 +181,24 @@ if "RANK" in os.environ:
         return update(outer, *args, **keywords)
     OuterOptimizer.update = stuck
 """
-    )
-    ADDED["PYTHONPATH"] = f"{tmp_path / 'stuck'}:{environment()['PYTHONPATH']}"
-    try:
-        with started(f"data.url={glyphs}", *RUN, "launcher.stop_within_s=1000", run=folder) as process:
-            wait_for_step(folder / "metrics.jsonl", 3, process)
-            process.send_signal(sent)
-            assert process.stderr is not None
-            first = process.stderr.readline()
-            process.send_signal(sent)
-            _, errors = process.communicate(timeout=30)
-    finally:
-        del ADDED["PYTHONPATH"]
-    assert (
-        first.decode() == f"{sent.name}: stopping, with what was done saved; another signal stops at once\n"
-    )
-    assert errors.decode() == f"stopped by {sent.name}\n"
-    assert process.returncode == code
 
 
-def test_a_run_that_cannot_be_saved_in_time_ends_all_the_same(tmp_path: Path, glyphs: Path) -> None:
-    folder, place = tmp_path / "run", tmp_path / "stalled"
-    place.mkdir()
-    (place / "sitecustomize.py").write_text(
-        """
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_second_signal_stops_at_once(tmp_path: Path, glyphs: Path, sent: signal.Signals, code: int) -> None:
+    folder, words = tmp_path / "run", (f"data.url={glyphs}", *RUN, "launcher.stop_within_s=1000")
+    with changed(tmp_path, STUCK), started(*words, run=folder) as process:
+        wait_for_step(folder / "metrics.jsonl", 3, process)
+        process.send_signal(sent)
+        assert process.stderr is not None
+        first = process.stderr.readline().decode()
+        process.send_signal(sent)
+        finished = end(process)
+    assert first == f"{sent.name}: stopping, with what was done saved; another signal stops at once\n"
+    assert finished.errors == f"stopped by {sent.name}\n"
+    assert finished.code == code
+
+
+STALLED = """
 import os, time
 if "RANK" in os.environ:
     from metaloom.checkpoints.folder import Folder
@@ -261,19 +206,17 @@ if "RANK" in os.environ:
         time.sleep(1000)
     Folder.write_stream = stall
 """
-    )
-    ADDED["PYTHONPATH"] = f"{place}:{environment()['PYTHONPATH']}"
-    try:
-        long = ("outer.num_steps=100000", "launcher.stop_within_s=2")
-        with started(f"data.url={glyphs}", *RUN, *long, run=folder) as process:
-            wait_for_step(folder / "metrics.jsonl", 3, process)
-            process.terminate()
-            output, errors = process.communicate(timeout=60)
-    finally:
-        del ADDED["PYTHONPATH"]
-    assert process.returncode == START_AGAIN, errors
-    assert b"stopped by SIGTERM, and not saved within 2 s (launcher.stop_within_s)" in errors
-    assert b"saved after" not in output
+
+
+def test_a_run_that_cannot_be_saved_in_time_ends_all_the_same(tmp_path: Path, glyphs: Path) -> None:
+    folder, long = tmp_path / "run", ("outer.num_steps=100000", "launcher.stop_within_s=2")
+    with changed(tmp_path, STALLED), started(f"data.url={glyphs}", *RUN, *long, run=folder) as process:
+        wait_for_step(folder / "metrics.jsonl", 3, process)
+        process.terminate()
+        finished = end(process)
+    assert finished.code == START_AGAIN, finished
+    assert "stopped by SIGTERM, and not saved within 2 s (launcher.stop_within_s)" in finished.errors
+    assert "saved after" not in finished.output
 
 
 # Each step of ordinary training leaves a letter in a file; the fourth, and those after it, wait a little.
@@ -291,14 +234,6 @@ if "RANK" in os.environ:
 """
 
 
-@pytest.fixture
-def alone(tmp_path: Path) -> Iterator[None]:
-    """A process group of this process, as the worker joins one."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 @pytest.mark.usefixtures("alone")
 def test_an_evaluation_that_is_stopped_while_a_baseline_trains_goes_on_with_it(
     tmp_path: Path, glyphs: Path
@@ -311,31 +246,23 @@ def test_an_evaluation_that_is_stopped_while_a_baseline_trains_goes_on_with_it(
         "evaluation.baselines=[ordinary_equal_data]",
         "evaluation.ordinary.batch_size=8",
     )
-    recipe, folder, place = load_recipe(SMOKE, words), tmp_path / "run", tmp_path / "counting"
+    recipe, folder, counted = load_recipe(SMOKE, words), tmp_path / "run", tmp_path / "counted"
     trained(recipe, folder)
     shutil.copytree(folder, tmp_path / "whole")
     evaluate(recipe, Place(RunFolder(tmp_path / "whole"), torch.device("cpu"), None, Shutdown()))
-    place.mkdir()
-    (place / "sitecustomize.py").write_text(ORDINARY)
-    counted = tmp_path / "counted"
-    added = {"PYTHONPATH": f"{place}:{environment()['PYTHONPATH']}", "COUNTED": str(counted)}
-    ADDED.update(added)
-    try:
+    with changed(tmp_path, ORDINARY, COUNTED=str(counted)):
         with begun("evaluate", folder, cwd=tmp_path) as process:
             while not counted.exists() or counted.stat().st_size < 4:
                 assert process.poll() is None
                 time.sleep(0.01)
             process.terminate()
-            output, errors = process.communicate(timeout=60)
+            finished = end(process)
         num_done = counted.stat().st_size
-        assert process.returncode == START_AGAIN, (output, errors)
-        assert errors.decode().endswith("stopped by SIGTERM\n")
-        assert b"saved after step " in output
+        assert finished.code == START_AGAIN, finished
+        assert finished.errors.endswith("stopped by SIGTERM\n")
+        assert "saved after step " in finished.output
         assert not (folder / "evaluation.json").exists()
         run_well("evaluate", folder, cwd=tmp_path)
-    finally:
-        for name in added:
-            del ADDED[name]
     ours, theirs = (json.loads((run / "evaluation.json").read_text()) for run in (folder, tmp_path / "whole"))
     assert ours == theirs
     # No step of it was done twice.
@@ -350,10 +277,10 @@ def test_a_notice_in_a_file_stops_the_run(tmp_path: Path, glyphs: Path) -> None:
     with started(f"data.url={glyphs}", *RUN, *words, run=folder) as process:
         wait_for_step(folder / "metrics.jsonl", 3, process)
         notice.touch()
-        output, errors = process.communicate(timeout=60)
-    assert process.returncode == START_AGAIN
-    assert errors.decode() == f"stopped by a notice: {notice} is there\n"
-    assert b"saved after outer step" in output
+        finished = end(process)
+    assert finished.code == START_AGAIN
+    assert finished.errors == f"stopped by a notice: {notice} is there\n"
+    assert "saved after outer step" in finished.output
 
 
 class Metadata(BaseHTTPRequestHandler):
@@ -386,9 +313,9 @@ def test_a_notice_at_a_url_stops_the_run(tmp_path: Path, glyphs: Path) -> None:
             with started(f"data.url={glyphs}", *RUN, *words, "outer.num_steps=100000", run=folder) as process:
                 wait_for_step(folder / "metrics.jsonl", 20, process)
                 Metadata.is_preempted.set()
-                _, errors = process.communicate(timeout=60)
+                finished = end(process)
         finally:
             server.shutdown()
             thread.join()
-    assert process.returncode == START_AGAIN
-    assert errors.decode() == f"stopped by a notice: {url} says 'TRUE'\n"
+    assert finished.code == START_AGAIN
+    assert finished.errors == f"stopped by a notice: {url} says 'TRUE'\n"
