@@ -44,7 +44,8 @@ from metaloom.k8s.refusals import (
     refusal,
     unreachable,
 )
-from metaloom.k8s.resources import ACCESS_REVIEWS, NAMESPACES, PODS, Resource
+from metaloom.k8s.resources import ACCESS_REVIEWS, NAMESPACES, PODS, SERVER_VERSION, Resource
+from metaloom.k8s.server_version import ServerVersion, read_version
 from metaloom.k8s.streams import Lines
 from metaloom.k8s.watching import Watched
 
@@ -249,6 +250,7 @@ class Cluster:
 
     Attributes:
         namespace: in which all is read and written.
+        place: context and server, for messages.
         shown: namespace, context and server, for messages.
     """
 
@@ -257,12 +259,12 @@ class Cluster:
         self._context = context
         self._outage_s = outage_s
         self._is_closed = threading.Event()
-        self._place = f"{context} ({access.server})"
+        self.place = f"{context} ({access.server})"
         self._served: dict[str, frozenset[str]] = {}
         self._versions: dict[str, tuple[str, ...]] = {}
         self._has_told = False
         self.namespace = namespace
-        self.shown = f"namespace {namespace} of {self._place}"
+        self.shown = f"namespace {namespace} of {self.place}"
 
     @staticmethod
     def connect(*, context: str | None = None, namespace: str | None = None) -> Cluster:
@@ -367,6 +369,12 @@ class Cluster:
         kinds = [dataclasses.replace(resource, version=one) for one in self._versions[resource.group]]
         return next((kind for kind in kinds if self.serves(kind)), None)
 
+    def version(self) -> ServerVersion | None:
+        """The release of Kubernetes that the server is; None where it tells this user none."""
+        attempt = self._attempt("get", SERVER_VERSION, "")
+        answer = self._ask("GET", "/version", attempt)
+        return None if answer.status in (403, 404) else read_version(_checked(answer, attempt))
+
     def may(self, verb: str, resource: Resource, *, subresource: str = "") -> bool:
         """Whether the user has the permission."""
         wanted = {"verb": verb, "group": resource.group, "resource": resource.plural}
@@ -455,7 +463,7 @@ class Cluster:
         response = self._open(path, attempt, query=query, timeout_s=SILENCE_S, is_repeatable=False)
         if response.status != 200:
             raise refusal(_whole(response), attempt)
-        return Lines(response, f"the log of pod {pod!r} on {self._place}")
+        return Lines(response, f"the log of pod {pod!r} on {self.place}")
 
     # Requests.
 
@@ -467,7 +475,7 @@ class Cluster:
 
     def _attempt(self, verb: str, resource: Resource, name: str) -> Attempt:
         namespace = self.namespace if resource.is_namespaced else ""
-        return Attempt(verb, resource, name, namespace, self._place, self._access.user)
+        return Attempt(verb, resource, name, namespace, self.place, self._access.user)
 
     def _list(
         self, resource: Resource, labels: Mapping[str, str], fields: str, *, outage_s: float = 0.0
@@ -587,7 +595,7 @@ class Cluster:
                 if is_over or is_lasting(error) or self._is_closed.is_set():
                     raise unreachable(error, attempt) from None
                 if num_broken > 1 and outage_s:
-                    self._tell(f"{self._place} cannot be reached ({reason_of(error)}): trying again")
+                    self._tell(f"{self.place} cannot be reached ({reason_of(error)}): trying again")
                 self._pause(PAUSES_S[min(num_broken, len(PAUSES_S)) - 1])
                 continue
             if answer.status == 401 and not has_logged_in:
@@ -602,9 +610,7 @@ class Cluster:
                 if waited_s <= max(PATIENCE_S, outage_s) and not self._is_closed.is_set():
                     num_busy += 1
                     what = "is busy" if answer.status in BUSY else "has failed"
-                    self._tell(
-                        f"{self._place} {what} ({answer.status}): trying again, first in {pause_s:g} s"
-                    )
+                    self._tell(f"{self.place} {what} ({answer.status}): trying again, first in {pause_s:g} s")
                     _drop(answer)
                     self._pause(pause_s)
                     continue

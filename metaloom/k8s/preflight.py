@@ -137,6 +137,7 @@ def check_cluster(
     if missing is not None:
         return [missing]
     parts: tuple[Callable[[Cluster, JobRequest, Backend], Iterator[Finding]], ...] = (
+        _version,
         _permissions,
         _queue,
         _secrets,
@@ -160,9 +161,20 @@ def _namespace(cluster: Cluster) -> Finding | None:
     if not cluster.may("get", NAMESPACES) or cluster.get(NAMESPACES, cluster.namespace) is not None:
         return None
     return Finding(
-        f"there is no namespace {cluster.namespace!r} in {cluster.shown.partition(' of ')[2]}: name another "
+        f"there is no namespace {cluster.namespace!r} in {cluster.place}: name another "
         f"with --namespace, or make it: kubectl create namespace {cluster.namespace}"
     )
+
+
+def _version(cluster: Cluster, request: JobRequest, backend: Backend) -> Iterator[Finding]:
+    version = None if backend.oldest is None else cluster.version()
+    if backend.oldest is not None and version is not None and version.number < backend.oldest:
+        needed = ".".join(map(str, backend.oldest))
+        yield Finding(
+            f"Kubernetes is {version.text} in {cluster.place}, and --backend {backend.name} takes {needed} "
+            "or newer: pods that fail would not be replaced as they have to be. Have it upgraded, or name "
+            "another cluster with --context"
+        )
 
 
 def _permissions(cluster: Cluster, request: JobRequest, backend: Backend) -> Iterator[Finding]:

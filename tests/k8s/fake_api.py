@@ -21,7 +21,7 @@ Faults: `refuse(429, times=2, retry_after_s=1)`, `refuse(503, body="<html>...")`
 `close_streams()` (watches and followed logs break off), `expire_versions()` (410 Gone), `forbid("create",
 "jobs")`, `cluster.token = "another"` (401), `cluster.add(QUOTAS, ...)`, also LIMIT_RANGES, and
 `enforce("restricted")` (pod security); `cluster.log_chunk_bytes` and `cluster.log_delay_s` make logs slow.
-`cluster.requests` are all requests: (method, path, query).
+`cluster.version` is what /version says. `cluster.requests` are all requests: (method, path, query).
 """
 
 from __future__ import annotations
@@ -126,6 +126,7 @@ class FakeCluster:
         self.controller = JobController(self.store, self.kubelet, starts_pods=starts_pods)
         self.namespace = namespace
         self.kinds = (*BUILT_IN, *kinds)
+        self.version = {"major": "1", "minor": "34", "gitVersion": "v1.34.0"}
         self.token = "planted-token-which-no-message-may-show"
         self.requests: list[tuple[str, str, dict[str, str]]] = []
         self.headers: list[dict[str, str]] = []
@@ -532,7 +533,7 @@ class Handler(BaseHTTPRequestHandler):
     def _discovery(self, parts: list[str]) -> Object | None:
         kinds = self.cluster.kinds
         if parts == ["version"]:
-            return {"major": "1", "minor": "34", "gitVersion": "v1.34.0"}
+            return self.cluster.version
         if parts == ["api"]:
             return {"kind": "APIVersions", "versions": ["v1"]}
         groups: dict[str, list[str]] = {}

@@ -262,6 +262,36 @@ def test_what_the_cluster_lacks_is_told_before_anything_is_sent(
     assert cluster.objects(CONFIG_MAPS) == []
 
 
+@pytest.mark.parametrize("backend", ["job", "jobset", "pytorchjob", "trainjob"])
+def test_a_cluster_that_is_too_old_is_told_by_its_version(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, submit: Submit
+) -> None:
+    with FakeCluster(tmp_path, kinds=[JOB_SETS, PYTORCH_JOBS, TRAIN_JOBS, TRAINING_RUNTIMES]) as cluster:
+        monkeypatch.setenv("KUBECONFIG", str(cluster.kubeconfig))
+        cluster.version = {"major": "1", "minor": "28+", "gitVersion": "v1.28.5-gke.100"}
+        code, _, errors = submit(*TWO_NODES, *PLACES, "--backend", backend)
+        if backend == "pytorchjob":  # the operator asks nothing of Jobs
+            assert (code, errors) == (0, "")
+            return
+        assert (code, errors) == (
+            5,
+            f"error: Kubernetes is v1.28.5-gke.100 in fake ({cluster.url}), and --backend {backend} takes "
+            "1.29 or newer: pods that fail would not be replaced as they have to be. Have it upgraded, or "
+            "name another cluster with --context\n",
+        )
+        assert cluster.objects(CONFIG_MAPS) == []
+        cluster.version = {"major": "1", "minor": "29+", "gitVersion": "v1.29.0-eks-abc"}
+        assert submit(*TWO_NODES, *PLACES, "--backend", backend)[0] == 0
+
+
+def test_a_server_that_does_not_tell_its_version_is_taken_as_it_is(
+    cluster: FakeCluster, submit: Submit
+) -> None:
+    told = {"kind": "Status", "status": "Failure", "reason": "Forbidden", "code": 403, "message": "no"}
+    cluster.refuse(403, path="/version", body=json.dumps(told))
+    assert submit(*TWO_NODES, *PLACES)[0] == 0
+
+
 def test_what_may_not_be_looked_at_is_noted_and_the_job_is_sent(cluster: FakeCluster, submit: Submit) -> None:
     cluster.forbid("get", "secrets")
     cluster.forbid("get", "pods/log")
