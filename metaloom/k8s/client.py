@@ -71,6 +71,7 @@ PAGE_SIZE = 500
 PATIENCE_S = 120.0
 LONGEST_PAUSE_S = 30.0
 BUSY = (429, 503)
+STRICT = {"fieldValidation": "Strict"}
 # Pauses before another try where no connection came about, or it broke.
 PAUSES_S = (0.2, 1.0, 3.0)
 
@@ -323,7 +324,7 @@ class Cluster:
         """
         name = obj.get("metadata", {}).get("name", "")
         attempt = self._attempt("create", resource, name)
-        query = {"fieldValidation": "Strict"} | ({"dryRun": "All"} if dry_run else {})
+        query = STRICT | ({"dryRun": "All"} if dry_run else {})
         doubt = _Doubt()
         answer = self._ask("POST", resource.path(self.namespace), attempt, query=query, body=obj, doubt=doubt)
         if doubt.is_there and answer.status == 409:
@@ -334,10 +335,14 @@ class Cluster:
         return _checked(answer, attempt)
 
     def patch(self, resource: Resource, name: str, change: Object) -> Object:
-        """Changes an object by a JSON merge patch (RFC 7386); returns it as it is then."""
+        """Changes an object by a JSON merge patch (RFC 7386); returns it as it is then.
+
+        Fields that the server does not know are refused.
+        """
         attempt = self._attempt("patch", resource, name)
         path = resource.path(self.namespace, _quoted(name))
-        return _checked(self._ask("PATCH", path, attempt, body=change), attempt)
+        answer = self._ask("PATCH", path, attempt, query=STRICT, body=change)
+        return _checked(answer, attempt)
 
     def delete(self, resource: Resource, name: str) -> bool:
         """Deletes an object, and what it owns before it; False where it was not there."""

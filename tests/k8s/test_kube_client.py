@@ -488,6 +488,8 @@ def test_objects_are_made_read_and_deleted(fake: FakeCluster, cluster: Cluster) 
     made = cluster.create(JOBS, job())
     assert made["metadata"]["namespace"] == "team"
     assert fake.requests[-1][2] == {"fieldValidation": "Strict"}
+    cluster.patch(JOBS, "glyphs", {"metadata": {"labels": {"more": "yes"}}})
+    assert fake.requests[-1][2] == {"fieldValidation": "Strict"}
     assert cluster.get(JOBS, "glyphs") == fake.get(JOBS, "glyphs")
     assert [pod["kind"] for pod in cluster.list(PODS, labels=LABELS)] == ["Pod", "Pod"]
     assert cluster.list(PODS, labels={"metaloom/job": "another"}) == []
