@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from metaloom.credentials import without_credentials
 from metaloom.k8s.finding import Finding, note
-from metaloom.k8s.manifests import Backend
+from metaloom.k8s.manifests import Backend, problems
 from metaloom.k8s.pod_checks import ask_for_a_pod, read_quotas, read_rules, unasked, what_is_added
 from metaloom.k8s.quantities import parse_quantity
 from metaloom.k8s.refusals import AlreadyExistsError, RefusedError
@@ -334,4 +334,30 @@ def _admission(cluster: Cluster, request: JobRequest, backend: Backend) -> Itera
         except AlreadyExistsError:
             continue  # of the job that is being replaced
         except RefusedError as error:
-            yield unasked(f"the {obj['kind']}", error) or Finding(str(error))
+            if error.unknown_fields:
+                old = _outdated(cluster, backend, obj["kind"], error.unknown_fields)
+                yield Finding(f"{old}. Have that installed, or choose another --backend")
+            else:
+                yield unasked(f"the {obj['kind']}", error) or Finding(str(error))
+
+
+def outdated(cluster: Cluster, request: JobRequest, backend: Backend) -> str:
+    """What in a job's object the cluster does not know, in words; "" for nothing, or where it cannot say.
+
+    The server itself is asked, which looks at fields first: users may not read the schemas of its kinds.
+    """
+    if problems(request, backend):
+        return ""
+    kind = backend.resource.kind
+    (job,) = [obj for obj in backend.build(request) if obj["kind"] == kind]
+    try:
+        cluster.create(backend.resource, job, dry_run=True)
+    except RefusedError as error:
+        if error.unknown_fields:
+            return _outdated(cluster, backend, kind, error.unknown_fields)
+    return ""
+
+
+def _outdated(cluster: Cluster, backend: Backend, kind: str, fields: Sequence[str]) -> str:
+    known = f"{cluster.place} knows no {', '.join(fields)} of a {kind}"
+    return f"{known}: --backend {backend.name} takes {backend.needs}"

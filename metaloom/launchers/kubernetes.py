@@ -19,7 +19,7 @@ from metaloom.k8s.gathering import KINDS, Found, Gathering, NoSuchJobError
 from metaloom.k8s.kubeconfig import kubeconfig_paths
 from metaloom.k8s.manifests import BACKENDS, Backend, choose, host_command, owner_reference, problems, to_yaml
 from metaloom.k8s.marks import JOB_LABEL
-from metaloom.k8s.preflight import check_cluster, check_places
+from metaloom.k8s.preflight import check_cluster, check_places, outdated
 from metaloom.k8s.refusals import AlreadyExistsError, RefusedError
 from metaloom.k8s.request import DEFAULT_TTL_S, DEFAULT_WAIT_S, JobRequest, SecretFiles, Toleration, Volume
 from metaloom.k8s.resources import CONFIG_MAPS, SERVICES, Resource
@@ -233,6 +233,8 @@ class Kubernetes(Launcher):
         with contextlib.ExitStack() as stack:
             has_none = self.context is None and not _is_configured()
             cluster = None if has_none else stack.enter_context(self._connected())
+            namespace = self.namespace or ("default" if cluster is None else cluster.namespace)
+            request = self._request(submission, namespace)
             comment = ""
             if self.backend != AUTO:
                 backend = BACKENDS[self.backend]
@@ -242,9 +244,7 @@ class Kubernetes(Launcher):
                     "# No cluster could be asked which backends it has: this is that of --backend job.\n"
                 )
             else:
-                backend = _chosen(cluster)
-            namespace = self.namespace or ("default" if cluster is None else cluster.namespace)
-        request = self._request(submission, namespace)
+                backend = _chosen(cluster, request)
         self._tell(self._findings(request, backend, submission))
         self._check_recipe(request, backend, submission)
         return comment + to_yaml(backend.build(request))
@@ -260,8 +260,8 @@ class Kubernetes(Launcher):
             self._tell([*found, Finding(str(error))])
             raise
         with connected as cluster:
-            backend = _chosen(cluster) if self.backend == AUTO else BACKENDS[self.backend]
             request = self._request(submission, cluster.namespace)
+            backend = _chosen(cluster, request) if self.backend == AUTO else BACKENDS[self.backend]
             if not cluster.serves(backend.resource):
                 raise LaunchError(
                     f"--backend {backend.name}: {cluster.shown} has no {backend.resource.full_name} of "
@@ -475,9 +475,19 @@ def _wait_until_gone(cluster: Cluster, named: Sequence[tuple[Resource, str]]) ->
             time.sleep(POLL_S)
 
 
-def _chosen(cluster: Cluster) -> Backend:
-    """The backend that the cluster has, and the user may use."""
-    return choose(lambda resource: cluster.serves(resource) and cluster.may("create", resource))
+def _chosen(cluster: Cluster, request: JobRequest) -> Backend:
+    """The backend of `auto`: one that the cluster has, not too old, and the user may use."""
+
+    def suits(backend: Backend) -> bool:
+        resource = backend.resource
+        if not (cluster.serves(resource) and cluster.may("create", resource)):
+            return False
+        old = outdated(cluster, request, backend)
+        if old:
+            print(f"note: {old}, so that another one is taken", file=sys.stderr)
+        return not old
+
+    return choose(suits)
 
 
 def _is_configured() -> bool:

@@ -546,6 +546,38 @@ def test_auto_takes_what_the_user_may_make(
         assert len(cluster.objects(JOBS)) == 1
 
 
+def test_auto_passes_over_a_job_set_that_is_too_old_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, submit: Submit
+) -> None:
+    with FakeCluster(tmp_path, kinds=[JOB_SETS]) as cluster:
+        monkeypatch.setenv("KUBECONFIG", str(cluster.kubeconfig))
+        cluster.lacking["JobSet"] = {"spec.failurePolicy.rules"}
+        old = (
+            f"fake ({cluster.url}) knows no spec.failurePolicy.rules of a JobSet: --backend jobset takes "
+            "JobSet (jobset.x-k8s.io/v1alpha2), 0.6 or newer"
+        )
+        why = f"note: {old}, so that another one is taken\n"
+        code, output, errors = submit(*TWO_NODES, *PLACES, "--dry-run")
+        assert (code, errors) == (0, why)
+        assert "JobSet" not in {obj["kind"] for obj in yaml.safe_load_all(output)}
+        assert submit(*TWO_NODES, *PLACES)[::2] == (0, why)
+        assert job_of(cluster)["metadata"]["name"] == "one"
+        code, _, errors = submit(*TWO_NODES, *PLACES, "--backend", "jobset")
+        advice = "Have that installed, or choose another --backend"
+        assert (code, errors) == (5, f"error: {old}. {advice}\n")
+
+
+def test_auto_asks_no_cluster_about_a_request_with_a_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, submit: Submit
+) -> None:
+    with FakeCluster(tmp_path, kinds=[JOB_SETS]) as cluster:
+        monkeypatch.setenv("KUBECONFIG", str(cluster.kubeconfig))
+        code, _, errors = submit(*TWO_NODES, *PLACES, "--memory-per-node", "4 gigs")
+        assert code == 5
+        assert errors.startswith("error: --memory-per-node: '4 gigs' is not a quantity")
+        assert not any(path.endswith("/jobsets") for _, path, _ in cluster.requests)
+
+
 def test_a_dry_run_with_an_unknown_context_is_refused(cluster: FakeCluster, submit: Submit) -> None:
     code, output, errors = submit(*TWO_NODES, *PLACES, "--dry-run", "--context", "elsewhere")
     assert (code, output) == (5, "")
