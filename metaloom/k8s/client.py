@@ -26,6 +26,7 @@ from typing import Any
 from metaloom.errors import LaunchError
 from metaloom.k8s import watching
 from metaloom.k8s.kubeconfig import Context, kubeconfig_paths, read_context
+from metaloom.k8s.quantities import parse_quantity
 from metaloom.k8s.refusals import (
     UNWELL,
     AlreadyExistsError,
@@ -72,6 +73,7 @@ PATIENCE_S = 120.0
 LONGEST_PAUSE_S = 30.0
 BUSY = (429, 503)
 STRICT = {"fieldValidation": "Strict"}
+AMOUNTS = ("requests", "limits", "sizeLimit")  # fields whose values are quantities
 # Pauses before another try where no connection came about, or it broke.
 PAUSES_S = (0.2, 1.0, 3.0)
 
@@ -691,12 +693,19 @@ def _pause_s(answer: Any, num_before: int) -> float:
     return min(max(wanted, 0.1), LONGEST_PAUSE_S)
 
 
-def _holds(found: Any, wanted: Any) -> bool:
-    """Whether an object has all that was sent; the server has added to it."""
+def _holds(found: Any, wanted: Any, *, is_amount: bool = False) -> bool:
+    """Whether an object has all that was sent; the server has added to it.
+
+    Args:
+        is_amount: whether these are quantities, which the server writes in its own way: 1000m as 1.
+    """
     if isinstance(wanted, dict):
         return isinstance(found, dict) and all(
-            key in found and _holds(found[key], value) for key, value in wanted.items()
+            key in found and _holds(found[key], value, is_amount=is_amount or key in AMOUNTS)
+            for key, value in wanted.items()
         )
     if isinstance(wanted, list):
         return isinstance(found, list) and len(found) == len(wanted) and all(map(_holds, found, wanted))
+    if is_amount and found != wanted:
+        return parse_quantity(str(found)) == parse_quantity(str(wanted))
     return bool(found == wanted)

@@ -315,6 +315,27 @@ def test_an_object_whose_answer_was_lost_is_found_to_be_made(fake: FakeCluster, 
         cluster.create(CONFIG_MAPS, config_map("b"))
 
 
+@pytest.mark.parametrize(("cpu", "is_found"), [("1", True), ("1001m", False)])
+def test_an_object_whose_answer_was_lost_is_found_whatever_its_quantities_are_written_as(
+    cpu: str, is_found: bool, fake: FakeCluster, cluster: Cluster
+) -> None:
+    sent, there = job(), job()
+    for made, amounts, size in (
+        (sent, {"cpu": "1000m", "memory": "1024Mi", "nvidia.com/gpu": "8"}, "0.5Gi"),
+        (there, {"cpu": cpu, "memory": "1Gi", "nvidia.com/gpu": "8"}, "512Mi"),
+    ):
+        spec = made["spec"]["template"]["spec"]
+        spec["containers"][0]["resources"] = {"requests": amounts, "limits": amounts}
+        spec["volumes"] = [{"name": "shared-memory", "emptyDir": {"sizeLimit": size}}]
+    fake.reset(method="POST")
+    uid = fake.add(JOBS, there)["metadata"]["uid"]  # as the server has kept what was sent
+    if is_found:
+        assert cluster.create(JOBS, sent)["metadata"]["uid"] == uid
+        return
+    with pytest.raises(AlreadyExistsError):
+        cluster.create(JOBS, sent)
+
+
 # Refusals.
 
 
