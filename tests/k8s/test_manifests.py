@@ -109,7 +109,8 @@ def test_the_job_says_what_it_is(backend: str) -> None:
     assert metadata["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
     assert annotations["metaloom/recipe"] == "glyphs-maml"
     assert annotations["metaloom/backend"] == backend
-    assert (annotations["metaloom/nodes"], annotations["metaloom/ranks-per-node"]) == ("16", "8")
+    counts = ("metaloom/nodes", "metaloom/gpus-per-node", "metaloom/ranks-per-node")
+    assert [annotations[name] for name in counts] == ["16", "8", "8"]
     assert annotations["metaloom/run"] == "/runs/glyphs"
 
 

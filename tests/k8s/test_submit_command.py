@@ -602,6 +602,16 @@ def test_machines_that_may_come_on_demand_are_noted(cluster: FakeCluster, submit
     assert "note: no node of the cluster has amd.com/gpu now" in errors
 
 
+def test_a_job_waits_for_gpus_whatever_the_cluster_calls_them(
+    cluster: FakeCluster, submit: Submit, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--gpu-resource", "habana.ai/gaudi", "--rdma", "rdma/hca=2")
+    assert submit(*TWO_NODES, *PLACES, *words)[0] == 0
+    cluster.pods("one").unschedulable()
+    assert main(["jobs", "status", "one"]) == 0
+    assert capsys.readouterr().out.startswith("one: queued for 8 GPUs: ")
+
+
 def test_without_preflight_nothing_is_asked(cluster: FakeCluster, submit: Submit) -> None:
     assert submit(*TWO_NODES, *PLACES, "--env-from-secret", "s3", "--no-preflight")[0] == 0
     assert not any("selfsubjectaccessreviews" in path for _, path, _ in cluster.requests)
