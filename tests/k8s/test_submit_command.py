@@ -661,7 +661,7 @@ def being_deleted(obj: dict[str, Any]) -> None:
 def test_a_name_that_becomes_free_is_waited_for(
     cluster: FakeCluster, submit: Submit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("metaloom.launchers.kubernetes.POLL_S", 0.02)
+    monkeypatch.setattr("metaloom.k8s.sending.POLL_S", 0.02)
     submit(*TWO_NODES, *PLACES)
     first = cluster.edit(JOBS, "one", being_deleted)["metadata"]["uid"]
 
@@ -690,7 +690,7 @@ def test_a_name_that_becomes_free_is_waited_for(
 def test_what_is_deleted_and_does_not_go_is_named(
     cluster: FakeCluster, submit: Submit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("metaloom.launchers.kubernetes.GONE_WITHIN_S", 0.0)
+    monkeypatch.setattr("metaloom.k8s.sending.GONE_WITHIN_S", 0.0)
     submit(*TWO_NODES, *PLACES)
     cluster.edit(JOBS, "one", being_deleted)
     code, output, errors = submit(*TWO_NODES, *PLACES)
