@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from metaloom.errors import LaunchError
-from metaloom.k8s import client, watching
+from metaloom.k8s import access, client, watching
 from metaloom.k8s.client import AlreadyExistsError, Cluster, RefusedError
 from metaloom.k8s.resources import CONFIG_MAPS, JOB_SETS, JOBS, NAMESPACES, PODS, QUOTAS
 from tests.k8s.fake_api import FakeCluster
@@ -145,7 +145,7 @@ def test_the_token_of_an_auth_provider_is_used(fake: FakeCluster) -> None:
 def test_without_the_official_package_the_message_says_what_to_install(
     fake: FakeCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client._official.cache_clear()
+    access._official.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with refused("the package kubernetes is not installed: pip install 'metaloom[kubernetes]'."):
         Cluster.connect()
@@ -201,7 +201,7 @@ def test_in_a_pod_the_service_account_is_used_over_tls(
         (account / "token").write_text(fake.token)
         (account / "ca.crt").write_bytes(certificate.read_bytes())
         (account / "namespace").write_text("team")
-        monkeypatch.setattr(client, "SERVICE_ACCOUNT", account)
+        monkeypatch.setattr("metaloom.k8s.access.SERVICE_ACCOUNT", account)
         monkeypatch.delenv("KUBECONFIG", raising=False)
         monkeypatch.setenv("HOME", str(tmp_path))
         monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
@@ -214,7 +214,7 @@ def test_in_a_pod_the_service_account_is_used_over_tls(
 def test_in_a_pod_without_a_service_account_the_message_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client, "SERVICE_ACCOUNT", tmp_path)
+    monkeypatch.setattr("metaloom.k8s.access.SERVICE_ACCOUNT", tmp_path)
     monkeypatch.delenv("KUBECONFIG", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
