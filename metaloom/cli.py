@@ -19,7 +19,7 @@ from metaloom.data_command import add_data_commands
 from metaloom.errors import MetaloomError
 from metaloom.evaluate_command import add_evaluate_command
 from metaloom.export_command import add_export_command
-from metaloom.jobs_command import add_jobs_commands
+from metaloom.jobs_command import UNKNOWN, add_jobs_commands
 from metaloom.launchers_command import add_launchers_command
 from metaloom.plan_command import add_plan_command
 from metaloom.recipe_command import add_recipe_commands
@@ -39,7 +39,7 @@ exit codes: 0 done, 1 a fault of a process, 2 recipe, 3 data, 4 checkpoint, 5 la
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
-    arguments = _parse(argv)
+    arguments = _parse(sys.argv[1:] if argv is None else argv)
     try:
         return int(arguments.run_command(arguments))
     except MetaloomError as error:
@@ -54,13 +54,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def _parse(words: Sequence[str]) -> argparse.Namespace:
     """The arguments; key=value may stand anywhere, also behind options, where argparse alone refuses it."""
-    parser = _parser(sys.argv[1:] if argv is None else argv)
-    arguments, rest = parser.parse_known_args(argv)
-    unknown = [word for word in rest if word.startswith("-") or "=" not in word]
-    if unknown or (rest and "overrides" not in arguments):
-        parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
+    parser = _parser(words)
+    try:
+        arguments, rest = parser.parse_known_args(words)
+        unknown = [word for word in rest if word.startswith("-") or "=" not in word]
+        if unknown or (rest and "overrides" not in arguments):
+            parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
+    except SystemExit as ended:
+        # argparse ends with 2, which is the end of a run as well.
+        if ended.code and list(words[:2]) == ["jobs", "wait"]:
+            raise SystemExit(UNKNOWN) from None
+        raise
     if rest:
         arguments.overrides = [*arguments.overrides, *rest]
     return arguments

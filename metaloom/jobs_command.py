@@ -37,7 +37,8 @@ Ctrl-C ends the command and leaves the job running.
 
 exit codes of wait: 0 done; 1 to 6 and 75 those of the run, where it has failed; 1 failed otherwise;
 124 --timeout has passed, and the job goes on; 125 the command itself failed (no such job, or no more; no
-cluster that answers), so that the job's end is not known; 130 Ctrl-C, and the job goes on
+cluster that answers; an option that there is not), so that the job's end is not known; 130 Ctrl-C, and the
+job goes on
 """
 
 TIMED_OUT = 124  # as timeout(1) has it

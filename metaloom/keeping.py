@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -26,6 +27,7 @@ from metaloom.run_folder import RunFolder
 from metaloom.stopping import Stopped
 
 RETRY_S = 15.0  # between two attempts at writing checkpoints that cannot be written
+DELIVERED_WITHIN_S = 5.0  # how long a checkpoint waits for the tracking store to have the steps before it
 LATE_S = 1.0  # how long training waits for a checkpoint to be written before the next one is put off
 
 
@@ -135,7 +137,7 @@ class Keeper:
         written."""
         begin_s = time.monotonic()
         self._settle()
-        self.store.start_saving(checkpoint)
+        self._start(checkpoint)
         self._saved_s = time.monotonic()
         self._waited_s += self._saved_s - begin_s
 
@@ -149,7 +151,7 @@ class Keeper:
             self._settle()
             if self._saved_step == checkpoint.step:
                 return
-            self.store.start_saving(checkpoint)
+            self._start(checkpoint)
             outcome = self.store.wait()
             assert outcome is not None
             self._take(outcome)
@@ -174,7 +176,7 @@ class Keeper:
             now = checkpoint()
             self._settle()
             if self._saved_step != now.step and now.step > 0:
-                self.store.start_saving(now)
+                self._start(now)
                 self._settle()
             if self._saved_step == now.step:
                 self._job.console.note(f"saved after {self._noun.format(now.step)}")
@@ -184,6 +186,17 @@ class Keeper:
         """How long training has waited for checkpoints since this was asked last, in seconds."""
         waited_s, self._waited_s = self._waited_s, 0.0
         return waited_s
+
+    def _start(self, checkpoint: Checkpoint) -> None:
+        """Begins to write a checkpoint.
+
+        One that lies elsewhere than the run's folder may outlive it, and the run then goes on from there: so
+        the tracker has to have the records of the steps before, but of a stop, when time is short, and which
+        the end of the tracker follows.
+        """
+        is_elsewhere = self._settings.url is not None and not self._is_stopping
+        flush = functools.partial(self._job.tracker.flush, DELIVERED_WITHIN_S)
+        self.store.start_saving(checkpoint, before_commit=flush if is_elsewhere else None)
 
     def _settle(self) -> None:
         """Waits for the checkpoint that is being written."""

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,6 +179,14 @@ def wait_for_step(
         assert process.poll() is None, "the job ended before it was to be killed"
         time.sleep(0.005)
     pytest.fail(f"no step {step} in {metrics} within {timeout_s} s")
+
+
+def wait_until(is_so: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    """Returns once something is so."""
+    deadline = time.monotonic() + timeout_s
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def read_records(metrics: Path) -> list[dict[str, float]]:

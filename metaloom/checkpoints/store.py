@@ -148,9 +148,14 @@ class CheckpointStore:
         if outcome.error is not None:
             raise CheckpointError(outcome.error)
 
-    def start_saving(self, checkpoint: Checkpoint) -> None:
+    def start_saving(
+        self, checkpoint: Checkpoint, *, before_commit: Callable[[], object] | None = None
+    ) -> None:
         """Copies a checkpoint and begins to write it in the background. Every rank must call, with the same
         tensors, or with its shards of them (`DTensor`), after the outcome of the one before was taken.
+
+        Args:
+            before_commit: what rank 0 does in the background before the checkpoint counts.
         """
         assert self._saving is None, "the outcome of the last checkpoint was not taken"
         if dist.is_initialized() and self._group is None:
@@ -160,7 +165,7 @@ class CheckpointStore:
             self._group = dist.new_group(backend="gloo", timeout=self._timeout)
             dist.distributed_c10d._set_pg_timeout(_WRITING_TIMEOUT, self._group)
         staged = dataclasses.replace(checkpoint, tensors=_staged(checkpoint.tensors))
-        self._saving = _Saving(staged, self._write)
+        self._saving = _Saving(staged, lambda staged: self._write(staged, before_commit))
 
     @property
     def step_being_saved(self) -> int | None:
@@ -199,10 +204,12 @@ class CheckpointStore:
             if not num_writing:
                 return outcome
 
-    def _write(self, checkpoint: Checkpoint) -> Outcome:
+    def _write(self, checkpoint: Checkpoint, before_commit: Callable[[], object] | None) -> Outcome:
         notes: list[str] = []
 
         def commit(tensors: dict[str, StoredTensor], files: dict[str, StoredFile]) -> None:
+            if before_commit is not None:
+                before_commit()
             if self._lease is not None:
                 self._lease.require()
             manifest = Manifest(checkpoint.step, checkpoint.metrics, checkpoint.scalars, tensors, files)

@@ -1,31 +1,21 @@
-"""Talks to a Kubernetes API server: plain dicts in and out, and every failure as one message in words.
-
-Credentials, contexts, TLS and connections are those of the official client, whose classes for objects are not
-used (nor loaded: they alone take more than a second).
-"""
+"""Talks to a Kubernetes API server: plain dicts in and out, and every failure as one message in words."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
-import importlib
-import importlib.util
 import json
-import logging
 import os
 import sys
 import threading
 import time
-import types
 import urllib.parse
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from metaloom.errors import LaunchError
 from metaloom.k8s import watching
-from metaloom.k8s.kubeconfig import Context, kubeconfig_paths, read_context
+from metaloom.k8s.access import Access, namespace_of_pod
+from metaloom.k8s.kubeconfig import kubeconfig_paths, read_context
+from metaloom.k8s.quantities import parse_quantity
 from metaloom.k8s.refusals import (
     UNWELL,
     AlreadyExistsError,
@@ -44,7 +34,8 @@ from metaloom.k8s.refusals import (
     refusal,
     unreachable,
 )
-from metaloom.k8s.resources import ACCESS_REVIEWS, NAMESPACES, PODS, Resource
+from metaloom.k8s.resources import ACCESS_REVIEWS, NAMESPACES, PODS, SERVER_VERSION, Resource
+from metaloom.k8s.server_version import ServerVersion, read_version
 from metaloom.k8s.streams import Lines
 from metaloom.k8s.watching import Watched
 
@@ -60,7 +51,6 @@ __all__ = [
 
 Object = dict[str, Any]
 
-SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 CONNECT_TIMEOUT_S = 10.0
 ANSWER_TIMEOUT_S = 60.0
 # A log of which nothing comes for so long is opened anew: the connection may be dead without a word.
@@ -70,175 +60,10 @@ PAGE_SIZE = 500
 PATIENCE_S = 120.0
 LONGEST_PAUSE_S = 30.0
 BUSY = (429, 503)
+STRICT = {"fieldValidation": "Strict"}
+AMOUNTS = ("requests", "limits", "sizeLimit")  # fields whose values are quantities
 # Pauses before another try where no connection came about, or it broke.
 PAUSES_S = (0.2, 1.0, 3.0)
-
-
-# What the official client imports for users with an `auth-provider` (gcp, oidc) alone: half its time.
-PROVIDERS = (
-    "google",
-    "google.auth",
-    "google.auth.transport",
-    "google.auth.transport.requests",
-    "oauthlib",
-    "oauthlib.oauth2",
-    "requests_oauthlib",
-)
-
-
-@functools.cache
-def _official(*, has_provider: bool) -> types.SimpleNamespace:
-    """The parts of the official client that are used: for loading credentials, and making connections.
-
-    Its `__init__` modules import a class for each kind of objects and each operation, 1-2 s. So its packages
-    are entered without them, and left as they were: who imports `kubernetes` elsewhere gets all of it.
-
-    Args:
-        has_provider: whether the credentials are of an `auth-provider`.
-
-    Raises:
-        LaunchError: it is not installed.
-    """
-    spec = importlib.util.find_spec("kubernetes")
-    if spec is None or spec.origin is None:
-        raise LaunchError("the package kubernetes is not installed: pip install 'metaloom[kubernetes]'.")
-    root = Path(spec.origin).parent
-    replaced = () if has_provider else PROVIDERS
-
-    def is_ours(name: str) -> bool:
-        return name.partition(".")[0] == "kubernetes" or name in replaced
-
-    before = {name: module for name, module in sys.modules.items() if is_ours(name)}
-    for name in before:
-        del sys.modules[name]
-    try:
-        for name in ("kubernetes", "kubernetes.client", "kubernetes.client.models", *replaced):
-            sys.modules[name] = types.ModuleType(name)
-        sys.modules["kubernetes"].__path__ = [str(root)]
-        client: Any = sys.modules["kubernetes.client"]
-        client.__path__ = [str(root / "client")]
-        if not has_provider:
-            vars(sys.modules["requests_oauthlib"])["OAuth2Session"] = None
-        client.Configuration = importlib.import_module("kubernetes.client.configuration").Configuration
-        client.ApiClient = importlib.import_module("kubernetes.client.api_client").ApiClient
-        return types.SimpleNamespace(
-            config=importlib.import_module("kubernetes.config"),
-            incluster=importlib.import_module("kubernetes.config.incluster_config"),
-            Configuration=client.Configuration,
-            RESTClientObject=importlib.import_module("kubernetes.client.rest").RESTClientObject,
-        )
-    finally:
-        for name in [name for name in sys.modules if is_ours(name)]:
-            del sys.modules[name]
-        sys.modules.update(before)
-
-
-class _Access:
-    """A way to a server: address, credentials and connections.
-
-    Args:
-        context: of a kubeconfig; None for the service account of the pod that this runs in.
-    """
-
-    def __init__(self, context: Context | None) -> None:
-        self._official = _official(has_provider=context is not None and context.has_provider)
-        self._context = context
-        self._renewing = threading.Lock()
-        self._configuration: Any = None
-        self.pool: Any = None
-        self.load()
-
-    @property
-    def server(self) -> str:
-        return str(self._configuration.host)
-
-    @property
-    def user(self) -> str:
-        return self._context.user if self._context else "service account of this pod"
-
-    def load(self) -> None:
-        """Reads the credentials, anew if they were read before.
-
-        Raises:
-            LaunchError: they cannot be read.
-        """
-        configuration = self._official.Configuration()
-        # Each followed log keeps a connection.
-        configuration.connection_pool_maxsize = 1024
-        if self._context is None:
-            self._load_service_account(configuration)
-        else:
-            self._load_kubeconfig(configuration, self._context)
-        where = self._context.name if self._context else "service account"
-        try:
-            pool = self._official.RESTClientObject(configuration).pool_manager
-        except (OSError, ValueError) as error:
-            raise LaunchError(
-                f"context {where!r}: no connection can be made with its certificates: {error}."
-            ) from None
-        if self.pool is not None:
-            self.pool.clear()
-        self._configuration, self.pool = configuration, pool
-
-    def headers(self) -> dict[str, str]:
-        """What authorizes a request; credentials that expire are renewed.
-
-        Raises:
-            LaunchError: they cannot be renewed.
-        """
-        with self._renewing, self._told():
-            settings = self._configuration.auth_settings()
-        return {auth["key"]: auth["value"] for auth in settings.values() if auth["value"]}
-
-    def _load_kubeconfig(self, configuration: Any, context: Context) -> None:
-        with self._told():
-            self._official.config.load_kube_config(
-                config_file=os.pathsep.join(map(str, context.paths)),
-                context=context.name,
-                client_configuration=configuration,
-            )
-        if context.proxy:
-            configuration.proxy = context.proxy
-
-    def _load_service_account(self, configuration: Any) -> None:
-        with self._told():
-            self._official.incluster.InClusterConfigLoader(
-                token_filename=str(SERVICE_ACCOUNT / "token"), cert_filename=str(SERVICE_ACCOUNT / "ca.crt")
-            ).load_and_set(configuration)
-
-    @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
-        """What goes wrong with credentials in this context is one error; the client only logs some of it."""
-        name = f"context {self._context.name!r}" if self._context else "the service account of this pod"
-        where = f" of {os.pathsep.join(map(str, self._context.paths))}" if self._context else ""
-        logged = _Logged()
-        root = logging.getLogger()
-        root.addHandler(logged)
-        try:
-            yield
-        except LaunchError:
-            raise
-        except Exception as error:  # whatever it is, no request can be made
-            logged.messages.append(str(error) or type(error).__name__)
-        finally:
-            root.removeHandler(logged)
-        if logged.messages:
-            raise LaunchError(
-                f"{name}{where}: its credentials cannot be loaded: {'; '.join(logged.messages)}; log in to "
-                "the cluster again, or mend the entry."
-            )
-
-
-class _Logged(logging.Handler):
-    """Keeps errors that the official client logs where it should raise them."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.ERROR)
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.name == "root" and record.thread == threading.get_ident():
-            self.messages.append(" ".join(record.getMessage().split()))
 
 
 class Cluster:
@@ -249,20 +74,21 @@ class Cluster:
 
     Attributes:
         namespace: in which all is read and written.
+        place: context and server, for messages.
         shown: namespace, context and server, for messages.
     """
 
-    def __init__(self, access: _Access, *, context: str, namespace: str, outage_s: float = 0.0) -> None:
+    def __init__(self, access: Access, *, context: str, namespace: str, outage_s: float = 0.0) -> None:
         self._access = access
         self._context = context
         self._outage_s = outage_s
         self._is_closed = threading.Event()
-        self._place = f"{context} ({access.server})"
+        self.place = f"{context} ({access.server})"
         self._served: dict[str, frozenset[str]] = {}
         self._versions: dict[str, tuple[str, ...]] = {}
         self._has_told = False
         self.namespace = namespace
-        self.shown = f"namespace {namespace} of {self._place}"
+        self.shown = f"namespace {namespace} of {self.place}"
 
     @staticmethod
     def connect(*, context: str | None = None, namespace: str | None = None) -> Cluster:
@@ -280,13 +106,10 @@ class Cluster:
         paths = kubeconfig_paths(os.environ)
         is_in_pod = bool(os.environ.get("KUBERNETES_SERVICE_HOST")) and context is None
         if is_in_pod and not any(path.exists() for path in paths):
-            own = SERVICE_ACCOUNT / "namespace"
-            access = _Access(None)
-            if namespace is None:
-                namespace = own.read_text().strip() if own.exists() else "default"
-            return Cluster(access, context="this pod's cluster", namespace=namespace)
+            namespace = namespace or namespace_of_pod()
+            return Cluster(Access(None), context="this pod's cluster", namespace=namespace)
         chosen = read_context(paths, context)
-        return Cluster(_Access(chosen), context=chosen.name, namespace=namespace or chosen.namespace)
+        return Cluster(Access(chosen), context=chosen.name, namespace=namespace or chosen.namespace)
 
     def patient(self) -> Cluster:
         """The same, where a server that is away is waited for: 10 minutes, or until this is closed."""
@@ -321,7 +144,7 @@ class Cluster:
         """
         name = obj.get("metadata", {}).get("name", "")
         attempt = self._attempt("create", resource, name)
-        query = {"fieldValidation": "Strict"} | ({"dryRun": "All"} if dry_run else {})
+        query = STRICT | ({"dryRun": "All"} if dry_run else {})
         doubt = _Doubt()
         answer = self._ask("POST", resource.path(self.namespace), attempt, query=query, body=obj, doubt=doubt)
         if doubt.is_there and answer.status == 409:
@@ -332,10 +155,14 @@ class Cluster:
         return _checked(answer, attempt)
 
     def patch(self, resource: Resource, name: str, change: Object) -> Object:
-        """Changes an object by a JSON merge patch (RFC 7386); returns it as it is then."""
+        """Changes an object by a JSON merge patch (RFC 7386); returns it as it is then.
+
+        Fields that the server does not know are refused.
+        """
         attempt = self._attempt("patch", resource, name)
         path = resource.path(self.namespace, _quoted(name))
-        return _checked(self._ask("PATCH", path, attempt, body=change), attempt)
+        answer = self._ask("PATCH", path, attempt, query=STRICT, body=change)
+        return _checked(answer, attempt)
 
     def delete(self, resource: Resource, name: str) -> bool:
         """Deletes an object, and what it owns before it; False where it was not there."""
@@ -366,6 +193,12 @@ class Cluster:
             self._versions[resource.group] = tuple(version for version in versions if version)
         kinds = [dataclasses.replace(resource, version=one) for one in self._versions[resource.group]]
         return next((kind for kind in kinds if self.serves(kind)), None)
+
+    def version(self) -> ServerVersion | None:
+        """The release of Kubernetes that the server is; None where it tells this user none."""
+        attempt = self._attempt("get", SERVER_VERSION, "")
+        answer = self._ask("GET", "/version", attempt)
+        return None if answer.status in (403, 404) else read_version(_checked(answer, attempt))
 
     def may(self, verb: str, resource: Resource, *, subresource: str = "") -> bool:
         """Whether the user has the permission."""
@@ -455,7 +288,7 @@ class Cluster:
         response = self._open(path, attempt, query=query, timeout_s=SILENCE_S, is_repeatable=False)
         if response.status != 200:
             raise refusal(_whole(response), attempt)
-        return Lines(response, f"the log of pod {pod!r} on {self._place}")
+        return Lines(response, f"the log of pod {pod!r} on {self.place}")
 
     # Requests.
 
@@ -467,7 +300,7 @@ class Cluster:
 
     def _attempt(self, verb: str, resource: Resource, name: str) -> Attempt:
         namespace = self.namespace if resource.is_namespaced else ""
-        return Attempt(verb, resource, name, namespace, self._place, self._access.user)
+        return Attempt(verb, resource, name, namespace, self.place, self._access.user)
 
     def _list(
         self, resource: Resource, labels: Mapping[str, str], fields: str, *, outage_s: float = 0.0
@@ -587,7 +420,7 @@ class Cluster:
                 if is_over or is_lasting(error) or self._is_closed.is_set():
                     raise unreachable(error, attempt) from None
                 if num_broken > 1 and outage_s:
-                    self._tell(f"{self._place} cannot be reached ({reason_of(error)}): trying again")
+                    self._tell(f"{self.place} cannot be reached ({reason_of(error)}): trying again")
                 self._pause(PAUSES_S[min(num_broken, len(PAUSES_S)) - 1])
                 continue
             if answer.status == 401 and not has_logged_in:
@@ -602,9 +435,7 @@ class Cluster:
                 if waited_s <= max(PATIENCE_S, outage_s) and not self._is_closed.is_set():
                     num_busy += 1
                     what = "is busy" if answer.status in BUSY else "has failed"
-                    self._tell(
-                        f"{self._place} {what} ({answer.status}): trying again, first in {pause_s:g} s"
-                    )
+                    self._tell(f"{self.place} {what} ({answer.status}): trying again, first in {pause_s:g} s")
                     _drop(answer)
                     self._pause(pause_s)
                     continue
@@ -680,12 +511,19 @@ def _pause_s(answer: Any, num_before: int) -> float:
     return min(max(wanted, 0.1), LONGEST_PAUSE_S)
 
 
-def _holds(found: Any, wanted: Any) -> bool:
-    """Whether an object has all that was sent; the server has added to it."""
+def _holds(found: Any, wanted: Any, *, is_amount: bool = False) -> bool:
+    """Whether an object has all that was sent; the server has added to it.
+
+    Args:
+        is_amount: whether these are quantities, which the server writes in its own way: 1000m as 1.
+    """
     if isinstance(wanted, dict):
         return isinstance(found, dict) and all(
-            key in found and _holds(found[key], value) for key, value in wanted.items()
+            key in found and _holds(found[key], value, is_amount=is_amount or key in AMOUNTS)
+            for key, value in wanted.items()
         )
     if isinstance(wanted, list):
         return isinstance(found, list) and len(found) == len(wanted) and all(map(_holds, found, wanted))
+    if is_amount and found != wanted:
+        return parse_quantity(str(found)) == parse_quantity(str(wanted))
     return bool(found == wanted)

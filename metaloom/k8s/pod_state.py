@@ -11,7 +11,6 @@ from typing import Any, Literal
 from metaloom.k8s.exit_codes import exit_words
 from metaloom.k8s.happening import Happening
 from metaloom.k8s.marks import CONTAINERS, node_index
-from metaloom.k8s.top_state import num_gpus
 from metaloom.k8s.wording import clock_words, time_of
 
 Phase = Literal["queued", "starting", "running", "done", "failed", "stopping", "lost"]
@@ -64,7 +63,6 @@ class NodeState:
         unscheduled: what the scheduler says of why it has no machine; "" where it has one.
         trouble: what its container or its machine says of why it does not start; "" where there is none.
         last_words: what its container left as its last message.
-        num_gpus: that it asks for.
         num_restarts: of its container.
     """
 
@@ -84,7 +82,6 @@ class NodeState:
     unscheduled: str = ""
     trouble: str = ""
     last_words: str = ""
-    num_gpus: int = 0
     num_restarts: int = 0
 
 
@@ -149,7 +146,6 @@ class _Pod:
             is_out_of_memory=reason == OUT_OF_MEMORY,
             disruption=self._disruption(),
             last_words=(self._last.get("message") or "").strip(),
-            num_gpus=num_gpus(self._spec),
             num_restarts=self._container.get("restartCount") or 0,
         )
         phase = self._status.get("phase")

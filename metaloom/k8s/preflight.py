@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from metaloom.credentials import without_credentials
 from metaloom.k8s.finding import Finding, note
-from metaloom.k8s.manifests import Backend
+from metaloom.k8s.manifests import Backend, problems
 from metaloom.k8s.pod_checks import ask_for_a_pod, read_quotas, read_rules, unasked, what_is_added
 from metaloom.k8s.quantities import parse_quantity
 from metaloom.k8s.refusals import AlreadyExistsError, RefusedError
@@ -137,6 +137,7 @@ def check_cluster(
     if missing is not None:
         return [missing]
     parts: tuple[Callable[[Cluster, JobRequest, Backend], Iterator[Finding]], ...] = (
+        _version,
         _permissions,
         _queue,
         _secrets,
@@ -160,9 +161,20 @@ def _namespace(cluster: Cluster) -> Finding | None:
     if not cluster.may("get", NAMESPACES) or cluster.get(NAMESPACES, cluster.namespace) is not None:
         return None
     return Finding(
-        f"there is no namespace {cluster.namespace!r} in {cluster.shown.partition(' of ')[2]}: name another "
+        f"there is no namespace {cluster.namespace!r} in {cluster.place}: name another "
         f"with --namespace, or make it: kubectl create namespace {cluster.namespace}"
     )
+
+
+def _version(cluster: Cluster, request: JobRequest, backend: Backend) -> Iterator[Finding]:
+    version = None if backend.oldest is None else cluster.version()
+    if backend.oldest is not None and version is not None and version.number < backend.oldest:
+        needed = ".".join(map(str, backend.oldest))
+        yield Finding(
+            f"Kubernetes is {version.text} in {cluster.place}, and --backend {backend.name} takes {needed} "
+            "or newer: pods that fail would not be replaced as they have to be. Have it upgraded, or name "
+            "another cluster with --context"
+        )
 
 
 def _permissions(cluster: Cluster, request: JobRequest, backend: Backend) -> Iterator[Finding]:
@@ -322,4 +334,30 @@ def _admission(cluster: Cluster, request: JobRequest, backend: Backend) -> Itera
         except AlreadyExistsError:
             continue  # of the job that is being replaced
         except RefusedError as error:
-            yield unasked(f"the {obj['kind']}", error) or Finding(str(error))
+            if error.unknown_fields:
+                old = _outdated(cluster, backend, obj["kind"], error.unknown_fields)
+                yield Finding(f"{old}. Have that installed, or choose another --backend")
+            else:
+                yield unasked(f"the {obj['kind']}", error) or Finding(str(error))
+
+
+def outdated(cluster: Cluster, request: JobRequest, backend: Backend) -> str:
+    """What in a job's object the cluster does not know, in words; "" for nothing, or where it cannot say.
+
+    The server itself is asked, which looks at fields first: users may not read the schemas of its kinds.
+    """
+    if problems(request, backend):
+        return ""
+    kind = backend.resource.kind
+    (job,) = [obj for obj in backend.build(request) if obj["kind"] == kind]
+    try:
+        cluster.create(backend.resource, job, dry_run=True)
+    except RefusedError as error:
+        if error.unknown_fields:
+            return _outdated(cluster, backend, kind, error.unknown_fields)
+    return ""
+
+
+def _outdated(cluster: Cluster, backend: Backend, kind: str, fields: Sequence[str]) -> str:
+    known = f"{cluster.place} knows no {', '.join(fields)} of a {kind}"
+    return f"{known}: --backend {backend.name} takes {backend.needs}"

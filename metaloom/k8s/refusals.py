@@ -32,6 +32,11 @@ class RefusedError(LaunchError):
         self.reason = reason
         self.told = told
 
+    @property
+    def unknown_fields(self) -> list[str]:
+        """Paths of the fields that the server does not know, where it refused the object for that."""
+        return re.findall(r'unknown field "([^"]+)"', self.told)
+
 
 class AlreadyExistsError(RefusedError):
     """There is an object of that name already."""

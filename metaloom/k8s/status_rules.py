@@ -186,7 +186,7 @@ def _ending(view: View) -> Told | None:
 def _suspended(view: View) -> Told | None:
     if not view.job.is_suspended:
         return None
-    wanted = _wanted(view.job.nodes, view.job.num_gpus)
+    wanted = _wanted(view.job.nodes, view.job.gpus_per_node)
     if not view.job.queue:
         headline = f"queued for {wanted}: suspended, so it has no pods until spec.suspend is false"
         return Told("queued", headline)
@@ -220,7 +220,7 @@ def _not_created(view: View) -> Told | None:
     if not refusals:
         return None
     refusal = read_refusal(refusals[-1].message)
-    who = _wanted(view.num_missing(), view.job.num_gpus)
+    who = _wanted(view.num_missing(), view.job.gpus_per_node)
     if refusal.is_passing:
         return Told("queued", f"queued for {who}: {refusal.words}", refusal.details)
     return Told(
@@ -255,7 +255,7 @@ def _unscheduled(view: View) -> Told | None:
         return None
     before = view.before()
     again = f"{before}; " if before else ""
-    wanted = _wanted(len(waiting), max(one.num_gpus for one in waiting))
+    wanted = _wanted(len(waiting), view.job.gpus_per_node)
     message = next((one.unscheduled for one in waiting if one.unscheduled), "")
     lack = read_lack(message)
     details = _autoscaler_lines(view)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from metaloom.k8s.marks import QUEUE_LABEL
@@ -32,7 +32,7 @@ class Top:
     Attributes:
         kind: of the object.
         nodes: pods that work at once.
-        num_gpus: of one pod.
+        gpus_per_node: whatever the cluster calls them; 0 where it is not said.
         created, started, ended: moments.
         is_deleted: whether it was deleted and waits for what it owns to end.
         outcome: how it ended, with the condition that says so.
@@ -51,7 +51,7 @@ class Top:
     uid: str
     nodes: int
     ranks_per_node: int
-    num_gpus: int
+    gpus_per_node: int
     created: datetime.datetime | None
     started: datetime.datetime | None
     ended: datetime.datetime | None
@@ -85,7 +85,7 @@ def read_top(top: Mapping[str, Any]) -> Top:
         uid=meta.get("uid") or "",
         nodes=_number(annotations.get("metaloom/nodes")) or _num_nodes(kind, spec),
         ranks_per_node=_number(annotations.get("metaloom/ranks-per-node")) or 1,
-        num_gpus=num_gpus(spec),
+        gpus_per_node=_number(annotations.get("metaloom/gpus-per-node")) or 0,
         created=time_of(meta.get("creationTimestamp")),
         started=time_of(status.get("startTime")) or time_of(meta.get("creationTimestamp")),
         ended=ended,
@@ -115,11 +115,6 @@ def true_conditions(obj: Mapping[str, Any]) -> list[Condition]:
         for one in found
         if one.get("status") == "True"
     ]
-
-
-def num_gpus(spec: Mapping[str, Any]) -> int:
-    """GPUs of one pod, by the limits in a pod's spec or in what holds a template of pods."""
-    return max((_gpus_in(limits) for limits in _limits(spec)), default=0)
 
 
 def _outcome(true: list[Condition]) -> tuple[Literal["done", "failed"], Condition] | None:
@@ -155,23 +150,6 @@ def _num_nodes(kind: str, spec: Mapping[str, Any]) -> int:
 def _num_replicated(job: Mapping[str, Any]) -> int:
     within = (job.get("template") or {}).get("spec") or {}
     return (_number(job.get("replicas")) or 1) * (_number(within.get("parallelism")) or 1)
-
-
-def _limits(value: object) -> Iterator[Mapping[str, Any]]:
-    """Every `limits` of resources within an object."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            if key == "limits" and isinstance(inner, Mapping):
-                yield inner
-            else:
-                yield from _limits(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _limits(inner)
-
-
-def _gpus_in(limits: Mapping[str, Any]) -> int:
-    return sum(_number(count) or 0 for name, count in limits.items() if "gpu" in name or "/mig-" in name)
 
 
 def _number(value: object) -> int | None:

@@ -1,29 +1,23 @@
-"""A job on Kubernetes: its objects, built by a pure function, checked, and sent."""
+"""The launcher of Kubernetes: what a job asks of a cluster, checked, printed or sent."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import importlib.util
 import os
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from metaloom.errors import LaunchError
 from metaloom.k8s.client import Cluster
 from metaloom.k8s.finding import Finding
-from metaloom.k8s.gathering import KINDS, Found, Gathering, NoSuchJobError
 from metaloom.k8s.kubeconfig import kubeconfig_paths
-from metaloom.k8s.manifests import BACKENDS, Backend, choose, host_command, owner_reference, problems, to_yaml
-from metaloom.k8s.marks import JOB_LABEL
-from metaloom.k8s.preflight import check_cluster, check_places
-from metaloom.k8s.refusals import AlreadyExistsError, RefusedError
+from metaloom.k8s.manifests import BACKENDS, Backend, choose, host_command, problems, to_yaml
+from metaloom.k8s.preflight import check_cluster, check_places, outdated
 from metaloom.k8s.request import DEFAULT_TTL_S, DEFAULT_WAIT_S, JobRequest, SecretFiles, Toleration, Volume
-from metaloom.k8s.resources import CONFIG_MAPS, SERVICES, Resource
-from metaloom.k8s.status import ENDED
+from metaloom.k8s.sending import clear, send
 from metaloom.launchers.base import (
     Launcher,
     Need,
@@ -43,9 +37,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 AUTO = "auto"
 RUNS = "/runs"  # where the folders of runs are in the pods, unless --run says otherwise
-GONE_WITHIN_S = 180.0  # how long objects that are being deleted may take to be gone
-POLL_S = 0.5
-KNOWN_WITHIN_S = 30.0  # how long webhooks may take to know of an object that was just made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,6 +224,8 @@ class Kubernetes(Launcher):
         with contextlib.ExitStack() as stack:
             has_none = self.context is None and not _is_configured()
             cluster = None if has_none else stack.enter_context(self._connected())
+            namespace = self.namespace or ("default" if cluster is None else cluster.namespace)
+            request = self._request(submission, namespace)
             comment = ""
             if self.backend != AUTO:
                 backend = BACKENDS[self.backend]
@@ -242,9 +235,7 @@ class Kubernetes(Launcher):
                     "# No cluster could be asked which backends it has: this is that of --backend job.\n"
                 )
             else:
-                backend = _chosen(cluster)
-            namespace = self.namespace or ("default" if cluster is None else cluster.namespace)
-        request = self._request(submission, namespace)
+                backend = _chosen(cluster, request)
         self._tell(self._findings(request, backend, submission))
         self._check_recipe(request, backend, submission)
         return comment + to_yaml(backend.build(request))
@@ -260,8 +251,8 @@ class Kubernetes(Launcher):
             self._tell([*found, Finding(str(error))])
             raise
         with connected as cluster:
-            backend = _chosen(cluster) if self.backend == AUTO else BACKENDS[self.backend]
             request = self._request(submission, cluster.namespace)
+            backend = _chosen(cluster, request) if self.backend == AUTO else BACKENDS[self.backend]
             if not cluster.serves(backend.resource):
                 raise LaunchError(
                     f"--backend {backend.name}: {cluster.shown} has no {backend.resource.full_name} of "
@@ -276,12 +267,8 @@ class Kubernetes(Launcher):
             self._tell(found)
             self._check_recipe(request, backend, submission)
             if submission.is_resumed:
-                _clear(cluster, request, backend)
-            try:
-                _send(cluster, request, backend)
-            except AlreadyExistsError as error:
-                _wait_for_names(cluster, request, backend, error)
-                _send(cluster, request, backend)
+                clear(cluster, request, backend)
+            send(cluster, request, backend)
         again = "".join(
             f" --{option} {value}"
             for option, value in (("namespace", self.namespace), ("context", self.context))
@@ -371,113 +358,19 @@ class Kubernetes(Launcher):
         return dataclasses.replace(request, own_folders=has_own_folders)
 
 
-def _send(cluster: Cluster, request: JobRequest, backend: Backend) -> None:
-    """Makes the objects of a job, which the job owns: they go when it is deleted. All, or none.
+def _chosen(cluster: Cluster, request: JobRequest) -> Backend:
+    """The backend of `auto`: one that the cluster has, not too old, and the user may use."""
 
-    Raises:
-        AlreadyExistsError: one of these names is taken.
-        LaunchError: one is refused.
-    """
-    kinds = {resource.kind: resource for resource in (*backend.creates, backend.resource)}
-    made: list[tuple[Resource, dict[str, Any]]] = []
-    try:
-        for obj in backend.build(request):
-            resource = kinds[obj["kind"]]
-            is_last = backend.is_named_last and resource == backend.resource
-            made.append((resource, _made_when_known(cluster, resource, obj, KNOWN_WITHIN_S * is_last)))
-        (job,) = [obj for resource, obj in made if resource == backend.resource]
-        for resource, obj in made:
-            if resource != backend.resource:
-                change = {"metadata": {"ownerReferences": [owner_reference(job)]}}
-                cluster.patch(resource, obj["metadata"]["name"], change)
-    except BaseException:
-        for resource, obj in reversed(made):
-            with contextlib.suppress(LaunchError):
-                cluster.delete(resource, obj["metadata"]["name"])
-        raise
-
-
-def _made_when_known(
-    cluster: Cluster, resource: Resource, obj: dict[str, Any], within_s: float
-) -> dict[str, Any]:
-    """Makes an object; one that names another, as soon as the server knows of that.
-
-    Args:
-        within_s: how long that may take.
-    """
-    deadline = time.monotonic() + within_s
-    while True:
-        try:
-            return cluster.create(resource, obj)
-        except RefusedError as error:
-            if "must be created before" not in error.told or time.monotonic() > deadline:
-                raise
-        time.sleep(POLL_S)
-
-
-def _wait_for_names(
-    cluster: Cluster, request: JobRequest, backend: Backend, taken: AlreadyExistsError
-) -> None:
-    """Waits for the names of a job's objects, where those that have them are being deleted.
-
-    Raises:
-        LaunchError: one of them stays.
-    """
-    kinds = {resource.kind: resource for resource in (*backend.creates, backend.resource)}
-    named = [(kinds[obj["kind"]], str(obj["metadata"]["name"])) for obj in backend.build(request)]
-    there = [(resource, name, cluster.get(resource, name)) for resource, name in named]
-    if not all(obj is None or _is_going(cluster, obj) for _, _, obj in there):
-        raise LaunchError(
-            f"{taken} A job of this name has been submitted before: go on with its run by --resume, or "
-            "choose another --name."
-        ) from taken
-    print(
-        f"note: a job {request.name} is being deleted: waiting until its name is free (Ctrl-C ends this, and "
-        "nothing is sent)",
-        file=sys.stderr,
-        flush=True,
-    )
-    _wait_until_gone(cluster, named)
-
-
-def _is_going(cluster: Cluster, obj: Mapping[str, Any]) -> bool:
-    """Whether an object is being deleted, or will be, since what owns it is."""
-    if obj["metadata"].get("deletionTimestamp") is not None:
-        return True
-    owners = obj["metadata"].get("ownerReferences") or []
-    kinds = {kind.kind: kind for kind in KINDS}
-    for owner in owners:
-        kind = kinds.get(owner["kind"])
-        if kind is None:
+    def suits(backend: Backend) -> bool:
+        resource = backend.resource
+        if not (cluster.serves(resource) and cluster.may("create", resource)):
             return False
-        there = cluster.get(kind, owner["name"]) or {"metadata": {}}
-        is_owner = there["metadata"].get("uid") == owner["uid"]
-        if is_owner and there["metadata"].get("deletionTimestamp") is None:
-            return False
-    return bool(owners)
+        old = outdated(cluster, request, backend)
+        if old:
+            print(f"note: {old}, so that another one is taken", file=sys.stderr)
+        return not old
 
-
-def _wait_until_gone(cluster: Cluster, named: Sequence[tuple[Resource, str]]) -> None:
-    """Returns when objects that are being deleted are gone.
-
-    Raises:
-        LaunchError: one is not, after a while.
-    """
-    deadline = time.monotonic() + GONE_WITHIN_S
-    for resource, name in named:
-        while cluster.get(resource, name) is not None:
-            if time.monotonic() > deadline:
-                raise LaunchError(
-                    f"{resource.kind} {name}, which is being deleted, is still there after "
-                    f"{GONE_WITHIN_S:g} s. See what holds it: kubectl get {resource.full_name} {name} -n "
-                    f"{cluster.namespace} -o yaml"
-                )
-            time.sleep(POLL_S)
-
-
-def _chosen(cluster: Cluster) -> Backend:
-    """The backend that the cluster has, and the user may use."""
-    return choose(lambda resource: cluster.serves(resource) and cluster.may("create", resource))
+    return choose(suits)
 
 
 def _is_configured() -> bool:
@@ -503,39 +396,6 @@ def _decided(submission: Submission) -> list[Finding]:
         if override.partition("=")[0] == "launcher.num_processes"
         and submission.recipe.launcher.num_processes != submission.num_ranks
     ]
-
-
-def _clear(cluster: Cluster, request: JobRequest, backend: Backend) -> None:
-    """Deletes what is left in the cluster of a job that has ended: its run goes on under the same name.
-
-    Raises:
-        LaunchError: it has not ended, or does not go.
-    """
-    name = request.name
-    gathering = Gathering(cluster)
-    found: Found | None = None
-    with contextlib.suppress(NoSuchJobError):
-        found, status = gathering.status(name, datetime.datetime.now(datetime.UTC))
-        is_deleted = found.top["metadata"].get("deletionTimestamp") is not None
-        if status.state not in ENDED and not is_deleted:
-            raise LaunchError(
-                f"--resume: the job {name} has not ended ({status.headline}), and goes on by itself after "
-                f"preemptions and faults. To begin anew from its last checkpoint: metaloom jobs cancel {name}"
-            )
-        cluster.delete(found.resource, name)
-    if found is None:
-        print(
-            f"note: there is no job {name} in {cluster.shown}: its run goes on if its folder or "
-            "checkpoint.url has it, and begins anew if not",
-            file=sys.stderr,
-        )
-    labels = {JOB_LABEL: name}
-    # Those that nothing owns, as of a job that kubectl has made.
-    for resource in dict.fromkeys((SERVICES, CONFIG_MAPS, *backend.creates)):
-        for obj in cluster.list(resource, labels=labels):
-            cluster.delete(resource, obj["metadata"]["name"])
-    if found is not None:
-        _wait_until_gone(cluster, [(found.resource, name)])
 
 
 def _pair(text: str) -> tuple[str, str]:

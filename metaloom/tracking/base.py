@@ -77,7 +77,8 @@ class RunTracker(ABC):
 
     @abstractmethod
     def flush(self, timeout_s: float) -> bool:
-        """True if everything handed over so far was delivered within `timeout_s`."""
+        """True if everything handed over so far was delivered within `timeout_s`; it is not waited for where
+        the store does not answer. May be called in any thread."""
 
     @abstractmethod
     def finish(self, status: FinishStatus) -> None:

@@ -231,13 +231,13 @@ class JsonlTracker(RunTracker):
         shutil.copyfile(path, target)
 
     def flush(self, timeout_s: float) -> bool:
-        if self._lines is not None:
-            try:
-                self._lines.write()
-                self._lines.sync()
-            except OSError:
-                return False
-        return True
+        if self._lines is None:
+            return True
+        try:
+            self._lines.sync()
+        except OSError:
+            return False
+        return not self._lines.waiting
 
     def finish(self, status: FinishStatus) -> None:
         if self._lines is not None:

@@ -250,15 +250,19 @@ class MlflowTracker(RunTracker):
             self._state.changed.notify_all()
 
     def flush(self, timeout_s: float) -> bool:
-        is_written = self._journal.flush(timeout_s)
-        self._count()
         state = self._state
         with state.changed:
+            target = state.num_written
+            is_whole = self._num_logged == target  # what the journal lacks does not come by waiting
+
+            def is_delivered() -> bool:
+                return state.is_connected and state.num_read >= target and not state.artifacts
+
             state.is_urgent = True
             state.changed.notify_all()
-            delivered = state.changed.wait_for(lambda: state.is_done, timeout_s)
-            state.is_urgent = False
-        return is_written and delivered
+            state.changed.wait_for(lambda: is_delivered() or state.error is not None, timeout_s)
+            state.is_urgent = state.status is not None
+            return is_whole and is_delivered()
 
     def finish(self, status: FinishStatus) -> None:
         if self._thread is None:

@@ -99,7 +99,7 @@ OUTSIDE = {
 ONLY_IN = {
     "mlflow": ("metaloom.tracking.mlflow", "metaloom.tracking.mlflow_model"),
     "webdataset": ("metaloom.datasets",),
-    "kubernetes": ("metaloom.k8s.client",),
+    "kubernetes": ("metaloom.k8s.access",),
     "deepspeed": ("metaloom.engine.sharding.deepspeed_zero",),
     "gcsfs": ("metaloom.datasets.drivers",),
     "huggingface_hub": ("metaloom.datasets.hub",),

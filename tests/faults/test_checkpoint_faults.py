@@ -28,6 +28,7 @@ from tests.commands import (
     run,
     run_well,
     wait_for_step,
+    wait_until,
 )
 from tests.hosts import held
 from tests.object_store import ObjectStore
@@ -373,14 +374,6 @@ def test_an_object_store_that_fails_for_a_while_neither_stops_nor_changes_a_run(
     assert "Training goes on, and it is tried again" in finished.output + finished.errors
     assert "checkpoints are written again" in finished.output + finished.errors
     assert_equal(tmp_path / "run", whole, f"{url}/meta")
-
-
-def wait_until(is_so: object, timeout_s: float = 60.0) -> None:
-    assert callable(is_so)
-    deadline = time.monotonic() + timeout_s
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,15 @@ apart."""
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
 
-from tests.commands import RECIPES, begun, changed, end, run, run_well
+from metaloom.checkpoints.catalogue import Catalogue
+from tests.commands import RECIPES, begun, changed, end, run, run_well, wait_for_step, wait_until
+from tests.hosts import held
 
 SMOKE = RECIPES / "smoke.yaml"
 STEPS = 8
@@ -36,6 +40,55 @@ def test_a_command_with_a_run_id_begins_continues_and_finishes_one_run(tmp_path:
     taken = run(*words, "--run-id", "two", "--run", tmp_path / "c", cwd=tmp_path)
     assert taken.code == 4
     assert "holds checkpoints of another run than the one in" in taken.errors
+
+
+# Records are delivered when they have to be alone: a store that is slow has them late.
+LATE = """
+import metaloom.tracking.mlflow
+metaloom.tracking.mlflow.DELIVERY_INTERVAL_S = 1000.0
+"""
+
+
+def test_a_run_that_lost_its_folder_when_it_was_killed_goes_on_in_the_same_tracked_run(
+    tmp_path: Path, glyphs: Path
+) -> None:
+    checkpoints, store = tmp_path / "checkpoints", f"sqlite:///{tmp_path}/mlflow.db"
+    urls = (f"data.url={glyphs}", f"checkpoint.url={checkpoints.as_uri()}", f"tracking.uri={store}")
+    words = ("train", SMOKE, *urls, *RUN, "--run-id", "one")
+    with held(tmp_path, LATE) as hold:
+        hold.at(5)
+        with begun(*words, "--run", tmp_path / "a", cwd=tmp_path) as process:
+            wait_for_step(tmp_path / "a" / "metrics.jsonl", 5, process)
+            wait_until(lambda: 4 in Catalogue(checkpoints / "meta").steps())
+        (before,) = tracked_runs(store)
+        shutil.rmtree(tmp_path / "a")
+    assert before.steps[:4] == [1, 2, 3, 4]
+    assert "resumed after outer step 4 of 8" in run_well(*words, "--run", tmp_path / "b", cwd=tmp_path)
+    (after,) = tracked_runs(store)
+    assert after == Tracked(before.run_id, "FINISHED", list(range(1, STEPS + 1)))
+
+
+@dataclasses.dataclass
+class Tracked:
+    """A run that MLflow has, and the outer steps of its metrics."""
+
+    run_id: str
+    status: str
+    steps: list[int]
+
+
+def tracked_runs(store: str) -> list[Tracked]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(store)
+    experiment = client.get_experiment_by_name("metaloom")
+    assert experiment is not None
+    found = []
+    for one in client.search_runs([experiment.experiment_id]):
+        points = client.get_metric_history(one.info.run_id, "meta_loss")
+        found.append(Tracked(one.info.run_id, one.info.status, sorted(point.step for point in points)))
+    client._tracking_client.store._dispose_engine()
+    return found
 
 
 def test_a_host_that_waits_for_others_ends_at_once_when_it_is_asked(tmp_path: Path, glyphs: Path) -> None:

@@ -21,6 +21,8 @@ Faults: `refuse(429, times=2, retry_after_s=1)`, `refuse(503, body="<html>...")`
 `close_streams()` (watches and followed logs break off), `expire_versions()` (410 Gone), `forbid("create",
 "jobs")`, `cluster.token = "another"` (401), `cluster.add(QUOTAS, ...)`, also LIMIT_RANGES, and
 `enforce("restricted")` (pod security); `cluster.log_chunk_bytes` and `cluster.log_delay_s` make logs slow.
+`cluster.version` is what /version says, and
+`cluster.lacking[KIND]` are paths of fields that the server does not know, as those of an older operator.
 `cluster.requests` are all requests: (method, path, query).
 """
 
@@ -39,7 +41,7 @@ import struct
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
@@ -59,6 +61,7 @@ from metaloom.k8s.resources import (
 from tests.k8s.fake_admission import ENFORCE, admit_pod
 from tests.k8s.fake_jobs import JobController, Kubelet, Pods, delete_pod, end_log, set_condition
 from tests.k8s.fake_rules import check, check_update
+from tests.k8s.fake_schema import Fields, check_fields, read_object
 from tests.k8s.fake_store import Object, Refusal, Selection, Store, not_found, now
 
 BUILT_IN = (
@@ -126,6 +129,8 @@ class FakeCluster:
         self.controller = JobController(self.store, self.kubelet, starts_pods=starts_pods)
         self.namespace = namespace
         self.kinds = (*BUILT_IN, *kinds)
+        self.version = {"major": "1", "minor": "34", "gitVersion": "v1.34.0"}
+        self.lacking: dict[str, Collection[str]] = {}
         self.token = "planted-token-which-no-message-may-show"
         self.requests: list[tuple[str, str, dict[str, str]]] = []
         self.headers: list[dict[str, str]] = []
@@ -513,7 +518,11 @@ class Handler(BaseHTTPRequestHandler):
         if target.subresource:
             self._subresource(target, query, body)
             return
-        obj = _read(body) if self.command != "GET" and body else {}
+        obj = read_object(body) if self.command != "GET" and body else Fields()
+        lacking = self.cluster.lacking.get(target.resource.kind, ())
+        if self.command in ("POST", "PUT", "PATCH"):
+            mode = query.get("fieldValidation", "Warn")
+            check_fields(target.resource, obj, mode, self.command, lacking=lacking)
         if target.resource == resources.ACCESS_REVIEWS:
             self._review(obj)
         elif self.command == "POST":
@@ -532,7 +541,7 @@ class Handler(BaseHTTPRequestHandler):
     def _discovery(self, parts: list[str]) -> Object | None:
         kinds = self.cluster.kinds
         if parts == ["version"]:
-            return {"major": "1", "minor": "34", "gitVersion": "v1.34.0"}
+            return self.cluster.version
         if parts == ["api"]:
             return {"kind": "APIVersions", "versions": ["v1"]}
         groups: dict[str, list[str]] = {}
@@ -763,7 +772,7 @@ class Handler(BaseHTTPRequestHandler):
         if target.subresource == "log" and target.resource == PODS and self.command == "GET":
             self._log(target, query)
         elif target.subresource == "status" and self.command in ("PUT", "PATCH"):
-            status = _read(body).get("status", {})
+            status = read_object(body).get("status", {})
             made = self.cluster.store.edit(
                 target.resource, target.namespace or "", target.name, lambda obj: obj.update(status=status)
             )
@@ -874,16 +883,6 @@ def _group(name: str, versions: Sequence[str]) -> Object:
 
 class _NoSuchPath(Exception):
     """The server has nothing there."""
-
-
-def _read(body: bytes) -> Object:
-    try:
-        obj = json.loads(body)
-    except ValueError:
-        obj = None
-    if not isinstance(obj, dict):
-        raise Refusal(400, "BadRequest", "the object provided is unrecognized (must be of type ...)")
-    return obj
 
 
 def _is_on(query: dict[str, str], key: str) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
-from metaloom.k8s.resources import JOBS, PODS, SERVICES, Resource
+from metaloom.k8s.resources import CONFIG_MAPS, JOBS, PODS, SERVICES, Resource
 from tests.k8s.fake_store import Object, Refusal
 
 LABEL = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
@@ -23,13 +23,19 @@ FACTORS = {"n": "1e-9", "u": "1e-6", "m": "1e-3", "k": "1e3", "M": "1e6", "G": "
 # What a quota counts only of pods that say it.
 COUNTED = ("cpu", "memory")
 
+COUNTS_OF_A_JOB = (
+    *("completions", "parallelism", "backoffLimit", "backoffLimitPerIndex", "maxFailedIndexes"),
+    "activeDeadlineSeconds",
+)
+
 Cause = dict[str, str]
 
 
 def cause(field: str, kind: str, value: object, message: str) -> Cause:
     """One field of an object that is invalid, as in `details.causes` of a Status."""
     words = {"Required": "Required value", "Invalid": "Invalid value", "NotSupported": "Unsupported value"}
-    shown = "" if kind == "Required" else f": {value!r}".replace("'", '"')
+    words |= {"Forbidden": "Forbidden"}
+    shown = "" if kind in ("Required", "Forbidden") else f": {value!r}".replace("'", '"')
     return {"reason": f"FieldValue{kind}", "message": f"{words[kind]}{shown}: {message}", "field": field}
 
 
@@ -79,20 +85,14 @@ def check_update(resource: Resource, old: Object, new: Object) -> None:
             f'Operation cannot be fulfilled on {resource.full_name} "{name}": the object has been modified; '
             "please apply your changes to the latest version and try again",
         )
-    fixed: Sequence[str] = ()
+    causes: list[Cause] = []
     if resource == JOBS:
-        fixed = ("completions", "completionMode", "selector", "podFailurePolicy", "template")
-        if old["spec"].get("suspend"):
-            fixed = fixed[:-1]
-    _refuse(
-        resource,
-        name,
-        [
-            cause(f"spec.{field}", "Invalid", "...", "field is immutable")
-            for field in fixed
-            if old["spec"].get(field) != new["spec"].get(field)
-        ],
-    )
+        causes = list(_job_change_causes(old, new))
+    if resource == CONFIG_MAPS and old.get("immutable"):
+        message = "field is immutable when `immutable` is set"
+        fixed = ("immutable", "data", "binaryData")
+        causes = [cause(key, "Forbidden", "", message) for key in fixed if old.get(key) != new.get(key)]
+    _refuse(resource, name, causes)
     check(resource, new)
 
 
@@ -159,6 +159,34 @@ def _key_causes(key: str, field: str) -> Iterator[Cause]:
         yield cause(field, "Invalid", key, message)
 
 
+def _job_change_causes(old: Object, new: Object) -> Iterator[Cause]:
+    was, is_ = old["spec"], new["spec"]
+    changed = [key for key in (*was, *is_) if was.get(key) != is_.get(key)]
+    # An Indexed Job may grow and shrink, with all its pods at once.
+    if "completions" in changed and is_.get("completionMode") == "Indexed":
+        if is_.get("completions") != is_.get("parallelism"):
+            message = "can only be modified in tandem with spec.parallelism"
+            yield cause("spec.completions", "Invalid", is_.get("completions"), message)
+    elif "completions" in changed:
+        yield cause("spec.completions", "Invalid", "...", "field is immutable")
+    for key in ("selector", "completionMode", "podFailurePolicy", "backoffLimitPerIndex", "managedBy"):
+        if key in changed:
+            yield cause(f"spec.{key}", "Invalid", "...", "field is immutable")
+    before, after = was["template"], is_["template"]
+    if was.get("suspend") and not old.get("status", {}).get("startTime"):
+        # As queues do, which so choose the machines of a Job that they let go on.
+        before, after = _but_placement(before), _but_placement(after)
+    if before != after:
+        yield cause("spec.template", "Invalid", "...", "field is immutable")
+
+
+def _but_placement(template: Object) -> Object:
+    """A template of pods without what may be changed as long as a Job has not begun."""
+    free = ("nodeSelector", "affinity", "tolerations", "schedulingGates")
+    metadata = {k: v for k, v in template.get("metadata", {}).items() if k not in ("labels", "annotations")}
+    return {"metadata": metadata, "spec": {k: v for k, v in template["spec"].items() if k not in free}}
+
+
 def _job_causes(job: Object) -> Iterator[Cause]:
     spec = job.get("spec", {})
     name = job["metadata"]["name"]
@@ -171,9 +199,22 @@ def _job_causes(job: Object) -> Iterator[Cause]:
             yield cause("metadata.name", "Invalid", name, "must be no more than 63 characters")
     elif len(name) > 63:
         yield cause("metadata.name", "Invalid", name, "must be no more than 63 characters")
-    for field in ("completions", "parallelism", "backoffLimit", "activeDeadlineSeconds"):
+    for field in COUNTS_OF_A_JOB:
         if (spec.get(field) or 0) < 0:
             yield cause(f"spec.{field}", "Invalid", spec[field], "must be greater than or equal to 0")
+    if spec.get("backoffLimitPerIndex") is not None and spec.get("completionMode") != "Indexed":
+        message = "requires indexed completion mode"
+        yield cause("spec.backoffLimitPerIndex", "Invalid", spec["backoffLimitPerIndex"], message)
+    if (most := spec.get("maxFailedIndexes")) is not None:
+        if spec.get("backoffLimitPerIndex") is None:
+            yield cause("spec.backoffLimitPerIndex", "Required", "", "when maxFailedIndexes is specified")
+        if spec.get("completions") is not None and most > spec["completions"]:
+            message = "must be less than or equal to completions"
+            yield cause("spec.maxFailedIndexes", "Invalid", most, message)
+    replaced = ["Failed"] if spec.get("podFailurePolicy") else ["Failed", "TerminatingOrFailed"]
+    if spec.get("podReplacementPolicy", "Failed") not in replaced:
+        message = "supported values: " + ", ".join(f'"{value}"' for value in replaced)
+        yield cause("spec.podReplacementPolicy", "NotSupported", spec["podReplacementPolicy"], message)
     policy = template.get("restartPolicy")
     if policy is None:
         yield cause("spec.template.spec.restartPolicy", "Required", "", 'valid values: "OnFailure", "Never"')
@@ -200,6 +241,9 @@ def _job_causes(job: Object) -> Iterator[Cause]:
             yield cause(at, "Invalid", "...", message)
         if rule.get("action") not in ("Ignore", "FailJob", "Count", "FailIndex"):
             yield cause(f"{at}.action", "NotSupported", rule.get("action"), 'supported values: "Count" ...')
+        if rule.get("action") == "FailIndex" and spec.get("backoffLimitPerIndex") is None:
+            message = "requires the backoffLimitPerIndex to be set"
+            yield cause(f"{at}.action", "Invalid", "FailIndex", message)
         if codes and (values := codes.get("values", [])) != sorted(set(values)):
             yield cause(f"{at}.onExitCodes.values", "Invalid", values, "must be ordered")
         if codes and codes.get("operator") == "In" and 0 in codes.get("values", []):

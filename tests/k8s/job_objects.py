@@ -44,13 +44,10 @@ def condition(
     }
 
 
-def resources(gpus: int) -> Object:
-    limits = {"cpu": "8", "memory": "64Gi"} | ({"nvidia.com/gpu": str(gpus)} if gpus else {})
-    return {"limits": limits, "requests": dict(limits)}
-
-
-def template(kind: str, gpus: int) -> Object:
-    container = {"name": CONTAINERS[kind], "image": IMAGE, "resources": resources(gpus)}
+def template(kind: str) -> Object:
+    amounts = {"cpu": "8", "memory": "64Gi", "nvidia.com/gpu": "8"}
+    resources = {"limits": amounts, "requests": amounts}
+    container = {"name": CONTAINERS[kind], "image": IMAGE, "resources": resources}
     return {
         "metadata": {"labels": dict(LABELS)},
         "spec": {"restartPolicy": "Never", "containers": [container]},
@@ -67,7 +64,7 @@ def top(
     **status: Any,
 ) -> Object:
     """The object of a job, as its controller has it."""
-    pods = template(kind, gpus)
+    pods = template(kind)
     specs: dict[str, Object] = {
         "Job": {"completions": nodes, "parallelism": nodes, "completionMode": "Indexed", "template": pods},
         "JobSet": {
@@ -87,7 +84,7 @@ def top(
             },
             "runPolicy": {"suspend": False},
         },
-        "TrainJob": {"trainer": {"numNodes": nodes, "resourcesPerNode": resources(gpus)}},
+        "TrainJob": {"trainer": {"numNodes": nodes}},
     }
     return {
         "apiVersion": API_VERSIONS[kind],
@@ -103,6 +100,7 @@ def top(
                 "metaloom/recipe": "glyphs-maml",
                 "metaloom/backend": kind.lower(),
                 "metaloom/nodes": str(nodes),
+                "metaloom/gpus-per-node": str(gpus),
                 "metaloom/ranks-per-node": str(ranks),
                 "metaloom/run": "/run/metaloom/glyphs",
             },
@@ -123,7 +121,6 @@ def pod(
     machine: str | None = "gpu-a",
     suffix: str = "x7x2k",
     attempt: int = 0,
-    gpus: int = 8,
     ready: bool = True,
     deleted: str = "",
     init: list[Object] | None = None,
@@ -181,7 +178,7 @@ def pod(
             "labels": labels,
             "ownerReferences": [owner],
         },
-        "spec": template(kind, gpus)["spec"] | ({"nodeName": machine} if machine else {}),
+        "spec": template(kind)["spec"] | ({"nodeName": machine} if machine else {}),
         "status": {"phase": phase, "conditions": list(conditions), **status},
     }
     if machine:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -236,6 +237,19 @@ CONTAINER = "spec.template.spec.containers.0"
         (f"{CONTAINER}.volumeMounts", [{"name": "x", "mountPath": "/x"}], 'Not found: "x"'),
         (
             "spec.podFailurePolicy",
+            {"rules": [{"action": "FailIndex", "onExitCodes": {"operator": "In", "values": [2]}}]},
+            'spec.podFailurePolicy.rules[0].action: Invalid value: "FailIndex": requires the '
+            "backoffLimitPerIndex to be set",
+        ),
+        ("spec.podReplacementPolicy", "Terminating", 'supported values: "Failed", "TerminatingOrFailed"'),
+        (
+            "spec.maxFailedIndexes",
+            0,
+            "spec.backoffLimitPerIndex: Required value: when maxFailedIndexes is spec",
+        ),
+        ("spec.backoffLimitPerIndex", -1, "Invalid value: -1: must be greater than or equal to 0"),
+        (
+            "spec.podFailurePolicy",
             {"rules": [{"action": "FailJob"}]},
             "OnExitCodes and OnPodConditions is req",
         ),
@@ -254,20 +268,136 @@ def test_a_failure_policy_needs_pods_that_are_never_started_again(batch: Any) ->
     assert 'only "Never" is supported when podFailurePolicy is specified' in message
 
 
+def test_limits_for_each_index_take_an_indexed_job(batch: Any) -> None:
+    wrong = job(completionMode="NonIndexed", backoffLimitPerIndex=1)
+    _, _, message = refusal(lambda: batch.create_namespaced_job("team", wrong))
+    assert message.endswith("spec.backoffLimitPerIndex: Invalid value: 1: requires indexed completion mode")
+    wrong = job(backoffLimitPerIndex=1, maxFailedIndexes=3)
+    _, _, message = refusal(lambda: batch.create_namespaced_job("team", wrong))
+    assert message.endswith(
+        "spec.maxFailedIndexes: Invalid value: 3: must be less than or equal to completions"
+    )
+
+
+def test_a_failure_policy_takes_pods_that_are_replaced_when_they_have_ended(batch: Any) -> None:
+    policy = {"rules": [{"action": "FailJob", "onExitCodes": {"operator": "In", "values": [2]}}]}
+    wrong = job(podFailurePolicy=policy, podReplacementPolicy="TerminatingOrFailed")
+    _, _, message = refusal(lambda: batch.create_namespaced_job("team", wrong))
+    assert message.endswith(
+        'spec.podReplacementPolicy: Unsupported value: "TerminatingOrFailed": supported values: "Failed"'
+    )
+    batch.create_namespaced_job("team", wrong | {"spec": wrong["spec"] | {"podReplacementPolicy": "Failed"}})
+
+
 def test_fields_of_a_job_are_immutable_and_old_versions_conflict(fake: FakeCluster, batch: Any) -> None:
     batch.create_namespaced_job("team", job())
     code, _, message = refusal(
         lambda: batch.patch_namespaced_job("glyphs", "team", {"spec": {"completions": 3}})
     )
     assert code == 422
-    assert "spec.completions: Invalid value" in message
-    assert message.endswith("field is immutable")
+    assert message.endswith(
+        "spec.completions: Invalid value: 3: can only be modified in tandem with spec.parallelism"
+    )
     old = fake.get(JOBS, "glyphs")
     batch.patch_namespaced_job("glyphs", "team", {"metadata": {"labels": {"more": "yes"}}})
     code, reason, message = refusal(lambda: batch.replace_namespaced_job("glyphs", "team", old))
     assert (code, reason) == (409, "Conflict")
     assert "the object has been modified; please apply your changes to the latest version" in message
     assert fake.get(JOBS, "glyphs")["metadata"]["labels"] == LABELS | {"more": "yes"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("completionMode", "NonIndexed"),
+        ("podFailurePolicy", {"rules": []}),
+        ("template", {"spec": {"nodeSelector": {"pool": "a"}}}),
+        ("template", {"metadata": {"labels": {"more": "yes"}}}),
+    ],
+)
+def test_what_a_job_that_has_begun_does_is_immutable(batch: Any, field: str, value: object) -> None:
+    batch.create_namespaced_job("team", job())
+    change = {"spec": {field: value}}
+    code, _, message = refusal(lambda: batch.patch_namespaced_job("glyphs", "team", change))
+    assert code == 422
+    assert message == f'Job.batch "glyphs" is invalid: spec.{field}: Invalid value: "...": field is immutable'
+
+
+def test_the_machines_of_a_job_that_has_not_begun_may_be_chosen(fake: FakeCluster, batch: Any) -> None:
+    batch.create_namespaced_job("team", job(suspend=True))
+    batch.patch_namespaced_job(
+        "glyphs", "team", {"spec": {"template": {"spec": {"nodeSelector": {"pool": "a"}}}}}
+    )
+    assert fake.get(JOBS, "glyphs")["spec"]["template"]["spec"]["nodeSelector"] == {"pool": "a"}
+    change = {"spec": {"template": {"spec": {"serviceAccountName": "other"}}}}
+    _, _, message = refusal(lambda: batch.patch_namespaced_job("glyphs", "team", change))
+    assert message.endswith('spec.template: Invalid value: "...": field is immutable')
+
+
+def test_a_config_map_that_is_immutable_keeps_its_data(fake: FakeCluster, core: Any) -> None:
+    core.create_namespaced_config_map("team", config_map("a") | {"immutable": True})
+    for field, value in (("data", {"key": "other"}), ("immutable", False)):
+        told = refusal(
+            lambda change={field: value}: core.patch_namespaced_config_map("a", "team", change)  # type: ignore[misc]
+        )
+        assert told == (
+            422,
+            "Invalid",
+            f'ConfigMap "a" is invalid: {field}: Forbidden: field is immutable when `immutable` is set',
+        )
+    core.patch_namespaced_config_map("a", "team", {"metadata": {"labels": {"more": "yes"}}})
+    assert fake.get(CONFIG_MAPS, "a")["metadata"]["labels"] == {"more": "yes"}
+
+
+def test_unknown_fields_are_refused_where_the_request_wants_that_and_dropped_else(
+    fake: FakeCluster, batch: Any
+) -> None:
+    wrong = job(replacementPolicy="Failed")
+    wrong["spec"]["template"]["spec"]["containers"][0]["imagePolicy"] = "Always"
+    wrong["metadata"]["labels"]["anything"] = "goes"
+    code, reason, message = refusal(
+        lambda: batch.create_namespaced_job("team", wrong, field_validation="Strict")
+    )
+    assert (code, reason) == (400, "BadRequest")
+    assert message == (
+        'Job in version "v1" cannot be handled as a Job: strict decoding error: unknown field '
+        '"spec.template.spec.containers[0].imagePolicy", unknown field "spec.replacementPolicy"'
+    )
+    batch.create_namespaced_job("team", wrong)
+    made = fake.get(JOBS, "glyphs")
+    assert "replacementPolicy" not in made["spec"]
+    assert made["metadata"]["labels"]["anything"] == "goes"
+    change = {"spec": {"suspended": True}}
+    code, reason, message = refusal(
+        lambda: batch.patch_namespaced_job("glyphs", "team", change, field_validation="Strict")
+    )
+    assert (code, reason) == (422, "Invalid")
+    assert message.startswith(' "" is invalid: patch: Invalid value: ')
+    assert message.endswith(': strict decoding error: unknown field "spec.suspended"')
+
+
+def test_a_field_that_is_given_twice_is_refused_where_the_request_wants_that(
+    fake: FakeCluster,
+) -> None:
+    text = json.dumps(config_map("a")).replace('"data":', '"data": {"key": "first"}, "data":')
+    headers = {"Authorization": f"Bearer {fake.token}", "Content-Type": "application/json"}
+
+    def send(query: str) -> tuple[int, dict[str, Any]]:
+        connection = http.client.HTTPConnection(fake.url.partition("//")[2])
+        connection.request("POST", f"/api/v1/namespaces/team/configmaps{query}", text, headers)
+        with connection.getresponse() as response:
+            answer = response.status, json.loads(response.read())
+        connection.close()
+        return answer
+
+    code, told = send("?fieldValidation=Strict")
+    assert (code, told["message"]) == (
+        400,
+        'ConfigMap in version "v1" cannot be handled as a ConfigMap: strict decoding error: duplicate field '
+        '"data"',
+    )
+    assert send("")[0] == 201
+    assert fake.get(CONFIG_MAPS, "a")["data"] == {"key": "value"}  # the last
 
 
 def test_names_namespaces_and_kinds_are_looked_for(fake: FakeCluster, api: Any, core: Any) -> None:

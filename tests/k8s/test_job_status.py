@@ -92,7 +92,7 @@ NO_QUOTA = condition(
 
 
 def test_a_job_whose_gpus_are_taken_is_queued_for_them() -> None:
-    status = told(top(gpus=1), [unscheduled(index, GPUS_TAKEN, gpus=1) for index in (0, 1)])
+    status = told(top(gpus=1), [unscheduled(index, GPUS_TAKEN) for index in (0, 1)])
     assert (status.state, status.is_stuck) == ("queued", False)
     assert status.headline == "queued for 2 GPUs: 0 of the cluster's 5 nodes have them free"
     assert status.details == (

@@ -110,6 +110,20 @@ def without_times(text: str) -> list[str]:
     return [line.partition(" ")[2] if line[2:3] == ":" else line for line in text.splitlines()]
 
 
+@pytest.mark.parametrize("words", [("glyphs", "--timout=3s"), ("glyphs", "a=b"), (), ("glyphs", "--timeout")])
+def test_a_mistyped_option_of_wait_is_not_taken_for_the_end_of_a_job(
+    words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command_, code in (("wait", 125), ("status", 2)):
+        with pytest.raises(SystemExit) as ended:
+            main(["jobs", command_, *words])
+        assert ended.value.code == code
+        assert capsys.readouterr().err.startswith("usage: metaloom")
+    with pytest.raises(SystemExit) as ended:
+        main(["jobs", "wait", "--help"])
+    assert ended.value.code == 0
+
+
 # ---------------------------------------------------------------- status
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from metaloom.errors import LaunchError
-from metaloom.k8s import client, watching
+from metaloom.k8s import access, client, watching
 from metaloom.k8s.client import AlreadyExistsError, Cluster, RefusedError
 from metaloom.k8s.resources import CONFIG_MAPS, JOB_SETS, JOBS, NAMESPACES, PODS, QUOTAS
 from tests.k8s.fake_api import FakeCluster
@@ -145,7 +145,7 @@ def test_the_token_of_an_auth_provider_is_used(fake: FakeCluster) -> None:
 def test_without_the_official_package_the_message_says_what_to_install(
     fake: FakeCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client._official.cache_clear()
+    access._official.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with refused("the package kubernetes is not installed: pip install 'metaloom[kubernetes]'."):
         Cluster.connect()
@@ -201,7 +201,7 @@ def test_in_a_pod_the_service_account_is_used_over_tls(
         (account / "token").write_text(fake.token)
         (account / "ca.crt").write_bytes(certificate.read_bytes())
         (account / "namespace").write_text("team")
-        monkeypatch.setattr(client, "SERVICE_ACCOUNT", account)
+        monkeypatch.setattr("metaloom.k8s.access.SERVICE_ACCOUNT", account)
         monkeypatch.delenv("KUBECONFIG", raising=False)
         monkeypatch.setenv("HOME", str(tmp_path))
         monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
@@ -214,7 +214,7 @@ def test_in_a_pod_the_service_account_is_used_over_tls(
 def test_in_a_pod_without_a_service_account_the_message_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client, "SERVICE_ACCOUNT", tmp_path)
+    monkeypatch.setattr("metaloom.k8s.access.SERVICE_ACCOUNT", tmp_path)
     monkeypatch.delenv("KUBECONFIG", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
@@ -313,6 +313,27 @@ def test_an_object_whose_answer_was_lost_is_found_to_be_made(fake: FakeCluster, 
     fake.add(CONFIG_MAPS, config_map("b") | {"data": {"key": "of somebody else"}})
     with pytest.raises(AlreadyExistsError):
         cluster.create(CONFIG_MAPS, config_map("b"))
+
+
+@pytest.mark.parametrize(("cpu", "is_found"), [("1", True), ("1001m", False)])
+def test_an_object_whose_answer_was_lost_is_found_whatever_its_quantities_are_written_as(
+    cpu: str, is_found: bool, fake: FakeCluster, cluster: Cluster
+) -> None:
+    sent, there = job(), job()
+    for made, amounts, size in (
+        (sent, {"cpu": "1000m", "memory": "1024Mi", "nvidia.com/gpu": "8"}, "0.5Gi"),
+        (there, {"cpu": cpu, "memory": "1Gi", "nvidia.com/gpu": "8"}, "512Mi"),
+    ):
+        spec = made["spec"]["template"]["spec"]
+        spec["containers"][0]["resources"] = {"requests": amounts, "limits": amounts}
+        spec["volumes"] = [{"name": "shared-memory", "emptyDir": {"sizeLimit": size}}]
+    fake.reset(method="POST")
+    uid = fake.add(JOBS, there)["metadata"]["uid"]  # as the server has kept what was sent
+    if is_found:
+        assert cluster.create(JOBS, sent)["metadata"]["uid"] == uid
+        return
+    with pytest.raises(AlreadyExistsError):
+        cluster.create(JOBS, sent)
 
 
 # Refusals.
@@ -487,6 +508,8 @@ def test_an_error_of_the_server_is_told_with_its_words(fake: FakeCluster, cluste
 def test_objects_are_made_read_and_deleted(fake: FakeCluster, cluster: Cluster) -> None:
     made = cluster.create(JOBS, job())
     assert made["metadata"]["namespace"] == "team"
+    assert fake.requests[-1][2] == {"fieldValidation": "Strict"}
+    cluster.patch(JOBS, "glyphs", {"metadata": {"labels": {"more": "yes"}}})
     assert fake.requests[-1][2] == {"fieldValidation": "Strict"}
     assert cluster.get(JOBS, "glyphs") == fake.get(JOBS, "glyphs")
     assert [pod["kind"] for pod in cluster.list(PODS, labels=LABELS)] == ["Pod", "Pod"]

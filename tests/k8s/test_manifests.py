@@ -109,7 +109,8 @@ def test_the_job_says_what_it_is(backend: str) -> None:
     assert metadata["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
     assert annotations["metaloom/recipe"] == "glyphs-maml"
     assert annotations["metaloom/backend"] == backend
-    assert (annotations["metaloom/nodes"], annotations["metaloom/ranks-per-node"]) == ("16", "8")
+    counts = ("metaloom/nodes", "metaloom/gpus-per-node", "metaloom/ranks-per-node")
+    assert [annotations[name] for name in counts] == ["16", "8", "8"]
     assert annotations["metaloom/run"] == "/runs/glyphs"
 
 
@@ -436,11 +437,11 @@ def test_what_is_owned_is_deleted_with_its_owner_and_does_not_hold_it_up() -> No
 
 @pytest.mark.parametrize(("served", "name"), [({JOBS}, "job"), ({JOBS, JOB_SETS}, "jobset")])
 def test_auto_takes_a_job_set_where_there_is_one(served: set[Resource], name: str) -> None:
-    assert choose(lambda resource: resource in served).name == name
+    assert choose(lambda backend: backend.resource in served).name == name
 
 
 def test_auto_takes_nothing_of_kubeflow_by_itself() -> None:
-    assert choose(lambda resource: "kubeflow" in resource.group).name == "job"
+    assert choose(lambda backend: "kubeflow" in backend.resource.group).name == "job"
 
 
 # ---------------------------------------------------------------- as a file

@@ -262,6 +262,36 @@ def test_what_the_cluster_lacks_is_told_before_anything_is_sent(
     assert cluster.objects(CONFIG_MAPS) == []
 
 
+@pytest.mark.parametrize("backend", ["job", "jobset", "pytorchjob", "trainjob"])
+def test_a_cluster_that_is_too_old_is_told_by_its_version(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, submit: Submit
+) -> None:
+    with FakeCluster(tmp_path, kinds=[JOB_SETS, PYTORCH_JOBS, TRAIN_JOBS, TRAINING_RUNTIMES]) as cluster:
+        monkeypatch.setenv("KUBECONFIG", str(cluster.kubeconfig))
+        cluster.version = {"major": "1", "minor": "28+", "gitVersion": "v1.28.5-gke.100"}
+        code, _, errors = submit(*TWO_NODES, *PLACES, "--backend", backend)
+        if backend == "pytorchjob":  # the operator asks nothing of Jobs
+            assert (code, errors) == (0, "")
+            return
+        assert (code, errors) == (
+            5,
+            f"error: Kubernetes is v1.28.5-gke.100 in fake ({cluster.url}), and --backend {backend} takes "
+            "1.29 or newer: pods that fail would not be replaced as they have to be. Have it upgraded, or "
+            "name another cluster with --context\n",
+        )
+        assert cluster.objects(CONFIG_MAPS) == []
+        cluster.version = {"major": "1", "minor": "29+", "gitVersion": "v1.29.0-eks-abc"}
+        assert submit(*TWO_NODES, *PLACES, "--backend", backend)[0] == 0
+
+
+def test_a_server_that_does_not_tell_its_version_is_taken_as_it_is(
+    cluster: FakeCluster, submit: Submit
+) -> None:
+    told = {"kind": "Status", "status": "Failure", "reason": "Forbidden", "code": 403, "message": "no"}
+    cluster.refuse(403, path="/version", body=json.dumps(told))
+    assert submit(*TWO_NODES, *PLACES)[0] == 0
+
+
 def test_what_may_not_be_looked_at_is_noted_and_the_job_is_sent(cluster: FakeCluster, submit: Submit) -> None:
     cluster.forbid("get", "secrets")
     cluster.forbid("get", "pods/log")
@@ -516,6 +546,38 @@ def test_auto_takes_what_the_user_may_make(
         assert len(cluster.objects(JOBS)) == 1
 
 
+def test_auto_passes_over_a_job_set_that_is_too_old_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, submit: Submit
+) -> None:
+    with FakeCluster(tmp_path, kinds=[JOB_SETS]) as cluster:
+        monkeypatch.setenv("KUBECONFIG", str(cluster.kubeconfig))
+        cluster.lacking["JobSet"] = {"spec.failurePolicy.rules"}
+        old = (
+            f"fake ({cluster.url}) knows no spec.failurePolicy.rules of a JobSet: --backend jobset takes "
+            "JobSet (jobset.x-k8s.io/v1alpha2), 0.6 or newer"
+        )
+        why = f"note: {old}, so that another one is taken\n"
+        code, output, errors = submit(*TWO_NODES, *PLACES, "--dry-run")
+        assert (code, errors) == (0, why)
+        assert "JobSet" not in {obj["kind"] for obj in yaml.safe_load_all(output)}
+        assert submit(*TWO_NODES, *PLACES)[::2] == (0, why)
+        assert job_of(cluster)["metadata"]["name"] == "one"
+        code, _, errors = submit(*TWO_NODES, *PLACES, "--backend", "jobset")
+        advice = "Have that installed, or choose another --backend"
+        assert (code, errors) == (5, f"error: {old}. {advice}\n")
+
+
+def test_auto_asks_no_cluster_about_a_request_with_a_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, submit: Submit
+) -> None:
+    with FakeCluster(tmp_path, kinds=[JOB_SETS]) as cluster:
+        monkeypatch.setenv("KUBECONFIG", str(cluster.kubeconfig))
+        code, _, errors = submit(*TWO_NODES, *PLACES, "--memory-per-node", "4 gigs")
+        assert code == 5
+        assert errors.startswith("error: --memory-per-node: '4 gigs' is not a quantity")
+        assert not any(path.endswith("/jobsets") for _, path, _ in cluster.requests)
+
+
 def test_a_dry_run_with_an_unknown_context_is_refused(cluster: FakeCluster, submit: Submit) -> None:
     code, output, errors = submit(*TWO_NODES, *PLACES, "--dry-run", "--context", "elsewhere")
     assert (code, output) == (5, "")
@@ -538,6 +600,16 @@ def test_machines_that_may_come_on_demand_are_noted(cluster: FakeCluster, submit
     assert "note: --node-selector: none of the cluster's 1 nodes has the labels pool=b: unless" in errors
     _, _, errors = submit(*TWO_NODES[:-1], "two", *words)
     assert "note: no node of the cluster has amd.com/gpu now" in errors
+
+
+def test_a_job_waits_for_gpus_whatever_the_cluster_calls_them(
+    cluster: FakeCluster, submit: Submit, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--gpu-resource", "habana.ai/gaudi", "--rdma", "rdma/hca=2")
+    assert submit(*TWO_NODES, *PLACES, *words)[0] == 0
+    cluster.pods("one").unschedulable()
+    assert main(["jobs", "status", "one"]) == 0
+    assert capsys.readouterr().out.startswith("one: queued for 8 GPUs: ")
 
 
 def test_without_preflight_nothing_is_asked(cluster: FakeCluster, submit: Submit) -> None:
@@ -589,7 +661,7 @@ def being_deleted(obj: dict[str, Any]) -> None:
 def test_a_name_that_becomes_free_is_waited_for(
     cluster: FakeCluster, submit: Submit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("metaloom.launchers.kubernetes.POLL_S", 0.02)
+    monkeypatch.setattr("metaloom.k8s.sending.POLL_S", 0.02)
     submit(*TWO_NODES, *PLACES)
     first = cluster.edit(JOBS, "one", being_deleted)["metadata"]["uid"]
 
@@ -618,7 +690,7 @@ def test_a_name_that_becomes_free_is_waited_for(
 def test_what_is_deleted_and_does_not_go_is_named(
     cluster: FakeCluster, submit: Submit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("metaloom.launchers.kubernetes.GONE_WITHIN_S", 0.0)
+    monkeypatch.setattr("metaloom.k8s.sending.GONE_WITHIN_S", 0.0)
     submit(*TWO_NODES, *PLACES)
     cluster.edit(JOBS, "one", being_deleted)
     code, output, errors = submit(*TWO_NODES, *PLACES)

@@ -13,7 +13,6 @@ from metaloom.k8s.manifests.pod import probe_pod
 from metaloom.k8s.manifests.text import to_yaml
 from metaloom.k8s.names import service_name_fault
 from metaloom.k8s.request import JobRequest
-from metaloom.k8s.resources import JOB_SETS, Resource
 
 __all__ = [
     "BACKENDS",
@@ -30,17 +29,17 @@ _ALL = (job.BACKEND, jobset.BACKEND, pytorchjob.BACKEND, trainjob.BACKEND)
 BACKENDS = {backend.name: backend for backend in _ALL}
 
 
-def choose(serves: Callable[[Resource], bool]) -> Backend:
-    """The backend of `auto`: jobset where the API server has it, else job.
+def choose(suits: Callable[[Backend], bool]) -> Backend:
+    """The backend of `auto`: jobset where it suits the cluster, else job.
 
     A JobSet restarts all pods together where a Job replaces one after the other, and has a Service of its
     own. Those of Kubeflow do nothing for a run that these do not: they are for clusters that want them, and
     have to be named.
 
     Args:
-        serves: whether the API server has a kind of objects, and the user may create them.
+        suits: whether the API server has what a backend needs, and the user may create it.
     """
-    return BACKENDS["jobset"] if serves(JOB_SETS) else BACKENDS["job"]
+    return BACKENDS["jobset"] if suits(BACKENDS["jobset"]) else BACKENDS["job"]
 
 
 def problems(request: JobRequest, backend: Backend) -> list[str]:

@@ -23,6 +23,8 @@ class Backend:
         creates: what `build` makes besides, in its order.
         container: the name of the pods' container.
         needs: what a cluster has to have, in words.
+        oldest: the first release of Kubernetes whose Jobs do what `build` asks of them: older ones drop
+            fields without a word. None where there are no Jobs.
         build: a request to its objects, in the order in which they are created; one of them is the job.
         first_host: the name under which pods of the same namespace find host 0.
         longest_suffix: what the cluster puts behind the job's name for its longest host name.
@@ -43,6 +45,7 @@ class Backend:
     build: Callable[[JobRequest], list[dict[str, Any]]]
     first_host: Callable[[JobRequest], str]
     longest_suffix: Callable[[JobRequest], str]
+    oldest: tuple[int, int] | None = (1, 29)  # backoffLimitPerIndex, podReplacementPolicy
     index_variable: str | None = None
     refusals: Callable[[JobRequest], list[str]] = lambda request: []
     is_named_last: bool = False

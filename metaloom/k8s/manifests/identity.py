@@ -38,6 +38,7 @@ def job_metadata(request: JobRequest, backend: str) -> dict[str, Any]:
             "metaloom/recipe": request.recipe_name,
             "metaloom/backend": backend,
             "metaloom/nodes": str(request.nodes),
+            "metaloom/gpus-per-node": str(request.gpus_per_node),
             "metaloom/ranks-per-node": str(request.num_ranks_per_node),
             "metaloom/run": request.run_folder,
             "metaloom/version": metaloom.__version__,

@@ -70,6 +70,7 @@ BACKEND = Backend(
     # The operator looks for this name.
     container="pytorch",
     needs="Kubeflow's training operator (kubeflow.org/v1), with an init container that the namespace allows",
+    oldest=None,
     build=build,
     first_host=lambda request: f"{request.name}-master-0",
     longest_suffix=_longest_suffix,
