@@ -230,10 +230,10 @@ AT_A_CHECKPOINT = """
 import os, signal, time
 if os.environ.get("RANK") == "1":
     from metaloom.checkpoints import folder, store
-    def at_the_start(self, checkpoint, start=store.CheckpointStore.start_saving):
+    def at_the_start(self, checkpoint, start=store.CheckpointStore.start_saving, **keywords):
         if checkpoint.step == {step}:
             {act}
-        start(self, checkpoint)
+        start(self, checkpoint, **keywords)
     def in_the_midst(self, name, fill, write=folder.Folder.write_stream):
         if name.startswith("step-{step:08}"):
             {act}

@@ -134,6 +134,7 @@ def test_a_stopped_command_leaves_no_process_and_a_run_marked_killed(
     run = tmp_path / "run"
     words = ("train", RECIPES / "smoke.yaml", f"data.url={glyphs}", "outer.num_steps=5000", "--run", run)
     with begun(*words, cwd=tmp_path) as process:
+        wait_for_tracking(run)
         wait_for_step(run / "metrics.jsonl", 3, process)
         started = descendants(process.pid)
         process.send_signal(sent)
