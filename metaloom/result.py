@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from metaloom.checkpoints.manifest import Manifest
+from metaloom.checkpoints.manifest import DamagedError, Manifest
 from metaloom.checkpoints.store import (
     Checkpoint,
     CheckpointStore,
@@ -49,7 +49,11 @@ def best_result(
 ) -> Checkpoint:
     """The checkpoint of the step with the best validation; the newest where nothing was validated, or where
     that of the best step could not be written. Every rank must call; arguments are those of
-    `newest_result`."""
+    `newest_result`.
+
+    Raises:
+        CheckpointError: that of the best step is damaged, or cannot be read.
+    """
     best_step = newest.scalars["progress"]["best_step"]
     if best_step in (None, newest.step):
         return newest
@@ -59,7 +63,13 @@ def best_result(
             f"{newest.step} is taken"
         )
         return newest
-    return store.load(best_step, rooms)
+    try:
+        return store.load(best_step, rooms)
+    except DamagedError as error:
+        raise CheckpointError(
+            f"{error} This is the checkpoint of the best step. Restore it, or remove its folder: then that "
+            f"of step {newest.step}, the newest, is taken."
+        ) from None
 
 
 def stored_result(

@@ -96,11 +96,18 @@ class RunFolder:
         return self.path / "checkpoints" / phase
 
     def facts(self) -> dict[str, Any]:
-        """What `record` has kept; empty for a new run."""
+        """What `record` has kept; empty for a new run.
+
+        Raises:
+            LaunchError: it cannot be read.
+        """
+        path = self.path / "run.json"
         try:
-            return _facts((self.path / "run.json").read_bytes())
+            return _facts(path.read_bytes(), source=path)
         except FileNotFoundError:
             return {}
+        except OSError as error:
+            raise LaunchError(f"{path} cannot be read: {error.strerror or error}.") from error
 
     def record(self, disk: Disk | None = None, /, **facts: Any) -> None:
         """Keeps facts of the run, beside and over those kept before. One rank must call.
@@ -112,7 +119,7 @@ class RunFolder:
         if disk is None:
             replace_file(path, json.dumps(self.facts() | facts, indent=1))
         else:
-            disk.replace(path, json.dumps(_facts(disk.read(path)) | facts, indent=1))
+            disk.replace(path, json.dumps(_facts(disk.read(path), source=path) | facts, indent=1))
 
     def create(self) -> None:
         """Makes the folder of a new run.
@@ -197,9 +204,23 @@ class RunFolder:
             raise LaunchError(f"{self.path} holds no run: {self.recipe.name} is not there.")
 
 
-def _facts(content: bytes) -> dict[str, Any]:
-    facts: dict[str, Any] = json.loads(content or "{}")
+def _facts(content: bytes, *, source: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads(content or "{}")
+    except ValueError as error:
+        raise LaunchError(_damaged(source, str(error))) from None
+    if not isinstance(facts, dict):
+        raise LaunchError(_damaged(source, "it is no JSON object"))
     return facts
+
+
+def _damaged(path: Path, reason: str) -> str:
+    folder = path.parent
+    return (
+        f"{path} is damaged: {reason}. Restore it, or go on with the run in another folder, from its "
+        f"checkpoints: metaloom train --resume {folder / 'checkpoints'} --run DIR (or what the recipe has as "
+        "checkpoint.url)."
+    )
 
 
 def new_run_path(name: str) -> Path:

@@ -46,7 +46,7 @@ def add_train_command(commands: Commands) -> None:
         "--resume",
         metavar="RUN",
         help="go on with a run where it stopped; or, in a new folder (--run), with the one whose "
-        "checkpoints are at a URL (checkpoint.url)",
+        "checkpoints are at a path or URL (checkpoint.url)",
     )
     train.add_argument(
         "--run-id",
@@ -163,10 +163,13 @@ def _resume(arguments: argparse.Namespace) -> int:
 
     if arguments.run_id is not None:
         raise LaunchError("--run-id begins or continues a run by itself: leave out --resume.")
+    folder = RunFolder(Path(arguments.resume))
     if "://" in arguments.resume:
         folder = _taken_over(arguments.resume, arguments.run, _newest_origin(arguments.resume))
+    elif arguments.run is not None and not folder.recipe.is_file():
+        url = str(folder.path.resolve())
+        folder = _taken_over(url, arguments.run, _newest_origin(url))
     else:
-        folder = RunFolder(Path(arguments.resume))
         folder.require()
         if arguments.run is not None:
             raise LaunchError(
@@ -205,6 +208,7 @@ def _taken_over(url: str, path: Path | None, origin: Mapping[str, Any] | None) -
         )
     if folder.facts().get("run") == origin["run"]:
         return folder
+    _require_idle(url)
     folder.create()
     with alone(folder, "train"):
         folder.forget_start()
@@ -218,6 +222,19 @@ def _taken_over(url: str, path: Path | None, origin: Mapping[str, Any] | None) -
         moved = recipe.checkpoint.model_copy(update={"url": url})
         replace_file(folder.recipe, dump_recipe(recipe.model_copy(update={"checkpoint": moved})))
     return folder
+
+
+def _require_idle(url: str) -> None:
+    """Passes where no run trains whose own folder holds these checkpoints: it has a lock there, and no lease
+    at the URL.
+
+    Raises:
+        LaunchError: one does.
+    """
+    of = RunFolder(Path(url.removeprefix("file://")).parent)
+    if of.recipe.is_file():
+        with of.locked("train"):
+            pass
 
 
 def _go_on(new: Recipe, folder: RunFolder, *, insists: bool) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -143,7 +144,7 @@ class Catalogue:
         """Deletes the checkpoints that no rule keeps; returns their steps. One whose manifest is damaged is
         left where it is.
 
-        At least one valid checkpoint stays, whatever the rules say: the newest.
+        The newest valid checkpoint, from which a run goes on, stays whatever the rules say.
 
         Args:
             keep: steps that stay besides.
@@ -160,8 +161,8 @@ class Catalogue:
             except (MissingFileError, DamagedError):
                 continue
         kept = retention.kept(metrics) | (keep & metrics.keys())
-        if not any(map(is_valid, sorted(kept, reverse=True))):
-            kept |= set([step for step in sorted(metrics, reverse=True) if is_valid(step)][:1])
+        # An older one that a rule keeps does not stand in for it: what came since would be lost.
+        kept |= set(itertools.islice(filter(is_valid, sorted(metrics, reverse=True)), 1))
         removed = [step for step in sorted(metrics) if step not in kept]
         for step in () if is_dry else removed:
             self.remove(step)

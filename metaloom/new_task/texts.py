@@ -36,11 +36,14 @@ def read_stretches(path: Path, files: TaskFiles, *, length: int, vocabulary: int
     broken: list[Broken] = []
     texts = list(_texts(path, files, vocabulary, broken))
     if broken:
-        raise StreamError(f"{path} has {len(broken)} broken texts:\n{list_broken(broken)}")
+        many = "" if len(broken) == 1 else "s"
+        raise StreamError(f"{path} has {len(broken)} broken text{many}:\n{list_broken(broken)}")
+    if not texts:
+        raise StreamError(f"{path} holds no text: name a text, a folder of texts, or records of such.")
     size = length + 1
     cut = [text[: len(text) // size * size].astype(np.int64).reshape(-1, size) for text in texts]
     if not any(len(stretches) for stretches in cut):
-        longest = max(map(len, texts), default=0)
+        longest = max(map(len, texts))
         raise StreamError(
             f"{path}: the longest text has {longest} tokens, and the run's sequences have {length} and the "
             f"token after: give texts of {size} or more."

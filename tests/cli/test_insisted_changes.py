@@ -146,6 +146,33 @@ def test_a_run_whose_folder_is_lost_keeps_what_was_insisted_on(run: Path) -> Non
     assert insisted(again) == [("outer.num_steps", "3", "6", 3)]
 
 
+def test_a_run_whose_record_is_lost_goes_on_by_the_command_that_the_message_names(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "run.json").unlink()
+    again, words = run.parent / "again", ["train", "--resume", f"{run}/checkpoints", "--run"]
+    assert resume(run) == 4
+    assert f"metaloom {' '.join(words)} DIR" in capsys.readouterr().err
+    with RunFolder(run).locked("train"):
+        assert main([*words, str(again)]) == 5
+    assert "another `metaloom train` works on this run" in capsys.readouterr().err
+    assert main([*words, str(again)]) == 0
+    assert "resumed after outer step 3 of 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [('{"run": ', "Expecting value"), ("[]", "it is no JSON object")]
+)
+def test_a_damaged_record_of_a_run_is_named_with_the_way_on(
+    run: Path, capsys: pytest.CaptureFixture[str], content: str, reason: str
+) -> None:
+    (run / "run.json").write_text(content)
+    assert resume(run) == 5
+    said = capsys.readouterr().err
+    assert f"run.json is damaged: {reason}" in said
+    assert f"metaloom train --resume {run}/checkpoints --run DIR" in said
+
+
 def test_a_run_is_shortened_to_what_it_has_done(run: Path) -> None:
     assert resume(run, "outer.num_steps=2", "--insist") == 0
     assert newest(run).step == 3

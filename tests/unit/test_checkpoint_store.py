@@ -397,6 +397,13 @@ def test_pruning_never_deletes_the_only_valid_checkpoint(tmp_path: Path) -> None
     assert catalogue.steps() == [2, 3, 4]
 
 
+def test_pruning_keeps_the_newest_valid_checkpoint_though_a_rule_keeps_an_older_one(tmp_path: Path) -> None:
+    store_with(tmp_path, 1, 2, 3, 4)
+    catalogue = Catalogue(tmp_path)
+    assert catalogue.prune(Retention(last=1, every=2), is_valid=lambda step: step != 4) == [1]
+    assert catalogue.steps() == [2, 3, 4]
+
+
 def test_a_folder_that_cannot_be_made_is_an_error_with_its_cause(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(

@@ -169,7 +169,7 @@ def test_one_record_with_support_and_query_is_a_task(tmp_path: Path) -> None:
     [
         (REVIEWS, {"t/a.csv": b"a,b\n1,2\n"}, r"no column 'input'; it has a, b. \(--input and --target name"),
         ((), {"t/a/1.png": b"no image"}, r"1 broken example:\n  a/1.png: is no PNG, JPEG or WebP image"),
-        ((), {"t/notes.txt": b"hello"}, r"holds no images .* in folders class"),
+        ((), {"t/notes.txt": b"hello"}, r"holds no images .* in folders class; .* of the classes\.$"),
         (
             (),
             {"t": b"hello"},
@@ -177,6 +177,8 @@ def test_one_record_with_support_and_query_is_a_task(tmp_path: Path) -> None:
         ),
         (REVIEWS, {"t": b"hello"}, r"its examples are records in files .csv, .tsv, .jsonl, .ndjson"),
         (BOOKS, {"t": b"\xff\xfe"}, r"is no text in UTF-8"),
+        (BOOKS, {"t": b""}, r"t holds no text: name a text"),
+        (BOOKS, {"t": b"\xff"}, r"t has 1 broken text:"),
         (BOOKS, {"t": b"short"}, r"the longest text has 5 tokens, and the run's sequences have 8"),
         (BOOKS, {"t": b"long enough"}, r"one sequence of 8 tokens .* give 18 tokens or more"),
         ((*BOOKS, "model.vocabulary=999"), {"t": b"x"}, r"tokens of a vocabulary of 999: give the tokenizer"),

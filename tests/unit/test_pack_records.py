@@ -422,7 +422,8 @@ def test_mistakes_in_the_options_are_refused_with_the_fix(
         ("r.csv", "", r"r\.csv: its first line must have the names of the columns, .*; it has nothing"),
         ("r.csv", "text,text\n", r"each once, in UTF-8; it has 'text', 'text'"),
         ("r.csv", "text,label\n", r"r\.csv: there is no record that can be read"),
-        ("r.jsonl", "\n", r"r\.jsonl: there is no record that can be read"),
+        ("r.jsonl", "\n", r"r\.jsonl: there is no record that can be read\.$"),
+        ("r.jsonl", "{\n[\n", r"no record that can be read; the first one, r\.jsonl, line 1: is no JSON"),
         (
             "r.jsonl",
             '{"text": null, "label": 1}',

@@ -66,9 +66,10 @@ class ImageFolder(Source):
         division = None if self.shares is None else Division(self.shares, "class")
         splits = arrange(items, layout="classes", division=division, maker=maker, broken=broken)
         if not splits and not broken:
+            otherwise = "" if self.folders is not None else ", or say what they mean by --folders"
             raise StreamError(
                 f"{self.root} holds no images ({', '.join(_SUFFIXES)}) in folders {'/'.join(words)}; name "
-                f"the folder that holds the folders of the classes, or say what they mean by --folders."
+                f"the folder that holds the folders of the classes{otherwise}."
             )
         notes = []
         if others:

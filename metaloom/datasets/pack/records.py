@@ -94,13 +94,16 @@ class Records(Source):
 
     def _with_kind(self, files: Sequence[NamedFile], heads: dict[str, tuple[str, ...]]) -> Columns:
         """The columns with the kind of input that the first record that can be read shows."""
+        first_broken = ""
         for file in files:
             for row in rows_of(file.path, heads[file.path], self.columns.limits.max_sample_bytes):
+                place = f"{Path(file.path).name}, line {row.line}"
+                first_broken = first_broken or f"; the first one, {place}: {row.reason}"
                 if row.record is not None:
-                    place = f"{Path(file.path).name}, line {row.line}"
                     of_columns.require_columns(self.columns, list(row.record), place)
                     return of_columns.with_kind(self.columns, row.record, place)
-        raise StreamError(f"{', '.join(map(str, self.paths))}: there is no record that can be read.")
+        paths = ", ".join(map(str, self.paths))
+        raise StreamError(f"{paths}: there is no record that can be read{first_broken}.")
 
     def _items(
         self,
