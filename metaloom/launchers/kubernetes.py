@@ -11,13 +11,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from metaloom.errors import LaunchError
-from metaloom.k8s.client import Cluster
 from metaloom.k8s.finding import Finding
 from metaloom.k8s.kubeconfig import kubeconfig_paths
 from metaloom.k8s.manifests import BACKENDS, Backend, choose, host_command, problems, to_yaml
 from metaloom.k8s.preflight import check_cluster, check_places, outdated
 from metaloom.k8s.request import DEFAULT_TTL_S, DEFAULT_WAIT_S, JobRequest, SecretFiles, Toleration, Volume
-from metaloom.k8s.sending import clear, send
 from metaloom.launchers.base import (
     Launcher,
     Need,
@@ -32,6 +30,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable
 
+    from metaloom.k8s.client import Cluster
     from metaloom.recipe import Recipe
 
 T = TypeVar("T")
@@ -242,6 +241,8 @@ class Kubernetes(Launcher):
 
     def submit(self, submission: Submission) -> Submitted:
         """Sends the job, after it was checked here and, unless told not to, in the cluster."""
+        from metaloom.k8s.sending import clear, send  # neither help nor a plan needs it
+
         try:
             connected = self._connected()
         except LaunchError as error:
@@ -287,6 +288,8 @@ class Kubernetes(Launcher):
         )
 
     def _connected(self) -> contextlib.closing[Cluster]:
+        from metaloom.k8s.client import Cluster  # neither help nor a plan needs it
+
         return contextlib.closing(Cluster.connect(context=self.context, namespace=self.namespace))
 
     def _findings(self, request: JobRequest, backend: Backend, submission: Submission) -> list[Finding]:
