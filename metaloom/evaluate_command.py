@@ -64,4 +64,4 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     with alone(folder, "evaluate", hosts) as lock:
         if lock.is_own:
             write_recipe(recipe, folder.evaluation_recipe)
-        return launch_job("evaluate", recipe, folder, folder.evaluation_recipe, hosts, lock=lock)
+        return launch_job("evaluate", recipe, folder, folder.evaluation_recipe, hosts, locks=[lock])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -99,6 +99,23 @@ def alone(folder: RunFolder, purpose: str, hosts: Standing | None = None) -> Ite
         yield lock
 
 
+@contextlib.contextmanager
+def alone_at_checkpoints(recipe: Recipe, folder: RunFolder, hosts: Standing) -> Iterator[Lock]:
+    """While it lasts, no run trains whose own folder holds the checkpoints that this one goes on with. Such a
+    run has a lock on that folder, and no lease at the checkpoints.
+
+    Raises:
+        MetaloomError: one does now.
+    """
+    url = recipe.checkpoint.url
+    owner = None if url is None else RunFolder(Path(url.removeprefix("file://")).parent)
+    if owner is None or not owner.recipe.is_file() or owner.path.resolve() == folder.path.resolve():
+        yield Lock(None, is_own=False)
+        return
+    with alone(owner, "train", hosts) as lock:
+        yield lock
+
+
 def launch_job(
     job: str,
     recipe: Recipe,
@@ -106,11 +123,12 @@ def launch_job(
     recipe_path: Path,
     hosts: Standing,
     *,
-    lock: Lock | None = None,
+    locks: Sequence[Lock] = (),
 ) -> int:
     """Runs this machine's part of a job.
 
     Args:
+        locks: which its processes hold too.
         recipe_path: where the first host has left the recipe. Another one may not see it yet, and hands
             its ranks one of its own: the hosts' agents see that they are equal.
     """
@@ -127,5 +145,5 @@ def launch_job(
             hosts,
             log_dir=folder.logs,
             digest=recipe_digest(recipe),
-            inherited=[] if lock is None or lock.descriptor is None else [lock.descriptor],
+            inherited=[lock.descriptor for lock in locks if lock.descriptor is not None],
         )

@@ -17,7 +17,14 @@ from metaloom.errors import CheckpointError, LaunchError, RecipeError
 from metaloom.faults import START_AGAIN
 from metaloom.files import replace_file
 from metaloom.run_folder import RunFolder, new_run_path
-from metaloom.starting import alone, check_data, launch_job, standing_of, write_recipe
+from metaloom.starting import (
+    alone,
+    alone_at_checkpoints,
+    check_data,
+    launch_job,
+    standing_of,
+    write_recipe,
+)
 
 if TYPE_CHECKING:
     from metaloom.arguments import Commands
@@ -108,7 +115,7 @@ def _train(arguments: argparse.Namespace) -> int:
             folder.forget_start()
             folder.record(data_digest=digest, run=run_id or uuid.uuid4().hex)
             write_recipe(recipe, folder.recipe)
-        return launch_job("train", recipe, folder, folder.recipe, hosts, lock=lock)
+        return launch_job("train", recipe, folder, folder.recipe, hosts, locks=[lock])
 
 
 def _checked_run_id(run_id: str | None, path: Path | None) -> str | None:
@@ -208,7 +215,6 @@ def _taken_over(url: str, path: Path | None, origin: Mapping[str, Any] | None) -
         )
     if folder.facts().get("run") == origin["run"]:
         return folder
-    _require_idle(url)
     folder.create()
     with alone(folder, "train"):
         folder.forget_start()
@@ -222,19 +228,6 @@ def _taken_over(url: str, path: Path | None, origin: Mapping[str, Any] | None) -
         moved = recipe.checkpoint.model_copy(update={"url": url})
         replace_file(folder.recipe, dump_recipe(recipe.model_copy(update={"checkpoint": moved})))
     return folder
-
-
-def _require_idle(url: str) -> None:
-    """Passes where no run trains whose own folder holds these checkpoints: it has a lock there, and no lease
-    at the URL.
-
-    Raises:
-        LaunchError: one does.
-    """
-    of = RunFolder(Path(url.removeprefix("file://")).parent)
-    if of.recipe.is_file():
-        with of.locked("train"):
-            pass
 
 
 def _go_on(new: Recipe, folder: RunFolder, *, insists: bool) -> int:
@@ -257,7 +250,7 @@ def _go_on(new: Recipe, folder: RunFolder, *, insists: bool) -> int:
     digest = check_data(new, of_run=None if insists else folder, may_insist=True)
     trained_on = folder.facts().get("data_digest", digest)
     hosts = standing_of(new)
-    with alone(folder, "train", hosts) as lock:
+    with alone(folder, "train", hosts) as lock, alone_at_checkpoints(new, folder, hosts) as other:
         taking: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if lock.is_own:
             insisted_on = [(change.path, change.old, change.new) for change in harmful]
@@ -270,7 +263,7 @@ def _go_on(new: Recipe, folder: RunFolder, *, insists: bool) -> int:
         with taking:
             if lock.is_own:
                 write_recipe(new, folder.recipe)
-            return launch_job("train", new, folder, folder.recipe, hosts, lock=lock)
+            return launch_job("train", new, folder, folder.recipe, hosts, locks=[lock, other])
 
 
 @contextlib.contextmanager

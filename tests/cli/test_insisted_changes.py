@@ -27,7 +27,7 @@ from tests.commands import RECIPES, curve
 SMOKE = RECIPES / "smoke.yaml"
 
 
-def here(job: str, recipe: Recipe, folder: RunFolder, *arguments: object, lock: object) -> int:
+def here(job: str, recipe: Recipe, folder: RunFolder, *arguments: object, locks: object) -> int:
     """Trains in this process what the command would start others for."""
     try:
         train(recipe, Place(folder, torch.device("cpu"), None, Shutdown()))
@@ -155,9 +155,13 @@ def test_a_run_whose_record_is_lost_goes_on_by_the_command_that_the_message_name
     assert f"metaloom {' '.join(words)} DIR" in capsys.readouterr().err
     with RunFolder(run).locked("train"):
         assert main([*words, str(again)]) == 5
-    assert "another `metaloom train` works on this run" in capsys.readouterr().err
+    assert f"{run}: another `metaloom train` works on this run" in capsys.readouterr().err
     assert main([*words, str(again)]) == 0
     assert "resumed after outer step 3 of 3" in capsys.readouterr().out
+    # Nor do both train later on.
+    with RunFolder(run).locked("train"):
+        assert resume(again) == 5
+    assert f"{run}: another `metaloom train` works on this run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
