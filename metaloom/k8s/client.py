@@ -34,8 +34,8 @@ from metaloom.k8s.refusals import (
     refusal,
     unreachable,
 )
-from metaloom.k8s.resources import ACCESS_REVIEWS, NAMESPACES, PODS, SERVER_VERSION, Resource
-from metaloom.k8s.server_version import ServerVersion, read_version
+from metaloom.k8s.resources import ACCESS_REVIEWS, NAMESPACES, PODS, Resource
+from metaloom.k8s.server_version import SERVER_VERSION, ServerVersion, read_version
 from metaloom.k8s.streams import Lines
 from metaloom.k8s.watching import Watched
 

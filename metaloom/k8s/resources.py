@@ -56,8 +56,6 @@ JOBS = Resource("batch", "v1", "Job", "jobs")
 ACCESS_REVIEWS = Resource(
     "authorization.k8s.io", "v1", "SelfSubjectAccessReview", "selfsubjectaccessreviews", is_namespaced=False
 )
-# No object, but named as one where it is asked for.
-SERVER_VERSION = Resource("", "v1", "Version", "version", is_namespaced=False)
 JOB_SETS = Resource("jobset.x-k8s.io", "v1alpha2", "JobSet", "jobsets")
 PYTORCH_JOBS = Resource("kubeflow.org", "v1", "PyTorchJob", "pytorchjobs")
 TRAIN_JOBS = Resource("trainer.kubeflow.org", "v1alpha1", "TrainJob", "trainjobs")

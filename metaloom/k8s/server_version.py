@@ -7,6 +7,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from metaloom.k8s.resources import Resource
+
+# No object, and no role has to grant it.
+SERVER_VERSION = Resource("", "v1", "Version", "version", is_namespaced=False)
+
 
 @dataclasses.dataclass(frozen=True)
 class ServerVersion:

@@ -27,11 +27,11 @@ from tests.commands import RECIPES, REPOSITORY
 SSH = """#!/bin/bash
 while [[ $1 == -* ]]; do options+=("$1"); [[ $1 == -o ]] && shift; shift; done
 host=$1; shift
-echo "Welcome to $host"
 case $host in
   unknown) echo "ssh: Could not resolve hostname unknown" >&2; exit 255 ;;
   broken) echo "no such python" >&2; exit 127 ;;
 esac
+echo "Welcome to $host"
 export STAND_IN_HOST=$host
 echo "$*" >"$CALLS/ssh-$host"
 # A child, as the far end is of sshd: killing this cuts the connection.
@@ -268,10 +268,10 @@ def test_nothing_starts_where_a_host_cannot_be_reached_and_all_of_them_are_named
         HOSTS.submit(submission)
     assert str(raised.value).splitlines() == [
         "2 problems:",
-        "  unknown: cannot be reached by ssh: Welcome to unknown; ssh: Could not resolve hostname unknown. "
+        "  unknown: cannot be reached by ssh: ssh: Could not resolve hostname unknown. "
         "`ssh unknown true` has to work here without a question: set up a key, and accept the host's key "
         "once.",
-        "  broken: metaloom does not start there: Welcome to broken; no such python. The hosts need "
+        "  broken: metaloom does not start there: no such python. The hosts need "
         f"{sys.executable} with the same metaloom, and this folder, at the same paths.",
     ]
     assert not list(calls.glob("words-*"))
