@@ -81,7 +81,8 @@ def as_markdown(experiment: Experiment, results: Sequence[Result]) -> str:
         dates = sorted({result.date for result in results})
         when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
         hours = sum(result.seconds for result in results) / 3600
-        lines += ["", f"Run {when}, {hours:.1f} hours in all; commands are in", _stored_at(experiment) + "."]
+        told = f"Run {when}, {hours:.1f} hours by the clock; commands are in"
+        lines += ["", told, f"{_stored_at(experiment)}."]
     return "\n".join([*lines, ""])
 
 

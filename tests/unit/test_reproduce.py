@@ -94,7 +94,7 @@ def test_the_table_stands_between_the_marks_of_its_page(tmp_path: Path) -> None:
     page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n", encoding="utf-8")
     section = as_markdown(EXPERIMENT, [result(2.0)])
     assert "| MAML | 2.1 | 2 ± 0.25 (seed 0) |" in section
-    assert "Run 2026-11-29, 1.0 hours in all" in section
+    assert "Run 2026-11-29, 1.0 hours by the clock" in section
     write_into(page, [section])
     text = page.read_text(encoding="utf-8")
     assert "old" not in text
