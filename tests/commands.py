@@ -43,23 +43,8 @@ def environment() -> dict[str, str]:
 
 def run(*words: str | Path, cwd: Path, timeout_s: float = 300.0) -> Finished:
     """Runs `metaloom ...` to its end, whatever that is; no process outlives it."""
-    process = subprocess.Popen(
-        command(*words),
-        cwd=cwd,
-        env=environment(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, errors = process.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        kill_tree(process.pid)
-        output, errors = process.communicate()
-        pytest.fail(f"metaloom {words} did not end within {timeout_s} s:\n{output}\n{errors}\n{logs(cwd)}")
-    return Finished(process.returncode, output, errors)
+    with begun(*words, cwd=cwd) as process:
+        return end(process, timeout_s, folder=cwd)
 
 
 def run_well(*words: str | Path, cwd: Path, timeout_s: float = 300.0) -> str:
@@ -104,14 +89,18 @@ def begun(*words: str | Path, cwd: Path) -> Iterator["subprocess.Popen[bytes]"]:
             process.communicate()
 
 
-def end(process: "subprocess.Popen[bytes]", timeout_s: float = 120.0) -> Finished:
-    """How a command ends that was begun."""
+def end(
+    process: "subprocess.Popen[bytes]", timeout_s: float = 120.0, *, folder: Path | None = None
+) -> Finished:
+    """How a command ends that was begun; where it does not, what the ranks printed of the runs under a folder
+    is shown."""
     try:
         output, errors = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
         kill_tree(process.pid)
         output, errors = process.communicate()
-        pytest.fail(f"no end within {timeout_s} s:\n{output.decode()}\n{errors.decode()}")
+        said = f"{output.decode()}\n{errors.decode()}\n{'' if folder is None else logs(folder)}"
+        pytest.fail(f"{process.args!r} did not end within {timeout_s} s:\n{said}")
     return Finished(process.returncode, output.decode(), errors.decode())
 
 
