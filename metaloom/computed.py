@@ -61,9 +61,13 @@ def _family(section: SyntheticData) -> synthetic.TaskFamily:
             return synthetic.NonExclusiveSinusoids(num_amplitudes=num_amplitudes, noise_std=noise_std)
         case Equivariant1dTask(rank=rank, length=length, filter_size=filter_size):
             return synthetic.Equivariant1d(rank=rank, length=length, filter_size=filter_size)
-        case Equivariant2dTask(flips=flips, size=size, num_filters=num_filters, filter_size=filter_size):
+        case Equivariant2dTask() as task:
             return synthetic.Equivariant2d(
-                flips=flips, size=size, num_filters=num_filters, filter_size=filter_size
+                turns=task.turns,
+                flips=task.flips,
+                size=task.size,
+                num_filters=task.num_filters,
+                filter_size=task.filter_size,
             )
         case UnequalScalesTask(scales=scales, length=length, num_targets=num_targets):
             return synthetic.UnequalScales(

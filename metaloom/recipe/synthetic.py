@@ -86,13 +86,19 @@ class Equivariant2dTask(Section):
 
     kind: Literal["equivariant_2d"] = Field(
         default="equivariant_2d",
-        description="convolutions of images with the symmetry of rotations by 90 degrees (Zhou et al. 2021 "
-        "have 45), and of flips",
+        description="convolutions of images with the symmetry of rotations, and of flips (Zhou et al. 2021)",
+    )
+    turns: Literal[4, 8] = Field(
+        default=4,
+        description="rotations to a full one: 4, by 90 degrees, exact on a grid, of filters of any numbers; "
+        "8, by 45 degrees as in the paper, of 3 x 3 filters of six numbers",
     )
     flips: bool = Field(default=False, description="whether flips are a symmetry, too")
     size: Count = Field(default=32, description="height and width of an input")
     num_filters: Count = Field(
-        default=3, description="filters, each in 4 orientations, or in 8 with flips: so many channels each"
+        default=3,
+        description="filters, each in as many orientations as there are turns, with flips twice as many: so "
+        "many channels each",
     )
     filter_size: Count = Field(default=3, description="height and width of a filter")
 
@@ -105,7 +111,7 @@ class Equivariant2dTask(Section):
     def num_targets(self) -> int:
         """Numbers of a target: channels and the places where a filter fits."""
         side = self.size - self.filter_size + 1
-        return self.num_filters * (8 if self.flips else 4) * side * side
+        return self.num_filters * self.turns * (2 if self.flips else 1) * side * side
 
 
 class UnequalScalesTask(Section):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -343,30 +345,66 @@ def test_inputs_are_standard_normal() -> None:
 # ---------------------------------------------------------------- equivariant layers of two dims
 
 
-def channels(family: Equivariant2d, inputs: Floats) -> Floats:
-    """A task's targets as `[N, C, M, 4, P, P]`: filters, mirrored or not, turns."""
+def channels(family: Equivariant2d, inputs: Floats, *, turns: int = 4) -> Floats:
+    """A task's targets as `[N, C, M, R, P, P]`: filters, mirrored or not, turns."""
     task = family.task(rng(), split="train")
     targets = task.targets(inputs)
     side = inputs.shape[-1] - task.filters.shape[-1] + 1
-    return targets.reshape(len(inputs), len(task.filters), -1, 4, side, side)
+    return targets.reshape(len(inputs), len(task.filters), -1, turns, side, side)
 
 
 @pytest.mark.parametrize("flips", [False, True])
-@pytest.mark.parametrize("filter_size", [2, 3])
-def test_turning_an_image_turns_each_channel_and_moves_it_on(flips: bool, filter_size: int) -> None:
-    family = Equivariant2d(flips=flips, size=7, num_filters=2, filter_size=filter_size)
+@pytest.mark.parametrize(("turns", "filter_size"), [(4, 2), (4, 3), (8, 3)])
+def test_turning_an_image_turns_each_channel_and_moves_it_on(
+    flips: bool, turns: Literal[4, 8], filter_size: int
+) -> None:
+    family = Equivariant2d(turns=turns, flips=flips, size=7, num_filters=2, filter_size=filter_size)
     inputs = rng(1).standard_normal((3, 1, 7, 7))
-    turned = channels(family, np.rot90(inputs, axes=(2, 3)))
-    expected = np.roll(np.rot90(channels(family, inputs), axes=(4, 5)), 1, axis=3)
+    turned = channels(family, np.rot90(inputs, axes=(2, 3)), turns=turns)
+    expected = np.roll(np.rot90(channels(family, inputs, turns=turns), axes=(4, 5)), turns // 4, axis=3)
     np.testing.assert_allclose(turned, expected, atol=1e-14)  # the same sums in another order
 
 
-def test_mirroring_an_image_mirrors_each_channel_and_swaps_the_orientations() -> None:
-    family = Equivariant2d(flips=True, size=7, num_filters=2)
+@pytest.mark.parametrize("turns", [4, 8])
+def test_mirroring_an_image_mirrors_each_channel_and_swaps_the_orientations(turns: Literal[4, 8]) -> None:
+    family = Equivariant2d(turns=turns, flips=True, size=7, num_filters=2)
     inputs = rng(1).standard_normal((3, 1, 7, 7))
-    mirrored = channels(family, inputs[..., ::-1])
-    expected = channels(family, inputs)[:, :, ::-1][:, :, :, [0, 3, 2, 1]][..., ::-1]
+    mirrored = channels(family, inputs[..., ::-1], turns=turns)
+    swapped = -np.arange(turns) % turns
+    expected = channels(family, inputs, turns=turns)[:, :, ::-1][:, :, :, swapped][..., ::-1]
     np.testing.assert_allclose(mirrored, expected, atol=1e-14)  # the same sums in another order
+
+
+@pytest.mark.parametrize("flips", [False, True])
+def test_a_turn_by_45_degrees_moves_a_filter_on_by_one_place_of_its_ring(flips: bool) -> None:
+    """But for the height of the ring: 1 at the edges, exp(-(sqrt(2) - 1)^2 / 0.32) in the corners."""
+    filters = Equivariant2d(turns=8, flips=flips).task(rng(), split="train").filters
+    # Counter-clockwise from the right.
+    ring = filters[..., [1, 0, 0, 0, 1, 2, 2, 2], [2, 2, 1, 0, 0, 0, 1, 2]]
+    heights = np.where(np.arange(8) % 2 == 0, 1.0, math.exp(-((math.sqrt(2) - 1) ** 2) / 0.32))
+    assert filters.shape == (3, 16 if flips else 8, 3, 3)
+    assert abs(filters[:, 0] - filters[:, 1]).max() > 0.1
+    middle = filters[..., 1, 1]
+    np.testing.assert_array_equal(middle, np.broadcast_to(middle[:, :1], middle.shape))
+    for first in range(0, filters.shape[1], 8):
+        values = (ring / heights)[:, first : first + 8]
+        for turns in range(8):
+            np.testing.assert_allclose(values[:, turns], np.roll(values[:, 0], turns, axis=-1), atol=1e-14)
+
+
+def test_filters_of_45_degrees_are_as_wide_as_those_of_e2cnn() -> None:
+    """Variances along the six directions that its filters span, by e2cnn 0.2.3: `R2Conv` of 8 rotations, from
+    the trivial to the regular representation, with the weights of `generalized_he_init`."""
+    family, draws = Equivariant2d(turns=8, num_filters=100), rng()
+    tasks = [family.task(draws, split="train").filters for _ in range(60)]
+    filters = np.concatenate(tasks)[:, 0].reshape(-1, 9)  # one orientation, of 6000 filters
+    variances = np.linalg.svd(filters, compute_uv=False) ** 2 / len(filters)
+    edge, corner = 4.0, 4 * math.exp(-2 * (math.sqrt(2) - 1) ** 2 / 0.32)
+    shares = 2 * np.array([edge, corner]) / (edge + corner) / 8  # of cos and sin of twice the angle
+    expected = sorted([shares[0], 1 / 8, 1 / 8, shares[1], 1 / 16, 1 / 16], reverse=True)
+    np.testing.assert_allclose(variances[:6], expected, rtol=5 * math.sqrt(2 / 6000))  # five standard errors
+    np.testing.assert_allclose(variances[6:], 0.0, atol=1e-28)
+    np.testing.assert_allclose(expected, [0.1862, 0.125, 0.125, 0.0638, 0.0625, 0.0625], atol=1e-4)
 
 
 def test_shifting_an_image_shifts_the_target() -> None:
@@ -378,7 +416,7 @@ def test_shifting_an_image_shifts_the_target() -> None:
 
 def test_a_channel_is_the_correlation_with_its_filter() -> None:
     family = Equivariant2d(flips=True, size=5, num_filters=2)
-    filters = family.task(rng(), split="train").filters
+    filters = family.task(rng(), split="train").filters[:, 0]
     inputs = rng(1).standard_normal((1, 1, 5, 5))
     found = channels(family, inputs)[0]
     for row in range(3):

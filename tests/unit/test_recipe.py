@@ -1537,7 +1537,8 @@ KINDS_OF_DATA = (
     "{kind: mixture, parts: [{data: {kind: documents, url: x}}, {weight: 2, data: {kind: classes, url: x, "
     "n_way: 5, n_shot: 1, n_query: 5}}]}",
     "{kind: synthetic, task: {kind: equivariant_1d, rank: 2, length: 9, filter_size: 3}, num_test_tasks: 9}",
-    "{kind: synthetic, task: {kind: equivariant_2d, flips: true, size: 9, num_filters: 2, filter_size: 3}, "
+    "{kind: synthetic, task: {kind: equivariant_2d, turns: 8, flips: true, size: 9, num_filters: 2, "
+    "filter_size: 3}, "
     "num_support: 3}",
 )
 

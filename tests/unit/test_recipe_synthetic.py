@@ -175,6 +175,11 @@ def test_the_schema_lists_the_tasks_and_describes_each_key() -> None:
             r"data\.task\.filter_size: 5; must be at most data\.task\.size = 4",
         ),
         (
+            ["data.task={kind: equivariant_2d, turns: 8, filter_size: 5}"],
+            r"data\.task\.filter_size: 5; must be 3, since data\.task\.turns is 8",
+        ),
+        (["data.task={kind: equivariant_2d, turns: 6}"], r"data\.task\.turns: 6 is not one of 4, 8"),
+        (
             ["model=conv4"],
             r"model\.kind: conv4 reads images, and data \(kind synthetic\) gives arrays; set model\.kind to "
             "mlp",

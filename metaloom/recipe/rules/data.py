@@ -200,6 +200,12 @@ def filters_fit_into_inputs(recipe: Recipe) -> Broken:
                     f"{path}.task.filter_size",
                     f"{task.filter_size}; must be at most {path}.task.{key} = {room}",
                 )
+        if isinstance(task, Equivariant2dTask) and task.turns == 8 and task.filter_size != 3:
+            yield (
+                f"{path}.task.filter_size",
+                f"{task.filter_size}; must be 3, since {path}.task.turns is 8: filters are turned by 45 "
+                "degrees",
+            )
 
 
 def every_group_has_a_task(recipe: Recipe) -> Broken:
