@@ -81,7 +81,7 @@ class Gpt(nn.Module):
         for block in self.blocks:
             hidden = block(hidden)
         if head == "classification":
-            hidden = _at_last_token(hidden, tokens)
+            hidden = at_last_token(hidden, tokens)
         logits: Tensor = self.get_submodule(self.heads[head])(self.norm(hidden))
         return logits
 
@@ -130,7 +130,7 @@ class _Mlp(nn.Module):
         return projected
 
 
-def _at_last_token(hidden: Tensor, tokens: Tensor) -> Tensor:
+def at_last_token(hidden: Tensor, tokens: Tensor) -> Tensor:
     """The hidden states `[N, D]` of the last token of each sequence; of the first position where there is
     none."""
     last = ((tokens != PAD).sum(1) - 1).clamp(min=0)

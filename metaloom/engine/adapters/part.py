@@ -9,22 +9,16 @@ from torch import Tensor, nn
 
 from metaloom.engine.adapters.base import BACKBONE, INIT, Adapter, broadcast_init
 from metaloom.engine.adapters.model import Readout, Shards, Structure, nothing_attached, run_model, stacked
-from metaloom.engine.adapters.selection import CONVOLUTIONS, NORMS, fast_head, uses_of
+from metaloom.engine.adapters.selection import fast_head
 from metaloom.engine.adapters.together import (
     backbone_parameters,
     backbone_weights,
+    require_layers_that_run_together,
     run_together,
     whole_parameters,
 )
 from metaloom.engine.forward_pass import ForwardPass
 from metaloom.errors import CapabilityError
-
-# What one pass can hold a copy per task of. By the exact type: a subclass may compute with it otherwise.
-TOGETHER: Mapping[type[nn.Module], tuple[str, ...]] = {
-    nn.Linear: ("weight", "bias"),
-    **dict.fromkeys(NORMS, ("weight", "bias")),
-    **dict.fromkeys(CONVOLUTIONS, ("bias",)),
-}
 
 
 class PartAdapter(Adapter):
@@ -62,7 +56,7 @@ class PartAdapter(Adapter):
                 "adaptation.fast chooses no parameter of this model, so nothing would adapt."
             )
         if tasks == "together":
-            _require_layers_that_run_together(model, names)
+            require_layers_that_run_together(model, names)
         self._model = model
         self._structure = structure or Structure()
         self._tasks = tasks
@@ -121,23 +115,3 @@ class PartAdapter(Adapter):
 
     def head_weights(self, output: str | None) -> tuple[str, ...]:
         return fast_head(self._model, self._structure, output, self._initial)
-
-
-def _require_layers_that_run_together(model: nn.Module, names: Sequence[str]) -> None:
-    modules = dict(model.named_modules())
-    uses = uses_of(model)
-    for name in names:
-        owner, _, parameter = name.rpartition(".")
-        kind = type(modules[owner])
-        if len(uses[name]) > 1:
-            raise CapabilityError(
-                f"adaptation.fast: {name} is one weight of several layers ({', '.join(uses[name])}), of "
-                "which one pass of all tasks cannot hold a copy per task: untie them "
-                "(model.tied_embeddings: false), or set adaptation.fast to part with tasks: loop."
-            )
-        if parameter not in TOGETHER.get(kind, ()):
-            raise CapabilityError(
-                f"adaptation.fast: {name} belongs to a {kind.__name__}, and one pass of all tasks holds a "
-                "copy per task of the weights and biases of linear layers and norms, and of the biases of "
-                "convolutions: choose among these, or set adaptation.fast to part with tasks: loop."
-            )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from typing import Any, Literal
 
 from torch import nn
 
@@ -77,6 +78,86 @@ def matching_parameters(model: nn.Module, patterns: Collection[str]) -> list[str
                 f"{', '.join(names)}."
             )
     return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """The linear layers by name, with the numbers of their inputs and outputs: those of torch, and `Conv1D`
+    of transformers, which has its weight as `[inputs, outputs]`."""
+    found = {}
+    for name, layer in model.named_modules():
+        weight: Any = getattr(layer, "weight", None)
+        if isinstance(layer, nn.Linear):
+            found[name] = (layer.in_features, layer.out_features)
+        elif type(layer).__name__ == "Conv1D" and weight is not None and weight.ndim == 2:
+            found[name] = (weight.shape[0], weight.shape[1])
+    return found
+
+
+def matching_layers(
+    model: nn.Module, targets: Sequence[str] | Literal["all-linear"], structure: Structure
+) -> dict[str, nn.Module]:
+    """The linear layers that are meant, by name, in the model's order.
+
+    Args:
+        targets: ends of names, patterns of `fnmatch` of whole names, or all but the output head.
+
+    Raises:
+        CapabilityError: a target matches none; names those that there are.
+    """
+    names = list(linear_layers(model))
+    if targets == "all-linear":
+        # The output head is as wide as the vocabulary: an adapter there costs more than all others.
+        head = structure.head if isinstance(structure.head, str) else None
+        chosen = {name for name in names if name != head and name.rpartition(".")[2] != "head"}
+    else:
+        chosen = set()
+        for target in targets:
+            matches = {name for name in names if _is_meant(name, target)}
+            if not matches:
+                endings = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+                raise CapabilityError(
+                    f"adaptation.fast.targets: {target!r} matches no linear layer; this model has {endings}."
+                )
+            chosen |= matches
+    return {name: model.get_submodule(name) for name in names if name in chosen}
+
+
+def parameters_of(model: nn.Module, modules: Sequence[str], *, besides: Collection[str]) -> list[str]:
+    """The parameters of modules, which are named as `matching_layers` has it.
+
+    Args:
+        besides: names of layers that are adapted otherwise.
+
+    Raises:
+        CapabilityError: a name matches no module that has parameters, or one of `besides`.
+    """
+    found: dict[str, None] = {}
+    for wanted in modules:
+        named = [
+            (name, [*module.named_parameters(prefix=name)])
+            for name, module in model.named_modules()
+            if _is_meant(name, wanted)
+        ]
+        parameters = [parameter for _, own in named for parameter, _ in own]
+        if not parameters:
+            raise CapabilityError(
+                f"adaptation.fast.modules_to_save: {wanted!r} matches no module with parameters."
+            )
+        for name in parameters:
+            layer = name.rpartition(".")[0]
+            if layer in besides:
+                raise CapabilityError(
+                    f"adaptation.fast.modules_to_save: {wanted!r} has {layer} in it, which adaptation.fast."
+                    "targets gives a low-rank adapter: choose it in one of them."
+                )
+            found[name] = None
+    return list(found)
+
+
+def _is_meant(name: str, wanted: str) -> bool:
+    if any(character in wanted for character in "*?["):
+        return fnmatch.fnmatchcase(name, wanted)
+    return name == wanted or name.endswith(f".{wanted}")
 
 
 def fast_head(

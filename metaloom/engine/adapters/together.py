@@ -5,14 +5,23 @@ Shape letters: T tasks, N examples.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from metaloom.engine.adapters.base import BACKBONE
 from metaloom.engine.adapters.model import Attach, Readout, Shards, Structure, Tensors, run_model
+from metaloom.engine.adapters.selection import CONVOLUTIONS, NORMS, uses_of
 from metaloom.engine.forward_pass import ForwardPass
+from metaloom.errors import CapabilityError
+
+# What one pass can hold a copy per task of. By the exact type: a subclass may compute with it otherwise.
+TOGETHER: Mapping[type[nn.Module], tuple[str, ...]] = {
+    nn.Linear: ("weight", "bias"),
+    **dict.fromkeys(NORMS, ("weight", "bias")),
+    **dict.fromkeys(CONVOLUTIONS, ("bias",)),
+}
 
 
 def run_together(
@@ -76,3 +85,28 @@ def whole_parameters(model: nn.Module, shards: Shards | None, names: list[str]) 
         return chosen
     with torch.no_grad():
         return {name: value.clone() for name, value in shards.whole(chosen).items()}
+
+
+def require_layers_that_run_together(model: nn.Module, names: Sequence[str]) -> None:
+    """Passes where one pass of all tasks can hold a copy per task of these parameters.
+
+    Raises:
+        CapabilityError: it cannot.
+    """
+    modules = dict(model.named_modules())
+    uses = uses_of(model)
+    for name in names:
+        owner, _, parameter = name.rpartition(".")
+        kind = type(modules[owner])
+        if len(uses[name]) > 1:
+            raise CapabilityError(
+                f"adaptation.fast: {name} is one weight of several layers ({', '.join(uses[name])}), of "
+                "which one pass of all tasks cannot hold a copy per task: untie them "
+                "(model.tied_embeddings: false), or set adaptation.fast to part with tasks: loop."
+            )
+        if parameter not in TOGETHER.get(kind, ()):
+            raise CapabilityError(
+                f"adaptation.fast: {name} belongs to a {kind.__name__}, and one pass of all tasks holds a "
+                "copy per task of the weights and biases of linear layers and norms, and of the biases of "
+                "convolutions: choose among these, or set adaptation.fast to part with tasks: loop."
+            )

@@ -1,0 +1,158 @@
+"""Models of transformers as functions of one tensor.
+
+Shape letters: N examples, L tokens, D width, V outputs (vocabulary, classes).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
+
+from metaloom.models.gpt import PAD, at_last_token
+
+HuggingFaceTask = Literal["causal-lm", "sequence-classification", "image-classification"]
+_CLASSES: dict[HuggingFaceTask, Any] = {
+    "causal-lm": AutoModelForCausalLM,
+    "sequence-classification": AutoModelForSequenceClassification,
+    "image-classification": AutoModelForImageClassification,
+}
+
+
+class AsFunction(nn.Module):
+    """What is added to the class of a model of transformers: it is called with one tensor, and tells where it
+    can be taken apart. Modules, parameters and their names stay as they are.
+
+    Attributes:
+        block_names: the modules that its layers are, none inside another.
+        head_name: the last module, which gives the outputs.
+        embedding_name: the module that turns tokens into vectors; None where it reads images.
+    """
+
+    block_names: tuple[str, ...]
+    head_name: str
+    embedding_name: str | None
+
+
+class _CausalLM(AsFunction):
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits `[N, L, V]` of the next token. A token sees none behind it: padding needs no mask."""
+        logits: Tensor = super().forward(input_ids=tokens.clamp(min=0), use_cache=False).logits
+        return logits
+
+
+class _EncoderClassification(AsFunction):
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits `[N, V]` of the class."""
+        mask = (tokens != PAD).long()
+        logits: Tensor = super().forward(input_ids=tokens.clamp(min=0), attention_mask=mask).logits
+        return logits
+
+
+class _DecoderClassification(AsFunction):
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits `[N, V]` of the class, read at the last token. Transformers finds it by the padding token's
+        number, which may be a token's of the text, or may not be set."""
+        base: Any = self.base_model
+        hidden = base(input_ids=tokens.clamp(min=0), use_cache=False).last_hidden_state
+        logits: Tensor = self.get_submodule(self.head_name)(at_last_token(hidden, tokens))
+        return logits
+
+
+class _ImageClassification(AsFunction):
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits `[N, V]` of the class."""
+        logits: Tensor = super().forward(pixel_values=images).logits
+        return logits
+
+
+def make_model(folder: Path, task: HuggingFaceTask, *, num_outputs: int | None = None) -> AsFunction:
+    """The model that a folder's `config.json` describes, with random weights, which gives logits:
+
+    * `causal-lm`: of tokens `[N, L]`, those of the next ones, `[N, L, V]`;
+    * `sequence-classification`: of tokens, those of the text's class, `[N, V]`;
+    * `image-classification`: of images `[N, channels, height, width]`, `[N, V]`.
+
+    Sequences may be padded on the right with `PAD`. Dropout is off. Attention is torch's
+    `scaled_dot_product_attention` where the model can have it.
+
+    Args:
+        num_outputs: classes; None for as many as the configuration says.
+
+    Raises:
+        ValueError: transformers has no such model for the task; or it has no layers or no head that can be
+            told from the rest.
+    """
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if num_outputs is not None and task != "causal-lm":
+        config.num_labels = num_outputs
+    try:
+        model = _CLASSES[task].from_config(config, attn_implementation="sdpa")
+    except ValueError as error:
+        if "scaled_dot_product_attention" not in str(error):
+            raise
+        model = _CLASSES[task].from_config(config, attn_implementation="eager")
+    function = as_function(model, task)
+    function.eval()
+    return function
+
+
+def as_function(model: PreTrainedModel, task: HuggingFaceTask) -> AsFunction:
+    """The same model, called as its task has it.
+
+    Raises:
+        ValueError: it has no layers or no head that can be told from the rest.
+    """
+    head = _head_name(model, task)
+    kinds: dict[HuggingFaceTask, type[AsFunction]] = {
+        "causal-lm": _CausalLM,
+        # Decoders read a class at one token, and have no layer there but the last.
+        "sequence-classification": _DecoderClassification if head == "score" else _EncoderClassification,
+        "image-classification": _ImageClassification,
+    }
+    blocks, embedding = _block_names(model), None
+    if task != "image-classification":
+        embedding = _name_of(model, model.get_input_embeddings())
+    model.__class__ = _with(kinds[task], type(model))
+    assert isinstance(model, AsFunction)
+    model.block_names, model.head_name, model.embedding_name = blocks, head, embedding
+    return model
+
+
+def _with(addition: type[AsFunction], own: type[nn.Module]) -> type[AsFunction]:
+    return type(own.__name__, (addition, own), {"__module__": own.__module__})
+
+
+def _head_name(model: PreTrainedModel, task: HuggingFaceTask) -> str:
+    if task == "causal-lm":
+        return _name_of(model, model.get_output_embeddings())
+    for name in ("score", "classifier"):
+        if isinstance(getattr(model, name, None), nn.Module):
+            return name
+    children = ", ".join(name for name, _ in model.named_children())
+    raise ValueError(f"{type(model).__name__} has no head named score or classifier; it has {children}")
+
+
+def _block_names(model: nn.Module) -> tuple[str, ...]:
+    """The items of the lists of modules that are inside no other list."""
+    lists = {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList)}
+    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    blocks = [f"{name}.{index}" for name in outer for index in range(len(lists[name]))]
+    if not blocks:
+        raise ValueError(f"{type(model).__name__} has no list of layers")
+    return tuple(blocks)
+
+
+def _name_of(model: nn.Module, wanted: nn.Module | None) -> str:
+    names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
+    if wanted in names:
+        return names[wanted]
+    raise ValueError(f"{type(model).__name__} has no output layer over a vocabulary")

@@ -1,0 +1,136 @@
+"""Models of transformers under the engine, against PEFT's LoRA layers and plain automatic differentiation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from metaloom.engine.adapters.lora import LoraAdapter
+from metaloom.engine.hypergradients import HYPERGRADIENTS
+from metaloom.engine.inner_loops.rates import Rates
+from metaloom.engine.inner_loops.sgd import Sgd
+from metaloom.engine.learner import Learner, TaskBatch
+from metaloom.engine.precision import Precision
+from metaloom.engine.unroll import Unroll
+from tests.numerics.hugging_face_problems import CASES, examples, small_model, structure_of
+from tests.numerics.problems import assert_gradients_agree, last, logits_of, perturbed
+
+# PEFT asks transformers by a name that is to go.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+NUM_TASKS, RANK, ALPHA, RATE = 2, 2, 6, 0.2
+# Whose RMS norms compute in float32 whatever their weights are.
+SINGLE = {"Llama", "Llama, classes", "Qwen"}
+all_cases = pytest.mark.parametrize("case", CASES)
+EXACT = ("unrolled", "rematerialized", "mixed_mode")
+
+
+def adapter_of(case: str) -> LoraAdapter:
+    """Rank 2 on all linear layers but the head."""
+    model = small_model(case)
+    return LoraAdapter(
+        model,
+        targets="all-linear",
+        rank=RANK,
+        alpha=ALPHA,
+        generator=torch.Generator().manual_seed(3),
+        structure=structure_of(model),
+    )
+
+
+def peft_model(case: str) -> tuple[nn.Module, dict[str, str]]:
+    """The same in PEFT, and its parameters' names by those of the fast weights."""
+    model = small_model(case)
+    config = LoraConfig(
+        r=RANK,
+        lora_alpha=ALPHA,
+        target_modules="all-linear",
+        # PEFT leaves out a language model's head itself.
+        exclude_modules=None if CASES[case][1] == "causal-lm" else [model.head_name],
+        fan_in_fan_out=case.startswith("GPT-2"),
+    )
+    wrapped = get_peft_model(model, config).double().eval()
+    names = {
+        name.removeprefix("base_model.model.")
+        .replace(".lora_A.default.weight", ".lora_a")
+        .replace(".lora_B.default.weight", ".lora_b"): name
+        for name, _ in wrapped.named_parameters()
+        if ".lora_" in name
+    }
+    return wrapped, names
+
+
+@all_cases
+def test_outputs_and_gradients_of_each_task_are_those_of_pefts_layers(case: str) -> None:
+    adapter, (model, names) = adapter_of(case), peft_model(case)
+    fast = perturbed(adapter.init({}, NUM_TASKS), scale=0.3)
+    assert fast.keys() == names.keys()
+    inputs = examples(case, NUM_TASKS, 3, seed=2)["inputs"]
+    leaves = [value.requires_grad_() for value in fast.values()]
+    found = logits_of(adapter, {}, fast, inputs)
+    expected = torch.stack(
+        [
+            functional_call(
+                model, {names[name]: value[task] for name, value in fast.items()}, (inputs[task],)
+            )
+            for task in range(NUM_TASKS)
+        ]
+    )
+    # W x + s B A x in one order or the other: rounding.
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    cotangent = torch.randn(found.shape, generator=torch.Generator().manual_seed(8), dtype=found.dtype)
+    for name, one, other in zip(
+        fast,
+        torch.autograd.grad((found * cotangent).sum(), leaves),
+        torch.autograd.grad((expected * cotangent).sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11, msg=f"{name} differs")
+
+
+@all_cases
+def test_hypergradients_are_those_of_pefts_layers_by_plain_differentiation(case: str) -> None:
+    adapter, (model, names) = adapter_of(case), peft_model(case)
+    unroll = Unroll(
+        learner=Learner(adapter, Precision("float64")),
+        rule=Sgd(),
+        rates=Rates(RATE, "none", 2),
+        step_weights=last(2),
+    )
+    meta = perturbed(adapter.meta_parameters(init=True, backbone=False), scale=0.3)
+    batch = TaskBatch(
+        tuple(range(NUM_TASKS)),
+        support=examples(case, NUM_TASKS, 3, seed=4),
+        query=examples(case, NUM_TASKS, 2, seed=5),
+    )
+    leaves = {name: value.clone().requires_grad_() for name, value in meta.items()}
+
+    def loss(fast: dict[str, Tensor], data: Mapping[str, Tensor], task: int) -> Tensor:
+        logits = functional_call(
+            model, {names[name]: value for name, value in fast.items()}, (data["inputs"][task],)
+        )
+        return F.cross_entropy(logits.flatten(0, -2), data["targets"][task].flatten())
+
+    total = torch.zeros((), dtype=torch.float64)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        for task in range(NUM_TASKS):
+            fast = {name.removeprefix("init."): value for name, value in leaves.items()}
+            for _ in range(2):
+                gradients = torch.autograd.grad(
+                    loss(fast, batch.support, task), list(fast.values()), create_graph=True
+                )
+                fast = {
+                    name: value - RATE * gradient
+                    for (name, value), gradient in zip(fast.items(), gradients, strict=True)
+                }
+            total = total + loss(fast, batch.query, task)
+        expected = dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True))
+    for name in EXACT:
+        found = HYPERGRADIENTS[name]().meta_gradient(unroll, meta, batch).gradient
+        assert_gradients_agree(found, expected, rtol=1e-5 if case in SINGLE else 1e-9)
