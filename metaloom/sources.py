@@ -43,7 +43,6 @@ from metaloom.recipe import (
     ClassTargets,
     DocumentsData,
     EpisodesData,
-    GPTModel,
     GroupsData,
     ImageInputs,
     Loading,
@@ -63,6 +62,7 @@ from metaloom.recipe.tasks import (
     groups_by_recipe,
     num_rehearsed,
     num_rehearsed_outside,
+    vocabulary,
 )
 
 NUM_RETENTION_SAMPLES = 4
@@ -287,7 +287,7 @@ def pretraining_samples(recipe: Recipe, data: Data) -> Samples:
         data.indices["data.url"],
         pretrain.splits,
         sequence_length=pretrain.sequence_length,
-        vocabulary=_vocabulary(recipe),
+        vocabulary=vocabulary(recipe),
         seed=_seed(recipe, purpose),
         key="pretrain.sequence_length",
     )
@@ -332,7 +332,7 @@ def _tasks_of(
                 num_support=section.num_support,
                 num_query=section.num_query,
                 sequence_length=section.sequence_length,
-                vocabulary=_vocabulary(recipe),
+                vocabulary=vocabulary(recipe),
                 seed=seed,
             )
         case EpisodesData():
@@ -388,7 +388,7 @@ def _samples_of(
                 index,
                 splits,
                 sequence_length=section.sequence_length,
-                vocabulary=_vocabulary(recipe),
+                vocabulary=vocabulary(recipe),
                 seed=seed,
             )
         case EpisodesData(targets=targets):
@@ -407,7 +407,7 @@ def _rehearsal_samples(recipe: Recipe, data: Data, *, seed: int) -> Samples:
             data.indices["data.url"],
             ["rehearsal"],
             sequence_length=recipe.data.sequence_length,
-            vocabulary=_vocabulary(recipe),
+            vocabulary=vocabulary(recipe),
             seed=seed,
         )
     index = data.indices["adaptation.rehearsal.data.url"]
@@ -416,7 +416,7 @@ def _rehearsal_samples(recipe: Recipe, data: Data, *, seed: int) -> Samples:
             index,
             [section.split],
             sequence_length=section.sequence_length,
-            vocabulary=_vocabulary(recipe),
+            vocabulary=vocabulary(recipe),
             seed=seed,
         )
     samples = ClassSamples(index, section.split, seed=seed, inputs=inputs_of(recipe, section.inputs))
@@ -445,18 +445,13 @@ def inputs_of(recipe: Recipe, section: InputSection) -> datasets.Inputs:
         case ArrayInputs(shape=shape):
             return datasets.ArrayInputs(shape)
         case TextInputs(length=length):
-            return datasets.TextInputs(length, _vocabulary(recipe))
+            return datasets.TextInputs(length, vocabulary(recipe))
 
 
 def _targets(section: ClassTargets | NumberTargets) -> datasets.Targets:
     if isinstance(section, ClassTargets):
         return datasets.ClassTargets(section.num_classes)
     return datasets.NumberTargets(section.num_targets)
-
-
-def _vocabulary(recipe: Recipe) -> int:
-    assert isinstance(recipe.model, GPTModel), "a rule of the recipe has seen to it"
-    return recipe.model.vocabulary
 
 
 def _affine(section: AffineSection | None) -> Affine | None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +71,12 @@ class HeldModel:
         return self
 
 
+Source = Callable[[nn.Module], ReadRows]
+
+
 def hold(
     make: Callable[[], nn.Module],
-    source: Path | None,
+    source: Source | None,
     sharding: Sharding,
     device: torch.device,
     dtype: torch.dtype,
@@ -83,7 +87,7 @@ def hold(
     `make` draws are drawn whole, and then divided: every rank has all of them for a moment.
 
     Args:
-        source: a safetensors file, or a folder of them as `from_pretrained` reads it; None for what `make`
+        source: what reads the weights of such a model: `of_file` or `of_pretrained`; None for what `make`
             draws.
         device: where the weights go.
         dtype: which they get.
@@ -99,9 +103,7 @@ def hold(
     else:
         with parameters_on_meta():
             module = make().to(dtype=dtype).requires_grad_(False)
-        files = SafetensorsFiles(source)
-        files.require_those_of(module)
-        read = files.rows
+        read = source(module)
     if isinstance(sharding, Sharded):
         shards = sharding.divide(module, _read_onto(read, device, dtype))
         drop_parameters(module)
@@ -169,21 +171,102 @@ def _replace_parameters(module: nn.Module, make: Callable[[str, nn.Parameter], T
 # ---------------------------------------------------------------- files
 
 
+def of_file(path: Path) -> Source:
+    """Reads the weights of a model from a safetensors file, or from a folder of them with an index, under the
+    model's own names."""
+
+    def source(module: nn.Module) -> ReadRows:
+        files = SafetensorsFiles(path)
+        files.require_those_of(module)
+        return files.rows
+
+    return source
+
+
+def of_pretrained(
+    folder: Path,
+    *,
+    own_names: Callable[[Iterable[str]], Mapping[str, str]],
+    head: str,
+    std: float,
+    seed: int,
+) -> Source:
+    """Reads the weights of a model from a folder that `save_pretrained` of transformers has written, as
+    `from_pretrained` does: also from one of the same network with another head, or without. What has no place
+    in this model is left there.
+
+    Args:
+        own_names: what weights are called in the model, by what they are called in the folder.
+        head: the name of the last module. Weights of it that the folder lacks or has in another shape, and of
+            a pooler, are drawn: N(0, std^2), biases 0.
+        seed: what is drawn follows from it and the weight's name.
+    """
+
+    def source(module: nn.Module) -> ReadRows:
+        files = SafetensorsFiles(folder, key="model.hf")
+        try:
+            stored = {own: name for name, own in own_names(files.shapes).items()}
+        except ValueError as error:
+            raise CheckpointError(f"model.hf: {folder}: {error}.") from error
+        drawn: dict[str, Tensor] = {}
+        problems: list[str] = []
+        for name, value in module.named_parameters():
+            shape = files.shapes[stored[name]] if name in stored else None
+            if shape == value.shape:
+                continue
+            if name.startswith(f"{head}.") or ".pooler." in name:
+                drawn[name] = _drawn(name, value.shape, std, seed)
+            elif shape is None:
+                problems.append(f"  {name}: in the model, not in the files")
+            else:
+                problems.append(
+                    f"  {name}: shape {list(shape)} in the files, {list(value.shape)} in the model"
+                )
+        if problems:
+            raise CheckpointError(
+                f"model.hf: the weights in {folder} are of another model than its config.json "
+                f"({len(problems)} differences):\n" + "\n".join(problems)
+            )
+
+        def read(name: str, rows: range) -> Tensor:
+            if name in drawn:
+                return drawn[name][rows.start : rows.stop].clone()
+            return files.rows(stored[name], rows)
+
+        return read
+
+    return source
+
+
+def _drawn(name: str, shape: torch.Size, std: float, seed: int) -> Tensor:
+    if name.endswith("bias"):
+        return torch.zeros(shape)
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    return std * torch.randn(shape, generator=generator)
+
+
 class SafetensorsFiles:
     """The tensors of a safetensors file, or of a folder with several and their index.
+
+    Args:
+        key: of the recipe, that names them.
+
+    Attributes:
+        shapes: of each tensor, by name.
 
     Raises:
         CheckpointError: there is nothing to read, or it cannot be read.
     """
 
-    def __init__(self, source: Path) -> None:
-        self.source = source
-        self._shapes: dict[str, torch.Size] = {}
+    def __init__(self, source: Path, *, key: str = "model.weights") -> None:
+        self.source, self._key = source, key
+        self.shapes: dict[str, torch.Size] = {}
         self._files: dict[str, Path] = {}
-        for path in _files_of(source):
-            with _opened(path) as file:
+        for path in _files_of(source, key):
+            with _opened(path, key) as file:
                 for name in file.keys():  # noqa: SIM118 (not a mapping)
-                    self._shapes[name] = torch.Size(file.get_slice(name).get_shape())
+                    self.shapes[name] = torch.Size(file.get_slice(name).get_shape())
                     self._files[name] = path
 
     def require_those_of(self, model: nn.Module) -> None:
@@ -197,9 +280,9 @@ class SafetensorsFiles:
         problems = [
             f"  {name}: in the model, not in the files"
             for name, _ in model.named_parameters()
-            if name not in self._shapes
+            if name not in self.shapes
         ]
-        for name, shape in self._shapes.items():
+        for name, shape in self.shapes.items():
             if name not in expected:
                 if name not in buffers:
                     problems.append(f"  {name}: in the files, not in the model")
@@ -209,18 +292,18 @@ class SafetensorsFiles:
                 )
         if problems:
             raise CheckpointError(
-                f"model.weights: {self.source} belongs to another model ({len(problems)} differences):\n"
+                f"{self._key}: {self.source} belongs to another model ({len(problems)} differences):\n"
                 + "\n".join(problems)
             )
 
     def rows(self, name: str, rows: range) -> Tensor:
         """Some rows of a weight; nothing else is read."""
-        with _opened(self._files[name]) as file:
+        with _opened(self._files[name], self._key) as file:
             read: Tensor = file.get_slice(name)[rows.start : rows.stop]
             return read.clone()  # what is read is a view of the file
 
 
-def _files_of(source: Path) -> list[Path]:
+def _files_of(source: Path, key: str) -> list[Path]:
     if source.is_file():
         return [source]
     if (source / INDEX).is_file():
@@ -228,18 +311,18 @@ def _files_of(source: Path) -> list[Path]:
             index = json.loads((source / INDEX).read_text(encoding="utf-8"))
             return [source / name for name in sorted(set(index["weight_map"].values()))]
         except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"model.weights: {source / INDEX} cannot be read: {error}.") from error
+            raise CheckpointError(f"{key}: {source / INDEX} cannot be read: {error}.") from error
     if (source / SINGLE).is_file():
         return [source / SINGLE]
     raise CheckpointError(
-        f"model.weights: {source} is neither a safetensors file nor a folder with {SINGLE} or {INDEX}."
+        f"{key}: {source} is neither a safetensors file nor a folder with {SINGLE} or {INDEX}."
     )
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _opened(path: Path, key: str) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
             yield file
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"model.weights: {path} cannot be read: {error}.") from error
+        raise CheckpointError(f"{key}: {path} cannot be read: {error}.") from error

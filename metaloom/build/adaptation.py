@@ -106,6 +106,9 @@ def _adapter(recipe: Recipe, model: HeldModel, choices: Choices, *, is_learned: 
                 rank=rank,
                 alpha=alpha,
                 generator=generator,
+                rank_stabilized=fast.rslora,
+                dropout=fast.dropout,
+                whole_modules=fast.modules_to_save,
                 structure=structure,
                 shards=shards,
             )

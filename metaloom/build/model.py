@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -14,7 +15,9 @@ from metaloom.engine.precision import Precision
 from metaloom.engine.sharding.base import Sharding
 from metaloom.engine.sharding.deepspeed_zero import DeepSpeedZero, ZeroSettings
 from metaloom.engine.sharding.replicated import Replicated
-from metaloom.engine.sharding.sharded import Sharded
+from metaloom.engine.sharding.sharded import ReadRows, Sharded
+from metaloom.errors import CapabilityError
+from metaloom.models.as_function import AsFunction
 from metaloom.models.conv4 import Conv4
 from metaloom.models.gpt import Gpt
 from metaloom.models.mlp import Mlp
@@ -27,6 +30,7 @@ from metaloom.recipe import (
     ConvolutionLayer,
     DeepSpeedZeroSharding,
     GPTModel,
+    HuggingFaceModel,
     ImageInputs,
     LinearLayer,
     LocallyConnectedLayer,
@@ -38,7 +42,10 @@ from metaloom.recipe import (
     SingleLayerModel,
 )
 from metaloom.recipe.tasks import groups_by_recipe, num_inputs, rehearsal_facts, shape_of, task_facts
-from metaloom.weights import HeldModel, hold
+from metaloom.weights import HeldModel, Source, hold, of_file, of_pretrained
+
+if TYPE_CHECKING:
+    from metaloom.models.hugging_face import HuggingFaceTask
 
 
 def build_sharding(recipe: Recipe, device: torch.device) -> Sharding:
@@ -71,11 +78,31 @@ def build_model(
 
     return hold(
         make,
-        None if recipe.model.weights is None else Path(recipe.model.weights),
+        _source(recipe),
         sharding,
         device,
         Precision(recipe.precision.compute).storage_dtype,
     )
+
+
+def _source(recipe: Recipe) -> Source | None:
+    """Where the initial weights are read."""
+    if recipe.model.weights is None:
+        return None
+    path = Path(recipe.model.weights)
+    if not isinstance(recipe.model, HuggingFaceModel):
+        return of_file(path)
+
+    std = recipe.model.config.get("initializer_range", 0.02)
+
+    def source(module: nn.Module) -> ReadRows:
+        assert isinstance(module, AsFunction)
+        read = of_pretrained(
+            path, own_names=module.own_names, head=module.head_name, std=std, seed=recipe.seed
+        )
+        return read(module)
+
+    return source
 
 
 def _make_model(recipe: Recipe, num_classes: int | None) -> nn.Module:
@@ -139,6 +166,13 @@ def _make_network(recipe: Recipe, num_classes: int | None) -> nn.Module:
                     return locally_connected(shape, num_outputs, kernel_size=kernel_size, bias=bias)
                 case ConvolutionLayer(kernel_size=kernel_size):
                     return convolution(shape, num_outputs, kernel_size=kernel_size, bias=bias)
+        case HuggingFaceModel(hf=folder, task=task):
+            if own_head is not None:
+                raise CapabilityError(
+                    "adaptation.rehearsal.data reads a head of its own, and a model of transformers has the "
+                    "tasks' alone: rehearse what the tasks are (documents beside documents)."
+                )
+            return _of_transformers(Path(folder), task, num_outputs)
         case GPTModel():
             return Gpt(
                 num_layers=recipe.model.num_layers,
@@ -152,10 +186,24 @@ def _make_network(recipe: Recipe, num_classes: int | None) -> nn.Module:
             )
 
 
+def _of_transformers(folder: Path, task: HuggingFaceTask, num_outputs: int | None) -> nn.Module:
+    # Takes seconds to import, and is there where it is asked for alone.
+    try:
+        from metaloom.models.hugging_face import make_model
+    except ImportError as error:
+        raise CapabilityError("model.hf needs transformers: pip install 'metaloom[transformers]'.") from error
+    try:
+        return make_model(folder, task, num_outputs=num_outputs)
+    except (ValueError, OSError) as error:
+        raise CapabilityError(f"model.hf: {folder}: {error}") from error
+
+
 def model_structure(model: nn.Module) -> Structure:
     """Where a model can be taken apart: the built-in ones alike have `blocks` and `heads`."""
     if isinstance(model, MultiTask):
         return Structure(model.block_names)  # a task's name says which output is read
+    if isinstance(model, AsFunction):
+        return Structure(model.block_names, model.head_name, model.embedding_name)
     names = [name for name, _ in model.named_modules()]
     blocks = tuple(name for name in names if name.startswith("blocks.") and name.count(".") == 1)
     assert isinstance(model, Conv4 | Mlp | SingleLayer | Gpt)
@@ -164,9 +212,9 @@ def model_structure(model: nn.Module) -> Structure:
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """Which output of a model is read, and what it is judged by."""
+    """Which output of a model is read, None of one that has one alone; and what it is judged by."""
 
-    head: str
+    head: str | None
     criterion: Criterion
 
 
@@ -174,6 +222,8 @@ def task_output(recipe: Recipe) -> Output:
     """What tasks read of the model."""
     objective = task_facts(recipe).objective
     criterion = MeanSquaredError() if objective == "regression" else CrossEntropy()
+    if isinstance(recipe.model, HuggingFaceModel):
+        return Output(None, criterion)
     return Output(objective if isinstance(recipe.model, GPTModel) else "tasks", criterion)
 
 

@@ -10,6 +10,7 @@ from metaloom.recipe import (
     FullFast,
     GPTModel,
     HeadFast,
+    HuggingFaceModel,
     InContextAlgorithm,
     LoRAFast,
     NormBiasFast,
@@ -75,6 +76,10 @@ def _not_for_peft(recipe: Recipe) -> str | None:
 
 
 def _not_for_huggingface(recipe: Recipe) -> str | None:
+    if isinstance(recipe.model, HuggingFaceModel):
+        return (
+            "a model of transformers is written as a PEFT adapter, with its folder where its weights changed"
+        )
     if not isinstance(recipe.model, GPTModel):
         return f"model.kind: {recipe.model.kind} has no counterpart in transformers"
     objective = task_facts(recipe).objective

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def write(trained: Trained, card: Card, folder: Path, *, merge: bool) -> None:
 
 
 def merged(trained: Trained) -> dict[str, Tensor]:
-    """The network's weights with `alpha / R * B A` added to those of the adapted layers.
+    """The network's weights with the scaled B A added to those of the adapted layers.
 
     Raises:
         CapabilityError: such a weight is another layer's too, which would change with it.
@@ -97,8 +98,11 @@ def merged(trained: Trained) -> dict[str, Tensor]:
     assert isinstance(fast, LoRAFast), "the format was found fit"
     weights, start = trained.weights(), trained.start()
     uses = {name: names for names in uses_of(trained.module).values() for name in names}
-    for name in start:
+    scale = fast.alpha / (math.sqrt(fast.rank) if fast.rslora else fast.rank)
+    for name, value in start.items():
         layer, _, side = name.rpartition(".")
+        if side not in ("lora_a", "lora_b"):
+            weights[name] = value  # one of a whole module
         if side != "lora_a":
             continue
         weight = f"{layer}.weight"
@@ -108,5 +112,5 @@ def merged(trained: Trained) -> dict[str, Tensor]:
                 "LoRA product belongs to one of them: leave --merge out."
             )
         product = start[f"{layer}.lora_b"] @ start[name]
-        weights[weight] = weights[weight] + fast.alpha / fast.rank * product
+        weights[weight] = weights[weight] + scale * product
     return weights

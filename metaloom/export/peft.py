@@ -1,7 +1,7 @@
 """LoRA matrices as a PEFT adapter: `adapter_config.json` and `adapter_model.safetensors`. PEFT itself is not
 needed.
 
-PEFT computes `y = W x + (lora_alpha / r) B A x` too, with A under `<layer>.lora_A.weight` `[R, D]` and B
+PEFT computes `y = W x + s B A x` with the same s, with A under `<layer>.lora_A.weight` `[R, D]` and B
 under `<layer>.lora_B.weight` `[D', R]`.
 """
 
@@ -22,9 +22,11 @@ from metaloom.export.formats import PEFT
 from metaloom.export.tensors import MODEL_FILE, write_tensors
 from metaloom.export.trained import Trained
 from metaloom.files import replace_file
-from metaloom.recipe import LoRAFast
+from metaloom.models.as_function import AsFunction
+from metaloom.recipe import HuggingFaceModel, LoRAFast
 
 CONFIG, ADAPTER_FILE, BACKBONE_FOLDER = "adapter_config.json", "adapter_model.safetensors", "backbone"
+MODEL_CONFIG = "config.json"
 LOADING = (
     "from peft import PeftModel",
     "from metaloom.export import load_backbone",
@@ -32,19 +34,49 @@ LOADING = (
 )
 _PREFIX = "base_model.model."
 _SIDES = {"lora_a": "lora_A", "lora_b": "lora_B"}
+_CLASSES = {
+    "causal-lm": "AutoModelForCausalLM",
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "image-classification": "AutoModelForImageClassification",
+}
 
 
 def write(trained: Trained, card: Card, folder: Path) -> None:
-    """Writes the adapter with its card and, unless they are those of a file that the recipe names, the
-    backbone's weights, in `backbone/`, as `model.weights` of a recipe reads them."""
-    source = card.recipe.model.weights
+    """Writes the adapter with its card and, unless they are those of a file or folder that the recipe names,
+    the backbone's weights, in `backbone/`, as `model.weights` or `model.hf` of a recipe reads them."""
+    model = card.recipe.model
+    source = model.weights
     is_own = source is None or card.recipe.pretrain is not None
+    # A classifier has the output head of its tasks, which no folder has.
+    is_own = is_own or (isinstance(model, HuggingFaceModel) and model.task != "causal-lm")
     if is_own or any(name.startswith(BACKBONE) for name in trained.meta):
         source = BACKBONE_FOLDER
         (folder / BACKBONE_FOLDER).mkdir()
         write_tensors(folder / BACKBONE_FOLDER / MODEL_FILE, trained.weights())
-    write_adapter(trained, folder, base=source, module=trained.module)
-    write_card(card, folder, kind=PEFT, loading=LOADING)
+        if isinstance(trained.module, AsFunction):
+            config = trained.module.config.to_json_string()
+            replace_file(folder / BACKBONE_FOLDER / MODEL_CONFIG, config)
+    if not isinstance(model, HuggingFaceModel):
+        write_adapter(trained, folder, base=source, module=trained.module)
+        write_card(card, folder, kind=PEFT, loading=LOADING)
+        return
+    write_adapter(
+        trained,
+        folder,
+        base=source,
+        module=trained.module,
+        task_type="CAUSAL_LM" if model.task == "causal-lm" else None,
+        is_transposed=any(type(layer).__name__ == "Conv1D" for layer in trained.module.modules()),
+    )
+    of_transformers = _CLASSES[model.task]
+    path = f"FOLDER + '/{BACKBONE_FOLDER}'" if source == BACKBONE_FOLDER else repr(source)
+    loading = (
+        "from peft import PeftModel",
+        f"from transformers import {of_transformers}",
+        f"model = {of_transformers}.from_pretrained({path})",
+        "model = PeftModel.from_pretrained(model, FOLDER)",
+    )
+    write_card(card, folder, kind=PEFT, loading=loading)
 
 
 def write_adapter(
@@ -70,13 +102,21 @@ def write_adapter(
     assert isinstance(fast, LoRAFast), "the format was found fit"
     tensors: dict[str, Tensor] = {}
     layers: dict[str, None] = {}
+    whole: dict[str, None] = {}
     for name, value in trained.start().items():
         layer, _, side = name.rpartition(".")
-        layers[layer] = None
-        tensors[f"{_PREFIX}{layer_of(layer)}.{_SIDES[side]}.weight"] = value
+        if side in _SIDES:
+            layers[layer] = None
+            tensors[f"{_PREFIX}{layer_of(layer)}.{_SIDES[side]}.weight"] = value
+        else:
+            whole[layer] = None
+            tensors[f"{_PREFIX}{layer_of(layer)}.{side}"] = value
     write_tensors(folder / ADAPTER_FILE, tensors)
-    others = [name for name, _ in module.named_modules() if name not in layers]
-    targets = short_names([*map(layer_of, layers)], [*map(layer_of, others)])
+
+    def named(chosen: Collection[str]) -> list[str]:
+        others = [name for name, _ in module.named_modules() if name not in chosen]
+        return short_names([*map(layer_of, chosen)], [*map(layer_of, others)])
+
     config = {
         "peft_type": "LORA",
         "task_type": task_type,
@@ -85,11 +125,12 @@ def write_adapter(
         "inference_mode": True,
         "r": fast.rank,
         "lora_alpha": int(fast.alpha) if fast.alpha == int(fast.alpha) else fast.alpha,
-        "lora_dropout": 0.0,
-        "target_modules": targets,
+        "lora_dropout": fast.dropout,
+        "use_rslora": fast.rslora,
+        "target_modules": named(layers),
         "bias": "none",
         "fan_in_fan_out": is_transposed,
-        "modules_to_save": None,
+        "modules_to_save": named(whole) or None,
     }
     replace_file(folder / CONFIG, json.dumps(config, indent=1) + "\n")
 
@@ -111,5 +152,7 @@ def read_backbone(folder: Path) -> nn.Module:
     recipe = read_card(folder, kind=PEFT).recipe
     own = folder / BACKBONE_FOLDER
     source = str(own) if own.is_dir() else recipe.model.weights
-    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"weights": source})})
+    is_folder = isinstance(recipe.model, HuggingFaceModel)
+    update = {"hf": source, "start": "pretrained"} if is_folder else {"weights": source}
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=update)})
     return build_model(recipe, torch.device("cpu"), Replicated()).module.eval()

@@ -5,6 +5,7 @@ Shape letters: N examples, L tokens, D width, V outputs (vocabulary, classes).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,10 @@ from transformers import (
     AutoModelForSequenceClassification,
     PreTrainedModel,
 )
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from metaloom.models.as_function import AsFunction
 from metaloom.models.gpt import PAD, at_last_token
 
 HuggingFaceTask = Literal["causal-lm", "sequence-classification", "image-classification"]
@@ -27,29 +31,35 @@ _CLASSES: dict[HuggingFaceTask, Any] = {
 }
 
 
-class AsFunction(nn.Module):
-    """What is added to the class of a model of transformers: it is called with one tensor, and tells where it
-    can be taken apart. Modules, parameters and their names stay as they are.
+class _OfTransformers(AsFunction):
+    def own_names(self, stored: Iterable[str]) -> dict[str, str]:
+        model: Any = self
+        changes = get_model_conversion_mapping(model)
+        renamings = [change for change in changes if isinstance(change, WeightRenaming)]
+        converters = [change for change in changes if isinstance(change, WeightConverter)]
+        own = dict(self.named_parameters(remove_duplicate=False))
+        found = {}
+        for name in stored:
+            renamed, is_converted = rename_source_key(
+                name, renamings, converters, model.base_model_prefix, own
+            )
+            if is_converted is not None:
+                raise ValueError(
+                    f"{name} is stored in another layout than {type(self).__name__} has it in, and is not "
+                    "read as it is"
+                )
+            found[name] = renamed
+        return found
 
-    Attributes:
-        block_names: the modules that its layers are, none inside another.
-        head_name: the last module, which gives the outputs.
-        embedding_name: the module that turns tokens into vectors; None where it reads images.
-    """
 
-    block_names: tuple[str, ...]
-    head_name: str
-    embedding_name: str | None
-
-
-class _CausalLM(AsFunction):
+class _CausalLM(_OfTransformers):
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits `[N, L, V]` of the next token. A token sees none behind it: padding needs no mask."""
         logits: Tensor = super().forward(input_ids=tokens.clamp(min=0), use_cache=False).logits
         return logits
 
 
-class _EncoderClassification(AsFunction):
+class _EncoderClassification(_OfTransformers):
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits `[N, V]` of the class."""
         mask = (tokens != PAD).long()
@@ -57,7 +67,7 @@ class _EncoderClassification(AsFunction):
         return logits
 
 
-class _DecoderClassification(AsFunction):
+class _DecoderClassification(_OfTransformers):
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits `[N, V]` of the class, read at the last token. Transformers finds it by the padding token's
         number, which may be a token's of the text, or may not be set."""
@@ -67,7 +77,7 @@ class _DecoderClassification(AsFunction):
         return logits
 
 
-class _ImageClassification(AsFunction):
+class _ImageClassification(_OfTransformers):
     def forward(self, images: Tensor) -> Tensor:
         """Logits `[N, V]` of the class."""
         logits: Tensor = super().forward(pixel_values=images).logits
@@ -106,7 +116,8 @@ def make_model(folder: Path, task: HuggingFaceTask, *, num_outputs: int | None =
 
 
 def as_function(model: PreTrainedModel, task: HuggingFaceTask) -> AsFunction:
-    """The same model, called as its task has it.
+    """The same model, called as its task has it: with a class of its own beside that of transformers; its
+    modules, its parameters and their names stay as they are.
 
     Raises:
         ValueError: it has no layers or no head that can be told from the rest.

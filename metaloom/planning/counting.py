@@ -53,6 +53,7 @@ from metaloom.recipe import (
     BinomialSnapshots,
     Conv4Model,
     GPTModel,
+    HuggingFaceModel,
     LoRAFast,
     MLPModel,
     PartFast,
@@ -217,6 +218,8 @@ def _num_blocks(recipe: Recipe) -> int:
             return num_blocks
         case GPTModel(num_layers=num_layers) | MLPModel(num_layers=num_layers):
             return num_layers
+        case HuggingFaceModel():
+            return recipe.model.num_layers or 0
         case SingleLayerModel():
             return 0
 

@@ -73,8 +73,20 @@ class LoRAFast(Section):
     )
     targets: Annotated[tuple[Text, ...], Field(min_length=1)] | Literal["all-linear"] = Field(
         default="all-linear",
-        description="ends of the names of the linear layers that get an adapter, as a list, or all-linear "
+        description="ends of the names of the linear layers that get an adapter, or patterns of whole names "
+        "(*.0.*.q_proj), as a list; or all-linear "
         "for all but the output head",
+    )
+    rslora: bool = Field(
+        default=False, description="whether the product is times alpha / sqrt(rank) (Kalajdzievski 2023)"
+    )
+    dropout: BelowOne = Field(
+        default=0.0, description="dropout of what the adapter is shown, in adaptation steps; 0 for none"
+    )
+    modules_to_save: tuple[Text, ...] = Field(
+        default=(),
+        description="ends of the names, or patterns, of linear layers and norms that are adapted in whole "
+        "beside it, such as a classifier's head",
     )
 
 

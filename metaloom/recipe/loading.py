@@ -159,7 +159,9 @@ def _subsection(info: FieldInfo, value: Any, path: KeyPath, source: Source) -> A
     if None in kinds:
         return _section(kinds[None], value, path, source)
     default = info.get_default(call_default_factory=True)
-    kind = value.get("kind", getattr(default, "kind", None))
+    # {hf: folder} is of kind hf.
+    told = next((kind for kind in kinds if kind in value), getattr(default, "kind", None))
+    kind = value.get("kind", told)
     if not isinstance(kind, str) or kind not in kinds:
         if "kind" in value:
             source.add_problem(path_of_kind, not_a_choice(value["kind"], [str(kind) for kind in kinds]))

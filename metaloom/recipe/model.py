@@ -1,10 +1,13 @@
 """The sections of a recipe that say which network is meta-trained, and what it has learned before."""
 
-from typing import Annotated, Literal
+import functools
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from metaloom.recipe.base import BelowOne, Count, CountOrZero, FloatOrZero, PositiveFloat, Section
+from metaloom.recipe.base import BelowOne, Count, CountOrZero, FloatOrZero, PositiveFloat, Section, Text
 
 WEIGHTS = (
     "safetensors file to start from, or a folder with model.safetensors or several and their index; "
@@ -104,6 +107,88 @@ class GPTModel(Section):
         description="dropout of activations in ordinary training and in adaptation steps, 0 for none",
     )
     weights: str | None = Field(default=None, description=WEIGHTS)
+
+
+class HuggingFaceModel(Section):
+    """A model of transformers, from a folder as its `from_pretrained` reads one."""
+
+    kind: Literal["hf"] = Field(default="hf", description="model of transformers, from a folder")
+    hf: Text = Field(
+        description="the folder: config.json and, unless start is random, model.safetensors or several and "
+        "their index"
+    )
+    task: Literal["causal-lm", "sequence-classification", "image-classification"] = Field(
+        description="causal-lm (the next token of texts), sequence-classification (classes of texts) or "
+        "image-classification; classes are as many as a task has"
+    )
+    start: Literal["pretrained", "random"] = Field(
+        default="pretrained",
+        description="pretrained: the folder's weights, and those of a new output head from the seed; random: "
+        "all from the seed",
+    )
+
+    @property
+    def weights(self) -> str | None:
+        """Where weights are read from; None for random ones."""
+        return self.hf if self.start == "pretrained" else None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What the folder's `config.json` says, for a model of several kinds of input that of texts.
+
+        Raises:
+            ConfigError: it cannot be read.
+        """
+        return _config(Path(self.hf) / "config.json")
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that texts are made of.
+
+        Raises:
+            ConfigError: the configuration has none.
+        """
+        found = self.config.get("vocab_size")
+        if not isinstance(found, int):
+            raise ConfigError("config.json has no vocab_size: this is no model of texts")
+        return found
+
+    @property
+    def context_length(self) -> int | None:
+        """Most tokens of a sequence; None where the configuration has no limit."""
+        names = ("max_position_embeddings", "n_positions", "max_seq_len")
+        return next((self.config[name] for name in names if isinstance(self.config.get(name), int)), None)
+
+    @property
+    def num_layers(self) -> int | None:
+        """Layers; None where the configuration does not say."""
+        names = ("num_hidden_layers", "n_layer", "num_layers")
+        return next((self.config[name] for name in names if isinstance(self.config.get(name), int)), None)
+
+
+class ConfigError(Exception):
+    """A folder's `config.json` cannot be read, or is of another model."""
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        return _read_config(path, path.stat().st_mtime_ns)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is no JSON: {error}") from error
+
+
+@functools.lru_cache(maxsize=8)
+def _read_config(path: Path, changed: int) -> dict[str, Any]:
+    """Args:
+    changed: when the file was changed, so that it is read again then.
+    """
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict) or "model_type" not in values:
+        raise ConfigError(f"{path} has no model_type: it is no model of transformers")
+    texts = values.get("text_config")
+    return values | texts if isinstance(texts, dict) else values
 
 
 class Pretrain(Section):

@@ -41,7 +41,14 @@ from metaloom.recipe.machine import (
     ReplicatedSharding,
     ShardedSharding,
 )
-from metaloom.recipe.model import Conv4Model, GPTModel, MLPModel, Pretrain, SingleLayerModel
+from metaloom.recipe.model import (
+    Conv4Model,
+    GPTModel,
+    HuggingFaceModel,
+    MLPModel,
+    Pretrain,
+    SingleLayerModel,
+)
 from metaloom.recipe.outer import Outer
 from metaloom.recipe.regularisation import Regularisation
 from metaloom.recipe.synthetic import SyntheticData
@@ -58,7 +65,7 @@ class Recipe(Section):
     seed: int = Field(
         default=0, ge=0, le=2**32 - 1, description="every random draw of the run follows from it"
     )
-    model: Conv4Model | MLPModel | SingleLayerModel | GPTModel = Field(
+    model: Conv4Model | MLPModel | SingleLayerModel | GPTModel | HuggingFaceModel = Field(
         discriminator="kind", description="the network"
     )
     data: ClassesData | GroupsData | DocumentsData | EpisodesData | SyntheticData | MixtureData = Field(

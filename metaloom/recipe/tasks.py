@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from metaloom.errors import RecipeError
 from metaloom.recipe.algorithm import InContextAlgorithm
 from metaloom.recipe.data import (
     ArrayInputs,
@@ -26,7 +27,7 @@ from metaloom.recipe.data import (
     TextInputs,
     TokenTargets,
 )
-from metaloom.recipe.model import GPTModel
+from metaloom.recipe.model import ConfigError, GPTModel, HuggingFaceModel
 from metaloom.recipe.schema import Recipe
 from metaloom.recipe.synthetic import SyntheticData
 
@@ -37,6 +38,11 @@ InputSection = ImageInputs | ArrayInputs | TextInputs
 
 class UnknownTaskError(Exception):
     """A recipe that does not say what its tasks are: one of its rules is broken, and tells."""
+
+
+class UnknownModelError(RecipeError, UnknownTaskError):
+    """A model of transformers whose folder is not here, or not as it should be. A rule tells of the latter; a
+    recipe that is for another machine has the former."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +91,34 @@ def may_have_groups(recipe: Recipe) -> bool:
 def num_outputs(recipe: Recipe) -> int:
     """Outputs that a target is read from: classes, tokens of a vocabulary, or numbers."""
     found = task_facts(recipe).num_outputs
-    if found is None:
-        assert isinstance(recipe.model, GPTModel), "a rule of the recipe has seen to it"
+    return vocabulary(recipe) if found is None else found
+
+
+def vocabulary(recipe: Recipe) -> int:
+    """Tokens that the model's texts are made of.
+
+    Raises:
+        UnknownModelError: the folder of a model of transformers does not say.
+    """
+    assert isinstance(recipe.model, GPTModel | HuggingFaceModel), "a rule of the recipe has seen to it"
+    try:
         return recipe.model.vocabulary
-    return found
+    except ConfigError as error:
+        raise UnknownModelError(f"model.hf: {error}.") from error
+
+
+def context_length(recipe: Recipe) -> int | None:
+    """Most tokens of a sequence that the model reads; None for any number, or where it reads no texts.
+
+    Raises:
+        UnknownModelError: the folder of a model of transformers does not say.
+    """
+    if not isinstance(recipe.model, GPTModel | HuggingFaceModel):
+        return None
+    try:
+        return recipe.model.context_length
+    except ConfigError as error:
+        raise UnknownModelError(f"model.hf: {error}.") from error
 
 
 def data_weights(recipe: Recipe) -> tuple[float, ...]:
@@ -240,10 +270,12 @@ def tokens_per_task(recipe: Recipe) -> int | None:
 def num_in_context(recipe: Recipe) -> int:
     """The most support sequences, with the token after each, that fit in front of a query."""
     facts = task_facts(recipe)
-    if not isinstance(recipe.model, GPTModel) or not isinstance(facts.inputs, TextInputs):
+    if not isinstance(facts.inputs, TextInputs):
         return 0
-    length = facts.inputs.length
-    room = (recipe.model.context_length - length) // (length + 1)
+    length, longest = facts.inputs.length, context_length(recipe)
+    if longest is None:
+        return facts.num_support
+    room = (longest - length) // (length + 1)
     return max(0, min(facts.num_support, room))
 
 
@@ -270,8 +302,7 @@ def loss_name(recipe: Recipe) -> str:
     objective = task_facts(recipe).objective
     if objective != "language_modelling":
         return "loss" if objective == "classification" else "mean squared error"
-    is_bytes = isinstance(recipe.model, GPTModel) and recipe.model.vocabulary == 256
-    return "bits per byte" if is_bytes else "bits per token"
+    return "bits per byte" if vocabulary(recipe) == 256 else "bits per token"
 
 
 def num_inputs(inputs: InputSection) -> int:

@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import BertConfig, GPT2Config, LlamaConfig, PretrainedConfig, Qwen2Config, ViTConfig
 
 from metaloom.engine.adapters.model import Structure
-from metaloom.models.hugging_face import AsFunction, HuggingFaceTask, make_model
+from metaloom.models.as_function import AsFunction
+from metaloom.models.hugging_face import HuggingFaceTask, make_model
 
 VOCABULARY, TOKENS, NUM_CLASSES = 23, 6, 3
 _SIZES: dict[str, Any] = {

@@ -1,5 +1,7 @@
 """Rules about the inner loop."""
 
+import fnmatch
+
 from metaloom.recipe.adaptation import (
     DenseSymmetry,
     FullFast,
@@ -18,7 +20,7 @@ from metaloom.recipe.data import (
     ClassesData,
     DocumentsData,
 )
-from metaloom.recipe.model import Conv4Model, GPTModel, MLPModel, SingleLayerModel
+from metaloom.recipe.model import Conv4Model, GPTModel, HuggingFaceModel, MLPModel, SingleLayerModel
 from metaloom.recipe.rules.base import Broken, Rule, of_maml, repeated
 from metaloom.recipe.rules.model import has_tied_head, linear_layers
 from metaloom.recipe.rules.multi_task import named_groups
@@ -71,7 +73,10 @@ def lora_targets_exist(recipe: Recipe) -> Broken:
         return
     endings = ", ".join(dict.fromkeys(layer.rpartition(".")[2] for layer in layers))
     for position, target in enumerate(fast.targets):
-        if not any(layer == target or layer.endswith(f".{target}") for layer in layers):
+        if not any(
+            layer == target or layer.endswith(f".{target}") or fnmatch.fnmatchcase(layer, target)
+            for layer in layers
+        ):
             yield (
                 f"adaptation.fast.targets.{position}",
                 f"{target!r}; matches no linear layer of the model, which has {endings}",
@@ -80,7 +85,7 @@ def lora_targets_exist(recipe: Recipe) -> Broken:
 
 def lora_rank_is_low(recipe: Recipe) -> Broken:
     fast, model = recipe.adaptation.fast, recipe.model
-    if isinstance(model, SingleLayerModel):
+    if isinstance(model, SingleLayerModel | HuggingFaceModel):
         return
     most, key = model.width, "width"
     if isinstance(model, MLPModel) and model.widths is not None:
@@ -132,7 +137,9 @@ def norms_and_biases_are_there(recipe: Recipe) -> Broken:
     fast, model = recipe.adaptation.fast, recipe.model
     if not isinstance(fast, NormBiasFast):
         return
-    has_norms = isinstance(model, GPTModel) or (isinstance(model, Conv4Model) and model.norm != "none")
+    has_norms = isinstance(model, GPTModel | HuggingFaceModel) or (
+        isinstance(model, Conv4Model) and model.norm != "none"
+    )
     if not (fast.norms or fast.biases):
         yield (
             "adaptation.fast.kind",

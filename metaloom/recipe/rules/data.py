@@ -10,11 +10,12 @@ from metaloom.recipe.data import (
     Loading,
     TextInputs,
 )
-from metaloom.recipe.model import GPTModel, MLPModel, SingleLayerModel
+from metaloom.recipe.model import HuggingFaceModel, MLPModel, SingleLayerModel
 from metaloom.recipe.rules.base import Broken, Rule
 from metaloom.recipe.schema import Recipe
 from metaloom.recipe.synthetic import Equivariant1dTask, Equivariant2dTask, SyntheticData
 from metaloom.recipe.tasks import (
+    context_length,
     data_sets,
     data_urls,
     facts_of,
@@ -127,7 +128,7 @@ def parts_are_alike(recipe: Recipe) -> Broken:
 
 
 def model_reads_the_data(recipe: Recipe) -> Broken:
-    reads = READS[recipe.model.kind]
+    reads = _what_is_read(recipe)
     given = {"data": task_facts(recipe).inputs}
     rehearsed = rehearsal_facts(recipe)
     if rehearsed is not None:
@@ -150,6 +151,22 @@ def model_reads_the_data(recipe: Recipe) -> Broken:
         )
 
 
+def _what_is_read(recipe: Recipe) -> str:
+    model = recipe.model
+    if isinstance(model, HuggingFaceModel):
+        return "image" if model.task == "image-classification" else "text"
+    return READS[model.kind]
+
+
+def tasks_of_transformers_fit(recipe: Recipe) -> Broken:
+    model, objective = recipe.model, task_facts(recipe).objective
+    if not isinstance(model, HuggingFaceModel) or objective == "regression":
+        return
+    if (model.task == "causal-lm") != (objective == "language_modelling"):
+        wanted = "causal-lm" if objective == "language_modelling" else "sequence-classification"
+        yield "model.task", f"{model.task}; the tasks are {objective}; set it to {wanted}"
+
+
 def models_fit_the_objective(recipe: Recipe) -> Broken:
     objective = task_facts(recipe).objective
     if objective == "regression" and not isinstance(recipe.model, MLPModel | SingleLayerModel):
@@ -161,9 +178,11 @@ def models_fit_the_objective(recipe: Recipe) -> Broken:
 
 
 def sequences_fit_the_context(recipe: Recipe) -> Broken:
-    model = recipe.model
-    if not isinstance(model, GPTModel):
+    longest = context_length(recipe)
+    if longest is None:
         return
+    is_own = not isinstance(recipe.model, HuggingFaceModel)
+    name = "model.context_length" if is_own else "the positions that model.hf has"
     lengths = {}
     for path, data in data_sets(recipe).items():
         inputs = facts_of(data).inputs
@@ -179,11 +198,11 @@ def sequences_fit_the_context(recipe: Recipe) -> Broken:
     num_prompt = fast.num_tokens if isinstance(fast, SoftPromptFast) else 0
     behind = f" - adaptation.fast.num_tokens = {num_prompt}" if num_prompt else ""
     for path, length in lengths.items():
-        if length + num_prompt > model.context_length:
+        if length + num_prompt > longest:
             yield (
                 path,
-                f"{length}; must be at most model.context_length = "
-                f"{model.context_length}{behind}; shorten the sequences or raise model.context_length",
+                f"{length}; must be at most {name} = {longest}{behind}; shorten the sequences"
+                + (f" or raise {name}" if is_own else ""),
             )
 
 
@@ -273,6 +292,7 @@ RULES: tuple[Rule, ...] = (
     parts_are_alike,
     model_reads_the_data,
     models_fit_the_objective,
+    tasks_of_transformers_fit,
     sequences_fit_the_context,
     filters_fit_into_inputs,
     every_group_has_a_task,

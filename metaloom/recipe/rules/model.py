@@ -1,6 +1,7 @@
 """Rules about the network and its pre-training."""
 
 import math
+from pathlib import Path
 
 from metaloom.recipe.adaptation import FullFast, LoRAFast, MSRFast
 from metaloom.recipe.algorithm import CustomAlgorithm, ERMAlgorithm, MAMLAlgorithm
@@ -8,8 +9,10 @@ from metaloom.recipe.data import (
     DocumentsData,
 )
 from metaloom.recipe.model import (
+    ConfigError,
     Conv4Model,
     GPTModel,
+    HuggingFaceModel,
     LinearLayer,
     LocallyConnectedLayer,
     MLPModel,
@@ -35,6 +38,8 @@ def linear_layers(recipe: Recipe) -> list[str]:
             return ["head"]
         case SingleLayerModel(layer=layer):
             return ["layer"] if isinstance(layer, LinearLayer) else []
+        case HuggingFaceModel():
+            raise Unreadable  # where the model is made tells
         case _:  # of a recipe with mistakes
             raise Unreadable
 
@@ -45,6 +50,19 @@ def has_tied_head(recipe: Recipe) -> bool:
     if not isinstance(model, GPTModel) or not model.tied_embeddings:
         return False
     return task_facts(recipe).objective == "language_modelling"
+
+
+def folders_of_transformers_are_read(recipe: Recipe) -> Broken:
+    model = recipe.model
+    if not isinstance(model, HuggingFaceModel) or not Path(model.hf).exists():
+        return  # of another machine: where it is trained tells
+    try:
+        if model.task != "image-classification":
+            _ = model.vocabulary
+        elif "num_channels" not in model.config:
+            yield "model.hf", f"{model.hf}; its config.json has no num_channels: this is no model of images"
+    except ConfigError as error:
+        yield "model.hf", f"{error}; give the folder that save_pretrained of transformers has written"
 
 
 def heads_divide_the_width(recipe: Recipe) -> Broken:
@@ -179,6 +197,7 @@ def single_layers_fit_the_data(recipe: Recipe) -> Broken:
 _SHAPES = ("[length]", "[channels, length]", "[channels, height, width]")
 
 RULES: tuple[Rule, ...] = (
+    folders_of_transformers_are_read,
     heads_divide_the_width,
     widths_are_of_the_layers,
     pretrain_needs_gpt,

@@ -8,10 +8,17 @@ from metaloom.recipe.algorithm import (
 )
 from metaloom.recipe.data import DocumentsData
 from metaloom.recipe.machine import ShardedSharding
-from metaloom.recipe.model import GPTModel
+from metaloom.recipe.model import HuggingFaceModel
 from metaloom.recipe.rules.base import Broken, Rule
 from metaloom.recipe.schema import Recipe
-from metaloom.recipe.tasks import data_sets, num_in_context, num_inputs, positions_in_context, task_facts
+from metaloom.recipe.tasks import (
+    context_length,
+    data_sets,
+    num_in_context,
+    num_inputs,
+    positions_in_context,
+    task_facts,
+)
 
 SET_LEARNERS = (CNPAlgorithm, AttentionLearnerAlgorithm, RecurrentLearnerAlgorithm)
 
@@ -61,13 +68,17 @@ def in_context_a_support_sequence_fits(recipe: Recipe) -> Broken:
             f"'{name}' puts the text before a query in front of it, which data.kind = documents alone has, "
             f"and data.kind is {recipe.data.kind}; take another",
         )
-    elif isinstance(recipe.model, GPTModel) and num_in_context(recipe) == 0:
+        return
+    longest = context_length(recipe)
+    if longest is not None and num_in_context(recipe) == 0:
         length = num_inputs(task_facts(recipe).inputs)
+        is_fixed = isinstance(recipe.model, HuggingFaceModel)
+        ways_out = "" if is_fixed else f"raise it to {2 * length + 1} or more, or "
         yield (
-            "model.context_length",
-            f"{recipe.model.context_length}; '{name}' ({path}) needs room for a support sequence and the "
-            f"token after it, {length + 1} tokens, in front of a query of {length}; raise it to "
-            f"{2 * length + 1} or more, or lower data.sequence_length",
+            "model.hf" if is_fixed else "model.context_length",
+            f"{longest}{' positions' if is_fixed else ''}; '{name}' ({path}) needs room for a support "
+            f"sequence and the token after it, {length + 1} tokens, in front of a query of {length}; "
+            f"{ways_out}lower data.sequence_length",
         )
 
 

@@ -2,7 +2,7 @@
 
 from metaloom.recipe.algorithm import ARMBNAlgorithm, ARMCMLAlgorithm, ERMAlgorithm, MultiTaskAlgorithm
 from metaloom.recipe.data import ClassesData, GroupsData
-from metaloom.recipe.model import Conv4Model, GPTModel
+from metaloom.recipe.model import Conv4Model, MLPModel, SingleLayerModel
 from metaloom.recipe.rules.base import Broken, Rule
 from metaloom.recipe.schema import Recipe
 from metaloom.recipe.tasks import data_sets, task_facts
@@ -77,11 +77,13 @@ def arm_bn_needs_batch_norm(recipe: Recipe) -> Broken:
 
 
 def arm_cml_has_a_place_for_the_context(recipe: Recipe) -> Broken:
-    if isinstance(recipe.algorithm, ARMCMLAlgorithm) and isinstance(recipe.model, GPTModel):
+    if isinstance(recipe.algorithm, ARMCMLAlgorithm) and not isinstance(
+        recipe.model, Conv4Model | MLPModel | SingleLayerModel
+    ):
         yield (
             "algorithm.kind",
             "arm_cml; shows the context as channels beside an image's or numbers beside an array's, and "
-            "model.kind = gpt reads texts; take another algorithm, or other data",
+            f"model.kind = {recipe.model.kind} has no place for it; take another algorithm, or other data",
         )
 
 
