@@ -20,7 +20,7 @@ from metaloom.engine.precision import Precision
 from metaloom.engine.sharding.sharded import Sharded
 from metaloom.engine.unroll import Unroll
 from metaloom.models.gpt import Gpt
-from metaloom.weights import hold
+from metaloom.weights import hold, of_file
 from tests.multirank.processes import run_ranks
 
 MIB = 2**20
@@ -44,7 +44,7 @@ def peak_of_loading_and_a_hypergradient(path: Path) -> tuple[float, float]:
 
 def _hypergradient(make: Callable[[], Gpt], path: Path | None) -> float:
     """Loads a model in shards, differentiates once, and returns the meta-loss."""
-    model = hold(make, path, Sharded(CPU), CPU, torch.float32)
+    model = hold(make, None if path is None else of_file(path), Sharded(CPU), CPU, torch.float32)
     adapter = LoraAdapter(
         model.module,
         targets=["qkv"],

@@ -31,8 +31,8 @@ all_cases = pytest.mark.parametrize("case", CASES)
 EXACT = ("unrolled", "rematerialized", "mixed_mode")
 
 
-def adapter_of(case: str) -> LoraAdapter:
-    """Rank 2 on all linear layers but the head."""
+def adapter_of(case: str, *, with_head: bool = False) -> LoraAdapter:
+    """Rank 2 on all linear layers but the head, which is fast in whole or not at all."""
     model = small_model(case)
     return LoraAdapter(
         model,
@@ -40,11 +40,13 @@ def adapter_of(case: str) -> LoraAdapter:
         rank=RANK,
         alpha=ALPHA,
         generator=torch.Generator().manual_seed(3),
+        rank_stabilized=with_head,
+        whole_modules=[model.head_name] if with_head else (),
         structure=structure_of(model),
     )
 
 
-def peft_model(case: str) -> tuple[nn.Module, dict[str, str]]:
+def peft_model(case: str, *, with_head: bool = False) -> tuple[nn.Module, dict[str, str]]:
     """The same in PEFT, and its parameters' names by those of the fast weights."""
     model = small_model(case)
     config = LoraConfig(
@@ -53,22 +55,29 @@ def peft_model(case: str) -> tuple[nn.Module, dict[str, str]]:
         target_modules="all-linear",
         # PEFT leaves out a language model's head itself.
         exclude_modules=None if CASES[case][1] == "causal-lm" else [model.head_name],
+        use_rslora=with_head,
+        modules_to_save=[model.head_name] if with_head else None,
         fan_in_fan_out=case.startswith("GPT-2"),
     )
     wrapped = get_peft_model(model, config).double().eval()
     names = {
         name.removeprefix("base_model.model.")
         .replace(".lora_A.default.weight", ".lora_a")
-        .replace(".lora_B.default.weight", ".lora_b"): name
+        .replace(".lora_B.default.weight", ".lora_b")
+        .replace(".modules_to_save.default", ""): name
         for name, _ in wrapped.named_parameters()
-        if ".lora_" in name
+        if ".lora_" in name or ".modules_to_save." in name
     }
     return wrapped, names
 
 
-@all_cases
-def test_outputs_and_gradients_of_each_task_are_those_of_pefts_layers(case: str) -> None:
-    adapter, (model, names) = adapter_of(case), peft_model(case)
+@pytest.mark.parametrize(
+    ("case", "with_head"),
+    [*((case, False) for case in CASES), *((case, True) for case in CASES if CASES[case][1] != "causal-lm")],
+)
+def test_outputs_and_gradients_of_each_task_are_those_of_pefts_layers(case: str, with_head: bool) -> None:
+    adapter = adapter_of(case, with_head=with_head)
+    model, names = peft_model(case, with_head=with_head)
     fast = perturbed(adapter.init({}, NUM_TASKS), scale=0.3)
     assert fast.keys() == names.keys()
     inputs = examples(case, NUM_TASKS, 3, seed=2)["inputs"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Literal
 
 import pytest
@@ -10,8 +11,21 @@ from torch import Tensor
 from torch.func import functional_call
 
 from metaloom.engine.adapters.lora import LoraAdapter
+from metaloom.engine.adapters.model import Structure
+from metaloom.engine.hypergradients import HYPERGRADIENTS
+from metaloom.errors import CapabilityError
 from metaloom.models.gpt import VOCABULARY
-from tests.numerics.problems import TOKENS, logits_of, perturbed, small_gpt
+from tests.numerics.problems import (
+    TOKENS,
+    Problem,
+    assert_gradients_agree,
+    gpt_problem,
+    last,
+    logits_of,
+    perturbed,
+    relative_error,
+    small_gpt,
+)
 
 NUM_TASKS = 3
 Targets = tuple[str, ...] | Literal["all-linear"]
@@ -90,3 +104,83 @@ def test_lora_starts_as_the_unadapted_model(tied: bool) -> None:
     logits = logits_of(adapter, {}, adapter.init({}, NUM_TASKS), tokens)
     expected = small_gpt(tied_embeddings=tied)(tokens.flatten(0, 1)).view_as(logits)
     assert torch.equal(logits, expected)
+
+
+def with_dropout(dropout: float) -> Problem:
+    problem = gpt_problem(step_weights=last(3), grain="per_tensor", num_layers=2)
+    adapter = LoraAdapter(
+        problem.model,
+        targets=["qkv", "fc_in"],
+        rank=2,
+        alpha=6.0,
+        generator=torch.Generator().manual_seed(3),
+        dropout=dropout,
+        structure=Structure(("blocks.0", "blocks.1"), "head"),
+    )
+    learner = dataclasses.replace(problem.unroll.learner, adapter=adapter, recompute_blocks=True)
+    unroll = dataclasses.replace(problem.unroll, learner=learner)
+    rates = unroll.rates.meta_parameters(adapter.init({}, 1))
+    meta = perturbed(adapter.meta_parameters(init=True, backbone=False) | rates, scale=0.1)
+    return dataclasses.replace(problem, unroll=unroll, meta=meta)
+
+
+def test_what_an_adapter_drops_is_dropped_again_where_a_step_is_computed_again() -> None:
+    problem, without = with_dropout(0.5), with_dropout(0.0)
+    found = {
+        name: HYPERGRADIENTS[name]().meta_gradient(problem.unroll, problem.meta, problem.batch).gradient
+        for name in ("unrolled", "rematerialized", "mixed_mode")
+    }
+    assert_gradients_agree(found["rematerialized"], found["unrolled"], rtol=1e-9)
+    assert_gradients_agree(found["mixed_mode"], found["unrolled"], rtol=1e-9)
+    plain = HYPERGRADIENTS["unrolled"]().meta_gradient(without.unroll, without.meta, without.batch).gradient
+    assert all(relative_error(found["unrolled"][name], value) > 0.01 for name, value in plain.items())
+    # Adaptation steps alone drop: at the same fast weights the query loss is the same.
+    fast = problem.unroll.learner.init(problem.meta, 2)
+    losses, _ = problem.unroll.learner.losses("query", problem.meta, fast, problem.batch, 0)
+    expected, _ = without.unroll.learner.losses("query", without.meta, fast, without.batch, 0)
+    assert torch.equal(losses, expected)
+
+
+def test_targets_may_be_patterns_of_whole_names() -> None:
+    def layers(*targets: str) -> set[str]:
+        adapter = LoraAdapter(
+            small_gpt(num_layers=2),
+            targets=targets,
+            rank=2,
+            alpha=1.0,
+            generator=torch.Generator().manual_seed(0),
+        )
+        return {name.rpartition(".")[0] for name in adapter.init({}, 1)}
+
+    assert layers("blocks.1.*.qkv") == {"blocks.1.attention.qkv"}
+    assert layers("*.fc_*", "qkv") == {
+        f"blocks.{block}.{layer}"
+        for block in (0, 1)
+        for layer in ("mlp.fc_in", "mlp.fc_out", "attention.qkv")
+    }
+    with pytest.raises(
+        CapabilityError, match=r"adaptation\.fast\.targets: 'blocks\.2\.\*' matches no linear"
+    ):
+        layers("blocks.2.*")
+
+
+def test_whole_modules_are_no_targets_and_have_to_be_there() -> None:
+    def adapter(*modules: str) -> LoraAdapter:
+        return LoraAdapter(
+            small_gpt(),
+            targets=["qkv"],
+            rank=2,
+            alpha=1.0,
+            generator=torch.Generator().manual_seed(0),
+            whole_modules=modules,
+        )
+
+    assert {"head.weight", "norm.weight", "norm.bias"} <= adapter("head", "norm").init({}, 1).keys()
+    assert not any(
+        name.startswith("backbone.head")
+        for name in adapter("head").meta_parameters(init=False, backbone=True)
+    )
+    with pytest.raises(CapabilityError, match=r"modules_to_save: 'qkv' has blocks\.0\.attention\.qkv in it"):
+        adapter("qkv")
+    with pytest.raises(CapabilityError, match="modules_to_save: 'score' matches no module with parameters"):
+        adapter("score")

@@ -17,7 +17,7 @@ from metaloom.engine.sharding.replicated import Replicated
 from metaloom.engine.sharding.sharded import Sharded, rows_of
 from metaloom.errors import CapabilityError, CheckpointError
 from metaloom.models.gpt import Gpt
-from metaloom.weights import hold, parameters_on_meta
+from metaloom.weights import hold, of_file, parameters_on_meta
 
 CPU = torch.device("cpu")
 
@@ -48,7 +48,7 @@ def test_weights_are_read_from_a_file_and_tied_ones_stay_tied(tmp_path: Path, sh
     weights = drawn()
     save_file(weights, tmp_path / "model.safetensors")
     for source in (tmp_path, tmp_path / "model.safetensors"):
-        held = hold(tiny, source, sharding, CPU, torch.float64)
+        held = hold(tiny, of_file(source), sharding, CPU, torch.float64)
         assert held.values().keys() == weights.keys()
         for name, value in held.values().items():
             assert torch.equal(value, weights[name].double()), name
@@ -64,7 +64,7 @@ def test_weights_are_read_from_several_files_by_their_index(tmp_path: Path) -> N
         save_file({name: weights[name] for name in own}, tmp_path / file)
     index = {"weight_map": {name: file for file, own in parts.items() for name in own}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    held = hold(tiny, tmp_path, Replicated(), CPU, torch.float32)
+    held = hold(tiny, of_file(tmp_path), Replicated(), CPU, torch.float32)
     assert all(torch.equal(value, weights[name]) for name, value in held.values().items())
 
 
@@ -77,7 +77,7 @@ def test_weights_of_another_model_are_refused_with_all_differences(tmp_path: Pat
     with pytest.raises(
         CheckpointError, match=r"model\.weights: .* another model \(3 differences\)"
     ) as raised:
-        hold(tiny, tmp_path, Replicated(), CPU, torch.float32)
+        hold(tiny, of_file(tmp_path), Replicated(), CPU, torch.float32)
     for line in (
         "norm.bias: in the model, not in the files",
         "norm.weight: shape [7] in the files, [4] in the model",
@@ -88,13 +88,13 @@ def test_weights_of_another_model_are_refused_with_all_differences(tmp_path: Pat
 
 def test_a_folder_without_weights_and_a_file_that_is_damaged_are_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"neither a safetensors file nor a folder with model"):
-        hold(tiny, tmp_path, Replicated(), CPU, torch.float32)
+        hold(tiny, of_file(tmp_path), Replicated(), CPU, torch.float32)
     (tmp_path / "model.safetensors").write_bytes(b"not a header")
     with pytest.raises(CheckpointError, match=r"model\.weights: .*model\.safetensors cannot be read"):
-        hold(tiny, tmp_path, Replicated(), CPU, torch.float32)
+        hold(tiny, of_file(tmp_path), Replicated(), CPU, torch.float32)
     (tmp_path / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"index\.json cannot be read"):
-        hold(tiny, tmp_path, Replicated(), CPU, torch.float32)
+        hold(tiny, of_file(tmp_path), Replicated(), CPU, torch.float32)
 
 
 def test_parameters_on_meta_leave_buffers_real_and_modules_made_later_as_they_are() -> None:
