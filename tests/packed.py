@@ -22,6 +22,17 @@ def samples_of(folder: Path, split: str) -> dict[str, dict[str, bytes]]:
     return found
 
 
+def pictures(glyphs: Path, folder: Path, num_classes: int) -> Path:
+    """A task of test images of some classes: a folder for each class."""
+    for key, members in samples_of(glyphs, "test").items():
+        label = int(members["cls"])
+        if label < num_classes:
+            place = folder / f"class {label}" / f"{key.replace('/', '-')}.png"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(members["png"])
+    return folder
+
+
 def array_of(payload: bytes) -> NDArray[Any]:
     """The array of an .npy member."""
     array: NDArray[Any] = np.load(io.BytesIO(payload), allow_pickle=False)

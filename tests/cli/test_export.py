@@ -26,7 +26,7 @@ from metaloom.run_folder import RunFolder
 from metaloom.sources import episode_source
 from tests.commands import RECIPES, run_well
 from tests.in_process import trained
-from tests.packed import samples_of
+from tests.packed import pictures
 
 SHORT = (
     "outer.num_steps=4",
@@ -218,17 +218,6 @@ def test_an_export_is_of_the_best_step_or_of_a_named_one_and_needs_no_data(
     (tmp_path / "mine" / "letter").write_text("dear")
     assert main([*words, "--output", str(tmp_path / "mine"), "--replace"]) == 5
     assert "is there, and is no export" in capfd.readouterr().err
-
-
-def pictures(glyphs: Path, folder: Path, num_classes: int) -> Path:
-    """A task of images that the run has never seen: a folder for each class."""
-    for key, members in samples_of(glyphs, "test").items():
-        label = int(members["cls"])
-        if label < num_classes:
-            place = folder / f"class {label}" / f"{key.replace('/', '-')}.png"
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_bytes(members["png"])
-    return folder
 
 
 def test_adapting_to_a_folder_of_images_is_told_and_its_result_predicts_them(
