@@ -5,6 +5,7 @@ Shape letters: N examples, L tokens, D width, V outputs (vocabulary, classes).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -78,9 +79,13 @@ class _DecoderClassification(_OfTransformers):
 
 
 class _ImageClassification(_OfTransformers):
+    image_mean: tuple[float, ...] = (0.0,)
+    image_std: tuple[float, ...] = (1.0,)
+
     def forward(self, images: Tensor) -> Tensor:
-        """Logits `[N, V]` of the class."""
-        logits: Tensor = super().forward(pixel_values=images).logits
+        """Logits `[N, V]` of the class, of numbers from 0 to 1."""
+        mean, std = (images.new_tensor(each)[:, None, None] for each in (self.image_mean, self.image_std))
+        logits: Tensor = super().forward(pixel_values=(images - mean) / std).logits
         return logits
 
 
@@ -89,7 +94,8 @@ def make_model(folder: Path, task: HuggingFaceTask, *, num_outputs: int | None =
 
     * `causal-lm`: of tokens `[N, L]`, those of the next ones, `[N, L, V]`;
     * `sequence-classification`: of tokens, those of the text's class, `[N, V]`;
-    * `image-classification`: of images `[N, channels, height, width]`, `[N, V]`.
+    * `image-classification`: of images `[N, channels, height, width]`, numbers from 0 to 1, `[N, V]`: by the
+      mean and standard deviation that the folder's `preprocessor_config.json` says, where it has one.
 
     Sequences may be padded on the right with `PAD`. Dropout is off. Attention is torch's
     `scaled_dot_product_attention` where the model can have it.
@@ -112,7 +118,17 @@ def make_model(folder: Path, task: HuggingFaceTask, *, num_outputs: int | None =
         model = _CLASSES[task].from_config(config, attn_implementation="eager")
     function = as_function(model, task)
     function.eval()
+    if isinstance(function, _ImageClassification):
+        function.image_mean, function.image_std = _normalisation(folder)
     return function
+
+
+def _normalisation(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    path = folder / "preprocessor_config.json"
+    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not values.get("do_normalize", True) or "image_mean" not in values or "image_std" not in values:
+        return (0.0,), (1.0,)
+    return tuple(values["image_mean"]), tuple(values["image_std"])
 
 
 def as_function(model: PreTrainedModel, task: HuggingFaceTask) -> AsFunction:

@@ -85,7 +85,8 @@ OUTSIDE = {
     CREDENTIALS: set[str](),
     # DeepSpeed where it is asked for alone: see ONLY_IN.
     "metaloom.engine": {"torch", "deepspeed"},
-    "metaloom.models": {"torch"},
+    # Transformers where it is asked for alone: see ONLY_IN.
+    "metaloom.models": {"torch", "transformers"},
     CHECKPOINTS: {"torch", "fsspec"},
     # What peft and transformers read is written without them.
     "metaloom.export": {"numpy", "safetensors", "torch"},
@@ -103,6 +104,7 @@ ONLY_IN = {
     "deepspeed": ("metaloom.engine.sharding.deepspeed_zero",),
     "gcsfs": ("metaloom.datasets.drivers",),
     "huggingface_hub": ("metaloom.datasets.hub",),
+    "transformers": ("metaloom.models.hugging_face",),
 }
 # Packages whose modules may know several parts, as modules at the top do.
 KNOWING = ("metaloom.build", "metaloom.export", "metaloom.new_task")

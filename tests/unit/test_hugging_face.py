@@ -117,6 +117,21 @@ def test_outputs_are_those_of_transformers(case: str, tmp_path: Path) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_images_are_normalised_as_the_folder_says(tmp_path: Path) -> None:
+    config, task = CASES["ViT"]
+    config.num_labels = NUM_CLASSES
+    saved(tmp_path, config, CLASSES[task])
+    images = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    model = CLASSES[task].from_pretrained(tmp_path).eval()
+    for says, pixels in (
+        ({"image_mean": [0.3], "image_std": [0.5], "do_normalize": True}, (images - 0.3) / 0.5),
+        ({"image_mean": [0.3], "image_std": [0.5], "do_normalize": False}, images),
+    ):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(says))
+        found = built(tmp_path, task).module(images)
+        torch.testing.assert_close(found, model(pixel_values=pixels).logits, rtol=1e-5, atol=1e-6)
+
+
 @either
 @pytest.mark.parametrize("case", ["GPT-2, classes", "Llama, classes", "BERT", "ViT"])
 def test_a_new_head_is_drawn_from_the_seed_beside_the_folders_weights(
