@@ -173,6 +173,18 @@ def test_a_head_starts_at_zero_only_where_it_is_fast() -> None:
         CapabilityError, match=r"adaptation\.head is about the head's own weights, which are n"
     ):
         ZeroHeadAdapter(lora, None)
+    beside = LoraAdapter(
+        mlp(),
+        targets="all-linear",
+        rank=1,
+        alpha=1.0,
+        generator=torch.Generator(),
+        whole_modules=["head"],
+        structure=HEAD,
+    )
+    started = ZeroHeadAdapter(beside, None).init({}, 2)
+    assert not started["head.weight"].any()
+    assert not started["head.bias"].any()
     biases = PartAdapter(mlp(), names=["head.bias"], structure=HEAD)
     with pytest.raises(CapabilityError, match=r"own weights, and head\.weight is not fast: choose it in"):
         ZeroHeadAdapter(biases, None)

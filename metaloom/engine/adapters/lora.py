@@ -124,6 +124,8 @@ class LoraAdapter(Adapter):
         )
 
     def head_weights(self, output: str | None) -> tuple[str, ...]:
+        if not self._whole:
+            return super().head_weights(output)
         return fast_head(self._model, self._structure, output, self._whole)
 
     @contextlib.contextmanager

@@ -179,9 +179,9 @@ def the_head_is_apart(recipe: Recipe) -> Broken:
 
 def the_head_is_fast(recipe: Recipe) -> Broken:
     fast, head = recipe.adaptation.fast, recipe.adaptation.head
-    is_fast = isinstance(fast, FullFast | HeadFast | PartFast) or (
-        isinstance(fast, NormBiasFast) and fast.head
-    )
+    is_fast = isinstance(fast, FullFast | HeadFast | PartFast)
+    is_fast = is_fast or (isinstance(fast, NormBiasFast) and fast.head)
+    is_fast = is_fast or (isinstance(fast, LoRAFast) and bool(fast.modules_to_save))
     if head != Head() and not is_fast:
         yield (
             "adaptation.head",
