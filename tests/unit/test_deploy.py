@@ -83,7 +83,7 @@ def test_the_image_is_made_from_arguments_and_its_defaults_name_no_index() -> No
         "BASE_IMAGE": "nvidia/cuda:12.8.1-base-ubuntu24.04",
         "TORCH_INDEX": "",
         "PIP_INDEX": "",
-        "EXTRAS": "s3,gs,hf,http",
+        "EXTRAS": "s3,gs,hf,http,transformers",
     }
     assert "://" not in DOCKERFILE.read_text()
     assert STEPS[1] == ("FROM", "${BASE_IMAGE} AS base")
