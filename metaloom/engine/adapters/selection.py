@@ -140,8 +140,10 @@ def parameters_of(model: nn.Module, modules: Sequence[str], *, besides: Collecti
         ]
         parameters = [parameter for _, own in named for parameter, _ in own]
         if not parameters:
+            there_are = ", ".join(dict(model.named_children()))
             raise CapabilityError(
-                f"adaptation.fast.modules_to_save: {wanted!r} matches no module with parameters."
+                f"adaptation.fast.modules_to_save: {wanted!r} matches no module with parameters; give the "
+                f"end of a module's name: at the top this model has {there_are}."
             )
         for name in parameters:
             layer = name.rpartition(".")[0]
