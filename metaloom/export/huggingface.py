@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
 
+from metaloom.engine.adapters.lora import lora_scale
 from metaloom.engine.adapters.selection import uses_of
 from metaloom.errors import CapabilityError
 from metaloom.export import gpt2
@@ -98,7 +98,7 @@ def merged(trained: Trained) -> dict[str, Tensor]:
     assert isinstance(fast, LoRAFast), "the format was found fit"
     weights, start = trained.weights(), trained.start()
     uses = {name: names for names in uses_of(trained.module).values() for name in names}
-    scale = fast.alpha / (math.sqrt(fast.rank) if fast.rslora else fast.rank)
+    scale = lora_scale(fast.alpha, fast.rank, rank_stabilized=fast.rslora)
     for name, value in start.items():
         layer, _, side = name.rpartition(".")
         if side not in ("lora_a", "lora_b"):

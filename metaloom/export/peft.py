@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from metaloom.build import build_model
 from metaloom.engine.adapters.base import BACKBONE
+from metaloom.engine.adapters.selection import is_transposed
 from metaloom.engine.sharding.replicated import Replicated
 from metaloom.export.card import Card, read_card, write_card
 from metaloom.export.formats import PEFT
@@ -66,7 +67,7 @@ def write(trained: Trained, card: Card, folder: Path) -> None:
         base=source,
         module=trained.module,
         task_type="CAUSAL_LM" if model.task == "causal-lm" else None,
-        is_transposed=any(type(layer).__name__ == "Conv1D" for layer in trained.module.modules()),
+        is_transposed=any(map(is_transposed, trained.module.modules())),
     )
     of_transformers = _CLASSES[model.task]
     path = f"FOLDER + '/{BACKBONE_FOLDER}'" if source == BACKBONE_FOLDER else repr(source)

@@ -156,14 +156,17 @@ class HuggingFaceModel(Section):
     @property
     def context_length(self) -> int | None:
         """Most tokens of a sequence; None where the configuration has no limit."""
-        names = ("max_position_embeddings", "n_positions", "max_seq_len")
-        return next((self.config[name] for name in names if isinstance(self.config.get(name), int)), None)
+        return self._first("max_position_embeddings", "n_positions", "max_seq_len")
 
     @property
     def num_layers(self) -> int | None:
         """Layers; None where the configuration does not say."""
-        names = ("num_hidden_layers", "n_layer", "num_layers")
-        return next((self.config[name] for name in names if isinstance(self.config.get(name), int)), None)
+        return self._first("num_hidden_layers", "n_layer", "num_layers")
+
+    def _first(self, *names: str) -> int | None:
+        """The first whole number that the configuration has under one of these names."""
+        config = self.config
+        return next((config[name] for name in names if isinstance(config.get(name), int)), None)
 
 
 class ConfigError(Exception):

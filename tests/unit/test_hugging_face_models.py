@@ -78,8 +78,8 @@ def saved(folder: Path, config: PretrainedConfig, kind: Any) -> dict[str, Tensor
     return {name: value.detach() for name, value in read.named_parameters()}
 
 
-def built(folder: Path, task: str, sharding: Replicated = Replicated(), *, seed: int = 0) -> HeldModel:  # noqa: B008
-    return build_model(recipe_of(folder, task, seed=seed), CPU, sharding)
+def built(folder: Path, task: str, sharding: Replicated | None = None, *, seed: int = 0) -> HeldModel:
+    return build_model(recipe_of(folder, task, seed=seed), CPU, sharding or Replicated())
 
 
 @either

@@ -27,6 +27,11 @@ from metaloom.engine.forward_pass import ForwardPass
 from metaloom.engine.kernels import low_rank_update
 
 
+def lora_scale(alpha: float, rank: int, *, rank_stabilized: bool) -> float:
+    """What the product B A is multiplied by."""
+    return alpha / (math.sqrt(rank) if rank_stabilized else rank)
+
+
 class LoraAdapter(Adapter):
     """Low-rank fast weights beside the linear layers of a shared backbone.
 
@@ -75,7 +80,7 @@ class LoraAdapter(Adapter):
         self._model = model
         self._shards = shards
         self._structure = structure or Structure()
-        self._scale = alpha / (math.sqrt(rank) if rank_stabilized else rank)
+        self._scale = lora_scale(alpha, rank, rank_stabilized=rank_stabilized)
         self._dropout = dropout
         self._targets = matching_layers(model, targets, self._structure)
         self._whole = parameters_of(model, whole_modules, besides=self._targets)

@@ -81,16 +81,22 @@ def matching_parameters(model: nn.Module, patterns: Collection[str]) -> list[str
 
 
 def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """The linear layers by name, with the numbers of their inputs and outputs: those of torch, and `Conv1D`
-    of transformers, which has its weight as `[inputs, outputs]`."""
+    """The linear layers by name, with the numbers of their inputs and outputs: those of torch, and those that
+    are transposed."""
     found = {}
     for name, layer in model.named_modules():
-        weight: Any = getattr(layer, "weight", None)
         if isinstance(layer, nn.Linear):
             found[name] = (layer.in_features, layer.out_features)
-        elif type(layer).__name__ == "Conv1D" and weight is not None and weight.ndim == 2:
-            found[name] = (weight.shape[0], weight.shape[1])
+        elif is_transposed(layer):
+            num_inputs, num_outputs = layer.get_parameter("weight").shape
+            found[name] = (num_inputs, num_outputs)
     return found
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    """Whether it is a linear layer with its weight as `[inputs, outputs]`: `Conv1D` of transformers."""
+    weight: Any = getattr(layer, "weight", None)
+    return type(layer).__name__ == "Conv1D" and weight is not None and weight.ndim == 2
 
 
 def matching_layers(
