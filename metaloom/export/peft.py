@@ -23,7 +23,7 @@ from metaloom.export.formats import PEFT
 from metaloom.export.tensors import MODEL_FILE, write_tensors
 from metaloom.export.trained import Trained
 from metaloom.files import replace_file
-from metaloom.models.as_function import AsFunction
+from metaloom.models.as_function import PREPROCESSING_FILE, AsFunction
 from metaloom.recipe import HuggingFaceModel, LoRAFast
 
 CONFIG, ADAPTER_FILE, BACKBONE_FOLDER = "adapter_config.json", "adapter_model.safetensors", "backbone"
@@ -57,6 +57,8 @@ def write(trained: Trained, card: Card, folder: Path) -> None:
         if isinstance(trained.module, AsFunction):
             config = trained.module.config.to_json_string()
             replace_file(folder / BACKBONE_FOLDER / MODEL_CONFIG, config)
+        if isinstance(model, HuggingFaceModel) and (says := Path(model.hf, PREPROCESSING_FILE)).is_file():
+            replace_file(folder / BACKBONE_FOLDER / PREPROCESSING_FILE, says.read_bytes())
     if not isinstance(model, HuggingFaceModel):
         write_adapter(trained, folder, base=source, module=trained.module)
         write_card(card, folder, kind=PEFT, loading=LOADING)

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+PREPROCESSING_FILE = "preprocessor_config.json"  # what a folder of transformers says of its images
+
 
 class AsFunction(nn.Module):
     """A model that is called with one tensor, and tells where it can be taken apart.

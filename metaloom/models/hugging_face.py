@@ -21,7 +21,7 @@ from transformers import (
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from metaloom.models.as_function import AsFunction
+from metaloom.models.as_function import PREPROCESSING_FILE, AsFunction
 from metaloom.models.gpt import PAD, at_last_token
 
 HuggingFaceTask = Literal["causal-lm", "sequence-classification", "image-classification"]
@@ -124,7 +124,7 @@ def make_model(folder: Path, task: HuggingFaceTask, *, num_outputs: int | None =
 
 
 def _normalisation(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    path = folder / "preprocessor_config.json"
+    path = folder / PREPROCESSING_FILE
     values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if not values.get("do_normalize", True) or "image_mean" not in values or "image_std" not in values:
         return (0.0,), (1.0,)

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from metaloom.cli import main
-from metaloom.export import load
+from metaloom.export import load, load_backbone
 from tests.commands import RECIPES, run_well
 from tests.packed import pictures
 
@@ -116,6 +116,8 @@ def test_a_classifier_of_images_is_adapted_with_its_head(glyphs: Path, tmp_path:
         num_channels=1,
     )
     ViTModel(config).save_pretrained(tmp_path / "vit")  # of no task: the head is new
+    normalisation = '{"image_mean": [0.3], "image_std": [0.5]}'
+    (tmp_path / "vit" / "preprocessor_config.json").write_text(normalisation)
     fast = "{kind: lora, rank: 2, alpha: 4, dropout: 0.2, modules_to_save: [classifier]}"
     words = (
         f"model={{hf: {tmp_path / 'vit'}, task: image-classification}}",
@@ -144,7 +146,11 @@ def test_a_classifier_of_images_is_adapted_with_its_head(glyphs: Path, tmp_path:
     folder = run / "export" / "peft"
     again = AutoModelForImageClassification.from_pretrained(folder / "backbone").eval()
     with torch.no_grad():
-        found = PeftModel.from_pretrained(again, str(folder)).eval()(pixel_values=images).logits
+        normalised = (images - 0.3) / 0.5
+        found = PeftModel.from_pretrained(again, str(folder)).eval()(pixel_values=normalised).logits
+        # The backbone beside the adapter still knows how images are normalised.
+        loaded = PeftModel.from_pretrained(load_backbone(folder), str(folder)).eval()(images)
     assert main(["export", str(run), "--format", "safetensors"]) == 0
     ours = load(run / "export" / "safetensors").outputs(images)
     torch.testing.assert_close(found, ours, rtol=0.0, atol=1e-5)
+    torch.testing.assert_close(loaded, ours, rtol=0.0, atol=1e-5)
