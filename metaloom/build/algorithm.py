@@ -170,7 +170,7 @@ def _require_effects(section: MAMLAlgorithm, algorithm: Maml) -> None:
     shared = [name for name in learned if name.startswith(BACKBONE) and not name.startswith(PER_STEP)]
     if section.meta_parameters.backbone and not shared:
         raise CapabilityError(
-            "algorithm.meta_parameters.backbone: true; has no effect, since adaptation.fast adapts every "
+            "algorithm.meta_parameters.backbone: given; has no effect, since adaptation.fast adapts every "
             "weight and leaves none to share: set it to false, or adapt fewer."
         )
     fast = set(unroll.learner.init({}, 1))

@@ -92,6 +92,7 @@ def outer_settings(recipe: Recipe) -> OuterSettings:
         lr_rates=optimizer.lr if outer.lr_rates is None else outer.lr_rates,
         lr_loss=optimizer.lr if outer.lr_loss is None else outer.lr_loss,
         lr_posterior=outer.lr_posterior,
+        lr_parts=outer.lr_parts,
         betas=optimizer.betas if isinstance(optimizer, AdamOptimizer) else (optimizer.momentum, 0.0),
         eps=optimizer.eps if isinstance(optimizer, AdamOptimizer) else 0.0,
         weight_decay=optimizer.weight_decay,

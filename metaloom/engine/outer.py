@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -15,8 +15,9 @@ from metaloom.engine.capabilities import PER_STEP
 from metaloom.engine.inner_loops.rates import RATES
 from metaloom.engine.losses import LOSS
 from metaloom.engine.meta_optimizer import States, UpdateRule
+from metaloom.engine.names import in_short, matching
 from metaloom.engine.sharding.base import Sharding
-from metaloom.errors import MetaloomError
+from metaloom.errors import CapabilityError, MetaloomError
 
 MAX_SKIPPED_IN_A_ROW = 10
 # The share of an outer step in a running mean: that of torch's batch norm.
@@ -39,6 +40,8 @@ class OuterSettings:
         clip_norm: the largest global norm of the gradient, or None.
         ema: decay of the exponential moving average of the meta-parameters, or None.
         lr_posterior: learning rate of the logarithms of a posterior's standard deviations; None for `lr`.
+        lr_parts: in place of `lr`, learning rates by kinds of meta-parameters ("backbone") or patterns of
+            their names, each of which matches some, and none of which match the same.
     """
 
     optimizer: Literal["adam", "sgd"]
@@ -55,6 +58,7 @@ class OuterSettings:
     clip_norm: float | None
     ema: float | None
     lr_posterior: float | None = None
+    lr_parts: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 class SkippedTooOftenError(MetaloomError):
@@ -227,19 +231,42 @@ def parameter_of(key: str) -> str:
 
 
 def update_rule(meta: Mapping[str, Tensor], settings: OuterSettings) -> UpdateRule:
-    """The optimizer's rule, with the full learning rate and the weight decay of each meta-parameter."""
+    """The optimizer's rule, with the full learning rate and the weight decay of each meta-parameter.
+
+    Raises:
+        CapabilityError: an entry of `lr_parts` matches no meta-parameter, or one that another matches.
+    """
     lr: dict[str, float] = {}
     weight_decay: dict[str, float] = {}
     lr_posterior = settings.lr if settings.lr_posterior is None else settings.lr_posterior
+    own = {RATES: settings.lr_rates, LOSS: settings.lr_loss, POSTERIOR: lr_posterior}
+    parts = _rates_of_parts([name for name in meta if not name.startswith(tuple(own))], settings.lr_parts)
     for name, value in meta.items():
-        own = {RATES: settings.lr_rates, LOSS: settings.lr_loss, POSTERIOR: lr_posterior}
         prefix = next((prefix for prefix in own if name.startswith(prefix)), None)
-        lr[name] = settings.lr if prefix is None else own[prefix]
+        lr[name] = parts.get(name, settings.lr) if prefix is None else own[prefix]
         # A rate's logarithm has no reason to be pulled towards 0, a rate of 1; nor has a loss parameter's, or
         # a standard deviation's. Nor have norms and biases: those of each inner step are rows of a matrix.
         is_free = prefix is not None or value.ndim < 2 or name.startswith(PER_STEP)
         weight_decay[name] = 0.0 if is_free else settings.weight_decay
     return UpdateRule(settings.optimizer, settings.betas, settings.eps, lr, weight_decay)
+
+
+def _rates_of_parts(names: Sequence[str], rates: Mapping[str, float]) -> dict[str, float]:
+    chosen: dict[str, str] = {}
+    for entry in rates:
+        meant = matching(names, entry)
+        if not meant:
+            raise CapabilityError(
+                f"outer.lr_parts: {entry!r} matches no meta-parameter that outer.optimizer.lr is for; "
+                f"this run learns {in_short(names) or 'none'}."
+            )
+        for name in meant:
+            if name in chosen:
+                raise CapabilityError(
+                    f"outer.lr_parts: {chosen[name]!r} and {entry!r} both match {name}: narrow one of them."
+                )
+            chosen[name] = entry
+    return {name: rates[entry] for name, entry in chosen.items()}
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

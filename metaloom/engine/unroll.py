@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metaloom.engine.adapters.base import Learned
 from metaloom.engine.forward_pass import Derivative
 from metaloom.engine.inner_loops.base import InnerRule
 from metaloom.engine.inner_loops.head_first import HeadFirst
@@ -64,7 +65,7 @@ class Unroll:
         """Whether the meta-loss has a part at phi_`step`."""
         return self.step_weights[step] != 0.0 or bool(self.terms_at(step))
 
-    def meta_parameters(self, *, init: bool, backbone: bool) -> dict[str, Tensor]:
+    def meta_parameters(self, *, init: bool, backbone: Learned) -> dict[str, Tensor]:
         """Fresh copies of the initial values of what is learned: of the adapter's what is asked for, and the
         rates and loss parameters that are to be."""
         adapter = self.learner.adapter

@@ -143,9 +143,16 @@ class MetaParameters(Section):
     """What the outer loop learns, besides the inner rates (see adaptation.rule.learned)."""
 
     init: bool = Field(default=True, description="learn where the fast weights start")
-    backbone: bool = Field(
-        default=False, description="learn the weights that tasks share (only beside an adapter)"
+    backbone: bool | Annotated[tuple[Text, ...], Field(min_length=1)] = Field(
+        default=False,
+        description="learn the weights that tasks share (only beside an adapter): true for all, or patterns "
+        "of the names of those that are learned",
     )
+
+    @property
+    def some_backbone(self) -> bool:
+        """Whether weights that tasks share are learned."""
+        return bool(self.backbone)
 
 
 class MAMLAlgorithm(Section):

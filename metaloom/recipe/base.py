@@ -1,9 +1,9 @@
 """What the sections of a recipe are made of."""
 
 import json
-from typing import Annotated
+from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field
 
 type_checked = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -14,9 +14,11 @@ FloatOrZero = Annotated[float, Field(ge=0)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
 
+V = TypeVar("V")
 
-class Keys(dict[str, JsonValue]):
-    """Keys and values of another program's configuration, hashable as the rest of a recipe."""
+
+class Keys(dict[str, V]):
+    """Keys and values that are not the recipe's own, hashable as the rest of it."""
 
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(json.dumps(self, sort_keys=True))

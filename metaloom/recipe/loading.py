@@ -16,6 +16,7 @@ from metaloom.recipe.schema import Recipe
 from metaloom.recipe.wording import (
     close_to,
     fault,
+    has_items,
     item_fault,
     kind_of,
     not_a_choice,
@@ -109,7 +110,7 @@ def _section(section: type[AnySection], values: dict[str, Any], path: KeyPath, s
         whole = section(**readable)
     except ValidationError as error:
         for name, index in _faults(error, readable):
-            if index is None:
+            if index is None or not has_items(fields[name]):
                 source.add_problem((*path, name), fault(fields[name], values[name]))
             else:
                 item = values[name][index]
@@ -180,15 +181,16 @@ def _tuples(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _faults(error: ValidationError, values: dict[str, Any]) -> list[tuple[str, int | None]]:
-    """The fields at fault, each with the number of the list item at fault where it is one."""
-    faults: dict[tuple[str, int | None], None] = {}
+def _faults(error: ValidationError, values: dict[str, Any]) -> list[tuple[str, int | str | None]]:
+    """The fields at fault, each with the list item at fault, or the key of the value, where it is one."""
+    faults: dict[tuple[str, int | str | None], None] = {}
     for detail in error.errors(include_url=False, include_context=False, include_input=False):
         name, *inside = detail["loc"]
         if name in values:
             value = values[str(name)]
-            item = inside[0] if inside and isinstance(inside[0], int) and isinstance(value, tuple) else None
-            faults[str(name), item if item is not None and item < len(value) else None] = None
+            is_of_key = isinstance(value, dict) and inside[-1:] != ["[key]"]
+            there_are = range(len(value)) if isinstance(value, tuple) else value if is_of_key else ()
+            faults[str(name), inside[0] if inside and inside[0] in there_are else None] = None
     return list(faults)
 
 

@@ -1,10 +1,10 @@
 """The sections of a recipe that say how the meta-parameters are moved: the outer loop."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, WithJsonSchema
 
-from metaloom.recipe.base import BelowOne, Count, CountOrZero, FloatOrZero, PositiveFloat, Section
+from metaloom.recipe.base import BelowOne, Count, CountOrZero, FloatOrZero, Keys, PositiveFloat, Section, Text
 from metaloom.recipe.combiner import Combiner, MeanCombiner
 
 
@@ -75,6 +75,15 @@ class Outer(Section):
         default=None,
         description="peak learning rate of the logarithms of standard deviations (regularisation = weights); "
         "null for optimizer.lr",
+    )
+    lr_parts: Annotated[
+        dict[Text, PositiveFloat],
+        AfterValidator(Keys),
+        WithJsonSchema({"type": "object", "additionalProperties": {"type": "number", "exclusiveMinimum": 0}}),
+    ] = Field(
+        default_factory=Keys,
+        description="peak learning rates of parts of what is learned, by kinds (init, backbone) or patterns "
+        "of their names (backbone.*embed*), none of which may be in two; the rest has optimizer.lr",
     )
     schedule: Schedule = Field(default=Schedule(), description="course of the outer learning rate")
     clip_norm: PositiveFloat | None = Field(

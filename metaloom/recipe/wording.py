@@ -24,10 +24,22 @@ def wanted(info: FieldInfo) -> str:
     return _wanted(info.annotation, info.metadata)
 
 
-def item_fault(info: FieldInfo, item: Any, *, index: int) -> str:
-    """What is wrong with an item of a list that a field refused, and what it must be."""
+def has_items(info: FieldInfo) -> bool:
+    """Whether a field is a list, or a mapping of values of one type."""
+    return any(map(_items, _options(info.annotation)))
+
+
+def item_fault(info: FieldInfo, item: Any, *, index: int | str) -> str:
+    """What is wrong with an item of a list, or a value of a mapping, that a field refused, and what it must
+    be.
+
+    Args:
+        index: the item's number, or the value's key.
+    """
     items = next(items for items in map(_items, _options(info.annotation)) if items)
-    return _fault(items[0] if items[-1] is Ellipsis else items[index], (), item)
+    return _fault(
+        items[index] if isinstance(index, int) and items[-1] is not Ellipsis else items[0], (), item
+    )
 
 
 def sections_of(info: FieldInfo) -> list[type[Section]]:
@@ -118,7 +130,8 @@ def _wanted(annotation: Any, metadata: Iterable[Any] = ()) -> str:
             return f"{some}, each item {_wanted(items[0])}"
         return f"a list of {len(items)}, each {_wanted(items[0])}"
     if get_origin(bare) is dict:
-        return "a section of keys and plain values"
+        items = _items(bare)
+        return f"a section of keys{f', each value {_wanted(items[0])}' if items else ' and plain values'}"
     if bare is type(None):
         return "null"
     range_in_words = _range(metadata)
@@ -168,8 +181,12 @@ def _bare(annotation: Any, metadata: Iterable[Any] = ()) -> tuple[Any, list[Any]
 
 
 def _items(annotation: Any) -> tuple[Any, ...]:
-    """The item types of a list, with an ellipsis last where it may have any length; none for other types."""
+    """The item types of a list, with an ellipsis last where it may have any length; likewise of a mapping's
+    values; none for other types."""
     bare, _ = _bare(annotation)
+    if get_origin(bare) is dict:
+        value = get_args(bare)[1]
+        return (value, Ellipsis) if _bare(value)[0] in NOUNS else ()
     return get_args(bare) if get_origin(bare) is tuple else ()
 
 

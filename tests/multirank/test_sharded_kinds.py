@@ -8,6 +8,7 @@ import functools
 import torch
 from torch import Tensor
 
+from metaloom.engine.adapters.base import BACKBONE
 from metaloom.engine.hypergradients.base import Hypergradient
 from metaloom.engine.hypergradients.mixed_mode import MixedMode
 from metaloom.engine.hypergradients.rematerialized import Rematerialized
@@ -35,6 +36,42 @@ CASES: tuple[tuple[Hypergradient, Setting], ...] = (
     (Rematerialized(), Setting("tokens", "head", ALIKE, head_chunk=3)),
     (MixedMode(), Setting("tokens", "soft_prompt", ALIKE)),
 )
+
+
+def some(meta: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All but the backbone's second block and embeddings, which stay as they are."""
+    return {
+        name: value
+        for name, value in meta.items()
+        if not name.startswith((f"{BACKBONE}blocks.1.", f"{BACKBONE}token_embedding"))
+    }
+
+
+def of_a_part() -> list[dict[str, Tensor]]:
+    """Hypergradients of all ranks' tasks, of some of the meta-parameters."""
+    results = []
+    for estimator in (Rematerialized(), MixedMode()):
+        sharding = Sharded(torch.device("cpu"))
+        whole = problem_of(SEQUENCES, (NUMBERS[sharding.rank],), is_padded=False)
+        adapt = functools.partial(adapter_of, SEQUENCES, whole.model)
+        problem = in_shards(whole, sharding, structure=model_of(SEQUENCES)[1], adapt=adapt)
+        found = estimator.meta_gradient(problem.unroll, some(problem.meta), problem.batch)
+        gradient = sharding.sum_gradients(found.gradient)
+        results.append({name: full(sharding, name, value) for name, value in gradient.items()})
+    return results
+
+
+def test_a_part_of_a_backbone_in_shards_is_learned_as_of_one_process() -> None:
+    problem = problem_of(SEQUENCES, NUMBERS, is_padded=True)
+    expected = MixedMode().meta_gradient(problem.unroll, some(problem.meta), problem.batch).gradient
+    assert len(expected) < len(problem.meta)
+    for rank in run_ranks(2, of_a_part):
+        for gradient in rank:
+            assert gradient.keys() == expected.keys()
+            found, wanted = (
+                torch.cat([values[name].flatten() for name in expected]) for values in (gradient, expected)
+            )
+            assert relative_error(found, wanted) < 1e-10
 
 
 def differentiated() -> list[tuple[dict[str, Tensor], list[Event]]]:

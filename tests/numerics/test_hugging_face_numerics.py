@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from metaloom.engine.adapters.base import BACKBONE, INIT
 from metaloom.engine.adapters.lora import LoraAdapter
 from metaloom.engine.hypergradients import HYPERGRADIENTS
 from metaloom.engine.inner_loops.rates import Rates
@@ -71,6 +72,21 @@ def peft_model(case: str, *, with_head: bool = False) -> tuple[nn.Module, dict[s
     return wrapped, names
 
 
+def names_of_shared(case: str, wrapped: nn.Module) -> dict[str, str]:
+    """The names in PEFT of what tasks share, by our own; but for biases of keys, which change nothing where
+    keys are not turned by their place."""
+    there = dict(wrapped.named_parameters())
+    found = {}
+    for name, _ in small_model(case).named_parameters():
+        if name.endswith((".key.bias", ".k_proj.bias")) and case in ("BERT", "ViT"):
+            continue
+        layer, _, kind = name.rpartition(".")
+        beneath = f"base_model.model.{layer}.base_layer.{kind}"
+        found[name] = beneath if beneath in there else f"base_model.model.{name}"
+    assert set(found.values()) <= there.keys()
+    return found
+
+
 @pytest.mark.parametrize(
     ("case", "with_head"),
     [*((case, False) for case in CASES), *((case, True) for case in CASES if CASES[case][1] != "causal-lm")],
@@ -105,7 +121,9 @@ def test_outputs_and_gradients_of_each_task_are_those_of_pefts_layers(case: str,
 
 @all_cases
 def test_hypergradients_are_those_of_pefts_layers_by_plain_differentiation(case: str) -> None:
+    """Of where LoRA starts, and of every weight that tasks share."""
     adapter, (model, names) = adapter_of(case), peft_model(case)
+    shared = names_of_shared(case, model)
     unroll = Unroll(
         learner=Learner(adapter, Precision("float64")),
         rule=Sgd(),
@@ -113,6 +131,8 @@ def test_hypergradients_are_those_of_pefts_layers_by_plain_differentiation(case:
         step_weights=last(2),
     )
     meta = perturbed(adapter.meta_parameters(init=True, backbone=False), scale=0.3)
+    backbone = adapter.meta_parameters(init=False, backbone=True)
+    meta |= {BACKBONE + name: backbone[BACKBONE + name] for name in shared}
     batch = TaskBatch(
         tuple(range(NUM_TASKS)),
         support=examples(case, NUM_TASKS, 3, seed=4),
@@ -121,15 +141,15 @@ def test_hypergradients_are_those_of_pefts_layers_by_plain_differentiation(case:
     leaves = {name: value.clone().requires_grad_() for name, value in meta.items()}
 
     def loss(fast: dict[str, Tensor], data: Mapping[str, Tensor], task: int) -> Tensor:
-        logits = functional_call(
-            model, {names[name]: value for name, value in fast.items()}, (data["inputs"][task],)
-        )
+        weights = {names[name]: value for name, value in fast.items()}
+        weights |= {own: leaves[BACKBONE + name] for name, own in shared.items()}
+        logits = functional_call(model, weights, (data["inputs"][task],))
         return F.cross_entropy(logits.flatten(0, -2), data["targets"][task].flatten())
 
     total = torch.zeros((), dtype=torch.float64)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         for task in range(NUM_TASKS):
-            fast = {name.removeprefix("init."): value for name, value in leaves.items()}
+            fast = {name.removeprefix(INIT): value for name, value in leaves.items() if name.startswith(INIT)}
             for _ in range(2):
                 gradients = torch.autograd.grad(
                     loss(fast, batch.support, task), list(fast.values()), create_graph=True
@@ -143,3 +163,11 @@ def test_hypergradients_are_those_of_pefts_layers_by_plain_differentiation(case:
     for name in EXACT:
         found = HYPERGRADIENTS[name]().meta_gradient(unroll, meta, batch).gradient
         assert_gradients_agree(found, expected, rtol=1e-5 if case in SINGLE else 1e-9)
+    # A part of the backbone gets its own gradients, and the rest has none.
+    some = adapter.meta_parameters(init=False, backbone=("*.0.*.weight",))
+    assert 0 < len(some) < len(shared)
+    learned = {name: value for name, value in meta.items() if name.startswith(INIT)} | some
+    found = HYPERGRADIENTS["mixed_mode"]().meta_gradient(unroll, learned, batch).gradient
+    assert_gradients_agree(
+        found, {name: expected[name] for name in learned}, rtol=1e-5 if case in SINGLE else 1e-9
+    )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from metaloom.engine.outer import MAX_SKIPPED_IN_A_ROW, OuterOptimizer, OuterSettings
 from metaloom.engine.sharding.replicated import Replicated
-from metaloom.errors import MetaloomError
+from metaloom.errors import CapabilityError, MetaloomError
 
 PLAIN = OuterSettings(
     optimizer="adam",
@@ -95,6 +95,36 @@ def test_sgd_equals_torchs_sgd_with_momentum() -> None:
             parameters[name].grad = value
         optimizer.step()
     assert_close(outer.meta, {name: value.detach() for name, value in parameters.items()})
+
+
+def test_parts_have_learning_rates_of_their_own() -> None:
+    changed = settings(optimizer="sgd", betas=(0.0, 0.0), lr_parts={"init.w*": 0.5, "backbone": 0.25})
+    outer = OuterOptimizer(noise(0), changed, Replicated())
+    gradient = noise(1)
+    outer.update(gradient)
+    rates = {"init.weight": 0.5, "init.bias": 0.02, "backbone.w": 0.25, "rates.table": 0.1}
+    decays = {"init.weight": 0.3, "init.bias": 0.0, "backbone.w": 0.3, "rates.table": 0.0}
+    moved = {
+        name: value - rates[name] * (gradient[name] + decays[name] * value)
+        for name, value in noise(0).items()
+    }
+    assert_close(outer.meta, moved)
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        (
+            {"init.v": 0.1},
+            r"'init\.v' matches no meta-parameter .* learns backbone\.w, init\.bias, init\.weight\.",
+        ),
+        ({"rates": 0.1}, "'rates' matches no meta-parameter that outer.optimizer.lr is for"),
+        ({"init": 0.1, "*.bias": 0.2}, r"'init' and '\*\.bias' both match init\.bias"),
+    ],
+)
+def test_parts_that_are_none_or_two_are_refused(parts: dict[str, float], said: str) -> None:
+    with pytest.raises(CapabilityError, match=said):
+        OuterOptimizer(noise(0), settings(lr_parts=parts), Replicated())
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 4])

@@ -451,7 +451,7 @@ outer:
         "line 22         outer.optimizer.betas.1: 9; must be at least 0 and less than 1",
         "line 24         outer.schedule.warmup_steps: 10; must be less than outer.num_steps = 10",
         "(command line)  outer.tasks_per_step: 0; must be at least 1",
-        "(command line)  algorithm.meta_parameters.backbone: true, but adaptation.fast = full adapts every "
+        "(command line)  algorithm.meta_parameters.backbone: given, but adaptation.fast = full adapts every "
         "weight and leaves no backbone; set it to false (init learns all weights)",
     ]
 
@@ -518,7 +518,7 @@ outer:
         (
             GLYPHS,
             ["algorithm.meta_parameters.backbone=true"],
-            "algorithm.meta_parameters.backbone: true, but adaptation.fast = full adapts every weight",
+            "algorithm.meta_parameters.backbone: given, but adaptation.fast = full adapts every weight",
         ),
         (
             STDLIB,
@@ -624,6 +624,21 @@ outer:
             GLYPHS,
             ["outer.lr_rates=0.5", "adaptation.rule.learned=none"],
             "outer.lr_rates: 0.5; has no effect, since adaptation.rule.learned is none; leave it out",
+        ),
+        (
+            GLYPHS,
+            ["outer.lr_parts={init.head.*: 0.1, rates: 0.5}"],
+            "outer.lr_parts.rates: 0.5; is given as outer.lr_rates; move it there",
+        ),
+        (
+            GLYPHS,
+            ["outer.lr_parts={init: 0}"],
+            "outer.lr_parts.init: 0; must be greater than 0",
+        ),
+        (
+            STDLIB,
+            ["algorithm.meta_parameters.backbone=[]"],
+            "algorithm.meta_parameters.backbone: []; must be true or false, or a non-empty list",
         ),
         (
             GLYPHS,

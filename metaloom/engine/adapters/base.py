@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import abc
+import fnmatch
 from collections.abc import Mapping
 
 from torch import Tensor
 
 from metaloom.engine.adapters.model import Readout
 from metaloom.engine.forward_pass import ForwardPass
+from metaloom.engine.names import in_short
 from metaloom.errors import CapabilityError
 
 INIT = "init."
 BACKBONE = "backbone."
+
+# All of some parameters or none, or those whose names match a pattern of `fnmatch`.
+Learned = bool | tuple[str, ...]
 
 
 class Adapter(abc.ABC):
@@ -24,8 +29,12 @@ class Adapter(abc.ABC):
     """
 
     @abc.abstractmethod
-    def meta_parameters(self, *, init: bool, backbone: bool) -> dict[str, Tensor]:
-        """Fresh copies of the initial values of what shall be learned, by name."""
+    def meta_parameters(self, *, init: bool, backbone: Learned) -> dict[str, Tensor]:
+        """Fresh copies of the initial values of what shall be learned, by name.
+
+        Raises:
+            CapabilityError: no parameter that tasks share matches a pattern of `backbone`.
+        """
 
     def tracked(self) -> dict[str, Tensor]:
         """Initial values of what is counted in training beside what is learned, by name; where they are among
@@ -66,6 +75,30 @@ class Adapter(abc.ABC):
             "adaptation.head is about the head's own weights, which are not fast here: leave it out, or set "
             "adaptation.fast to head, part or full."
         )
+
+
+def learned_backbone(shared: Mapping[str, Tensor], learned: Learned) -> dict[str, Tensor]:
+    """Fresh copies, `backbone.<name>`, of those parameters that shall be learned.
+
+    Args:
+        shared: what tasks share, by name.
+
+    Raises:
+        CapabilityError: a pattern matches none; names those that there are.
+    """
+    if isinstance(learned, bool):
+        return {BACKBONE + name: value.clone() for name, value in shared.items() if learned}
+    for pattern in learned:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in shared):
+            raise CapabilityError(
+                f"algorithm.meta_parameters.backbone: {pattern!r} matches no parameter that tasks share; "
+                f"there are {in_short(shared) or 'none'}."
+            )
+    return {
+        BACKBONE + name: value.clone()
+        for name, value in shared.items()
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in learned)
+    }
 
 
 def broadcast_init(

@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from metaloom.engine.adapters.base import INIT, Adapter, broadcast_init
+from metaloom.engine.adapters.base import INIT, Adapter, Learned, broadcast_init
 from metaloom.engine.adapters.model import (
     Attach,
     Readout,
@@ -69,7 +69,7 @@ class FullAdapter(Adapter):
                 "adaptation.fast.tasks to loop, or it to batch."
             )
 
-    def meta_parameters(self, *, init: bool, backbone: bool) -> dict[str, Tensor]:
+    def meta_parameters(self, *, init: bool, backbone: Learned) -> dict[str, Tensor]:
         if backbone:
             raise CapabilityError("every weight is fast, so there is no backbone for tasks to share.")
         if not init:

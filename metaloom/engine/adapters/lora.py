@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metaloom.engine.adapters.base import BACKBONE, INIT, Adapter, broadcast_init
+from metaloom.engine.adapters.base import INIT, Adapter, Learned, broadcast_init, learned_backbone
 from metaloom.engine.adapters.model import Readout, Shards, Structure, Tensors
 from metaloom.engine.adapters.selection import fast_head, linear_layers, matching_layers, parameters_of
 from metaloom.engine.adapters.together import (
@@ -97,13 +97,12 @@ class LoraAdapter(Adapter):
             self._initial[f"{name}.lora_b"] = weight.new_zeros(num_outputs, rank)
         self._initial |= whole_parameters(model, shards, self._whole)
 
-    def meta_parameters(self, *, init: bool, backbone: bool) -> dict[str, Tensor]:
+    def meta_parameters(self, *, init: bool, backbone: Learned) -> dict[str, Tensor]:
         meta = {INIT + name: value.clone() for name, value in self._initial.items()} if init else {}
         if backbone:
             values = backbone_parameters(self._model, self._shards)
-            meta |= {
-                BACKBONE + name: value.clone() for name, value in values.items() if name not in self._initial
-            }
+            shared = {name: value for name, value in values.items() if name not in self._initial}
+            meta |= learned_backbone(shared, backbone)
         return meta
 
     def init(self, meta: Mapping[str, Tensor], num_tasks: int) -> dict[str, Tensor]:

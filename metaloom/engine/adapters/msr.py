@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from metaloom.engine.adapters.base import BACKBONE, INIT, Adapter, broadcast_init
+from metaloom.engine.adapters.base import BACKBONE, INIT, Adapter, Learned, broadcast_init, learned_backbone
 from metaloom.engine.adapters.full import FullAdapter
 from metaloom.engine.adapters.model import Readout, Structure
 from metaloom.engine.forward_pass import ForwardPass
@@ -143,14 +143,15 @@ class MsrAdapter(Adapter):
             v, parts = symmetry.initial(self._fast.pop(name), generator)
             self._shapes[name], self._fast[f"{name}.v"], self._parts[name] = parameters[name].shape, v, parts
 
-    def meta_parameters(self, *, init: bool, backbone: bool) -> dict[str, Tensor]:
+    def meta_parameters(self, *, init: bool, backbone: Learned) -> dict[str, Tensor]:
         meta = {INIT + name: value.clone() for name, value in self._fast.items()} if init else {}
         if backbone:
-            meta |= {
-                f"{BACKBONE}{name}.{part}": value.clone()
+            shared = {
+                f"{name}.{part}": value
                 for name, parts in self._parts.items()
                 for part, value in parts.items()
             }
+            meta |= learned_backbone(shared, backbone)
         return meta
 
     def init(self, meta: Mapping[str, Tensor], num_tasks: int) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from metaloom.engine.adapters.base import BACKBONE, INIT, Adapter, broadcast_init
+from metaloom.engine.adapters.base import INIT, Adapter, Learned, broadcast_init, learned_backbone
 from metaloom.engine.adapters.model import Readout, Shards, Structure, nothing_attached, run_model, stacked
 from metaloom.engine.adapters.selection import fast_head
 from metaloom.engine.adapters.together import (
@@ -63,13 +63,12 @@ class PartAdapter(Adapter):
         self._shards = shards
         self._initial = whole_parameters(model, shards, list(names))
 
-    def meta_parameters(self, *, init: bool, backbone: bool) -> dict[str, Tensor]:
+    def meta_parameters(self, *, init: bool, backbone: Learned) -> dict[str, Tensor]:
         meta = {INIT + name: value.clone() for name, value in self._initial.items()} if init else {}
         if backbone:
-            shared = backbone_parameters(self._model, self._shards)
-            meta |= {
-                BACKBONE + name: value.clone() for name, value in shared.items() if name not in self._initial
-            }
+            values = backbone_parameters(self._model, self._shards)
+            shared = {name: value for name, value in values.items() if name not in self._initial}
+            meta |= learned_backbone(shared, backbone)
         return meta
 
     def init(self, meta: Mapping[str, Tensor], num_tasks: int) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metaloom.engine.adapters.base import BACKBONE, INIT, Adapter, broadcast_init
+from metaloom.engine.adapters.base import INIT, Adapter, Learned, broadcast_init, learned_backbone
 from metaloom.engine.adapters.model import Readout, Shards, Structure, Tensors
 from metaloom.engine.adapters.together import backbone_parameters, run_together, whole_parameters
 from metaloom.engine.forward_pass import ForwardPass
@@ -78,11 +78,10 @@ class SoftPromptAdapter(Adapter):
             noise.normal_(std=STANDARD_DEVIATION, generator=generator)
             self._initial = noise.to(like.device)
 
-    def meta_parameters(self, *, init: bool, backbone: bool) -> dict[str, Tensor]:
+    def meta_parameters(self, *, init: bool, backbone: Learned) -> dict[str, Tensor]:
         meta = {INIT + self._name: self._initial.clone()} if init else {}
         if backbone:
-            values = backbone_parameters(self._model, self._shards)
-            meta |= {BACKBONE + name: value.clone() for name, value in values.items()}
+            meta |= learned_backbone(backbone_parameters(self._model, self._shards), backbone)
         return meta
 
     def init(self, meta: Mapping[str, Tensor], num_tasks: int) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from metaloom.engine.adapters.base import INIT, Adapter
+from metaloom.engine.adapters.base import INIT, Adapter, Learned
 from metaloom.engine.adapters.model import Readout
 from metaloom.engine.forward_pass import ForwardPass
 
@@ -32,7 +32,7 @@ class ZeroHeadAdapter(Adapter):
         self._adapter = adapter
         self._names = adapter.head_weights(output)
 
-    def meta_parameters(self, *, init: bool, backbone: bool) -> dict[str, Tensor]:
+    def meta_parameters(self, *, init: bool, backbone: Learned) -> dict[str, Tensor]:
         meta = self._adapter.meta_parameters(init=init, backbone=backbone)
         return {name: value for name, value in meta.items() if name.removeprefix(INIT) not in self._names}
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from metaloom.engine.adapters.base import Learned
 from metaloom.engine.adapters.norms import MetStatistics
 from metaloom.engine.algorithms.base import Algorithm
 from metaloom.engine.evaluation import adaptation_curve
@@ -29,7 +30,7 @@ class Maml(Algorithm):
         unroll: the inner problem.
         hypergradient: the estimator of its gradient.
         init: whether the initialisation is learned.
-        backbone: whether the weights that tasks share are learned.
+        backbone: which of the weights that tasks share are learned.
         annealing: how the weights of the query losses change in the course of training; None where they
             stay those of the unroll.
         first_order: the estimator of the first outer steps; None where it is the same throughout.
@@ -40,7 +41,7 @@ class Maml(Algorithm):
     unroll: Unroll
     hypergradient: Hypergradient
     init: bool = True
-    backbone: bool = False
+    backbone: Learned = False
     annealing: MultiStepAnnealing | None = None
     first_order: Hypergradient | None = None
     num_first_order: int = 0

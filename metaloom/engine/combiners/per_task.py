@@ -6,7 +6,6 @@ Shape letters: T tasks of an outer step, W ranks of a shard group.
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,6 +28,7 @@ from metaloom.engine.combiners.cosines import Cosines, conflict_metrics, step_co
 from metaloom.engine.combiners.gram import gram_matrix
 from metaloom.engine.hypergradients.base import MetaGradient, Tensors, add_, order_of_completion
 from metaloom.engine.learner import TaskBatch
+from metaloom.engine.names import in_short, matching
 from metaloom.engine.sharding.base import Sharding
 from metaloom.errors import CapabilityError
 
@@ -193,12 +193,10 @@ def selected(like: Tensors, of: Sequence[str]) -> dict[str, Tensor]:
         return dict(like)
     found: set[str] = set()
     for entry in of:
-        matching = fnmatch.filter(like, entry) or fnmatch.filter(like, f"{entry}.*")
-        if not matching:
-            names = sorted(like)
-            shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        meant = matching(like, entry)
+        if not meant:
             raise CapabilityError(
-                f"outer.combiner.of: {entry!r} matches no meta-parameter; this run learns {shown}."
+                f"outer.combiner.of: {entry!r} matches no meta-parameter; this run learns {in_short(like)}."
             )
-        found.update(matching)
+        found.update(meant)
     return {name: value for name, value in like.items() if name in found}

@@ -45,7 +45,7 @@ def full_adaptation_has_no_backbone(recipe: Recipe, maml: MAMLAlgorithm) -> Brok
     if isinstance(recipe.adaptation.fast, FullFast) and maml.meta_parameters.backbone:
         yield (
             "algorithm.meta_parameters.backbone",
-            "true, but adaptation.fast = full adapts every weight and leaves no backbone; "
+            "given, but adaptation.fast = full adapts every weight and leaves no backbone; "
             "set it to false (init learns all weights)",
         )
 
@@ -82,7 +82,7 @@ def the_estimator_gives_what_is_learned(recipe: Recipe, maml: MAMLAlgorithm) -> 
     learned = maml.meta_parameters
     kinds: dict[Kind, bool] = {
         "init": learned.init,
-        "backbone": learned.backbone or recipe.adaptation.norms.weights == "per_step",
+        "backbone": learned.some_backbone or recipe.adaptation.norms.weights == "per_step",
         "rates": recipe.adaptation.rule.learned != "none",
         "loss": recipe.adaptation.learns_loss,
     }

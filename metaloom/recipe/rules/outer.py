@@ -20,6 +20,16 @@ def loss_parameters_are_learned(recipe: Recipe) -> Broken:
         )
 
 
+_WITH_FIELDS = {"rates": "lr_rates", "loss": "lr_loss", "posterior": "lr_posterior"}
+
+
+def parts_are_weights(recipe: Recipe) -> Broken:
+    for entry, rate in recipe.outer.lr_parts.items():
+        field = _WITH_FIELDS.get(entry.partition(".")[0])
+        if field is not None:
+            yield f"outer.lr_parts.{entry}", f"{rate}; is given as outer.{field}; move it there"
+
+
 def warmup_ends(recipe: Recipe) -> Broken:
     warmup_steps, num_steps = recipe.outer.schedule.warmup_steps, recipe.outer.num_steps
     if warmup_steps >= num_steps:
@@ -32,5 +42,6 @@ def warmup_ends(recipe: Recipe) -> Broken:
 RULES: tuple[Rule, ...] = (
     rates_are_learned,
     loss_parameters_are_learned,
+    parts_are_weights,
     warmup_ends,
 )
