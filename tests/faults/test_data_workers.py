@@ -178,7 +178,7 @@ def test_a_worker_that_is_killed_while_it_has_nothing_to_do_is_told_too(tmp_path
         os.kill(pid, signal.SIGKILL)
         wait_until(lambda: not is_alive(pid))
         # The last of the six is noted before it is sent: it may be lost with its step, the others may not.
-        taken = []
+        taken: list[int] = []
         with pytest.raises(
             StreamError, match=r"was killed by SIGKILL .* before it had drawn episode [5-7]\."
         ):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, hessian, jacfwd
 
-from metaloom.engine.adapters.base import Adapter, broadcast_init
+from metaloom.engine.adapters.base import Adapter, Learned, broadcast_init
 from metaloom.engine.adapters.model import Readout
 from metaloom.engine.forward_pass import ForwardPass
 from metaloom.engine.inner_loops.base import InnerRule
@@ -82,7 +82,7 @@ class _WithConstants(Adapter):
         self._constants = problem.meta
         self._adapter = problem.unroll.learner.adapter
 
-    def meta_parameters(self, *, init: bool, backbone: bool) -> dict[str, Tensor]:
+    def meta_parameters(self, *, init: bool, backbone: Learned) -> dict[str, Tensor]:
         return self._adapter.meta_parameters(init=init, backbone=backbone)
 
     def init(self, meta: Mapping[str, Tensor], num_tasks: int) -> dict[str, Tensor]:
@@ -169,7 +169,7 @@ def quadratic_end_problem(
 class FeatureAdapter(Adapter):
     """Logistic regression per task on features that tasks share: logits `tanh(x U) w + bias`."""
 
-    def meta_parameters(self, *, init: bool, backbone: bool) -> dict[str, Tensor]:
+    def meta_parameters(self, *, init: bool, backbone: Learned) -> dict[str, Tensor]:
         return {f"init.{name}": value for name, value in self._initial().items()} | {
             "backbone.u": torch.zeros(F, W, dtype=torch.float64)
         }

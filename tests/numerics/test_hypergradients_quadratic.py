@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from metaloom.engine.adapters.base import Adapter, broadcast_init
+from metaloom.engine.adapters.base import Adapter, Learned, broadcast_init
 from metaloom.engine.adapters.model import Readout
 from metaloom.engine.algorithms.maml import step_weights
 from metaloom.engine.forward_pass import ForwardPass
@@ -49,7 +49,7 @@ class QuadraticAdapter(Adapter):
     log(1 + e^q - 1) = q. So the library's own loss is part of what is tested.
     """
 
-    def meta_parameters(self, *, init: bool, backbone: bool) -> dict[str, Tensor]:
+    def meta_parameters(self, *, init: bool, backbone: Learned) -> dict[str, Tensor]:
         names = [*(f"init.{name}" for name in FAST if init), *(["backbone.omega"] if backbone else [])]
         return {name: torch.zeros(FAST.get(name[5:], E), dtype=torch.float64) for name in names}
 

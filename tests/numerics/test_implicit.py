@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from metaloom.engine.adapters.base import Adapter, broadcast_init
+from metaloom.engine.adapters.base import Adapter, Learned, broadcast_init
 from metaloom.engine.adapters.model import Readout
 from metaloom.engine.forward_pass import ForwardPass
 from metaloom.engine.hypergradients.base import MetaGradient
@@ -278,7 +278,7 @@ class Decoupled(Sgd):
 class HillAdapter(Adapter):
     """One fast weight, with loss `1.5 + cos(phi - b)`: curved downwards near phi = b."""
 
-    def meta_parameters(self, *, init: bool, backbone: bool) -> dict[str, Tensor]:
+    def meta_parameters(self, *, init: bool, backbone: Learned) -> dict[str, Tensor]:
         return {"init.phi": torch.full((1,), 0.1, dtype=torch.float64)}
 
     def init(self, meta: Mapping[str, Tensor], num_tasks: int) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from metaloom.engine import choice
-from metaloom.engine.adapters.base import Adapter, broadcast_init
+from metaloom.engine.adapters.base import Adapter, Learned, broadcast_init
 from metaloom.engine.adapters.model import Readout
 from metaloom.engine.choice import (
     EstimatorChoice,
@@ -166,7 +166,7 @@ class Powers(Adapter):
     def __init__(self, num_exp: int) -> None:
         self._num_exp = num_exp
 
-    def meta_parameters(self, *, init: bool, backbone: bool) -> dict[str, Tensor]:
+    def meta_parameters(self, *, init: bool, backbone: Learned) -> dict[str, Tensor]:
         return {"init.w": torch.full((C,), 0.1, dtype=torch.float64)}
 
     def init(self, meta: Mapping[str, Tensor], num_tasks: int) -> dict[str, Tensor]:

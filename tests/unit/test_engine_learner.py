@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from metaloom.engine.adapters.base import Adapter, broadcast_init
+from metaloom.engine.adapters.base import Adapter, Learned, broadcast_init
 from metaloom.engine.adapters.model import Readout
 from metaloom.engine.forward_pass import ForwardPass
 from metaloom.engine.learner import Learner, Objective, Rehearsal, TaskBatch
@@ -24,7 +24,7 @@ T, S, Q, D, C = 2, 3, 4, 5, 6
 class Linear(Adapter):
     """Logits `W x`, W fast."""
 
-    def meta_parameters(self, *, init: bool, backbone: bool) -> dict[str, Tensor]:
+    def meta_parameters(self, *, init: bool, backbone: Learned) -> dict[str, Tensor]:
         return {"init.w": torch.zeros(C, D)} if init else {}
 
     def init(self, meta: Mapping[str, Tensor], num_tasks: int) -> dict[str, Tensor]:
