@@ -45,7 +45,7 @@ from metaloom.recipe.tasks import groups_by_recipe, num_inputs, rehearsal_facts,
 from metaloom.weights import HeldModel, Source, hold, of_file, of_pretrained
 
 if TYPE_CHECKING:
-    from metaloom.models.hugging_face import HuggingFaceTask
+    from metaloom.models.hugging_face import HuggingFaceTask, Pooling
 
 
 def build_sharding(recipe: Recipe, device: torch.device) -> Sharding:
@@ -172,7 +172,7 @@ def _make_network(recipe: Recipe, num_classes: int | None) -> nn.Module:
                     "adaptation.rehearsal.data reads a head of its own, and a model of transformers has the "
                     "tasks' alone: rehearse what the tasks are (documents beside documents)."
                 )
-            return _of_transformers(Path(folder), task, num_outputs)
+            return _of_transformers(Path(folder), task, num_outputs, recipe.model.pooling)
         case GPTModel():
             return Gpt(
                 num_layers=recipe.model.num_layers,
@@ -186,14 +186,16 @@ def _make_network(recipe: Recipe, num_classes: int | None) -> nn.Module:
             )
 
 
-def _of_transformers(folder: Path, task: HuggingFaceTask, num_outputs: int | None) -> nn.Module:
+def _of_transformers(
+    folder: Path, task: HuggingFaceTask, num_outputs: int | None, pooling: Pooling | None
+) -> nn.Module:
     # Takes seconds to import, and is there where it is asked for alone.
     try:
         from metaloom.models.hugging_face import make_model
     except ImportError as error:
         raise CapabilityError("model.hf needs transformers: pip install 'metaloom[transformers]'.") from error
     try:
-        return make_model(folder, task, num_outputs=num_outputs)
+        return make_model(folder, task, num_outputs=num_outputs, pooling=pooling or "mean")
     except (ValueError, OSError) as error:
         raise CapabilityError(f"model.hf: {folder}: {error}") from error
 

@@ -39,6 +39,7 @@ _CLASSES = {
     "causal-lm": "AutoModelForCausalLM",
     "sequence-classification": "AutoModelForSequenceClassification",
     "image-classification": "AutoModelForImageClassification",
+    "feature-extraction": "AutoModel",
 }
 
 
@@ -71,6 +72,11 @@ def write(trained: Trained, card: Card, folder: Path) -> None:
         task_type="CAUSAL_LM" if model.task == "causal-lm" else None,
         is_transposed=any(map(is_transposed, trained.module.modules())),
     )
+    if isinstance(trained.module, AsFunction) and model.task == "feature-extraction":
+        head = f"{trained.module.head_name}."
+        if any(name.startswith(head) for name in trained.start()):  # which transformers' model lacks
+            write_card(card, folder, kind=PEFT, loading=LOADING)
+            return
     of_transformers = _CLASSES[model.task]
     path = f"FOLDER + '/{BACKBONE_FOLDER}'" if source == BACKBONE_FOLDER else repr(source)
     loading = (

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
@@ -24,12 +25,17 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from metaloom.models.as_function import PREPROCESSING_FILE, AsFunction
 from metaloom.models.gpt import PAD, at_last_token
 
-HuggingFaceTask = Literal["causal-lm", "sequence-classification", "image-classification"]
+HuggingFaceTask = Literal[
+    "causal-lm", "sequence-classification", "image-classification", "feature-extraction"
+]
+Pooling = Literal["mean", "first", "last"]
 _CLASSES: dict[HuggingFaceTask, Any] = {
     "causal-lm": AutoModelForCausalLM,
     "sequence-classification": AutoModelForSequenceClassification,
     "image-classification": AutoModelForImageClassification,
+    "feature-extraction": AutoModel,
 }
+_HEAD = "head"  # of features
 
 
 class _OfTransformers(AsFunction):
@@ -78,30 +84,82 @@ class _DecoderClassification(_OfTransformers):
         return logits
 
 
-class _ImageClassification(_OfTransformers):
+class _OfImages(_OfTransformers):
     image_mean: tuple[float, ...] = (0.0,)
     image_std: tuple[float, ...] = (1.0,)
 
+    def normalised(self, images: Tensor) -> Tensor:
+        """What the model is shown, of numbers from 0 to 1."""
+        mean, std = (images.new_tensor(each)[:, None, None] for each in (self.image_mean, self.image_std))
+        return (images - mean) / std
+
+
+class _ImageClassification(_OfImages):
     def forward(self, images: Tensor) -> Tensor:
         """Logits `[N, V]` of the class, of numbers from 0 to 1."""
-        mean, std = (images.new_tensor(each)[:, None, None] for each in (self.image_mean, self.image_std))
-        logits: Tensor = super().forward(pixel_values=(images - mean) / std).logits
+        logits: Tensor = super().forward(pixel_values=self.normalised(images)).logits
         return logits
 
 
-def make_model(folder: Path, task: HuggingFaceTask, *, num_outputs: int | None = None) -> AsFunction:
+class _TextFeatures(_OfTransformers):
+    pooling: Pooling
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """What the head makes of a text's features, `[N, V]`."""
+        is_token = tokens != PAD
+        hidden: Tensor = (
+            super()
+            .forward(  # [N, L, D]
+                input_ids=tokens.clamp(min=0), attention_mask=is_token.long()
+            )
+            .last_hidden_state
+        )
+        if self.pooling == "first":
+            pooled = hidden[:, 0]
+        elif self.pooling == "last":
+            pooled = at_last_token(hidden, tokens)
+        else:
+            share = is_token / is_token.sum(dim=1, keepdim=True)
+            pooled = (share.to(hidden.dtype)[..., None] * hidden).sum(dim=1)
+        outputs: Tensor = self.get_submodule(self.head_name)(pooled)
+        return outputs
+
+
+class _ImageFeatures(_OfImages):
+    pooling: Pooling
+
+    def forward(self, images: Tensor) -> Tensor:
+        """What the head makes of the features of an image, numbers from 0 to 1: `[N, V]`."""
+        hidden: Tensor = super().forward(pixel_values=self.normalised(images)).last_hidden_state
+        if hidden.ndim == 4:  # [N, D, height, width]
+            hidden = hidden.flatten(2).transpose(1, 2)
+        if self.pooling == "mean":
+            pooled = hidden.mean(dim=1)
+        else:
+            pooled = hidden[:, 0 if self.pooling == "first" else -1]
+        outputs: Tensor = self.get_submodule(self.head_name)(pooled)
+        return outputs
+
+
+def make_model(
+    folder: Path, task: HuggingFaceTask, *, num_outputs: int | None = None, pooling: Pooling = "mean"
+) -> AsFunction:
     """The model that a folder's `config.json` describes, with random weights, which gives logits:
 
     * `causal-lm`: of tokens `[N, L]`, those of the next ones, `[N, L, V]`;
     * `sequence-classification`: of tokens, those of the text's class, `[N, V]`;
     * `image-classification`: of images `[N, channels, height, width]`, numbers from 0 to 1, `[N, V]`: by the
-      mean and standard deviation that the folder's `preprocessor_config.json` says, where it has one.
+      mean and standard deviation that the folder's `preprocessor_config.json` says, where it has one;
+    * `feature-extraction`: of tokens or images, what a new linear layer, `head`, makes of the features of the
+      model without a head, `[N, V]`.
 
     Sequences may be padded on the right with `PAD`. Dropout is off. Attention is torch's
     `scaled_dot_product_attention` where the model can have it.
 
     Args:
-        num_outputs: classes; None for as many as the configuration says.
+        num_outputs: V; None for as many classes as the configuration says.
+        pooling: of `feature-extraction`: which of the last layer's vectors are a text's or an image's
+            features, those of padding left out.
 
     Raises:
         ValueError: transformers has no such model for the task; or it has no layers or no head that can be
@@ -116,9 +174,13 @@ def make_model(folder: Path, task: HuggingFaceTask, *, num_outputs: int | None =
         if "scaled_dot_product_attention" not in str(error):
             raise
         model = _CLASSES[task].from_config(config, attn_implementation="eager")
+    if task == "feature-extraction":
+        _add_head(model, num_outputs or config.num_labels)
     function = as_function(model, task)
     function.eval()
-    if isinstance(function, _ImageClassification):
+    if isinstance(function, _TextFeatures | _ImageFeatures):
+        function.pooling = pooling
+    if isinstance(function, _OfImages):
         function.image_mean, function.image_std = _normalisation(folder)
     return function
 
@@ -144,9 +206,10 @@ def as_function(model: PreTrainedModel, task: HuggingFaceTask) -> AsFunction:
         # Decoders read a class at one token, and have no layer there but the last.
         "sequence-classification": _DecoderClassification if head == "score" else _EncoderClassification,
         "image-classification": _ImageClassification,
+        "feature-extraction": _ImageFeatures if reads_images(model.config) else _TextFeatures,
     }
     blocks, embedding = _block_names(model), None
-    if task != "image-classification":
+    if not issubclass(kinds[task], _OfImages):
         embedding = _name_of(model, model.get_input_embeddings())
     model.__class__ = _with(kinds[task], type(model))
     assert isinstance(model, AsFunction)
@@ -154,11 +217,35 @@ def as_function(model: PreTrainedModel, task: HuggingFaceTask) -> AsFunction:
     return model
 
 
+def reads_images(config: Any) -> bool:
+    """Whether a model is shown images."""
+    return hasattr(config, "num_channels")
+
+
+def _add_head(model: PreTrainedModel, num_outputs: int) -> None:
+    """Puts a linear layer behind a model without a head, and takes a pooler away: features are what is in
+    front of it."""
+    name, config = type(model).__name__, model.config
+    if config.is_encoder_decoder:
+        raise ValueError(f"{name} is an encoder with a decoder, whose features are not of one text")
+    if hasattr(model, _HEAD):
+        raise ValueError(f"{name} has a part named {_HEAD} of its own")
+    width = getattr(config, "hidden_size", None) or getattr(config, "hidden_sizes", [None])[-1]
+    if width is None:
+        raise ValueError(f"{name} does not say how wide its last layer is (hidden_size)")
+    pooler = getattr(model, "pooler", None)
+    if isinstance(pooler, nn.Module) and any(True for _ in pooler.parameters()):
+        model.pooler = None
+    model.add_module(_HEAD, nn.Linear(width, num_outputs))
+
+
 def _with(addition: type[AsFunction], own: type[nn.Module]) -> type[AsFunction]:
     return type(own.__name__, (addition, own), {"__module__": own.__module__})
 
 
 def _head_name(model: PreTrainedModel, task: HuggingFaceTask) -> str:
+    if task == "feature-extraction":
+        return _HEAD
     if task == "causal-lm":
         return _name_of(model, model.get_output_embeddings())
     for name in ("score", "classifier"):

@@ -117,9 +117,17 @@ class HuggingFaceModel(Section):
         description="the folder: config.json and, unless start is random, model.safetensors or several and "
         "their index"
     )
-    task: Literal["causal-lm", "sequence-classification", "image-classification"] = Field(
-        description="causal-lm (the next token of texts), sequence-classification (classes of texts) or "
-        "image-classification; classes are as many as a task has"
+    task: Literal["causal-lm", "sequence-classification", "image-classification", "feature-extraction"] = (
+        Field(
+            description="causal-lm (the next token of texts), sequence-classification (classes of texts), "
+            "image-classification, or feature-extraction (the model without a head, and a new linear layer "
+            "for classes or numbers behind it); classes are as many as a task has"
+        )
+    )
+    pooling: Literal["mean", "first", "last"] | None = Field(
+        default=None,
+        description="of feature-extraction: which of the last layer's vectors are the features: their mean, "
+        "that of the first token, or of the last; null for mean",
     )
     start: Literal["pretrained", "random"] = Field(
         default="pretrained",
@@ -140,6 +148,17 @@ class HuggingFaceModel(Section):
             ConfigError: it cannot be read.
         """
         return _config(Path(self.hf) / "config.json")
+
+    @property
+    def reads(self) -> Literal["text", "image"]:
+        """What it is shown.
+
+        Raises:
+            ConfigError: that depends on the configuration, which cannot be read.
+        """
+        if self.task == "feature-extraction":
+            return "image" if "num_channels" in self.config else "text"
+        return "image" if self.task == "image-classification" else "text"
 
     @property
     def vocabulary(self) -> int:

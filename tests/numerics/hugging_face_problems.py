@@ -26,6 +26,7 @@ _SIZES: dict[str, Any] = {
     "intermediate_size": 12,
 }
 _TEXT = _SIZES | {"vocab_size": VOCABULARY, "max_position_embeddings": 16}
+_IMAGE = _SIZES | {"image_size": 8, "patch_size": 4, "num_channels": 1}
 _GPT2: dict[str, Any] = {"n_layer": 2, "n_embd": 8, "n_head": 2, "vocab_size": VOCABULARY, "n_positions": 16}
 _NO_ENDS = {"bos_token_id": None, "eos_token_id": None}
 CASES: Mapping[str, tuple[PretrainedConfig, HuggingFaceTask]] = {
@@ -35,7 +36,10 @@ CASES: Mapping[str, tuple[PretrainedConfig, HuggingFaceTask]] = {
     "Llama, classes": (LlamaConfig(**_TEXT, num_key_value_heads=1, **_NO_ENDS), "sequence-classification"),
     "Qwen": (Qwen2Config(**_TEXT, num_key_value_heads=2, tie_word_embeddings=True, **_NO_ENDS), "causal-lm"),
     "BERT": (BertConfig(**_TEXT), "sequence-classification"),
-    "ViT": (ViTConfig(**_SIZES, image_size=8, patch_size=4, num_channels=1), "image-classification"),
+    "BERT, features": (BertConfig(**_TEXT), "feature-extraction"),
+    "Llama, features": (LlamaConfig(**_TEXT, num_key_value_heads=1, **_NO_ENDS), "feature-extraction"),
+    "ViT, features": (ViTConfig(**_IMAGE), "feature-extraction"),
+    "ViT": (ViTConfig(**_IMAGE), "image-classification"),
 }
 
 
@@ -66,7 +70,7 @@ def examples(case: str, num_tasks: int, num_examples: int, *, seed: int) -> dict
         tokens = torch.randint(VOCABULARY, (*leading, TOKENS + 1), generator=generator)
         return {"inputs": tokens[..., :-1], "targets": tokens[..., 1:]}
     classes = torch.randint(NUM_CLASSES, leading, generator=generator)
-    if task == "image-classification":
+    if case.startswith("ViT"):
         images = torch.randn((*leading, 1, 8, 8), generator=generator, dtype=torch.float64)
         return {"inputs": images, "targets": classes}
     tokens = torch.randint(VOCABULARY, (*leading, TOKENS), generator=generator)

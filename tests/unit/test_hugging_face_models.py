@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     MixtralConfig,
     PretrainedConfig,
+    T5Config,
 )
 
 from metaloom.build import build_model, model_structure
@@ -32,6 +33,7 @@ CLASSES = {
     "causal-lm": AutoModelForCausalLM,
     "sequence-classification": AutoModelForSequenceClassification,
     "image-classification": AutoModelForImageClassification,
+    "feature-extraction": AutoModel,
 }
 DATA: dict[str, dict[str, Any]] = {
     "causal-lm": {"kind": "documents", "num_support": 1, "num_query": 1, "sequence_length": 6},
@@ -51,15 +53,21 @@ DATA: dict[str, dict[str, Any]] = {
     },
 }
 either = pytest.mark.parametrize("sharding", [Replicated(), Sharded(CPU)], ids=["whole", "shards"])
-all_cases = pytest.mark.parametrize("case", CASES)
+all_cases = pytest.mark.parametrize("case", [case for case in CASES if "features" not in case])
 
 
 def recipe_of(folder: Path, task: str, *, seed: int = 0, **model: Any) -> Recipe:
+    config = folder / "config.json"
+    if task == "feature-extraction":
+        is_of_images = config.is_file() and "num_channels" in config.read_text()
+        data = DATA["image-classification" if is_of_images else "sequence-classification"]
+    else:
+        data = DATA[task]
     values = {
         "name": "x",
         "seed": seed,
         "model": {"hf": str(folder), "task": task, **model},
-        "data": DATA[task] | {"url": "data/x"},
+        "data": data | {"url": "data/x"},
         "adaptation": {"fast": "lora", "rule": {"kind": "sgd", "lr": 0.1}, "num_steps": 1},
         "outer": {"num_steps": 1, "tasks_per_step": 1, "optimizer": {"kind": "adam", "lr": 0.01}},
     }
@@ -78,8 +86,10 @@ def saved(folder: Path, config: PretrainedConfig, kind: Any) -> dict[str, Tensor
     return {name: value.detach() for name, value in read.named_parameters()}
 
 
-def built(folder: Path, task: str, sharding: Replicated | None = None, *, seed: int = 0) -> HeldModel:
-    return build_model(recipe_of(folder, task, seed=seed), CPU, sharding or Replicated())
+def built(
+    folder: Path, task: str, sharding: Replicated | None = None, *, seed: int = 0, **model: Any
+) -> HeldModel:
+    return build_model(recipe_of(folder, task, seed=seed, **model), CPU, sharding or Replicated())
 
 
 @either
@@ -115,6 +125,44 @@ def test_outputs_are_those_of_transformers(case: str, tmp_path: Path) -> None:
         expected = torch.cat([model(input_ids=text).logits for text in texts])
     found = built(tmp_path, task).module(inputs.float() if task == "image-classification" else inputs)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@either
+@pytest.mark.parametrize("case", ["BERT, features", "Llama, features", "ViT, features"])
+def test_features_are_read_of_a_folder_with_any_head(case: str, sharding: Replicated, tmp_path: Path) -> None:
+    config, task = CASES[case]
+    base = saved(tmp_path, config, AutoModel)
+    held = built(tmp_path, task, sharding)
+    found = held.values()
+    assert {name for name in base if "pooler" not in name} == found.keys() - {"head.weight", "head.bias"}
+    for name in found.keys() & base.keys():
+        assert torch.equal(found[name], base[name]), name
+    assert not found["head.bias"].any()
+    with_head = CASES[case.partition(",")[0]][1]
+    saved(tmp_path, config, CLASSES[with_head])
+    assert built(tmp_path, task, sharding).values().keys() == found.keys()
+
+
+@pytest.mark.parametrize("pooling", [None, "mean", "first", "last"])
+@pytest.mark.parametrize("case", ["BERT, features", "Llama, features", "ViT, features"])
+def test_features_are_the_last_layers_vectors(case: str, pooling: str | None, tmp_path: Path) -> None:
+    config, task = CASES[case]
+    saved(tmp_path, config, AutoModel)
+    model = AutoModel.from_pretrained(tmp_path).eval()
+    module = built(tmp_path, task, pooling=pooling).module
+    inputs = examples(case, 1, 3, seed=0)["inputs"][0]
+    if case.startswith("ViT"):
+        hidden = list(model(pixel_values=inputs.float()).last_hidden_state)
+    else:
+        # Each text by itself and without padding.
+        hidden = [model(input_ids=row[row >= 0][None]).last_hidden_state[0] for row in inputs]
+    place = {"first": 0, "last": -1}
+    features = torch.stack(
+        [each[place[pooling]] if pooling in place else each.mean(dim=0) for each in hidden]
+    )
+    head = module.get_submodule("head")
+    found = module(inputs.float() if case.startswith("ViT") else inputs)
+    torch.testing.assert_close(found, head(features), rtol=1e-5, atol=1e-6)
 
 
 def test_images_are_normalised_as_the_folder_says(tmp_path: Path) -> None:
@@ -200,6 +248,12 @@ def test_weights_that_are_put_together_when_they_are_read_are_refused(tmp_path: 
         built(tmp_path, "causal-lm")
 
 
+def test_a_model_of_two_parts_has_no_features(tmp_path: Path) -> None:
+    T5Config(num_layers=1, d_model=8, d_kv=4, d_ff=8, num_heads=2, vocab_size=23).save_pretrained(tmp_path)
+    with pytest.raises(CapabilityError, match="T5Model is an encoder with a decoder"):
+        built(tmp_path, "feature-extraction", start="random")
+
+
 def test_a_model_that_transformers_has_not_for_the_task_is_refused(tmp_path: Path) -> None:
     config, _ = CASES["ViT"]
     values = config.to_dict() | {"vocab_size": 23}
@@ -236,6 +290,15 @@ def test_mistakes_about_a_folder_are_told_before_anything_starts(tmp_path: Path)
     assert "config.json has no vocab_size: this is no model of texts" in told("causal-lm")
     assert "config.json has no num_channels: this is no model of images" in told("image-classification")
     config, _ = CASES["Llama"]
+    config.save_pretrained(tmp_path)
+    assert "model.pooling: last; has no effect, since model.task is causal-lm" in told(
+        "causal-lm", pooling="last"
+    )
+    values = config.to_dict() | {
+        "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    }
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert "its weights are quantised (bitsandbytes)" in told("causal-lm")
     config.save_pretrained(tmp_path)
     with pytest.raises(RecipeError, match=r"model\.task: 'question-answering' is not one of causal-lm, "):
         recipe_from_dict(

@@ -10,7 +10,7 @@ from metaloom.recipe.data import (
     Loading,
     TextInputs,
 )
-from metaloom.recipe.model import HuggingFaceModel, MLPModel, SingleLayerModel
+from metaloom.recipe.model import ConfigError, HuggingFaceModel, MLPModel, SingleLayerModel
 from metaloom.recipe.rules.base import Broken, Rule
 from metaloom.recipe.schema import Recipe
 from metaloom.recipe.synthetic import Equivariant1dTask, Equivariant2dTask, SyntheticData
@@ -153,23 +153,39 @@ def model_reads_the_data(recipe: Recipe) -> Broken:
 
 def _what_is_read(recipe: Recipe) -> str:
     model = recipe.model
-    if isinstance(model, HuggingFaceModel):
-        return "image" if model.task == "image-classification" else "text"
-    return READS[model.kind]
+    if not isinstance(model, HuggingFaceModel):
+        return READS[model.kind]
+    try:
+        return model.reads
+    except ConfigError:  # of another machine: where it is trained tells
+        return task_facts(recipe).inputs.kind
 
 
 def tasks_of_transformers_fit(recipe: Recipe) -> Broken:
     model, objective = recipe.model, task_facts(recipe).objective
-    if not isinstance(model, HuggingFaceModel) or objective == "regression":
+    if not isinstance(model, HuggingFaceModel):
         return
-    if (model.task == "causal-lm") != (objective == "language_modelling"):
+    if model.task == "feature-extraction" and objective == "language_modelling":
+        yield "model.task", f"{model.task}; the tasks are {objective}; set it to causal-lm"
+    elif model.task == "feature-extraction" or objective == "regression":
+        return
+    elif (model.task == "causal-lm") != (objective == "language_modelling"):
         wanted = "causal-lm" if objective == "language_modelling" else "sequence-classification"
         yield "model.task", f"{model.task}; the tasks are {objective}; set it to {wanted}"
 
 
 def models_fit_the_objective(recipe: Recipe) -> Broken:
     objective = task_facts(recipe).objective
-    if objective == "regression" and not isinstance(recipe.model, MLPModel | SingleLayerModel):
+    if objective != "regression" or isinstance(recipe.model, MLPModel | SingleLayerModel):
+        return
+    if isinstance(recipe.model, HuggingFaceModel):
+        if recipe.model.task != "feature-extraction":
+            yield (
+                "model.task",
+                f"{recipe.model.task} tells classes apart or models text, and the targets are numbers; "
+                "set it to feature-extraction",
+            )
+    else:
         yield (
             "model.kind",
             f"{recipe.model.kind} tells classes apart or models text, and the targets are numbers; set "

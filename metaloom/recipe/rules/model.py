@@ -57,12 +57,29 @@ def folders_of_transformers_are_read(recipe: Recipe) -> Broken:
     if not isinstance(model, HuggingFaceModel) or not Path(model.hf).exists():
         return  # of another machine: where it is trained tells
     try:
-        if model.task != "image-classification":
+        quantised = model.config.get("quantization_config")
+        if quantised is not None:
+            method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
+            yield (
+                "model.hf",
+                f"{model.hf}; its weights are quantised ({method}), and hypergradients are of plain ones; "
+                "give a folder that model.dequantize().save_pretrained(FOLDER) of transformers has written",
+            )
+        if model.reads == "text":
             _ = model.vocabulary
         elif "num_channels" not in model.config:
             yield "model.hf", f"{model.hf}; its config.json has no num_channels: this is no model of images"
     except ConfigError as error:
         yield "model.hf", f"{error}; give the folder that save_pretrained of transformers has written"
+
+
+def pooling_is_of_features(recipe: Recipe) -> Broken:
+    model = recipe.model
+    if isinstance(model, HuggingFaceModel) and model.pooling and model.task != "feature-extraction":
+        yield (
+            "model.pooling",
+            f"{model.pooling}; has no effect, since model.task is {model.task}; leave it out",
+        )
 
 
 def heads_divide_the_width(recipe: Recipe) -> Broken:
@@ -198,6 +215,7 @@ _SHAPES = ("[length]", "[channels, length]", "[channels, height, width]")
 
 RULES: tuple[Rule, ...] = (
     folders_of_transformers_are_read,
+    pooling_is_of_features,
     heads_divide_the_width,
     widths_are_of_the_layers,
     pretrain_needs_gpt,
