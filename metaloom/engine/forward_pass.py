@@ -348,6 +348,8 @@ _PER_TASK: dict[Any, Callable[..., Any]] = {
     F.conv1d: kernels.conv_per_task,
     F.conv2d: kernels.conv_per_task,
     F.conv3d: kernels.conv_per_task,
+    F.embedding: kernels.embedding_per_task,
+    torch.addmm: kernels.transposed_linear_per_task,
 }
 _RANDOM = frozenset(
     {

@@ -37,6 +37,19 @@ EXACT = ("unrolled", "rematerialized", "mixed_mode")
 RATE = 0.3
 
 
+class SquaredNorm(nn.Module):
+    """A norm that is none of torch's, and does not multiply by its weight alone."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        length = torch.linalg.vector_norm(inputs, dim=-1, keepdim=True)
+        normed: Tensor = (1.0 + self.weight.square()) * inputs / length
+        return normed
+
+
 class EveryLayer(nn.Module):
     """All layers that one pass of all tasks can hold a copy per task of."""
 
@@ -49,12 +62,13 @@ class EveryLayer(nn.Module):
         self.batch_norm1d = nn.BatchNorm1d(4, track_running_stats=False)
         self.layer_norm = nn.LayerNorm((4, 7))
         self.rms_norm = nn.RMSNorm(7)
+        self.own_norm = SquaredNorm(7)
         self.head = nn.Linear(28, 3)
 
     def forward(self, images: Tensor) -> Tensor:
         features = torch.tanh(self.group_norm(self.batch_norm(self.conv(images))))  # [N, 4, 3, 3]
         features = torch.tanh(self.batch_norm1d(self.conv1d(features.flatten(2))))  # [N, 4, 7]
-        logits: Tensor = self.head(self.rms_norm(self.layer_norm(features)).flatten(1))
+        logits: Tensor = self.head(self.own_norm(self.rms_norm(self.layer_norm(features))).flatten(1))
         return logits
 
 
@@ -92,7 +106,8 @@ def of_head(model: nn.Module) -> list[str]:
 
 
 def of_norms_biases_and_head(model: nn.Module) -> list[str]:
-    return [*norm_and_bias_parameters(model, norms=True, biases=True), "head.weight"]
+    weights = [name for name in ("conv.weight", "conv1d.weight") if hasattr(model, "conv1d")]
+    return [*norm_and_bias_parameters(model, norms=True, biases=True), *weights, "head.weight"]
 
 
 @pytest.mark.parametrize("estimator", EXACT)

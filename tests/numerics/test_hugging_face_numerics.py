@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +11,13 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from transformers import GPT2LMHeadModel, LlamaForCausalLM, Qwen2ForCausalLM
 
 from metaloom.engine.adapters.base import BACKBONE, INIT
 from metaloom.engine.adapters.lora import LoraAdapter
+from metaloom.engine.adapters.part import PartAdapter
+from metaloom.engine.adapters.selection import uses_of
+from metaloom.engine.adapters.soft_prompt import SoftPromptAdapter
 from metaloom.engine.hypergradients import HYPERGRADIENTS
 from metaloom.engine.inner_loops.rates import Rates
 from metaloom.engine.inner_loops.sgd import Sgd
@@ -20,7 +25,7 @@ from metaloom.engine.learner import Learner, TaskBatch
 from metaloom.engine.precision import Precision
 from metaloom.engine.unroll import Unroll
 from tests.numerics.hugging_face_problems import CASES, examples, small_model, structure_of
-from tests.numerics.problems import assert_gradients_agree, last, logits_of, perturbed
+from tests.numerics.problems import assert_gradients_agree, last, logits_of, perturbed, relative_error
 
 # PEFT asks transformers by a name that is to go.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -28,6 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 NUM_TASKS, RANK, ALPHA, RATE = 2, 2, 6, 0.2
 # Whose RMS norms compute in float32 whatever their weights are.
 SINGLE = {"Llama", "Llama, classes", "Llama, features", "Qwen"}
+CLASSES: dict[str, Any] = {"GPT-2": GPT2LMHeadModel, "Llama": LlamaForCausalLM, "Qwen": Qwen2ForCausalLM}
 all_cases = pytest.mark.parametrize("case", CASES)
 EXACT = ("unrolled", "rematerialized", "mixed_mode")
 
@@ -117,6 +123,71 @@ def test_outputs_and_gradients_of_each_task_are_those_of_pefts_layers(case: str,
         strict=True,
     ):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11, msg=f"{name} differs")
+
+
+def layers_together(case: str) -> list[str]:
+    """The parameters of which one pass of all tasks holds a copy per task: of embeddings, linear layers,
+    convolutions and norms, of whatever class; but a position's vector is of no example, and a bias of keys
+    changes nothing."""
+    model = small_model(case)
+    shared = {name for names in uses_of(model).values() if len(names) > 1 for name in names}
+    names = []
+    for owner, module in model.named_modules():
+        if any(True for _ in module.children()) or "position_embeddings" in owner or "wpe" in owner:
+            continue
+        own = [f"{owner}.{name}" for name, _ in module.named_parameters()]
+        if not case.startswith(("BERT", "ViT")):
+            own = [name for name in own if not name.endswith((".key.bias", ".k_proj.bias"))]
+        names += [name for name in own if name not in shared and "token_type" not in name]
+    return names
+
+
+@pytest.mark.parametrize("case", ["GPT-2", "Llama", "BERT", "ViT"])
+def test_one_pass_of_tasks_with_layers_of_their_own_equals_the_loop_over_tasks(case: str) -> None:
+    batch = TaskBatch(
+        tuple(range(NUM_TASKS)),
+        support=examples(case, NUM_TASKS, 3, seed=4),
+        query=examples(case, NUM_TASKS, 2, seed=5),
+    )
+    for estimator in EXACT:
+        gradients = []
+        for tasks in ("together", "loop"):
+            model = small_model(case)
+            adapter = PartAdapter(
+                model, names=layers_together(case), tasks=tasks, structure=structure_of(model)
+            )
+            rates = Rates(RATE, "none", 2)
+            learner = Learner(adapter, Precision("float64"), recompute_blocks=tasks == "together")
+            unroll = Unroll(learner, Sgd(), rates, last(2))
+            meta = adapter.meta_parameters(init=True, backbone=True)
+            gradients.append(HYPERGRADIENTS[estimator]().meta_gradient(unroll, meta, batch).gradient)
+        together, loop = (
+            torch.cat([value.flatten() for value in gradient.values()]) for gradient in gradients
+        )
+        assert relative_error(together, loop) < (1e-5 if case in SINGLE else 1e-9), estimator
+
+
+@pytest.mark.parametrize("case", ["GPT-2", "Llama", "Qwen"])
+def test_soft_prompts_are_vectors_in_front_of_those_of_tokens(case: str) -> None:
+    model = small_model(case)
+    structure = structure_of(model)
+    adapter = SoftPromptAdapter(
+        model,
+        num_tokens=3,
+        start="normal",
+        generator=torch.Generator().manual_seed(3),
+        structure=structure,
+    )
+    (prompts,) = fast = perturbed(adapter.init({}, NUM_TASKS), scale=0.5)
+    tokens = examples(case, NUM_TASKS, 2, seed=2)["inputs"]
+    found = logits_of(adapter, {}, fast, tokens)
+    assert structure.embedding is not None
+    vectors = model.get_submodule(structure.embedding)(tokens)  # [T, N, L, D]
+    for task, prompt in enumerate(fast[prompts]):
+        shown = torch.cat([prompt.expand(2, -1, -1), vectors[task]], dim=1)
+        # Its class as transformers has it.
+        expected = CLASSES[case].forward(model, inputs_embeds=shown).logits[:, 3:]
+        torch.testing.assert_close(found[task], expected, rtol=1e-6 if case in SINGLE else 1e-10, atol=1e-7)
 
 
 @all_cases

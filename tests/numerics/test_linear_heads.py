@@ -348,15 +348,19 @@ def test_a_quadratic_programs_derivative_by_its_linear_term_equals_differences()
     def numbers(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64, generator=generator)
 
-    root, c = numbers(3, 7, 7), numbers(3, 7).requires_grad_()
-    G, A, h = root @ root.mT, numbers(3, 2, 7), numbers(3, 7).abs()
-    along, by = numbers(3, 7), numbers(3, 7)
-    x = minimum(G, c, A, h)
-    assert (A @ x[..., None]).abs().max() < 1e-9
+    root, c = numbers(3, 4, 5, 2), numbers(3, 4, 5).requires_grad_()  # singular, but for the equations
+    G, A, h = root @ root.mT, torch.ones(3, 4, 5, dtype=torch.float64), numbers(3, 4, 5).abs()
+    A[0, 1] = 0.0
+    along, by = numbers(3, 4, 5), numbers(3, 4, 5)
+    x = minimum(G + torch.diag_embed(1.0 - A), c, A, h)
+    assert (A * x).sum(1).abs().max() < 1e-9
     assert ((h - x) > -1e-9).all()
     assert ((h - x) < 1e-9).any(), "a program without an active bound tells nothing"
     (gradient,) = torch.autograd.grad((x * along).sum(), c)
-    ahead, behind = ((minimum(G, c.detach() + step * by, A, h) * along).sum() for step in (1e-5, -1e-5))
+    ahead, behind = (
+        (minimum(G + torch.diag_embed(1.0 - A), c.detach() + step * by, A, h) * along).sum()
+        for step in (1e-5, -1e-5)
+    )
     assert float((gradient * by).sum()) == pytest.approx(float(ahead - behind) / 2e-5, rel=1e-6)
 
 

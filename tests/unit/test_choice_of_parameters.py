@@ -88,8 +88,7 @@ def test_no_parameter_at_all_is_refused() -> None:
 @pytest.mark.parametrize(
     ("model", "name", "kind"),
     [
-        (Conv4(num_classes=2, width=2, num_blocks=1, norm="batch"), "blocks.0.conv.weight", "Conv2d"),
-        (gpt(), "token_embedding.weight", "Embedding"),
+        (nn.Bilinear(2, 2, 2), "weight", "Bilinear"),
         (nn.MultiheadAttention(4, 2), "out_proj.weight", "NonDynamicallyQuantizableLinear"),
         (nn.MultiheadAttention(4, 2), "in_proj_weight", "MultiheadAttention"),
     ],

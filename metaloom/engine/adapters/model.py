@@ -17,6 +17,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from metaloom.engine.adapters.norms import is_own_norm
 from metaloom.engine.forward_pass import ForwardPass, Interception
 from metaloom.engine.recomputation import recomputed
 from metaloom.errors import CapabilityError
@@ -141,18 +142,27 @@ def run_model(
     parts = [*structure.blocks, *([] if head_name is None else [head_name])]
     outside = {name: value for name, value in attachments.items() if not any(_is_in(name, p) for p in parts)}
     divided = None if shards is None else _Divided(model, weights, shards, whole)
+    owners = {name.rpartition(".")[0] for name in whole}
+    own_norms = [name for name in owners if is_own_norm(modules[name])]
     with contextlib.ExitStack() as stack:
         for position, name in enumerate(structure.blocks):
             inside = {key: value for key, value in attachments.items() if _is_in(key, name)}
+            norms = [modules[norm] for norm in own_norms if _is_in(norm, name)]
             block = _Block(
-                modules[name], name, f"{position}", inside, attach, interception, forward_pass, divided
+                modules[name], name, f"{position}", inside, attach, interception, forward_pass, divided, norms
             )
             stack.enter_context(_replaced_forward(modules[name], block))
-        if divided is not None:
+        if divided is None:
+            rest = [modules[norm] for norm in own_norms if not any(_is_in(norm, p) for p in parts)]
+            stack.enter_context(_norms_per_task(rest))
+        else:
             stack.enter_context(_RefuseUseOutside())
             others, around = _outside_blocks(model, parts)
             for name in others:
-                block = _Block(modules[name], name, None, {}, attach, interception, forward_pass, divided)
+                norms = [modules[name]] if name in own_norms else []
+                block = _Block(
+                    modules[name], name, None, {}, attach, interception, forward_pass, divided, norms
+                )
                 stack.enter_context(_replaced_forward(modules[name], block))
             weights = divided.whole({name: weights[name] for name in around})
         if head_name is not None:
@@ -208,6 +218,7 @@ class _Block:
 
     Args:
         site: what its draws are counted under, from 1; None: as a part of what is around it.
+        norms: those in it, of the model's own classes, of which tasks may have weights of their own.
     """
 
     def __init__(
@@ -220,8 +231,10 @@ class _Block:
         interception: Interception,
         forward_pass: ForwardPass,
         divided: _Divided | None,
+        norms: Sequence[nn.Module],
     ) -> None:
-        self._original = _Original(module)
+        self._original = _NormPerTask(module) if module in norms else _Original(module)
+        self._norms = [norm for norm in norms if norm is not module]
         self._name, self._site, self._num_calls = name, site, 0
         self._attachments, self._attach = attachments, attach
         self._interception, self._pass, self._divided = interception, forward_pass, divided
@@ -232,7 +245,11 @@ class _Block:
         if self._site is not None:
             site, num_draws = f"{self._site}#{self._num_calls}", 0
         if not self._pass.recompute_blocks and self._divided is None:
-            with self._interception.region(site), self._attach(self._attachments):
+            with (
+                self._interception.region(site),
+                self._attach(self._attachments),
+                _norms_per_task(self._norms),
+            ):
                 return self._original(*args, **kwargs)
         values, layout = pytree.tree_flatten((args, kwargs))
         is_given = [isinstance(value, Tensor) for value in values]
@@ -254,7 +271,11 @@ class _Block:
             if self._divided is not None:
                 substituted = self._divided.whole_of_module(self._name, substituted)
             args, kwargs = pytree.tree_unflatten(filled, layout)
-            with self._interception.region(site, num_draws), self._attach(attached):
+            with (
+                self._interception.region(site, num_draws),
+                self._attach(attached),
+                _norms_per_task(self._norms),
+            ):
                 prefixed = {f"module.{name}": value for name, value in substituted.items()}
                 result = functional_call(self._original, prefixed, args, kwargs)
                 positions.append(self._interception.position)
@@ -279,6 +300,34 @@ class _Original(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return type(self.module).forward(self.module, *args, **kwargs)
+
+
+class _NormPerTask(_Original):
+    """A norm of the model's own class of which each task has weights of its own, `[T, D]`: its `forward` on
+    `[T * N, ...]`, for each task. With weights `[D]` that tasks share, as it is."""
+
+    def forward(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Any:
+        weights: dict[str, Tensor] = {
+            f"module.{name}": value for name, value in self.module.named_parameters()
+        }
+        if all(value.ndim == 1 for value in weights.values()):
+            return super().forward(inputs, *args, **kwargs)
+        num_tasks = len(next(iter(weights.values())))
+        of_tasks = inputs.reshape(num_tasks, -1, *inputs.shape[1:])
+        original = _Original(self.module)
+
+        def of_one(own: dict[str, Tensor], rows: Tensor) -> Any:
+            return functional_call(original, own, (rows, *args), kwargs)
+
+        return torch.vmap(of_one)(weights, of_tasks).flatten(0, 1)
+
+
+@contextlib.contextmanager
+def _norms_per_task(norms: Sequence[nn.Module]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for norm in norms:
+            stack.enter_context(_replaced_forward(norm, _NormPerTask(norm)))
+        yield
 
 
 @contextlib.contextmanager

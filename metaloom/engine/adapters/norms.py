@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _NormBase
 
 from metaloom.engine.capabilities import TRACKED
 from metaloom.errors import CapabilityError
@@ -20,6 +21,20 @@ from metaloom.errors import CapabilityError
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 NORMS = (*BATCH_NORMS, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _SITE = ".statistics"
+
+
+def is_own_norm(module: nn.Module) -> bool:
+    """Whether it is a norm of the model's own class: of vectors alone, by what it is called, such as
+    `LlamaRMSNorm` of transformers."""
+    own = [value for _, value in module.named_parameters()]
+    return (
+        "norm" in type(module).__name__.lower()
+        and type(module) not in NORMS
+        and not isinstance(module, _NormBase)
+        and bool(own)
+        and all(value.ndim == 1 for value in own)
+        and not any(True for _ in module.children())
+    )
 
 
 @dataclasses.dataclass(frozen=True)

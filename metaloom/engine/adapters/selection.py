@@ -9,17 +9,10 @@ from typing import Any, Literal
 from torch import nn
 
 from metaloom.engine.adapters.model import Structure
+from metaloom.engine.adapters.norms import NORMS, is_own_norm
 from metaloom.errors import CapabilityError
 
 CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-NORMS: tuple[type[nn.Module], ...] = (
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.RMSNorm,
-)
 
 
 def head_parameters(model: nn.Module, structure: Structure, output: str | None) -> list[str]:
@@ -58,9 +51,9 @@ def norm_and_bias_parameters(model: nn.Module, *, norms: bool, biases: bool) -> 
     return [
         f"{owner}.{name}" if owner else name
         for owner, module in model.named_modules()
-        if type(module) in kinds
+        if type(module) in kinds or (norms and is_own_norm(module))
         for name, _ in module.named_parameters(recurse=False)
-        if name == "bias" or type(module) in NORMS
+        if name == "bias" or type(module) in NORMS or is_own_norm(module)
     ]
 
 

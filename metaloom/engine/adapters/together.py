@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from metaloom.engine.adapters.base import BACKBONE
 from metaloom.engine.adapters.model import Attach, Readout, Shards, Structure, Tensors, run_model
-from metaloom.engine.adapters.selection import CONVOLUTIONS, NORMS, uses_of
+from metaloom.engine.adapters.norms import NORMS, is_own_norm
+from metaloom.engine.adapters.selection import CONVOLUTIONS, is_transposed, uses_of
 from metaloom.engine.forward_pass import ForwardPass
 from metaloom.errors import CapabilityError
 
@@ -20,7 +21,8 @@ from metaloom.errors import CapabilityError
 TOGETHER: Mapping[type[nn.Module], tuple[str, ...]] = {
     nn.Linear: ("weight", "bias"),
     **dict.fromkeys(NORMS, ("weight", "bias")),
-    **dict.fromkeys(CONVOLUTIONS, ("bias",)),
+    **dict.fromkeys(CONVOLUTIONS, ("weight", "bias")),
+    nn.Embedding: ("weight",),
 }
 
 
@@ -97,16 +99,20 @@ def require_layers_that_run_together(model: nn.Module, names: Sequence[str]) -> 
     uses = uses_of(model)
     for name in names:
         owner, _, parameter = name.rpartition(".")
-        kind = type(modules[owner])
+        module = modules[owner]
         if len(uses[name]) > 1:
             raise CapabilityError(
                 f"adaptation.fast: {name} is one weight of several layers ({', '.join(uses[name])}), of "
                 "which one pass of all tasks cannot hold a copy per task: untie them "
                 "(model.tied_embeddings: false), or set adaptation.fast to part with tasks: loop."
             )
-        if parameter not in TOGETHER.get(kind, ()):
+        if (
+            parameter not in TOGETHER.get(type(module), ())
+            and not is_transposed(module)
+            and not is_own_norm(module)
+        ):
             raise CapabilityError(
-                f"adaptation.fast: {name} belongs to a {kind.__name__}, and one pass of all tasks holds a "
-                "copy per task of the weights and biases of linear layers and norms, and of the biases of "
-                "convolutions: choose among these, or set adaptation.fast to part with tasks: loop."
+                f"adaptation.fast: {name} belongs to a {type(module).__name__}, and one pass of all tasks "
+                "holds a copy per task of what linear layers, norms, convolutions and embeddings have: "
+                "choose among these, or set adaptation.fast to part with tasks: loop."
             )

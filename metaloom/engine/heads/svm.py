@@ -10,7 +10,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from metaloom.engine.heads.base import HeadSolver, Support, counted_rows, identity_like
+from metaloom.engine.heads.base import HeadSolver, Support, counted_rows
 from metaloom.engine.heads.quadratic_program import minimum
 
 
@@ -26,24 +26,21 @@ class SvmSolver(HeadSolver):
             with a_nk <= P [k = y(n)], sum_k a_nk = 0
 
     P is `1 / lambda`, and a is computed as a multiple of it. In float64, whatever the features are;
-    derivatives by the conditions of the optimum. The program has S C variables and dense matrices: see
-    `minimum`. The kernel has no multiple of the identity added, so that this is the problem as stated.
+    derivatives by the conditions of the optimum. The program has S C variables, and a dense matrix for each
+    class: see `minimum`. The kernel has no multiple of the identity added, so that this is the problem as
+    stated.
     """
 
     def weights(self, support: Support, regulariser: Tensor | float) -> Tensor:
         X, Y = (rows.double() for rows in counted_rows(support))
-        S, C = Y.shape[1:]
         kernel = X @ X.mT / (regulariser.double() if isinstance(regulariser, Tensor) else regulariser)
-        classes = support.is_class[:, None].expand(-1, S, -1)  # [T, S, C]
+        classes = support.is_class[..., None].expand_as(Y.mT)  # [T, C, S]
         # What padding and further classes have is taken out: variables of their own, whose minimum is 0.
-        is_free = (classes & support.is_counted[..., None]).flatten(1)  # [T, S * C]
-        identity = torch.eye(C, dtype=torch.float64, device=X.device)
-        quadratic = (kernel[:, :, None, :, None] * identity[:, None]).flatten(3).flatten(1, 2)
-        quadratic = torch.where(is_free[:, :, None] & is_free[:, None], quadratic, 0.0)
+        is_free = classes & support.is_counted[:, None]
+        quadratic = torch.where(is_free[..., :, None] & is_free[..., None, :], kernel[:, None], 0.0)
         quadratic = quadratic + torch.diag_embed((~is_free).double())
-        own = torch.where(is_free, Y.flatten(1), 0.0)
-        sums = identity_like(kernel).repeat_interleave(C, dim=1) * classes.flatten(1)[:, None]
+        own = torch.where(is_free, Y.mT, 0.0)
         upper = torch.where(is_free, own, 1.0)
-        dual = minimum(quadratic, -own, sums, upper) * is_free
-        weights = X.mT @ dual.view(-1, S, C) / regulariser
+        dual = minimum(quadratic, -own, classes.double(), upper) * is_free  # [T, C, S]
+        weights = X.mT @ dual.mT / regulariser
         return weights.to(support.features.dtype)

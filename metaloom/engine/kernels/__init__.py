@@ -8,16 +8,19 @@ from metaloom.engine.kernels.norms import weighted_batch_norm, written_out_group
 from metaloom.engine.kernels.per_task import (
     batch_norm_per_task,
     conv_per_task,
+    embedding_per_task,
     group_norm_per_task,
     layer_norm_per_task,
     linear_per_task,
     rms_norm_per_task,
+    transposed_linear_per_task,
 )
 
 __all__ = [
     "attention",
     "batch_norm_per_task",
     "conv_per_task",
+    "embedding_per_task",
     "gelu",
     "group_norm_per_task",
     "layer_norm_per_task",
@@ -26,6 +29,7 @@ __all__ = [
     "low_rank_update",
     "rms_norm_per_task",
     "silu",
+    "transposed_linear_per_task",
     "weighted_batch_norm",
     "written_out_attention",
     "written_out_group_norm",

@@ -4,7 +4,7 @@ task.
 Each takes the kernel that runs the layer where its weights are shared, and runs it once for all tasks; what
 is per task comes after it.
 
-Shape letters: T tasks, N examples, C channels, D input width, D' output width.
+Shape letters: T tasks, N examples, L tokens, V vocabulary, C channels, D input width, D' output width.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -34,14 +35,73 @@ def linear_per_task(kernel: Kernel, inputs: Tensor, weight: Tensor, bias: Tensor
     return _affine(output, None, bias, num_dims=1)
 
 
-def conv_per_task(
-    kernel: Kernel, inputs: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
+def transposed_linear_per_task(
+    kernel: Kernel, bias: Tensor, inputs: Tensor, weight: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """A convolution of `[T * N, C, ...]` with a bias `[T, C']`, shared or None; its weight is shared."""
-    if _are_shared((bias, 1)):
-        return kernel(inputs, weight, bias, *args, **kwargs)
-    output = kernel(inputs, weight, None, *args, **kwargs)
-    return _affine(output, None, bias, num_dims=1, num_behind=inputs.ndim - 2)
+    """`torch.addmm(b, x, W)`, W `[T, D, D']` or shared `[D, D']`, b `[T, D']` or shared; inputs
+    `[T * N, D]`."""
+    if weight.ndim == 3:
+        output = linear_per_task(F.linear, inputs, weight.transpose(1, 2))
+        return _affine(output, None, bias, num_dims=1)
+    if bias.ndim == 2 and inputs.ndim == 2 and len(bias) != len(inputs):
+        return _affine(inputs @ weight, None, bias, num_dims=1)
+    return kernel(bias, inputs, weight, *args, **kwargs)
+
+
+def embedding_per_task(
+    kernel: Kernel,
+    tokens: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """Rows of a table `[T, V, D]` or shared `[V, D]` for tokens `[T * N, ...]`. The row of `padding_idx` gets
+    no gradient."""
+    if weight.ndim == 2:
+        return kernel(tokens, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+    if max_norm is not None or scale_grad_by_freq or sparse:
+        raise CapabilityError(
+            "an embedding with max_norm, scale_grad_by_freq or sparse has no copy per task in one pass of "
+            "all tasks: leave these out, or set adaptation.fast to part with tasks: loop."
+        )
+    num_tasks, vocabulary = weight.shape[:2]
+    first = vocabulary * torch.arange(num_tasks, device=tokens.device)
+    of_tasks = _of_tasks(tokens, num_tasks)
+    places = of_tasks + first.view(-1, *(1,) * (of_tasks.ndim - 1))
+    vectors = kernel(places, weight.flatten(0, 1)).view(*tokens.shape, weight.shape[2])
+    if padding_idx is None:
+        return vectors
+    padding_idx = padding_idx % vocabulary
+    return torch.where((tokens == padding_idx)[..., None], vectors.detach(), vectors)
+
+
+def conv_per_task(
+    kernel: Kernel,
+    inputs: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    """A convolution of `[T * N, C, ...]` with a weight `[T, C', C / groups, ...]` or without T, and a bias
+    `[T, C']`, shared or None."""
+    num_sides = inputs.ndim - 2
+    if _are_shared((weight, 2 + num_sides), (bias, 1)):
+        return kernel(inputs, weight, bias, stride, padding, dilation, groups)
+    if weight.ndim == 2 + num_sides:
+        output = kernel(inputs, weight, None, stride, padding, dilation, groups)
+    else:
+        num_tasks = len(weight)
+        folded = _of_tasks(inputs, num_tasks).transpose(0, 1).flatten(1, 2)  # [N, T * C, ...]
+        made = kernel(folded, weight.flatten(0, 1), None, stride, padding, dilation, num_tasks * groups)
+        of_tasks = made.view(len(made), num_tasks, weight.shape[1], *made.shape[2:])
+        output = of_tasks.transpose(0, 1).flatten(0, 1)
+    return _affine(output, None, bias, num_dims=1, num_behind=num_sides)
 
 
 def layer_norm_per_task(

@@ -152,13 +152,23 @@ def norms_and_biases_are_there(recipe: Recipe) -> Broken:
         )
 
 
-def soft_prompts_need_gpt(recipe: Recipe) -> Broken:
-    if isinstance(recipe.adaptation.fast, SoftPromptFast) and not isinstance(recipe.model, GPTModel):
-        yield (
-            "adaptation.fast.kind",
-            f"soft_prompt adapts vectors in front of a text for model.kind = gpt, and model.kind is "
-            f"{recipe.model.kind}; set adaptation.fast to full, head, norm_bias or lora",
-        )
+def soft_prompts_need_a_decoder(recipe: Recipe) -> Broken:
+    model = recipe.model
+    if not isinstance(recipe.adaptation.fast, SoftPromptFast) or isinstance(model, GPTModel):
+        return
+    if isinstance(model, HuggingFaceModel):
+        if model.task != "causal-lm":
+            yield (
+                "adaptation.fast.kind",
+                f"soft_prompt adapts vectors in front of a text that goes on, and model.task is "
+                f"{model.task}, which may be read at the first token; set adaptation.fast to lora",
+            )
+        return
+    yield (
+        "adaptation.fast.kind",
+        f"soft_prompt adapts vectors in front of a text for model.kind = gpt or hf, and model.kind is "
+        f"{model.kind}; set adaptation.fast to full, head, norm_bias or lora",
+    )
 
 
 def the_head_is_apart(recipe: Recipe) -> Broken:
@@ -348,7 +358,7 @@ RULES: tuple[Rule, ...] = (
     a_dense_symmetry_makes_the_weights,
     patterns_differ,
     norms_and_biases_are_there,
-    soft_prompts_need_gpt,
+    soft_prompts_need_a_decoder,
     the_head_is_apart,
     the_head_is_fast,
     other_steps_follow_the_heads,
