@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from metaloom.build.adaptation import build_adapter, build_unroll
 from metaloom.build.choices import Choices
 from metaloom.build.heads import build_linear_head
+from metaloom.build.imported import imported
 from metaloom.build.model import model_structure, task_output
 from metaloom.build.regularisation import regularised
 from metaloom.build.set_learners import build_in_context, build_set_learner
@@ -200,7 +200,7 @@ def build_custom(
     Raises:
         CapabilityError: there is no such function, or what it returns is no algorithm.
     """
-    factory = _imported(section.factory)
+    factory: Factory = imported(section.factory, key="algorithm.factory")
     rule, facts = recipe.adaptation.rule, task_facts(recipe)
     adapter = build_adapter(recipe, model, choices)
     parts = Parts(
@@ -217,18 +217,6 @@ def build_custom(
             "metaloom.engine.algorithms.base.Algorithm."
         )
     return algorithm
-
-
-def _imported(path: str) -> Factory:
-    module_name, _, name = path.partition(":")
-    try:
-        factory: Factory = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
-        raise CapabilityError(
-            f"algorithm.factory: {path} cannot be imported: {error}. The module is looked for in the working "
-            "folder and among what is installed."
-        ) from error
-    return factory
 
 
 def build_backbone(recipe: Recipe, model: HeldModel, *, chunk: int | None = None) -> Backbone:

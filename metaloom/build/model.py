@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from metaloom.build.custom_model import make_custom
 from metaloom.engine.adapters.model import Structure
 from metaloom.engine.losses import Criterion, CrossEntropy, MeanSquaredError
 from metaloom.engine.precision import Precision
@@ -28,6 +29,7 @@ from metaloom.recipe import (
     ARMCMLAlgorithm,
     Conv4Model,
     ConvolutionLayer,
+    CustomModel,
     DeepSpeedZeroSharding,
     GPTModel,
     HuggingFaceModel,
@@ -41,11 +43,23 @@ from metaloom.recipe import (
     ShardedSharding,
     SingleLayerModel,
 )
-from metaloom.recipe.tasks import groups_by_recipe, num_inputs, rehearsal_facts, shape_of, task_facts
+from metaloom.recipe.tasks import (
+    groups_by_recipe,
+    num_inputs,
+    rehearsal_facts,
+    shape_of,
+    task_facts,
+    vocabulary,
+)
 from metaloom.weights import HeldModel, Source, hold, of_file, of_pretrained
 
 if TYPE_CHECKING:
     from metaloom.models.hugging_face import HuggingFaceTask, Pooling
+
+_ONE_HEAD = (
+    "adaptation.rehearsal.data reads a head of its own, and {} has the tasks' alone: rehearse what the tasks "
+    "are (documents beside documents)."
+)
 
 
 def build_sharding(recipe: Recipe, device: torch.device) -> Sharding:
@@ -97,6 +111,7 @@ def _source(recipe: Recipe) -> Source | None:
 
     def source(module: nn.Module) -> ReadRows:
         assert isinstance(module, AsFunction)
+        assert module.head_name is not None
         read = of_pretrained(
             path, own_names=module.own_names, head=module.head_name, std=std, seed=recipe.seed
         )
@@ -168,11 +183,12 @@ def _make_network(recipe: Recipe, num_classes: int | None) -> nn.Module:
                     return convolution(shape, num_outputs, kernel_size=kernel_size, bias=bias)
         case HuggingFaceModel(hf=folder, task=task):
             if own_head is not None:
-                raise CapabilityError(
-                    "adaptation.rehearsal.data reads a head of its own, and a model of transformers has the "
-                    "tasks' alone: rehearse what the tasks are (documents beside documents)."
-                )
+                raise CapabilityError(_ONE_HEAD.format("a model of transformers"))
             return _of_transformers(Path(folder), task, num_outputs, recipe.model.pooling)
+        case CustomModel():
+            if own_head is not None:
+                raise CapabilityError(_ONE_HEAD.format("a model of your own"))
+            return make_custom(recipe.model, num_outputs or vocabulary(recipe))
         case GPTModel():
             return Gpt(
                 num_layers=recipe.model.num_layers,
@@ -224,7 +240,7 @@ def task_output(recipe: Recipe) -> Output:
     """What tasks read of the model."""
     objective = task_facts(recipe).objective
     criterion = MeanSquaredError() if objective == "regression" else CrossEntropy()
-    if isinstance(recipe.model, HuggingFaceModel):
+    if isinstance(recipe.model, HuggingFaceModel | CustomModel):
         return Output(None, criterion)
     return Output(objective if isinstance(recipe.model, GPTModel) else "tasks", criterion)
 

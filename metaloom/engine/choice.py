@@ -99,8 +99,15 @@ def fastest(
     failures = {name: why for _, failed in measured for name, why in failed.items()}
     totals = {name: sum(each[name] for each, _ in measured) for name in ways if name not in failures}
     if not totals:
-        raise CapabilityError("; ".join(f"{name}: {why}" for name, why in failures.items()))
+        raise CapabilityError(why_none(failures))
     return Measured(min(totals, key=lambda name: totals[name]), totals, failures)
+
+
+def why_none(failures: Mapping[str, str]) -> str:
+    """Why none of several ways is possible, by their names; a reason that they share is said once."""
+    if len(failures) > 1 and len(set(failures.values())) == 1:
+        return next(iter(failures.values()))
+    return "; ".join(f"{way}: {why}" for way, why in failures.items())
 
 
 def choose_estimator(

@@ -55,7 +55,8 @@ def write(trained: Trained, card: Card, folder: Path) -> None:
         source = BACKBONE_FOLDER
         (folder / BACKBONE_FOLDER).mkdir()
         write_tensors(folder / BACKBONE_FOLDER / MODEL_FILE, trained.weights())
-        if isinstance(trained.module, AsFunction):
+        if isinstance(model, HuggingFaceModel):
+            assert isinstance(trained.module, AsFunction)
             config = trained.module.config.to_json_string()
             replace_file(folder / BACKBONE_FOLDER / MODEL_CONFIG, config)
         if isinstance(model, HuggingFaceModel) and (says := Path(model.hf, PREPROCESSING_FILE)).is_file():

@@ -22,7 +22,7 @@ from transformers import (
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from metaloom.models.as_function import PREPROCESSING_FILE, AsFunction
+from metaloom.models.as_function import PREPROCESSING_FILE, AsFunction, items_of_lists, with_parts
 from metaloom.models.gpt import PAD, at_last_token
 
 HuggingFaceTask = Literal[
@@ -38,7 +38,11 @@ _CLASSES: dict[HuggingFaceTask, Any] = {
 _HEAD = "head"  # of features
 
 
-class _OfTransformers(AsFunction):
+class OfTransformers(AsFunction):
+    """A model of transformers, which always has a head."""
+
+    head_name: str
+
     def own_names(self, stored: Iterable[str]) -> dict[str, str]:
         model: Any = self
         changes = get_model_conversion_mapping(model)
@@ -59,14 +63,14 @@ class _OfTransformers(AsFunction):
         return found
 
 
-class _CausalLM(_OfTransformers):
+class _CausalLM(OfTransformers):
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits `[N, L, V]` of the next token. A token sees none behind it: padding needs no mask."""
         logits: Tensor = super().forward(input_ids=tokens.clamp(min=0), use_cache=False).logits
         return logits
 
 
-class _EncoderClassification(_OfTransformers):
+class _EncoderClassification(OfTransformers):
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits `[N, V]` of the class."""
         mask = (tokens != PAD).long()
@@ -74,7 +78,7 @@ class _EncoderClassification(_OfTransformers):
         return logits
 
 
-class _DecoderClassification(_OfTransformers):
+class _DecoderClassification(OfTransformers):
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits `[N, V]` of the class, read at the last token. Transformers finds it by the padding token's
         number, which may be a token's of the text, or may not be set."""
@@ -84,7 +88,7 @@ class _DecoderClassification(_OfTransformers):
         return logits
 
 
-class _OfImages(_OfTransformers):
+class _OfImages(OfTransformers):
     image_mean: tuple[float, ...] = (0.0,)
     image_std: tuple[float, ...] = (1.0,)
 
@@ -101,7 +105,7 @@ class _ImageClassification(_OfImages):
         return logits
 
 
-class _TextFeatures(_OfTransformers):
+class _TextFeatures(OfTransformers):
     pooling: Pooling
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -143,7 +147,7 @@ class _ImageFeatures(_OfImages):
 
 def make_model(
     folder: Path, task: HuggingFaceTask, *, num_outputs: int | None = None, pooling: Pooling = "mean"
-) -> AsFunction:
+) -> OfTransformers:
     """The model that a folder's `config.json` describes, with random weights, which gives logits:
 
     * `causal-lm`: of tokens `[N, L]`, those of the next ones, `[N, L, V]`;
@@ -193,7 +197,7 @@ def _normalisation(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(values["image_mean"]), tuple(values["image_std"])
 
 
-def as_function(model: PreTrainedModel, task: HuggingFaceTask) -> AsFunction:
+def as_function(model: PreTrainedModel, task: HuggingFaceTask) -> OfTransformers:
     """The same model, called as its task has it: with a class of its own beside that of transformers; its
     modules, its parameters and their names stay as they are.
 
@@ -201,18 +205,20 @@ def as_function(model: PreTrainedModel, task: HuggingFaceTask) -> AsFunction:
         ValueError: it has no layers or no head that can be told from the rest.
     """
     head = _head_name(model, task)
-    kinds: dict[HuggingFaceTask, type[AsFunction]] = {
+    kinds: dict[HuggingFaceTask, type[OfTransformers]] = {
         "causal-lm": _CausalLM,
         # Decoders read a class at one token, and have no layer there but the last.
         "sequence-classification": _DecoderClassification if head == "score" else _EncoderClassification,
         "image-classification": _ImageClassification,
         "feature-extraction": _ImageFeatures if reads_images(model.config) else _TextFeatures,
     }
-    blocks, embedding = _block_names(model), None
+    blocks, embedding = items_of_lists(model), None
+    if not blocks:
+        raise ValueError(f"{type(model).__name__} has no list of layers")
     if not issubclass(kinds[task], _OfImages):
         embedding = _name_of(model, model.get_input_embeddings())
-    model.__class__ = _with(kinds[task], type(model))
-    assert isinstance(model, AsFunction)
+    model.__class__ = with_parts(kinds[task], type(model))
+    assert isinstance(model, OfTransformers)
     model.block_names, model.head_name, model.embedding_name = blocks, head, embedding
     return model
 
@@ -239,10 +245,6 @@ def _add_head(model: PreTrainedModel, num_outputs: int) -> None:
     model.add_module(_HEAD, nn.Linear(width, num_outputs))
 
 
-def _with(addition: type[AsFunction], own: type[nn.Module]) -> type[AsFunction]:
-    return type(own.__name__, (addition, own), {"__module__": own.__module__})
-
-
 def _head_name(model: PreTrainedModel, task: HuggingFaceTask) -> str:
     if task == "feature-extraction":
         return _HEAD
@@ -253,16 +255,6 @@ def _head_name(model: PreTrainedModel, task: HuggingFaceTask) -> str:
             return name
     children = ", ".join(name for name, _ in model.named_children())
     raise ValueError(f"{type(model).__name__} has no head named score or classifier; it has {children}")
-
-
-def _block_names(model: nn.Module) -> tuple[str, ...]:
-    """The items of the lists of modules that are inside no other list."""
-    lists = {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList)}
-    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
-    blocks = [f"{name}.{index}" for name in outer for index in range(len(lists[name]))]
-    if not blocks:
-        raise ValueError(f"{type(model).__name__} has no list of layers")
-    return tuple(blocks)
 
 
 def _name_of(model: nn.Module, wanted: nn.Module | None) -> str:

@@ -31,7 +31,7 @@ from metaloom.choosing import FREE_SHARE, TIMED_STEPS
 from metaloom.engine.adapters.base import BACKBONE
 from metaloom.engine.algorithms.base import Algorithm
 from metaloom.engine.algorithms.maml import Maml
-from metaloom.engine.choice import EXACT_AND_FLAT, EstimatorChoice
+from metaloom.engine.choice import EXACT_AND_FLAT, EstimatorChoice, why_none
 from metaloom.engine.combiners.mean import Mean
 from metaloom.engine.combiners.per_task import selected
 from metaloom.engine.hypergradients.base import prefixed, unprefixed
@@ -52,6 +52,7 @@ from metaloom.recipe import (
     AutoHypergradient,
     BinomialSnapshots,
     Conv4Model,
+    CustomModel,
     GPTModel,
     HuggingFaceModel,
     LoRAFast,
@@ -220,8 +221,8 @@ def _num_blocks(recipe: Recipe) -> int:
             return num_layers
         case HuggingFaceModel():
             return recipe.model.num_layers or 0
-        case SingleLayerModel():
-            return 0
+        case SingleLayerModel() | CustomModel():
+            return 0  # it is counted as it is
 
 
 def _with_blocks(recipe: Recipe, num_blocks: int) -> Recipe:
@@ -292,7 +293,7 @@ def _possible(counts: Mapping[str, Callable[[], Counted]]) -> list[Counted]:
                 raise
             failures[name] = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if counts and not found:
-        raise CapabilityError("; ".join(f"{name}: {why}" for name, why in failures.items()))
+        raise CapabilityError(why_none(failures))
     return found
 
 

@@ -105,6 +105,7 @@ from metaloom.recipe.machine import (
 from metaloom.recipe.model import (
     Conv4Model,
     ConvolutionLayer,
+    CustomModel,
     GPTModel,
     HuggingFaceModel,
     LinearLayer,
@@ -162,6 +163,7 @@ __all__ = [
     "Conv4Model",
     "ConvolutionLayer",
     "CustomAlgorithm",
+    "CustomModel",
     "DWACombiner",
     "DeepSpeedZeroSharding",
     "DenseSymmetry",

@@ -4,7 +4,17 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, JsonValue, WithJsonSchema
 
-from metaloom.recipe.base import BelowOne, Count, CountOrZero, FloatOrZero, Keys, PositiveFloat, Section, Text
+from metaloom.recipe.base import (
+    BelowOne,
+    Count,
+    CountOrZero,
+    FloatOrZero,
+    ImportPath,
+    Keys,
+    PositiveFloat,
+    Section,
+    Text,
+)
 from metaloom.recipe.heads import FeatureChunk, LogisticAlgorithm, RidgeAlgorithm, SVMAlgorithm
 
 
@@ -195,7 +205,7 @@ class CustomAlgorithm(Section):
     """An algorithm of your own: see docs/extending.md."""
 
     kind: Literal["custom"] = Field(default="custom", description="an algorithm of your own")
-    factory: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")] = Field(
+    factory: ImportPath = Field(
         description="module and function that build it, as module:function; the module is looked for in the "
         "working folder and among what is installed"
     )

@@ -13,6 +13,8 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 FloatOrZero = Annotated[float, Field(ge=0)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
+# A function, or a class, of one's own.
+ImportPath = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
 
 V = TypeVar("V")
 

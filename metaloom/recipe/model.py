@@ -5,9 +5,19 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, JsonValue, WithJsonSchema
 
-from metaloom.recipe.base import BelowOne, Count, CountOrZero, FloatOrZero, PositiveFloat, Section, Text
+from metaloom.recipe.base import (
+    BelowOne,
+    Count,
+    CountOrZero,
+    FloatOrZero,
+    ImportPath,
+    Keys,
+    PositiveFloat,
+    Section,
+    Text,
+)
 
 WEIGHTS = (
     "safetensors file to start from, or a folder with model.safetensors or several and their index; "
@@ -186,6 +196,40 @@ class HuggingFaceModel(Section):
         """The first whole number that the configuration has under one of these names."""
         config = self.config
         return next((config[name] for name in names if isinstance(config.get(name), int)), None)
+
+
+class CustomModel(Section):
+    """A module of your own: see docs/backbones.md."""
+
+    kind: Literal["custom"] = Field(default="custom", description="a torch.nn.Module of your own")
+    factory: ImportPath = Field(
+        description="module and class, or function, that makes it, as module:name; called with num_outputs "
+        "(classes, numbers or tokens that it has to tell) and the options; the module is looked for in the "
+        "working folder and among what is installed"
+    )
+    options: Annotated[dict[str, JsonValue], AfterValidator(Keys), WithJsonSchema({"type": "object"})] = (
+        Field(default_factory=Keys, description="further arguments of what makes it, by name")
+    )
+    head: Text | None = Field(
+        default=None,
+        description="name in the model of its last layer, which gives the outputs; null where none can be "
+        "told from the rest",
+    )
+    blocks: Annotated[tuple[Text, ...], Field(min_length=1)] | None = Field(
+        default=None,
+        description="names, or patterns of names, of the layers whose activations may be computed again, "
+        "none inside another; null for the items of its lists of modules",
+    )
+    embedding: Text | None = Field(
+        default=None, description="name of what makes vectors of tokens; null where it reads no texts"
+    )
+    vocabulary: int = Field(
+        default=256, ge=2, description="tokens that texts are made of; 256 where they are read as bytes"
+    )
+    context_length: Count | None = Field(
+        default=None, description="most tokens of a sequence; null for any number"
+    )
+    weights: str | None = Field(default=None, description=WEIGHTS)
 
 
 class ConfigError(Exception):

@@ -43,6 +43,7 @@ from metaloom.recipe.machine import (
 )
 from metaloom.recipe.model import (
     Conv4Model,
+    CustomModel,
     GPTModel,
     HuggingFaceModel,
     MLPModel,
@@ -65,7 +66,7 @@ class Recipe(Section):
     seed: int = Field(
         default=0, ge=0, le=2**32 - 1, description="every random draw of the run follows from it"
     )
-    model: Conv4Model | MLPModel | SingleLayerModel | GPTModel | HuggingFaceModel = Field(
+    model: Conv4Model | MLPModel | SingleLayerModel | GPTModel | HuggingFaceModel | CustomModel = Field(
         discriminator="kind", description="the network"
     )
     data: ClassesData | GroupsData | DocumentsData | EpisodesData | SyntheticData | MixtureData = Field(

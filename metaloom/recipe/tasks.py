@@ -27,7 +27,7 @@ from metaloom.recipe.data import (
     TextInputs,
     TokenTargets,
 )
-from metaloom.recipe.model import ConfigError, GPTModel, HuggingFaceModel
+from metaloom.recipe.model import ConfigError, CustomModel, GPTModel, HuggingFaceModel
 from metaloom.recipe.schema import Recipe
 from metaloom.recipe.synthetic import SyntheticData
 
@@ -100,7 +100,9 @@ def vocabulary(recipe: Recipe) -> int:
     Raises:
         UnknownModelError: the folder of a model of transformers does not say.
     """
-    assert isinstance(recipe.model, GPTModel | HuggingFaceModel), "a rule of the recipe has seen to it"
+    assert isinstance(recipe.model, GPTModel | HuggingFaceModel | CustomModel), (
+        "a rule of the recipe has seen to it"
+    )
     try:
         return recipe.model.vocabulary
     except ConfigError as error:
@@ -113,7 +115,7 @@ def context_length(recipe: Recipe) -> int | None:
     Raises:
         UnknownModelError: the folder of a model of transformers does not say.
     """
-    if not isinstance(recipe.model, GPTModel | HuggingFaceModel):
+    if not isinstance(recipe.model, GPTModel | HuggingFaceModel | CustomModel):
         return None
     try:
         return recipe.model.context_length

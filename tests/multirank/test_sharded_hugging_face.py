@@ -16,7 +16,7 @@ from metaloom.engine.learner import Learner, TaskBatch
 from metaloom.engine.precision import Precision
 from metaloom.engine.sharding.sharded import Sharded
 from metaloom.engine.unroll import Unroll
-from metaloom.models.as_function import AsFunction
+from metaloom.models.hugging_face import OfTransformers
 from tests.multirank.processes import run_ranks
 from tests.multirank.sharded_problems import full, in_shards
 from tests.numerics.hugging_face_problems import examples, small_model, structure_of
@@ -26,7 +26,7 @@ NUM_TASKS = 2
 ESTIMATORS: tuple[Hypergradient, ...] = (Rematerialized(), MixedMode())
 
 
-def adapter_of(model: AsFunction, shards: Shards | None = None) -> LoraAdapter:
+def adapter_of(model: OfTransformers, shards: Shards | None = None) -> LoraAdapter:
     """Beside LoRA the embedding, a norm in each block and the last one are fast in whole."""
     return LoraAdapter(
         model,
@@ -40,7 +40,7 @@ def adapter_of(model: AsFunction, shards: Shards | None = None) -> LoraAdapter:
     )
 
 
-def problem_of(tasks: range) -> tuple[Problem, AsFunction]:
+def problem_of(tasks: range) -> tuple[Problem, OfTransformers]:
     model = small_model("Llama")
     adapter = adapter_of(model)
     unroll = Unroll(Learner(adapter, Precision("float64")), Sgd(), Rates(0.2, "none", 2), last(2))
@@ -59,7 +59,7 @@ def differentiated() -> list[dict[str, Tensor]]:
         sharding = Sharded(torch.device("cpu"))
         whole, model = problem_of(range(sharding.rank, sharding.rank + 1))
 
-        def adapt(structure: Structure, shards: Shards, model: AsFunction = model) -> LoraAdapter:
+        def adapt(structure: Structure, shards: Shards, model: OfTransformers = model) -> LoraAdapter:
             return adapter_of(model, shards)
 
         problem = in_shards(whole, sharding, structure=structure_of(model), adapt=adapt)

@@ -15,8 +15,7 @@ from torch import Tensor
 from transformers import BertConfig, GPT2Config, LlamaConfig, PretrainedConfig, Qwen2Config, ViTConfig
 
 from metaloom.engine.adapters.model import Structure
-from metaloom.models.as_function import AsFunction
-from metaloom.models.hugging_face import HuggingFaceTask, make_model
+from metaloom.models.hugging_face import HuggingFaceTask, OfTransformers, make_model
 
 VOCABULARY, TOKENS, NUM_CLASSES = 23, 6, 3
 _SIZES: dict[str, Any] = {
@@ -43,7 +42,7 @@ CASES: Mapping[str, tuple[PretrainedConfig, HuggingFaceTask]] = {
 }
 
 
-def small_model(case: str) -> AsFunction:
+def small_model(case: str) -> OfTransformers:
     """With initial weights so large that no part of it is close to linear."""
     config, task = CASES[case]
     with tempfile.TemporaryDirectory() as name, torch.random.fork_rng(devices=[]):
@@ -57,7 +56,7 @@ def small_model(case: str) -> AsFunction:
     return model
 
 
-def structure_of(model: AsFunction) -> Structure:
+def structure_of(model: OfTransformers) -> Structure:
     """Where it can be taken apart."""
     return Structure(model.block_names, model.head_name, model.embedding_name)
 

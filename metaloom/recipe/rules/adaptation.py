@@ -20,7 +20,14 @@ from metaloom.recipe.data import (
     ClassesData,
     DocumentsData,
 )
-from metaloom.recipe.model import Conv4Model, GPTModel, HuggingFaceModel, MLPModel, SingleLayerModel
+from metaloom.recipe.model import (
+    Conv4Model,
+    CustomModel,
+    GPTModel,
+    HuggingFaceModel,
+    MLPModel,
+    SingleLayerModel,
+)
 from metaloom.recipe.rules.base import Broken, Rule, of_maml, repeated
 from metaloom.recipe.rules.model import has_tied_head, linear_layers
 from metaloom.recipe.rules.multi_task import named_groups
@@ -85,7 +92,7 @@ def lora_targets_exist(recipe: Recipe) -> Broken:
 
 def lora_rank_is_low(recipe: Recipe) -> Broken:
     fast, model = recipe.adaptation.fast, recipe.model
-    if isinstance(model, SingleLayerModel | HuggingFaceModel):
+    if isinstance(model, SingleLayerModel | HuggingFaceModel | CustomModel):
         return
     most, key = model.width, "width"
     if isinstance(model, MLPModel) and model.widths is not None:
@@ -137,7 +144,7 @@ def norms_and_biases_are_there(recipe: Recipe) -> Broken:
     fast, model = recipe.adaptation.fast, recipe.model
     if not isinstance(fast, NormBiasFast):
         return
-    has_norms = isinstance(model, GPTModel | HuggingFaceModel) or (
+    has_norms = isinstance(model, GPTModel | HuggingFaceModel | CustomModel) or (
         isinstance(model, Conv4Model) and model.norm != "none"
     )
     if not (fast.norms or fast.biases):
@@ -154,7 +161,7 @@ def norms_and_biases_are_there(recipe: Recipe) -> Broken:
 
 def soft_prompts_need_a_decoder(recipe: Recipe) -> Broken:
     model = recipe.model
-    if not isinstance(recipe.adaptation.fast, SoftPromptFast) or isinstance(model, GPTModel):
+    if not isinstance(recipe.adaptation.fast, SoftPromptFast) or isinstance(model, GPTModel | CustomModel):
         return
     if isinstance(model, HuggingFaceModel):
         if model.task != "causal-lm":

@@ -10,7 +10,7 @@ from metaloom.recipe.data import (
     Loading,
     TextInputs,
 )
-from metaloom.recipe.model import ConfigError, HuggingFaceModel, MLPModel, SingleLayerModel
+from metaloom.recipe.model import ConfigError, CustomModel, HuggingFaceModel, MLPModel, SingleLayerModel
 from metaloom.recipe.rules.base import Broken, Rule
 from metaloom.recipe.schema import Recipe
 from metaloom.recipe.synthetic import Equivariant1dTask, Equivariant2dTask, SyntheticData
@@ -153,6 +153,8 @@ def model_reads_the_data(recipe: Recipe) -> Broken:
 
 def _what_is_read(recipe: Recipe) -> str:
     model = recipe.model
+    if isinstance(model, CustomModel):
+        return task_facts(recipe).inputs.kind
     if not isinstance(model, HuggingFaceModel):
         return READS[model.kind]
     try:
@@ -176,7 +178,7 @@ def tasks_of_transformers_fit(recipe: Recipe) -> Broken:
 
 def models_fit_the_objective(recipe: Recipe) -> Broken:
     objective = task_facts(recipe).objective
-    if objective != "regression" or isinstance(recipe.model, MLPModel | SingleLayerModel):
+    if objective != "regression" or isinstance(recipe.model, MLPModel | SingleLayerModel | CustomModel):
         return
     if isinstance(recipe.model, HuggingFaceModel):
         if recipe.model.task != "feature-extraction":

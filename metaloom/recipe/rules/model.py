@@ -11,6 +11,7 @@ from metaloom.recipe.data import (
 from metaloom.recipe.model import (
     ConfigError,
     Conv4Model,
+    CustomModel,
     GPTModel,
     HuggingFaceModel,
     LinearLayer,
@@ -38,7 +39,7 @@ def linear_layers(recipe: Recipe) -> list[str]:
             return ["head"]
         case SingleLayerModel(layer=layer):
             return ["layer"] if isinstance(layer, LinearLayer) else []
-        case HuggingFaceModel():
+        case HuggingFaceModel() | CustomModel():
             raise Unreadable  # where the model is made tells
         case _:  # of a recipe with mistakes
             raise Unreadable
