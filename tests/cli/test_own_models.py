@@ -36,7 +36,7 @@ class Net(nn.Module):
 
 
 def test_a_module_of_ones_own_is_trained_in_shards_and_exported(
-    glyphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    glyphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from peft import PeftModel
 
@@ -79,6 +79,6 @@ def test_a_module_of_ones_own_is_trained_in_shards_and_exported(
         ("model.blocks=[layers.*, layers]", "model.blocks: layers.0 is inside layers, and both match"),
         ("model.blocks=[block.*]", "model.blocks: 'block.*' matches no part of the model"),
     ):
-        capsys.readouterr()
+        capfd.readouterr()
         assert main(["plan", *words, word]) != 0
-        assert told in capsys.readouterr().err
+        assert told in capfd.readouterr().err
