@@ -12,21 +12,25 @@ the peak above the highest one before is taken, which hides memory that a compil
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import gc
 import importlib
 import json
 import os
-import resource
 import sys
 import time
 from pathlib import Path
 from typing import TextIO
 
 import numpy as np
-import torch
 
+from benchmarks.measuring import (
+    give_back_freed_memory,
+    keep_to_one_core,
+    peak_mib,
+    reset_peak,
+    status_mib,
+)
 from benchmarks.peers import CONTENDERS
 from benchmarks.peers.base import Prepared
 from benchmarks.workloads import WORKLOADS, DType, Workload, draw, tiny_one_like
@@ -64,7 +68,7 @@ class First:
 def main() -> None:
     """Serves one request."""
     answers = _claim_standard_output()
-    _keep_to_one_core()
+    keep_to_one_core()
     request = Request(**json.loads(sys.stdin.readline()))
     contender = CONTENDERS[request.contender]
     module = importlib.import_module(f"benchmarks.peers.{contender.module}")
@@ -83,13 +87,6 @@ def main() -> None:
         _answer(answers, _timed(prepared))
 
 
-def _keep_to_one_core() -> None:
-    """One thread at a time, whatever libraries start: XLA has no setting that is enough for it."""
-    torch.set_num_threads(1)
-    if sys.platform == "linux":
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-
-
 def _claim_standard_output() -> TextIO:
     """A stream to the old standard output; whatever a library prints goes to standard error."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
@@ -102,16 +99,16 @@ def _answer(answers: TextIO, result: First | Timing) -> None:
 
 
 def _first(prepared: Prepared, gradient_path: Path) -> First:
-    _give_back_freed_memory()
-    was_reset = _reset_peak()
-    before_mib = _status_mib("VmRSS") if was_reset else _peak_mib(was_reset)
+    give_back_freed_memory()
+    was_reset = reset_peak()
+    before_mib = status_mib("VmRSS") if was_reset else peak_mib(was_reset)
     wall_s, cpu_s = time.perf_counter(), time.process_time()
     gradient = prepared.hypergradient()
     timing = Timing(time.perf_counter() - wall_s, time.process_time() - cpu_s)
-    peak_mib = _peak_mib(was_reset) - before_mib
+    above_mib = peak_mib(was_reset) - before_mib
     with gradient_path.open("wb") as file:
         np.savez(file, **gradient)  # type: ignore[arg-type]
-    return First(timing, prepared.compile_s, peak_mib, was_reset)
+    return First(timing, prepared.compile_s, above_mib, was_reset)
 
 
 def _timed(prepared: Prepared) -> Timing:
@@ -120,34 +117,6 @@ def _timed(prepared: Prepared) -> Timing:
     wall_s, cpu_s = time.perf_counter(), time.process_time()
     prepared.hypergradient()
     return Timing(time.perf_counter() - wall_s, time.process_time() - cpu_s)
-
-
-def _give_back_freed_memory() -> None:
-    """Returns freed memory to the system, so that none is counted twice or hides what is used next."""
-    gc.collect()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _reset_peak() -> bool:
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def _peak_mib(was_reset: bool) -> float:
-    if was_reset:
-        return _status_mib("VmHWM")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def _status_mib(field: str) -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import spawn
 
+from benchmarks.measuring import status_mib
 from metaloom.build import model_structure
 from metaloom.engine.adapters.lora import LoraAdapter
 from metaloom.engine.algorithms.maml import Maml
@@ -96,9 +97,9 @@ def measure(rank: int, num_ranks: int, case: Case, folder: str) -> None:
         dataclasses.replace(case, num_layers=1), num_steps=1
     )  # torch's own code and workspaces are there now
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    before = _status_mib("VmRSS")
+    before = status_mib("VmRSS")
     measured = dataclasses.replace(
-        _run(case, num_steps=case.num_steps), peak_mib=_status_mib("VmHWM") - before
+        _run(case, num_steps=case.num_steps), peak_mib=status_mib("VmHWM") - before
     )
     Path(folder, f"{rank}.json").write_text(json.dumps(dataclasses.asdict(measured)), encoding="utf-8")
     dist.barrier()
@@ -183,11 +184,6 @@ def _settings(case: Case) -> OuterSettings:
 def _size_mib(tensors: Iterable[Tensor]) -> float:
     local = (value.to_local() if isinstance(value, DTensor) else value for value in tensors)
     return sum(value.numel() * value.element_size() for value in local) / MIB
-
-
-def _status_mib(name: str) -> float:
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def run(num_ranks: int, case: Case) -> list[Measured]:
