@@ -19,15 +19,16 @@ from metaloom.engine.adapters.base import BACKBONE
 from metaloom.engine.adapters.selection import is_transposed
 from metaloom.engine.sharding.replicated import Replicated
 from metaloom.export.card import Card, read_card, write_card
+from metaloom.export.configuration import FOLDER as BACKBONE_FOLDER
+from metaloom.export.configuration import write_configuration
 from metaloom.export.formats import PEFT
 from metaloom.export.tensors import MODEL_FILE, write_tensors
 from metaloom.export.trained import Trained
 from metaloom.files import replace_file
-from metaloom.models.as_function import PREPROCESSING_FILE, AsFunction
+from metaloom.models.as_function import AsFunction
 from metaloom.recipe import HuggingFaceModel, LoRAFast
 
-CONFIG, ADAPTER_FILE, BACKBONE_FOLDER = "adapter_config.json", "adapter_model.safetensors", "backbone"
-MODEL_CONFIG = "config.json"
+CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
 LOADING = (
     "from peft import PeftModel",
     "from metaloom.export import load_backbone",
@@ -56,11 +57,7 @@ def write(trained: Trained, card: Card, folder: Path) -> None:
         (folder / BACKBONE_FOLDER).mkdir()
         write_tensors(folder / BACKBONE_FOLDER / MODEL_FILE, trained.weights())
         if isinstance(model, HuggingFaceModel):
-            assert isinstance(trained.module, AsFunction)
-            config = trained.module.config.to_json_string()
-            replace_file(folder / BACKBONE_FOLDER / MODEL_CONFIG, config)
-        if isinstance(model, HuggingFaceModel) and (says := Path(model.hf, PREPROCESSING_FILE)).is_file():
-            replace_file(folder / BACKBONE_FOLDER / PREPROCESSING_FILE, says.read_bytes())
+            write_configuration(trained, model, folder / BACKBONE_FOLDER)
     if not isinstance(model, HuggingFaceModel):
         write_adapter(trained, folder, base=source, module=trained.module)
         write_card(card, folder, kind=PEFT, loading=LOADING)

@@ -11,9 +11,12 @@ from pathlib import Path
 
 from metaloom.engine.adapters.base import BACKBONE, INIT
 from metaloom.export.card import Card, read_card, write_card
+from metaloom.export.configuration import FOLDER as CONFIGURATION
+from metaloom.export.configuration import configured_by, write_configuration
 from metaloom.export.formats import SAFETENSORS
 from metaloom.export.tensors import MODEL_FILE, read_tensors, write_tensors
 from metaloom.export.trained import MODEL, Trained, rebuilt
+from metaloom.recipe import HuggingFaceModel
 
 LOADING = (
     "from metaloom.export import load",
@@ -23,13 +26,16 @@ LOADING = (
 
 
 def write(trained: Trained, card: Card, folder: Path) -> None:
-    """Writes `model.safetensors` and `card.json`."""
+    """Writes `model.safetensors` and `card.json`; of a model of transformers also its configuration."""
     others = {
         MODEL + name: value
         for name, value in trained.weights().items()
         if BACKBONE + name not in trained.meta and INIT + name not in trained.meta
     }
     write_tensors(folder / MODEL_FILE, trained.meta | others)
+    if isinstance(card.recipe.model, HuggingFaceModel):
+        (folder / CONFIGURATION).mkdir()
+        write_configuration(trained, card.recipe.model, folder / CONFIGURATION)
     write_card(card, folder, kind=SAFETENSORS, loading=LOADING)
 
 
@@ -44,4 +50,5 @@ def read(folder: Path) -> Trained:
     weights = {name.removeprefix(MODEL): value for name, value in tensors.items() if name.startswith(MODEL)}
     meta = {name: value for name, value in tensors.items() if not name.startswith(MODEL)}
     num_steps = 0 if card.adapted is None else card.adapted.num_steps
-    return rebuilt(card.recipe, card.step, weights, meta, num_steps=num_steps)
+    recipe = configured_by(folder / CONFIGURATION, card.recipe)
+    return rebuilt(recipe, card.step, weights, meta, num_steps=num_steps)

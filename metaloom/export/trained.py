@@ -21,7 +21,7 @@ from metaloom.engine.precision import Precision
 from metaloom.engine.sharding.replicated import Replicated
 from metaloom.engine.unroll import Unroll
 from metaloom.errors import CapabilityError, CheckpointError
-from metaloom.recipe import Memory, Recipe, UnrolledHypergradient
+from metaloom.recipe import HuggingFaceModel, Memory, Recipe, UnrolledHypergradient
 from metaloom.result import result_parameters, stored_pretraining, stored_result
 from metaloom.run_folder import RunFolder
 
@@ -186,7 +186,9 @@ def _alone(recipe: Recipe, *, keeps_source: bool = False) -> Recipe:
     """
     changes: dict[str, object] = {"memory": Memory()}
     if not keeps_source:
-        changes["model"] = recipe.model.model_copy(update={"weights": None})
+        is_folder = isinstance(recipe.model, HuggingFaceModel)
+        without: dict[str, object] = {"start": "random"} if is_folder else {"weights": None}
+        changes["model"] = recipe.model.model_copy(update=without)
     if recipe.maml is not None:
         exact = {"hypergradient": UnrolledHypergradient()}
         changes["algorithm"] = recipe.maml.model_copy(update=exact)
