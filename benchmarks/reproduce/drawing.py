@@ -30,6 +30,13 @@ def draw(experiment: Experiment, results: Sequence[Result], folder: Path) -> Non
         for number, series in enumerate(_series(experiment)):
             points = _points(experiment, results, series, Shown("", measure=panel.measure))
             places = [place for place, _, _ in points]
+            if panel.against is not None:
+                others = _points(experiment, results, series, Shown("", measure=panel.against))
+                places = [value for _, value, _ in others]
+                for (share, mean, _), place in zip(points, places, strict=True):
+                    axes.annotate(
+                        f"{share:g}", (place, mean), textcoords="offset points", xytext=(5, 5), fontsize=8
+                    )
             axes.errorbar(
                 places,
                 [mean for _, mean, _ in points],
@@ -39,7 +46,7 @@ def draw(experiment: Experiment, results: Sequence[Result], folder: Path) -> Non
                 marker=MARKERS[number % len(MARKERS)],
                 capsize=3,
             )
-        axes.set_xlabel(experiment.drawing.x)
+        axes.set_xlabel(experiment.drawing.x if panel.against is None else panel.against_label)
         axes.set_ylabel(panel.label)
         axes.grid(True, color="#d5dae0", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import yaml
 
 HERE = Path(__file__).parent
-Measure = Literal["metric", "worst_group", "forgetting"]
+Measure = Literal["metric", "worst_group", "forgetting", "gain"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Shown:
         method: in words.
         contender: its name in the run's evaluation.
         step: adaptation steps after which it is read; -1 for the last.
-        measure: what is read: the evaluation's own metric, that of the worst group, or by how much the
-            loss on data of the pre-training kind rises.
+        measure: what is read: the evaluation's own metric, that of the worst group, by how much the loss on
+            data of the pre-training kind rises, or by how much adaptation improves the metric.
         published: the paper's figure, in words; empty where it has none.
         group: the group of tasks that the metric is read of; None for all tasks.
         per: what the figure is divided by.
@@ -44,10 +44,15 @@ class Panel:
     Attributes:
         measure: what is read of the trainings.
         label: of its axis, with the unit.
+        against: another measure, in the place of the number that trainings differ in, which is then written
+            beside each point.
+        against_label: of the other axis.
     """
 
     measure: Measure
     label: str
+    against: Measure | None = None
+    against_label: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,6 +46,9 @@ def value_of(result: Result, shown: Shown) -> tuple[float, float | None] | None:
     if shown.measure == "forgetting":
         before, after = found["rehearsal"]
         return after - before, None
+    if shown.measure == "gain":
+        sign = 1.0 if found["higher_is_better"] else -1.0
+        return sign * (found["mean"][shown.step] - found["mean"][0]), None
     if shown.group is not None:
         group = next((group for group in found["groups"] if group["name"] == shown.group), None)
         return None if group is None else (float(group["mean"]), float(group["ci95"]))

@@ -115,14 +115,21 @@ def test_a_figure_is_drawn_of_what_was_run(tmp_path: Path) -> None:
         for series in ("LoRA", "all weights")
         for x in (0, 10)
     )
-    drawing = Drawing("share", (Panel("forgetting", "rise"), Panel("metric", "loss on the module")))
+    drawing = Drawing(
+        "share",
+        (
+            Panel("forgetting", "rise"),
+            Panel("metric", "loss on the module"),
+            Panel("forgetting", "rise", "gain", "fall"),
+        ),
+    )
     experiment = dataclasses.replace(EXPERIMENT, trainings=trainings, drawing=drawing)
     results = [dataclasses.replace(result(2.0), training=name) for name in ("LoRA 0", "LoRA 10")]
     draw(experiment, [], tmp_path)
     assert list(tmp_path.iterdir()) == []
     draw(experiment, results, tmp_path)
     drawn = (tmp_path / "one.svg").read_text(encoding="utf-8")
-    assert drawn.count('id="axes_') == 2
+    assert drawn.count('id="axes_') == 3
     draw(experiment, results, tmp_path)
     assert (tmp_path / "one.svg").read_text(encoding="utf-8") == drawn
     assert "![One](images/one.svg)" in as_markdown(experiment, results)
