@@ -8,6 +8,7 @@ from metaloom.build import (
     Choices,
     build_maml,
     build_model,
+    outer_settings,
     task_batch,
 )
 from metaloom.engine.capabilities import ESTIMATORS, kind_of
@@ -17,6 +18,7 @@ from metaloom.engine.checking.differences import DIFFERENCE_TOLERANCE
 from metaloom.engine.checking.report import ORACLE_TOLERANCE, CheckReport
 from metaloom.engine.checking.vectors import away_from_symmetry
 from metaloom.engine.choice import EXACT_AND_FLAT, EstimatorChoice
+from metaloom.engine.outer import update_rule
 from metaloom.engine.sharding.replicated import Replicated
 from metaloom.errors import CapabilityError
 from metaloom.job import Place
@@ -55,6 +57,7 @@ def check(recipe: Recipe, place: Place) -> None:
     for name, choices in ways.items():
         algorithm = build_maml(in_float64, section, model, choices, place.device, points=place.points)
         meta = away_from_symmetry(algorithm.meta_parameters(), seed=recipe.seed)
+        update_rule(meta, outer_settings(recipe))
         kind = algorithm.hypergradient.name
         kinds = {kind_of(parameter) for parameter in meta}
         with console.phase(f"check {name}", total=len(grouped(meta)), unit="group") as phase:

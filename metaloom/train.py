@@ -40,7 +40,7 @@ from metaloom.datasets import Episode, EpisodeSource, EpisodeStream
 from metaloom.engine.algorithms.base import Algorithm
 from metaloom.engine.combiners.base import Combiner
 from metaloom.engine.learner import TaskBatch
-from metaloom.engine.outer import OuterOptimizer, parameter_of
+from metaloom.engine.outer import OuterOptimizer, parameter_of, update_rule
 from metaloom.engine.precision import LossScaler, Precision
 from metaloom.engine.sharding.base import Sharding
 from metaloom.engine.sharding.deepspeed_zero import DeepSpeedZero
@@ -205,7 +205,9 @@ def _new_run(job: Job, model: HeldModel) -> Run:
     recipe = job.recipe
     # Before any training: what is refused must not cost a pre-training.
     choices = choose(job, model, _train_source(job))
-    build_algorithm(recipe, model, choices, job.place.device, sharding=job.sharding)
+    algorithm = build_algorithm(recipe, model, choices, job.place.device, sharding=job.sharding)
+    if recipe.outer.lr_parts:
+        update_rule(algorithm.meta_parameters(), outer_settings(recipe))
     if recipe.pretrain is not None:
         model.load(_pretrained(job, recipe.pretrain, model))
     return _run(recipe, job.place, job.sharding, model, choices)

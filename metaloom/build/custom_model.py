@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import inspect
 
 from torch import nn
 
@@ -20,12 +21,13 @@ def make_custom(section: CustomModel, num_outputs: int) -> AsFunction:
     """
     factory = imported(section.factory, key="model.factory")
     try:
-        model = factory(num_outputs=num_outputs, **section.options)
-    except TypeError as error:
+        inspect.signature(factory).bind(num_outputs=num_outputs, **section.options)
+    except (TypeError, ValueError) as error:
         raise CapabilityError(
             f"model.factory: {section.factory} cannot be called with num_outputs and model.options "
             f"({', '.join(section.options) or 'none'}): {error}."
         ) from error
+    model = factory(num_outputs=num_outputs, **section.options)
     if not isinstance(model, nn.Module):
         raise CapabilityError(
             f"model.factory: {section.factory} returned a {type(model).__name__}; it has to return a "
@@ -49,7 +51,10 @@ def make_custom(section: CustomModel, num_outputs: int) -> AsFunction:
 def _blocks(patterns: tuple[str, ...], names: list[str]) -> tuple[str, ...]:
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
-            raise CapabilityError(f"model.blocks: {pattern!r} matches no part of the model.")
+            there_are = ", ".join(name for name in names if name and "." not in name)
+            raise CapabilityError(
+                f"model.blocks: {pattern!r} matches no part of the model; at the top it has {there_are}."
+            )
     found = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
     for name in found:
         inside = next((other for other in found if other.startswith(f"{name}.")), None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import types
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
@@ -112,6 +113,7 @@ class Interception(TorchFunctionMode):
 
     Attributes:
         weights: of the examples of each task that the model is called with, `[T, N]`; None where all count.
+        shape: of what the model is called with, `[T * N, ...]`; None where that is not known.
     """
 
     def __init__(self, forward_pass: ForwardPass, *, is_vectorized: bool = False) -> None:
@@ -126,6 +128,7 @@ class Interception(TorchFunctionMode):
         self._is_entered = False
         self._site, self._num_draws = "", 0
         self.weights = forward_pass.weights
+        self.shape: torch.Size | None = None
 
     @property
     def position(self) -> tuple[str, int]:
@@ -191,6 +194,8 @@ class Interception(TorchFunctionMode):
                 return func(args[0].float(), *args[1:], **kwargs).to(args[0].dtype)
         if func is F.scaled_dot_product_attention:
             refuse_dropout(args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0))
+        if func is F.embedding:
+            return kernels.embedding_per_task(func, *args, of_inputs=self.shape, **kwargs)
         kernel = self._replacements.get(func, func)
         of_tasks = _PER_TASK.get(func)
         if of_tasks is not None:
@@ -345,10 +350,9 @@ _PER_TASK: dict[Any, Callable[..., Any]] = {
     F.layer_norm: kernels.layer_norm_per_task,
     F.rms_norm: kernels.rms_norm_per_task,
     F.group_norm: kernels.group_norm_per_task,
-    F.conv1d: kernels.conv_per_task,
-    F.conv2d: kernels.conv_per_task,
-    F.conv3d: kernels.conv_per_task,
-    F.embedding: kernels.embedding_per_task,
+    F.conv1d: functools.partial(kernels.conv_per_task, 1),
+    F.conv2d: functools.partial(kernels.conv_per_task, 2),
+    F.conv3d: functools.partial(kernels.conv_per_task, 3),
     torch.addmm: kernels.transposed_linear_per_task,
 }
 _RANDOM = frozenset(

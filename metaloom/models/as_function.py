@@ -41,7 +41,17 @@ def with_parts(kind: type[AsFunction], own: type[nn.Module]) -> type[AsFunction]
 
 
 def items_of_lists(model: nn.Module) -> tuple[str, ...]:
-    """The items of the lists of modules that are inside no other list."""
+    """The items of the lists of modules that are inside no other list; of an item that is not called itself,
+    such as a list, what is in it."""
     lists = {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList)}
     outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
-    return tuple(f"{name}.{index}" for name in outer for index in range(len(lists[name])))
+    return tuple(item for name in outer for item in _called(lists[name], name))
+
+
+def _called(module: nn.Module, name: str) -> list[str]:
+    """The modules in one that have a `forward`, none inside another."""
+    found = []
+    for own, child in module.named_children():
+        full = f"{name}.{own}"
+        found += _called(child, full) if type(child).forward is nn.Module.forward else [full]
+    return found

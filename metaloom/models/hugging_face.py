@@ -5,6 +5,7 @@ Shape letters: N examples, L tokens, D width, V outputs (vocabulary, classes).
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -107,23 +108,21 @@ class _ImageClassification(_OfImages):
 
 class _TextFeatures(OfTransformers):
     pooling: Pooling
+    takes_cache: bool
 
     def forward(self, tokens: Tensor) -> Tensor:
         """What the head makes of a text's features, `[N, V]`."""
         is_token = tokens != PAD
-        hidden: Tensor = (
-            super()
-            .forward(  # [N, L, D]
-                input_ids=tokens.clamp(min=0), attention_mask=is_token.long()
-            )
-            .last_hidden_state
-        )
+        # Keys that a decoder keeps would be there twice where a block is computed again.
+        options = {"use_cache": False} if self.takes_cache else {}
+        output = super().forward(input_ids=tokens.clamp(min=0), attention_mask=is_token.long(), **options)
+        hidden: Tensor = output.last_hidden_state  # [N, L, D]
         if self.pooling == "first":
             pooled = hidden[:, 0]
         elif self.pooling == "last":
             pooled = at_last_token(hidden, tokens)
         else:
-            share = is_token / is_token.sum(dim=1, keepdim=True)
+            share = is_token / is_token.sum(dim=1, keepdim=True).clamp(min=1)
             pooled = (share.to(hidden.dtype)[..., None] * hidden).sum(dim=1)
         outputs: Tensor = self.get_submodule(self.head_name)(pooled)
         return outputs
@@ -180,10 +179,13 @@ def make_model(
         model = _CLASSES[task].from_config(config, attn_implementation="eager")
     if task == "feature-extraction":
         _add_head(model, num_outputs or config.num_labels)
+    takes_cache = "use_cache" in inspect.signature(type(model).forward).parameters
     function = as_function(model, task)
     function.eval()
     if isinstance(function, _TextFeatures | _ImageFeatures):
         function.pooling = pooling
+    if isinstance(function, _TextFeatures):
+        function.takes_cache = takes_cache
     if isinstance(function, _OfImages):
         function.image_mean, function.image_std = _normalisation(folder)
     return function

@@ -554,7 +554,7 @@ outer:
         (
             GLYPHS,
             ["adaptation.fast=soft_prompt"],
-            "adaptation.fast.kind: soft_prompt adapts vectors in front of a text for model.kind = gpt or hf,",
+            "adaptation.fast.kind: soft_prompt adapts vectors in front of a text for model.kind = gpt, hf or custom,",
         ),
         (
             STDLIB,

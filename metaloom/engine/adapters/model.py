@@ -144,6 +144,8 @@ def run_model(
     divided = None if shards is None else _Divided(model, weights, shards, whole)
     owners = {name.rpartition(".")[0] for name in whole}
     own_norms = [name for name in owners if is_own_norm(modules[name])]
+    interception.shape = inputs.shape
+    used: list[tuple[str, _Block]] = []
     with contextlib.ExitStack() as stack:
         for position, name in enumerate(structure.blocks):
             inside = {key: value for key, value in attachments.items() if _is_in(key, name)}
@@ -152,6 +154,8 @@ def run_model(
                 modules[name], name, f"{position}", inside, attach, interception, forward_pass, divided, norms
             )
             stack.enter_context(_replaced_forward(modules[name], block))
+            if inside or norms:
+                used.append((name, block))
         if divided is None:
             rest = [modules[norm] for norm in own_norms if not any(_is_in(norm, p) for p in parts)]
             stack.enter_context(_norms_per_task(rest))
@@ -172,6 +176,12 @@ def run_model(
         stack.enter_context(attach(outside))
         arguments = forward_pass.arguments(inputs)
         output: Tensor = functional_call(model, dict(weights), arguments, tie_weights=True)
+    for name, block in used:
+        if not block.is_called:
+            raise CapabilityError(
+                f"{name} is named as a block and never called: what is in it is used without it, so that "
+                "what is adapted there would have no effect. Name the modules that are called in model.blocks."
+            )
     if head_name is None:
         return output, None, ()
     if held_back.features is None or output is not held_back.features:
@@ -186,11 +196,12 @@ def run_model(
         own = divided.of_module(head_name, head_weights)
         head_weights = divided.whole_of_module(head_name, own)
     names = tuple(head_weights)
+    norms = [modules[norm] for norm in own_norms if norm == head_name or _is_in(norm, head_name)]
 
     def head(features: Tensor, *tensors: Tensor) -> Tensor:
         substituted = dict(zip(names, tensors[: len(names)], strict=True))
         hooked = dict(zip(attached, tensors[len(names) :], strict=True))
-        with interception.region("head"), attach(hooked):
+        with interception.region("head"), attach(hooked), _norms_per_task(norms):
             logits: Tensor = functional_call(layer, substituted, (features,))
             return logits
 
@@ -238,6 +249,11 @@ class _Block:
         self._name, self._site, self._num_calls = name, site, 0
         self._attachments, self._attach = attachments, attach
         self._interception, self._pass, self._divided = interception, forward_pass, divided
+
+    @property
+    def is_called(self) -> bool:
+        """Whether it was, in this pass."""
+        return self._num_calls > 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self._num_calls += 1
@@ -306,20 +322,40 @@ class _NormPerTask(_Original):
     """A norm of the model's own class of which each task has weights of its own, `[T, D]`: its `forward` on
     `[T * N, ...]`, for each task. With weights `[D]` that tasks share, as it is."""
 
-    def forward(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         weights: dict[str, Tensor] = {
             f"module.{name}": value for name, value in self.module.named_parameters()
         }
-        if all(value.ndim == 1 for value in weights.values()):
-            return super().forward(inputs, *args, **kwargs)
-        num_tasks = len(next(iter(weights.values())))
-        of_tasks = inputs.reshape(num_tasks, -1, *inputs.shape[1:])
+        places = {name: 0 if value.ndim == 2 else None for name, value in weights.items()}
+        if 0 not in places.values():
+            return super().forward(*args, **kwargs)
+        num_tasks = next(len(value) for value in weights.values() if value.ndim == 2)
+        given, layout = pytree.tree_flatten((args, kwargs))
+        num_rows = max(len(value) for value in given if isinstance(value, Tensor) and value.ndim)
+        if num_rows % num_tasks:
+            raise CapabilityError(
+                f"a norm of the model is given {num_rows} rows in its first dim for {num_tasks} tasks: keep "
+                "examples in the first dim, or set adaptation.fast to full, which runs one task at a time."
+            )
+        # All that is of examples goes to their tasks, the gate of a gated norm too.
+        is_divided = [
+            isinstance(value, Tensor) and value.ndim > 0 and len(value) == num_rows for value in given
+        ]
+        divided = [
+            value.reshape(num_tasks, -1, *value.shape[1:]) if is_one else None
+            for value, is_one in zip(given, is_divided, strict=True)
+        ]
         original = _Original(self.module)
 
-        def of_one(own: dict[str, Tensor], rows: Tensor) -> Any:
-            return functional_call(original, own, (rows, *args), kwargs)
+        def of_one(own: dict[str, Tensor], rows: list[Any]) -> Any:
+            values = [
+                row if is_one else value for row, value, is_one in zip(rows, given, is_divided, strict=True)
+            ]
+            own_args, own_kwargs = pytree.tree_unflatten(values, layout)
+            return functional_call(original, own, own_args, own_kwargs)
 
-        return torch.vmap(of_one)(weights, of_tasks).flatten(0, 1)
+        in_rows = [0 if is_one else None for is_one in is_divided]
+        return torch.vmap(of_one, in_dims=(places, in_rows))(weights, divided).flatten(0, 1)
 
 
 @contextlib.contextmanager

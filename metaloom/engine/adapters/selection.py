@@ -51,7 +51,7 @@ def norm_and_bias_parameters(model: nn.Module, *, norms: bool, biases: bool) -> 
     return [
         f"{owner}.{name}" if owner else name
         for owner, module in model.named_modules()
-        if type(module) in kinds or (norms and is_own_norm(module))
+        if type(module) in kinds or (norms and is_own_norm(module)) or (biases and is_transposed(module))
         for name, _ in module.named_parameters(recurse=False)
         if name == "bias" or type(module) in NORMS or is_own_norm(module)
     ]

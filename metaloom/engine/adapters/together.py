@@ -89,6 +89,11 @@ def whole_parameters(model: nn.Module, shards: Shards | None, names: list[str]) 
         return {name: value.clone() for name, value in shards.whole(chosen).items()}
 
 
+def _is_of_transformers(module: nn.Module) -> bool:
+    """Whether it is `Conv1D` of transformers: another of that name may compute otherwise."""
+    return is_transposed(module) and type(module).__module__.startswith("transformers.")
+
+
 def require_layers_that_run_together(model: nn.Module, names: Sequence[str]) -> None:
     """Passes where one pass of all tasks can hold a copy per task of these parameters.
 
@@ -108,7 +113,7 @@ def require_layers_that_run_together(model: nn.Module, names: Sequence[str]) -> 
             )
         if (
             parameter not in TOGETHER.get(type(module), ())
-            and not is_transposed(module)
+            and not _is_of_transformers(module)
             and not is_own_norm(module)
         ):
             raise CapabilityError(

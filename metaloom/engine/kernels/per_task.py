@@ -36,16 +36,25 @@ def linear_per_task(kernel: Kernel, inputs: Tensor, weight: Tensor, bias: Tensor
 
 
 def transposed_linear_per_task(
-    kernel: Kernel, bias: Tensor, inputs: Tensor, weight: Tensor, *args: Any, **kwargs: Any
+    kernel: Kernel,
+    input: Tensor,  # noqa: A002 (torch's name)
+    mat1: Tensor,
+    mat2: Tensor,
+    *,
+    beta: float = 1,
+    alpha: float = 1,
 ) -> Tensor:
-    """`torch.addmm(b, x, W)`, W `[T, D, D']` or shared `[D, D']`, b `[T, D']` or shared; inputs
-    `[T * N, D]`."""
-    if weight.ndim == 3:
-        output = linear_per_task(F.linear, inputs, weight.transpose(1, 2))
-        return _affine(output, None, bias, num_dims=1)
-    if bias.ndim == 2 and inputs.ndim == 2 and len(bias) != len(inputs):
-        return _affine(inputs @ weight, None, bias, num_dims=1)
-    return kernel(bias, inputs, weight, *args, **kwargs)
+    """`torch.addmm`, `beta b + alpha x W`, for W `[T, D, D']` or shared `[D, D']`, b `[T, D']` or shared, and
+    x `[T * N, D]`."""
+    # More rows than one, and not one for each row of x: torch itself has no such sum.
+    is_per_task = input.ndim == 2 and 1 < len(input) != len(mat1)
+    if mat2.ndim == 2 and not is_per_task:
+        return kernel(input, mat1, mat2, beta=beta, alpha=alpha)
+    output = mat1 @ mat2 if mat2.ndim == 2 else linear_per_task(F.linear, mat1, mat2.transpose(1, 2))
+    bias = input[0] if input.ndim == 2 and len(input) == 1 else input
+    if alpha != 1:
+        output = alpha * output
+    return _affine(output, None, bias if beta == 1 else beta * bias, num_dims=1)
 
 
 def embedding_per_task(
@@ -57,9 +66,19 @@ def embedding_per_task(
     norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
+    *,
+    of_inputs: torch.Size | None = None,
 ) -> Tensor:
-    """Rows of a table `[T, V, D]` or shared `[V, D]` for tokens `[T * N, ...]`. The row of `padding_idx` gets
-    no gradient."""
+    """Rows of a table `[T, V, D]` or shared `[V, D]` for tokens `[T * N, ...]`, or for positions that all
+    examples share, `[L]` or `[1, L]`: of a table per task these become those of every example. The row of
+    `padding_idx` gets no gradient.
+
+    Args:
+        of_inputs: the shape of what the model is called with, `[T * N, ...]`.
+
+    Raises:
+        CapabilityError: the embedding does more than that; or tokens are neither of all examples nor shared.
+    """
     if weight.ndim == 2:
         return kernel(tokens, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     if max_norm is not None or scale_grad_by_freq or sparse:
@@ -68,6 +87,17 @@ def embedding_per_task(
             "all tasks: leave these out, or set adaptation.fast to part with tasks: loop."
         )
     num_tasks, vocabulary = weight.shape[:2]
+    assert of_inputs is not None, "tables per task are of a model that is called with all tasks"
+    num_examples = of_inputs[0]
+    # Of one dim are the tokens of examples where these are single tokens, and else positions.
+    if not (len(tokens) == num_examples and (tokens.ndim > 1 or len(of_inputs) == 1)):
+        if tokens.ndim > 1 and len(tokens) > 1:
+            raise CapabilityError(
+                f"an embedding is given {len(tokens)} rows in its first dim for {num_examples} examples: "
+                "keep examples in the first dim, or set adaptation.fast to part with tasks: loop."
+            )
+        shared = tokens if tokens.ndim == 1 else tokens[0]
+        tokens = shared.expand(num_examples, *shared.shape)
     first = vocabulary * torch.arange(num_tasks, device=tokens.device)
     of_tasks = _of_tasks(tokens, num_tasks)
     places = of_tasks + first.view(-1, *(1,) * (of_tasks.ndim - 1))
@@ -79,6 +109,7 @@ def embedding_per_task(
 
 
 def conv_per_task(
+    num_sides: int,
     kernel: Kernel,
     inputs: Tensor,
     weight: Tensor,
@@ -89,8 +120,11 @@ def conv_per_task(
     groups: int = 1,
 ) -> Tensor:
     """A convolution of `[T * N, C, ...]` with a weight `[T, C', C / groups, ...]` or without T, and a bias
-    `[T, C']`, shared or None."""
-    num_sides = inputs.ndim - 2
+    `[T, C']`, shared or None.
+
+    Args:
+        num_sides: dims that the filters move along.
+    """
     if _are_shared((weight, 2 + num_sides), (bias, 1)):
         return kernel(inputs, weight, bias, stride, padding, dilation, groups)
     if weight.ndim == 2 + num_sides:
