@@ -23,6 +23,7 @@ from transformers import (
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from metaloom.errors import CapabilityError
 from metaloom.models.as_function import PREPROCESSING_FILE, AsFunction, items_of_lists, with_parts
 from metaloom.models.gpt import PAD, at_last_token
 
@@ -106,6 +107,20 @@ class _ImageClassification(_OfImages):
         return logits
 
 
+def _read(model: OfTransformers, pooled: Tensor) -> Tensor:
+    """What the head makes of features `[N, D]`."""
+    head = model.get_submodule(model.head_name)
+    assert isinstance(head, nn.Linear)
+    if pooled.shape[-1] != head.in_features:
+        raise CapabilityError(
+            f"model.hf: the last layer of {type(model).__name__} gives {pooled.shape[-1]} numbers, and its "
+            f"config.json says {head.in_features} (hidden_size): no head can be put behind it. Take another "
+            "task."
+        )
+    outputs: Tensor = head(pooled)
+    return outputs
+
+
 class _TextFeatures(OfTransformers):
     pooling: Pooling
     takes_cache: bool
@@ -124,8 +139,7 @@ class _TextFeatures(OfTransformers):
         else:
             share = is_token / is_token.sum(dim=1, keepdim=True).clamp(min=1)
             pooled = (share.to(hidden.dtype)[..., None] * hidden).sum(dim=1)
-        outputs: Tensor = self.get_submodule(self.head_name)(pooled)
-        return outputs
+        return _read(self, pooled)
 
 
 class _ImageFeatures(_OfImages):
@@ -140,8 +154,7 @@ class _ImageFeatures(_OfImages):
             pooled = hidden.mean(dim=1)
         else:
             pooled = hidden[:, 0 if self.pooling == "first" else -1]
-        outputs: Tensor = self.get_submodule(self.head_name)(pooled)
-        return outputs
+        return _read(self, pooled)
 
 
 def make_model(

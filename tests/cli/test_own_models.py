@@ -32,6 +32,9 @@ class Net(nn.Module):
         for layer in self.layers:
             features = torch.tanh(layer(features))
         return self.last(features)
+
+def nothing(num_outputs, width):
+    return {}
 """
 
 
@@ -74,9 +77,12 @@ def test_a_module_of_ones_own_is_trained_in_shards_and_exported(
         torch.testing.assert_close(model(images), trained.outputs(images), rtol=0.0, atol=1e-5)
     for word, told in (
         (f"model.factory={name}:No", f"model.factory: {name}:No cannot be imported: module"),
-        ("model.options.widht=3", "Net.__init__() got an unexpected keyword argument 'widht'"),
+        ("model.options.widht=3", "(width, widht): got an unexpected keyword argument 'widht'"),
         ("model.head=first", "model.head: 'first' is no part of "),
         ("model.blocks=[layers.*, layers]", "model.blocks: layers.0 is inside layers, and both match"),
+        ("model.context_length=8", "model.context_length: 8; has no effect, since the tasks' inputs are im"),
+        ("model.factory=torch:tensor", "cannot be called with num_outputs"),
+        (f"model.factory={name}:nothing", "returned a dict; it has to return a torch.nn.Module"),
         ("model.blocks=[block.*]", "model.blocks: 'block.*' matches no part of the model"),
     ):
         capfd.readouterr()

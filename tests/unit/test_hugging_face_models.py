@@ -248,6 +248,39 @@ def test_weights_that_are_put_together_when_they_are_read_are_refused(tmp_path: 
         built(tmp_path, "causal-lm")
 
 
+NUMBERS = {
+    "kind": "groups",
+    "url": "data/x",
+    "inputs": {"kind": "text", "length": 6},
+    "targets": {"kind": "number", "num_targets": 2},
+    "num_support": 2,
+    "num_query": 2,
+}
+
+
+def test_features_tell_numbers_and_classifiers_do_not(tmp_path: Path) -> None:
+    config, task = CASES["BERT, features"]
+    saved(tmp_path, config, AutoModel)
+    values = recipe_of(tmp_path, task).model_dump(mode="json") | {"data": NUMBERS}
+    recipe = recipe_from_dict(values, source="here")
+    tokens = torch.tensor([[1, 2, 3], [4, -1, -1], [-1, -1, -1]])  # one has nothing in it
+    outputs = build_model(recipe, CPU, Replicated()).module(tokens)
+    assert outputs.shape == (3, 2)
+    assert outputs.isfinite().all()
+    for other in ("sequence-classification", "causal-lm"):
+        values["model"]["task"] = other
+        with pytest.raises(RecipeError, match=rf"model\.task: {other} tells .*set it to feature-extraction"):
+            recipe_from_dict(values, source="here")
+    values = recipe_of(tmp_path, "causal-lm").model_dump(mode="json")
+    values["model"]["task"] = task
+    with pytest.raises(RecipeError, match=r"the tasks are language_modelling; set it to causal-lm"):
+        recipe_from_dict(values, source="here")
+    values = recipe_of(tmp_path, "sequence-classification").model_dump(mode="json")
+    values["adaptation"]["fast"] = {"kind": "soft_prompt", "num_tokens": 2}
+    with pytest.raises(RecipeError, match=r"model\.task is sequence-classification, which may be read at"):
+        recipe_from_dict(values, source="here")
+
+
 def test_a_model_of_two_parts_has_no_features(tmp_path: Path) -> None:
     T5Config(num_layers=1, d_model=8, d_kv=4, d_ff=8, num_heads=2, vocab_size=23).save_pretrained(tmp_path)
     with pytest.raises(CapabilityError, match="T5Model is an encoder with a decoder"):

@@ -31,7 +31,7 @@ HEAD_OF_IT = 'adaptation.fast={kind: part, parameters: ["head.*"]}'
         ),
         (
             [ALL_OF_IT, "algorithm.meta_parameters.backbone=true"],
-            "algorithm.meta_parameters.backbone: true; has no effect, since adaptation.fast adapts every",
+            "algorithm.meta_parameters.backbone: given; has no effect, since adaptation.fast adapts every",
         ),
         (
             [HEAD_OF_IT, "adaptation.head.first_steps=1", "adaptation.num_steps=2"],

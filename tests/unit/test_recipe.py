@@ -315,7 +315,7 @@ def test_a_section_without_a_kind_has_that_of_its_default(load: Load) -> None:
     assert load(GLYPHS, "outer.optimizer.lr=0.01").outer.optimizer.kind == "adam"
     assert load(GLYPHS, "launcher.num_processes=2").launcher.kind == "local"
     (line,) = report(load, GLYPHS.replace("{kind: conv4}", "{width: 8}"))
-    assert line == "line 2  model.kind: missing; one of: conv4, mlp, single_layer, gpt, hf"
+    assert line == "line 2  model.kind: missing; one of: conv4, mlp, single_layer, gpt, hf, custom"
 
 
 # ---------------------------------------------------------------- keys and kinds
@@ -405,7 +405,7 @@ def test_missing_keys_are_all_named() -> None:
         "a dictionary has 6 problems:",
         "  name: missing; give text made of at most 100 letters, digits, '-', '_' and '.', "
         "the first a letter or digit",
-        "  model: missing; give a section with kind: conv4 or mlp or single_layer or gpt or hf",
+        "  model: missing; give a section with kind: conv4 or mlp or single_layer or gpt or hf or custom",
         "  data: missing; give a section with kind: classes or groups or documents or episodes or synthetic "
         "or mixture",
         "  adaptation: missing; give a section with fast, rule, num_steps",
@@ -554,7 +554,7 @@ outer:
         (
             GLYPHS,
             ["adaptation.fast=soft_prompt"],
-            "adaptation.fast.kind: soft_prompt adapts vectors in front of a text for model.kind = gpt, hf or custom,",
+            "adaptation.fast.kind: soft_prompt adapts vectors in front of a text for model.kind = gpt,",
         ),
         (
             STDLIB,

@@ -180,7 +180,7 @@ def run_model(
         if not block.is_called:
             raise CapabilityError(
                 f"{name} is named as a block and never called: what is in it is used without it, so that "
-                "what is adapted there would have no effect. Name the modules that are called in model.blocks."
+                "what is adapted there would have no effect. Name modules that are called in model.blocks."
             )
     if head_name is None:
         return output, None, ()

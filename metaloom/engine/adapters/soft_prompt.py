@@ -27,8 +27,8 @@ class SoftPromptAdapter(Adapter):
     """P fast vectors per task, `[T, P, D]`, in front of what the embedding makes of the tokens.
 
     Lester et al. 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning", section 2. The model is
-    not changed: it is given P further tokens in front, for whose embeddings a forward hook puts the prompt. So
-    the prompt has the first P positions (with learned positions, their vectors are added to it as to any
+    not changed: it is given P further tokens in front, for whose embeddings a forward hook puts the prompt.
+    So the prompt has the first P positions (with learned positions, their vectors are added to it as to any
     token's), the text those after it, attention sees it as it sees tokens, and the outputs at its positions
     are dropped. All tasks are one pass over `[T * N, P + L]`.
 
@@ -58,8 +58,8 @@ class SoftPromptAdapter(Adapter):
         if structure.embedding is None:
             raise CapabilityError(
                 "adaptation.fast.kind: soft_prompt puts vectors in front of those of a text's tokens, and "
-                "this model has no embedding of tokens: set it to another kind, name the embedding of a model of "
-                "your own (model.embedding), or set model.kind to gpt."
+                "this model has no embedding of tokens: set it to another kind, name that of a model of your "
+                "own (model.embedding), or set model.kind to gpt."
             )
         self._model = model
         self._structure = structure

@@ -173,7 +173,7 @@ def soft_prompts_need_a_decoder(recipe: Recipe) -> Broken:
         return
     yield (
         "adaptation.fast.kind",
-        f"soft_prompt adapts vectors in front of a text for model.kind = gpt, hf or custom, and model.kind is "
+        f"soft_prompt adapts vectors in front of a text for model.kind = gpt, hf or custom, and that is "
         f"{model.kind}; set adaptation.fast to full, head, norm_bias or lora",
     )
 

@@ -195,6 +195,20 @@ def models_fit_the_objective(recipe: Recipe) -> Broken:
         )
 
 
+def parts_of_texts_are_of_texts(recipe: Recipe) -> Broken:
+    model = recipe.model
+    kind = task_facts(recipe).inputs.kind
+    if not isinstance(model, CustomModel) or kind == "text":
+        return
+    for name in ("embedding", "vocabulary", "context_length"):
+        given = getattr(model, name)
+        if given != CustomModel.model_fields[name].default:
+            yield (
+                f"model.{name}",
+                f"{given}; has no effect, since the tasks' inputs are {kind}s and no texts; leave it out",
+            )
+
+
 def sequences_fit_the_context(recipe: Recipe) -> Broken:
     longest = context_length(recipe)
     if longest is None:
@@ -311,6 +325,7 @@ RULES: tuple[Rule, ...] = (
     model_reads_the_data,
     models_fit_the_objective,
     tasks_of_transformers_fit,
+    parts_of_texts_are_of_texts,
     sequences_fit_the_context,
     filters_fit_into_inputs,
     every_group_has_a_task,
