@@ -58,23 +58,18 @@ def write(trained: Trained, card: Card, folder: Path) -> None:
         write_tensors(folder / BACKBONE_FOLDER / MODEL_FILE, trained.weights())
         if isinstance(model, HuggingFaceModel):
             write_configuration(trained, model, folder / BACKBONE_FOLDER)
-    if not isinstance(model, HuggingFaceModel):
-        write_adapter(trained, folder, base=source, module=trained.module)
-        write_card(card, folder, kind=PEFT, loading=LOADING)
-        return
+    is_of_language = isinstance(model, HuggingFaceModel) and model.task == "causal-lm"
     write_adapter(
         trained,
         folder,
         base=source,
         module=trained.module,
-        task_type="CAUSAL_LM" if model.task == "causal-lm" else None,
+        task_type="CAUSAL_LM" if is_of_language else None,
         is_transposed=any(map(is_transposed, trained.module.modules())),
     )
-    if isinstance(trained.module, AsFunction) and model.task == "feature-extraction":
-        head = f"{trained.module.head_name}."
-        if any(name.startswith(head) for name in trained.start()):  # which transformers' model lacks
-            write_card(card, folder, kind=PEFT, loading=LOADING)
-            return
+    if not isinstance(model, HuggingFaceModel) or _has_own_head(trained, model):
+        write_card(card, folder, kind=PEFT, loading=LOADING)
+        return
     of_transformers = _CLASSES[model.task]
     path = f"FOLDER + '/{BACKBONE_FOLDER}'" if source == BACKBONE_FOLDER else repr(source)
     loading = (
@@ -84,6 +79,13 @@ def write(trained: Trained, card: Card, folder: Path) -> None:
         "model = PeftModel.from_pretrained(model, FOLDER)",
     )
     write_card(card, folder, kind=PEFT, loading=loading)
+
+
+def _has_own_head(trained: Trained, model: HuggingFaceModel) -> bool:
+    """Whether the adapter has a head that transformers' model lacks."""
+    assert isinstance(trained.module, AsFunction)
+    head = f"{trained.module.head_name}."
+    return model.task == "feature-extraction" and any(name.startswith(head) for name in trained.start())
 
 
 def write_adapter(

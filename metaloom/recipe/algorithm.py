@@ -159,11 +159,6 @@ class MetaParameters(Section):
         "of the names of those that are learned",
     )
 
-    @property
-    def some_backbone(self) -> bool:
-        """Whether weights that tasks share are learned."""
-        return bool(self.backbone)
-
 
 class MAMLAlgorithm(Section):
     """Gradient of the query loss after adaptation (Finn et al. 2017)."""

@@ -27,8 +27,8 @@ class PartAdapter(Adapter):
     With `together`, activations stay `[T * N, ...]` and the backbone runs its ordinary kernels once for all
     tasks. The fast weights stand in the model in place of its own, with a leading task dim, and the layers
     that have them compute with it (`kernels.per_task`): `y = W_t x + b_t` for a linear layer, `normed * w_t +
-    b_t` behind the model's norm, `+ b_t` behind its convolution. Batch norm takes the statistics of each task
-    apart.
+    b_t` behind the model's norm, and likewise convolutions and embeddings. Batch norm takes the statistics of
+    each task apart.
 
     Args:
         model: its examples have to stay in the first dim.

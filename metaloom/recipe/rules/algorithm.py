@@ -82,7 +82,7 @@ def the_estimator_gives_what_is_learned(recipe: Recipe, maml: MAMLAlgorithm) -> 
     learned = maml.meta_parameters
     kinds: dict[Kind, bool] = {
         "init": learned.init,
-        "backbone": learned.some_backbone or recipe.adaptation.norms.weights == "per_step",
+        "backbone": bool(learned.backbone) or recipe.adaptation.norms.weights == "per_step",
         "rates": recipe.adaptation.rule.learned != "none",
         "loss": recipe.adaptation.learns_loss,
     }

@@ -69,7 +69,7 @@ def combined_kinds_are_learned(recipe: Recipe, maml: MAMLAlgorithm) -> Broken:
     learned = maml.meta_parameters
     kinds: dict[Kind, bool] = {
         "init": learned.init,
-        "backbone": learned.some_backbone or recipe.adaptation.norms.weights == "per_step",
+        "backbone": bool(learned.backbone) or recipe.adaptation.norms.weights == "per_step",
         "rates": recipe.adaptation.rule.learned != "none",
         "loss": bool(recipe.adaptation.loss.learned),
     }
