@@ -23,7 +23,6 @@ from transformers import (
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from metaloom.errors import CapabilityError
 from metaloom.models.as_function import PREPROCESSING_FILE, AsFunction, items_of_lists, with_parts
 from metaloom.models.gpt import PAD, at_last_token
 
@@ -112,10 +111,9 @@ def _read(model: OfTransformers, pooled: Tensor) -> Tensor:
     head = model.get_submodule(model.head_name)
     assert isinstance(head, nn.Linear)
     if pooled.shape[-1] != head.in_features:
-        raise CapabilityError(
-            f"model.hf: the last layer of {type(model).__name__} gives {pooled.shape[-1]} numbers, and its "
-            f"config.json says {head.in_features} (hidden_size): no head can be put behind it. Take another "
-            "task."
+        raise ValueError(
+            f"the last layer of {type(model).__name__} gives {pooled.shape[-1]} numbers, and its "
+            f"config.json says {head.in_features} (hidden_size): no head can be put behind it"
         )
     outputs: Tensor = head(pooled)
     return outputs
