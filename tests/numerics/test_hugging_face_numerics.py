@@ -19,6 +19,7 @@ from metaloom.engine.adapters.part import PartAdapter
 from metaloom.engine.adapters.selection import uses_of
 from metaloom.engine.adapters.soft_prompt import SoftPromptAdapter
 from metaloom.engine.hypergradients import HYPERGRADIENTS
+from metaloom.engine.hypergradients.mixed_mode import MixedMode
 from metaloom.engine.inner_loops.rates import Rates
 from metaloom.engine.inner_loops.sgd import Sgd
 from metaloom.engine.learner import Learner, TaskBatch
@@ -165,6 +166,31 @@ def test_one_pass_of_tasks_with_layers_of_their_own_equals_the_loop_over_tasks(c
             torch.cat([value.flatten() for value in gradient.values()]) for gradient in gradients
         )
         assert relative_error(together, loop) < (1e-5 if case in SINGLE else 1e-9), estimator
+
+
+@pytest.mark.parametrize("case", ["GPT-2", "Llama, classes", "BERT, features", "ViT"])
+def test_tasks_of_fewer_examples_are_padded_and_stay_as_they_are_alone(case: str) -> None:
+    adapter = adapter_of(case, with_head=CASES[case][1] != "causal-lm")
+    unroll = Unroll(Learner(adapter, Precision("float64")), Sgd(), Rates(RATE, "none", 2), last(2))
+    meta = perturbed(adapter.meta_parameters(init=True, backbone=True), scale=0.3)
+    support, query = examples(case, NUM_TASKS, 3, seed=4), examples(case, NUM_TASKS, 2, seed=5)
+    num_support = (1, 3)
+    weights = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]], dtype=torch.float64)
+    padded = TaskBatch((0, 1), support | {"weights": weights}, query)
+    together = MixedMode().meta_gradient(unroll, meta, padded).gradient
+    alone = []
+    for task, count in enumerate(num_support):
+        part = {name: value[task : task + 1, :count] for name, value in support.items()}
+        judged = {name: value[task : task + 1] for name, value in query.items()}
+        alone.append(MixedMode().meta_gradient(unroll, meta, TaskBatch((task,), part, judged)).gradient)
+    for name, value in together.items():
+        torch.testing.assert_close(
+            value,
+            alone[0][name] + alone[1][name],
+            rtol=1e-5 if case in SINGLE else 1e-9,
+            atol=1e-9,
+            msg=f"{name} differs",
+        )
 
 
 @pytest.mark.parametrize("case", ["GPT-2", "Llama", "Qwen"])
