@@ -1,5 +1,4 @@
-"""A Llama in shards with norms and embeddings of each task's own, as a language model and as features of padded
-texts."""
+"""A Llama in shards, with norms and embeddings of each task's own: language models, and features of texts."""
 
 from __future__ import annotations
 
