@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,7 +59,7 @@ if TYPE_CHECKING:
 
 _ONE_HEAD = (
     "adaptation.rehearsal.data reads a head of its own, and {} has the tasks' alone: rehearse what the tasks "
-    "are (documents beside documents)."
+    "are (documents beside documents), or documents beside classes of texts."
 )
 
 
@@ -184,7 +185,13 @@ def _make_network(recipe: Recipe, num_classes: int | None) -> nn.Module:
         case HuggingFaceModel(hf=folder, task=task):
             if own_head is not None:
                 raise CapabilityError(_ONE_HEAD.format("a model of transformers"))
-            return _of_transformers(Path(folder), task, num_outputs, recipe.model.pooling)
+            return _of_transformers(
+                Path(folder),
+                task,
+                num_outputs,
+                recipe.model.pooling,
+                keeps_language_head=_has_language_head(recipe),
+            )
         case CustomModel():
             if own_head is not None:
                 raise CapabilityError(_ONE_HEAD.format("a model of your own"))
@@ -203,7 +210,12 @@ def _make_network(recipe: Recipe, num_classes: int | None) -> nn.Module:
 
 
 def _of_transformers(
-    folder: Path, task: HuggingFaceTask, num_outputs: int | None, pooling: Pooling | None
+    folder: Path,
+    task: HuggingFaceTask,
+    num_outputs: int | None,
+    pooling: Pooling | None,
+    *,
+    keeps_language_head: bool,
 ) -> nn.Module:
     # Takes seconds to import, and is there where it is asked for alone.
     try:
@@ -211,7 +223,13 @@ def _of_transformers(
     except ImportError as error:
         raise CapabilityError("model.hf needs transformers: pip install 'metaloom[transformers]'.") from error
     try:
-        return make_model(folder, task, num_outputs=num_outputs, pooling=pooling or "mean")
+        return make_model(
+            folder,
+            task,
+            num_outputs=num_outputs,
+            pooling=pooling or "mean",
+            keeps_language_head=keeps_language_head,
+        )
     except (ValueError, OSError) as error:
         raise CapabilityError(f"model.hf: {folder}: {error}") from error
 
@@ -221,7 +239,11 @@ def model_structure(model: nn.Module) -> Structure:
     if isinstance(model, MultiTask):
         return Structure(model.block_names)  # a task's name says which output is read
     if isinstance(model, AsFunction):
-        return Structure(model.block_names, model.head_name, model.embedding_name)
+        heads: str | Mapping[str, str] | None = model.head_name
+        if model.language_head_name is not None:
+            assert model.head_name is not None
+            heads = {"classification": model.head_name, "language_modelling": model.language_head_name}
+        return Structure(model.block_names, heads, model.embedding_name)
     names = [name for name, _ in model.named_modules()]
     blocks = tuple(name for name in names if name.startswith("blocks.") and name.count(".") == 1)
     assert isinstance(model, Conv4 | Mlp | SingleLayer | Gpt)
@@ -241,7 +263,7 @@ def task_output(recipe: Recipe) -> Output:
     objective = task_facts(recipe).objective
     criterion = MeanSquaredError() if objective == "regression" else CrossEntropy()
     if isinstance(recipe.model, HuggingFaceModel | CustomModel):
-        return Output(None, criterion)
+        return Output("classification" if _has_language_head(recipe) else None, criterion)
     return Output(objective if isinstance(recipe.model, GPTModel) else "tasks", criterion)
 
 
@@ -251,4 +273,16 @@ def rehearsal_output(recipe: Recipe) -> Output:
     if rehearsed is None or rehearsed.shares_head:
         return task_output(recipe)
     # Of a language model, its own: that it was trained by before.
-    return Output("language_modelling" if isinstance(recipe.model, GPTModel) else "rehearsal", CrossEntropy())
+    is_language = isinstance(recipe.model, GPTModel) or _has_language_head(recipe)
+    return Output("language_modelling" if is_language else "rehearsal", CrossEntropy())
+
+
+def _has_language_head(recipe: Recipe) -> bool:
+    """Whether a model of transformers that tells classes apart has the head that its rehearsal reads, too."""
+    rehearsed = rehearsal_facts(recipe)
+    return (
+        isinstance(recipe.model, HuggingFaceModel)
+        and recipe.model.task == "sequence-classification"
+        and rehearsed is not None
+        and rehearsed.objective == "language_modelling"
+    )

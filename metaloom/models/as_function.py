@@ -17,12 +17,16 @@ class AsFunction(nn.Module):
         block_names: the modules that its layers are, none inside another.
         head_name: the last module, which gives the outputs; None where none can be told from the rest.
         embedding_name: the module that turns tokens into vectors; None where it reads no texts.
+        language_head_name: the last module for next tokens, of a classifier that has such a one too: it is
+            then called with the name of an output beside its inputs, `classification` or
+            `language_modelling`.
         config: what `config.json` says of it.
     """
 
     block_names: tuple[str, ...]
     head_name: str | None
     embedding_name: str | None
+    language_head_name: str | None = None
     config: Any
 
     def own_names(self, stored: Iterable[str]) -> dict[str, str]:

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -36,7 +37,8 @@ _CLASSES: dict[HuggingFaceTask, Any] = {
     "image-classification": AutoModelForImageClassification,
     "feature-extraction": AutoModel,
 }
-_HEAD = "head"  # of features
+_HEAD, _SCORE = "head", "score"  # of features; of a decoder's classes
+CLASSIFICATION, LANGUAGE_MODELLING = "classification", "language_modelling"
 
 
 class OfTransformers(AsFunction):
@@ -86,6 +88,23 @@ class _DecoderClassification(OfTransformers):
         base: Any = self.base_model
         hidden = base(input_ids=tokens.clamp(min=0), use_cache=False).last_hidden_state
         logits: Tensor = self.get_submodule(self.head_name)(at_last_token(hidden, tokens))
+        return logits
+
+
+class _DecoderOfTwo(OfTransformers):
+    """A language model with a head for classes beside its own."""
+
+    language_head_name: str
+
+    def forward(self, tokens: Tensor, head: str) -> Tensor:
+        """Logits of the text's class `[N, V]`, read at the last token, or of the next tokens
+        `[N, L, vocabulary]`, as the head's name has it."""
+        base: Any = self.base_model
+        hidden = base(input_ids=tokens.clamp(min=0), use_cache=False).last_hidden_state
+        if head == CLASSIFICATION:
+            hidden = at_last_token(hidden, tokens)
+        name = self.head_name if head == CLASSIFICATION else self.language_head_name
+        logits: Tensor = self.get_submodule(name)(hidden)
         return logits
 
 
@@ -156,7 +175,12 @@ class _ImageFeatures(_OfImages):
 
 
 def make_model(
-    folder: Path, task: HuggingFaceTask, *, num_outputs: int | None = None, pooling: Pooling = "mean"
+    folder: Path,
+    task: HuggingFaceTask,
+    *,
+    num_outputs: int | None = None,
+    pooling: Pooling = "mean",
+    keeps_language_head: bool = False,
 ) -> OfTransformers:
     """The model that a folder's `config.json` describes, with random weights, which gives logits:
 
@@ -174,25 +198,35 @@ def make_model(
         num_outputs: V; None for as many classes as the configuration says.
         pooling: of `feature-extraction`: which of the last layer's vectors are a text's or an image's
             features, those of padding left out.
+        keeps_language_head: of `sequence-classification` by a decoder: whether it has its language model's
+            head, too. It is then called with the name of a head beside the tokens, `classification` or
+            `language_modelling`, and gives the logits of the one, `[N, V]`, or the other.
 
     Raises:
         ValueError: transformers has no such model for the task; or it has no layers or no head that can be
-            told from the rest.
+            told from the rest; or it is no decoder, and has no language model's head to keep.
     """
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     if num_outputs is not None and task != "causal-lm":
         config.num_labels = num_outputs
+    if keeps_language_head:
+        _require_decoder(config)
+    kind = AutoModelForCausalLM if keeps_language_head else _CLASSES[task]
     try:
-        model = _CLASSES[task].from_config(config, attn_implementation="sdpa")
+        model = kind.from_config(config, attn_implementation="sdpa")
     except ValueError as error:
         if "scaled_dot_product_attention" not in str(error):
             raise
-        model = _CLASSES[task].from_config(config, attn_implementation="eager")
+        model = kind.from_config(config, attn_implementation="eager")
     if task == "feature-extraction":
         _add_head(model, num_outputs or config.num_labels)
+    if keeps_language_head:
+        model.add_module(_SCORE, nn.Linear(config.hidden_size, config.num_labels, bias=False))
     takes_cache = "use_cache" in inspect.signature(type(model).forward).parameters
     function = as_function(model, task)
     function.eval()
+    if isinstance(function, _DecoderOfTwo):
+        function.language_head_name = _name_of(model, model.get_output_embeddings())
     if isinstance(function, _TextFeatures | _ImageFeatures):
         function.pooling = pooling
     if isinstance(function, _TextFeatures):
@@ -218,10 +252,11 @@ def as_function(model: PreTrainedModel, task: HuggingFaceTask) -> OfTransformers
         ValueError: it has no layers or no head that can be told from the rest.
     """
     head = _head_name(model, task)
+    classifies = _DecoderClassification if head == _SCORE else _EncoderClassification
     kinds: dict[HuggingFaceTask, type[OfTransformers]] = {
         "causal-lm": _CausalLM,
         # Decoders read a class at one token, and have no layer there but the last.
-        "sequence-classification": _DecoderClassification if head == "score" else _EncoderClassification,
+        "sequence-classification": _DecoderOfTwo if _has_two(model) else classifies,
         "image-classification": _ImageClassification,
         "feature-extraction": _ImageFeatures if reads_images(model.config) else _TextFeatures,
     }
@@ -234,6 +269,20 @@ def as_function(model: PreTrainedModel, task: HuggingFaceTask) -> OfTransformers
     assert isinstance(model, OfTransformers)
     model.block_names, model.head_name, model.embedding_name = blocks, head, embedding
     return model
+
+
+def _has_two(model: PreTrainedModel) -> bool:
+    return model.get_output_embeddings() is not None and hasattr(model, _SCORE)
+
+
+def _require_decoder(config: Any) -> None:
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config)
+    if not hasattr(model, _SCORE):
+        raise ValueError(
+            f"{type(model).__name__} is no decoder: it has no head for next tokens that rehearsal of texts "
+            "could read. Rehearse with a decoder, or leave adaptation.rehearsal out"
+        )
 
 
 def reads_images(config: Any) -> bool:
@@ -263,7 +312,7 @@ def _head_name(model: PreTrainedModel, task: HuggingFaceTask) -> str:
         return _HEAD
     if task == "causal-lm":
         return _name_of(model, model.get_output_embeddings())
-    for name in ("score", "classifier"):
+    for name in (_SCORE, "classifier"):
         if isinstance(getattr(model, name, None), nn.Module):
             return name
     children = ", ".join(name for name, _ in model.named_children())

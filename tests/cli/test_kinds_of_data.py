@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from metaloom.cli import main
+from metaloom.export import load
 from metaloom.job import Place, Shutdown
 from metaloom.recipe import load_recipe
 from metaloom.run_folder import RunFolder
@@ -77,6 +79,14 @@ KINDS = {
         "adaptation.fast=lora",
         "adaptation.rehearsal={outer_ratio: 0.1, data: {kind: documents, url: books, sequence_length: 16}}",
     ],
+    "a decoder of transformers that tells classes apart, texts rehearsed": [
+        "model={hf: decoder, task: sequence-classification}",
+        f"data={USERS}",
+        "adaptation.fast={kind: lora, rank: 2, alpha: 4, targets: all-linear, modules_to_save: [score]}",
+        "adaptation.rehearsal={outer_ratio: 0.1, data: {kind: documents, url: books, sequence_length: 16}}",
+        "sharding=sharded",
+        "memory.recompute_blocks=true",
+    ],
     "sequence classification by a transformer over texts": [
         f"model={GPT}",
         f"data={USERS}",
@@ -133,6 +143,16 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for command in commands:
             assert main(["data", "pack", *command.split(), "--processes", "1"]) == 0
     (folder / "recipe.yaml").write_text(RECIPE)
+    config = LlamaConfig(
+        num_hidden_layers=2,
+        hidden_size=8,
+        intermediate_size=12,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=256,
+        max_position_embeddings=32,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "decoder")
     return folder
 
 
@@ -151,6 +171,27 @@ def test_a_kind_of_data_is_packed_and_trained_on(
     assert ("accuracy_after" in metrics) is (not kind.startswith("regression"))
     assert ("validation_log_likelihood" in metrics) is (kind == "regression by a neural process")
     assert ("rehearsal_loss_after" in metrics) is ("rehears" in kind)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_decoder_that_rehearsed_texts_is_exported_as_a_classifier(
+    packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft import PeftModel
+
+    monkeypatch.chdir(packed)
+    run = packed / "runs" / "decoder"
+    kind = KINDS["a decoder of transformers that tells classes apart, texts rehearsed"]
+    assert main(["train", "recipe.yaml", *kind, "launcher.num_processes=2", "--run", str(run)]) == 0
+    for name in ("peft", "safetensors"):
+        assert main(["export", str(run), "--format", name]) == 0
+    folder = run / "export" / "peft"
+    tokens = torch.randint(1, 256, (4, 10), generator=torch.Generator().manual_seed(0))
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "backbone").eval()
+    model.config.pad_token_id = 0
+    with torch.no_grad():
+        found = PeftModel.from_pretrained(model, str(folder)).eval()(input_ids=tokens).logits
+    torch.testing.assert_close(found, load(run / "export" / "safetensors").outputs(tokens), rtol=0, atol=1e-5)
 
 
 def test_ranks_and_their_workers_give_the_losses_of_one_process(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import nn
@@ -106,8 +106,10 @@ def matching_layers(
     names = list(linear_layers(model))
     if targets == "all-linear":
         # The output head is as wide as the vocabulary: an adapter there costs more than all others.
-        head = structure.head if isinstance(structure.head, str) else None
-        chosen = {name for name in names if name != head and name.rpartition(".")[2] != "head"}
+        # Of several that of the language, and a decoder's of transformers for classes.
+        several = structure.head if isinstance(structure.head, Mapping) else None
+        heads = (structure.head,) if several is None else (several.get("language_modelling"), "score")
+        chosen = {name for name in names if name not in heads and name.rpartition(".")[2] != "head"}
     else:
         chosen = set()
         for target in targets:
