@@ -128,8 +128,7 @@ class _ImageClassification(_OfImages):
 def _read(model: OfTransformers, pooled: Tensor) -> Tensor:
     """What the head makes of features `[N, D]`."""
     head = model.get_submodule(model.head_name)
-    assert isinstance(head, nn.Linear)
-    if pooled.shape[-1] != head.in_features:
+    if isinstance(head, nn.Linear) and pooled.shape[-1] != head.in_features:
         raise ValueError(
             f"the last layer of {type(model).__name__} gives {pooled.shape[-1]} numbers, and its "
             f"config.json says {head.in_features} (hidden_size): no head can be put behind it"

@@ -34,7 +34,7 @@ class UnreadableValue:
     __len__ = __getitem__ = __reversed__ = __truediv__ = __rtruediv__ = __floordiv__ = __rfloordiv__ = _refuse
     __index__ = __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __mod__ = __rmod__ = (
         __bool__
-    ) = __contains__ = __iter__ = __hash__ = _refuse
+    ) = __contains__ = __iter__ = __hash__ = __fspath__ = _refuse
 
 
 def repeated(path: str, values: tuple[str, ...]) -> Broken:
