@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, JsonValue, WithJsonSchema
+from pydantic import Field
 
 from metaloom.recipe.base import (
     BelowOne,
@@ -11,6 +11,7 @@ from metaloom.recipe.base import (
     FloatOrZero,
     ImportPath,
     Keys,
+    Options,
     PositiveFloat,
     Section,
     Text,
@@ -204,8 +205,8 @@ class CustomAlgorithm(Section):
         description="module and function that build it, as module:function; the module is looked for in the "
         "working folder and among what is installed"
     )
-    options: Annotated[dict[str, JsonValue], AfterValidator(Keys), WithJsonSchema({"type": "object"})] = (
-        Field(default_factory=Keys, description="what the function is given beside the recipe's parts")
+    options: Options = Field(
+        default_factory=Keys, description="what the function is given beside the recipe's parts"
     )
 
 

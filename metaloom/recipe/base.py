@@ -3,7 +3,7 @@
 import json
 from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, WithJsonSchema
 
 type_checked = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -24,6 +24,10 @@ class Keys(dict[str, V]):
 
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(json.dumps(self, sort_keys=True))
+
+
+# Of any names and values, which something else is given as they are.
+Options = Annotated[dict[str, JsonValue], AfterValidator(Keys), WithJsonSchema({"type": "object"})]
 
 
 class Section(BaseModel):

@@ -2,9 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, JsonValue, WithJsonSchema
+from pydantic import Field
 
-from metaloom.recipe.base import Count, CountOrZero, Keys, PositiveFloat, Section, Text
+from metaloom.recipe.base import Count, CountOrZero, Keys, Options, PositiveFloat, Section, Text
 
 
 class Precision(Section):
@@ -98,7 +98,7 @@ class DeepSpeedZeroSharding(Section):
     offload_optimizer: bool = Field(
         default=False, description="whether optimizer states are kept, and updated, in the host's memory"
     )
-    extra: Annotated[dict[str, JsonValue], AfterValidator(Keys), WithJsonSchema({"type": "object"})] = Field(
+    extra: Options = Field(
         default_factory=Keys,
         description="further keys of DeepSpeed's configuration, for example zero_optimization: "
         "{reduce_bucket_size: 1000000}; none that this recipe decides",

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, JsonValue, WithJsonSchema
+from pydantic import Field
 
 from metaloom.recipe.base import (
     BelowOne,
@@ -14,6 +14,7 @@ from metaloom.recipe.base import (
     FloatOrZero,
     ImportPath,
     Keys,
+    Options,
     PositiveFloat,
     Section,
     Text,
@@ -207,9 +208,7 @@ class CustomModel(Section):
         "(classes, numbers or tokens that it has to tell) and the options; the module is looked for in the "
         "working folder and among what is installed"
     )
-    options: Annotated[dict[str, JsonValue], AfterValidator(Keys), WithJsonSchema({"type": "object"})] = (
-        Field(default_factory=Keys, description="further arguments of what makes it, by name")
-    )
+    options: Options = Field(default_factory=Keys, description="further arguments of what makes it, by name")
     head: Text | None = Field(
         default=None,
         description="name in the model of its last layer, which gives the outputs; null where none can be "
