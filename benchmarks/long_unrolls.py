@@ -32,13 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measuring import (
-    give_back_freed_memory,
-    keep_to_one_core,
-    peak_mib,
-    reset_peak,
-    status_mib,
-)
+from benchmarks.measuring import keep_to_one_core, peak_above
 from metaloom.build import Choices, build_algorithm, build_model
 from metaloom.engine.learner import TaskBatch
 from metaloom.engine.sharding.replicated import Replicated
@@ -119,13 +113,9 @@ def serve(path: Path, way: str, num_steps: int) -> None:
     keep_to_one_core()
     hypergradient(recipe_of(path, way, 1))
     recipe = recipe_of(path, way, num_steps)
-    give_back_freed_memory()
-    was_reset = reset_peak()
-    before = status_mib("VmRSS") if was_reset else peak_mib(was_reset)
     started = time.perf_counter()
-    hypergradient(recipe)
-    measured = Measured(peak_mib(was_reset) - before, time.perf_counter() - started)
-    print(json.dumps(dataclasses.asdict(measured)))
+    _, peak, _ = peak_above(lambda: hypergradient(recipe))
+    print(json.dumps(dataclasses.asdict(Measured(peak, time.perf_counter() - started))))
 
 
 def measure(path: Path, way: str, num_steps: int) -> Measured:

@@ -7,9 +7,13 @@ import gc
 import os
 import resource
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 def keep_to_one_core() -> None:
@@ -24,6 +28,16 @@ def give_back_freed_memory() -> None:
     gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def peak_above(make: Callable[[], T]) -> tuple[T, float, bool]:
+    """What `make` returns, the peak of the resident set above what was resident before, in MiB, and whether
+    that peak was reset: see `reset_peak`."""
+    give_back_freed_memory()
+    was_reset = reset_peak()
+    before_mib = status_mib("VmRSS") if was_reset else peak_mib(was_reset)
+    made = make()
+    return made, peak_mib(was_reset) - before_mib, was_reset
 
 
 def reset_peak() -> bool:

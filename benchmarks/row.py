@@ -24,16 +24,10 @@ from typing import TextIO
 
 import numpy as np
 
-from benchmarks.measuring import (
-    give_back_freed_memory,
-    keep_to_one_core,
-    peak_mib,
-    reset_peak,
-    status_mib,
-)
+from benchmarks.measuring import keep_to_one_core, peak_above
 from benchmarks.peers import CONTENDERS
 from benchmarks.peers.base import Prepared
-from benchmarks.workloads import WORKLOADS, DType, Workload, draw, tiny_one_like
+from benchmarks.workloads import WORKLOADS, Array, DType, Workload, draw, tiny_one_like
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,13 +93,12 @@ def _answer(answers: TextIO, result: First | Timing) -> None:
 
 
 def _first(prepared: Prepared, gradient_path: Path) -> First:
-    give_back_freed_memory()
-    was_reset = reset_peak()
-    before_mib = status_mib("VmRSS") if was_reset else peak_mib(was_reset)
-    wall_s, cpu_s = time.perf_counter(), time.process_time()
-    gradient = prepared.hypergradient()
-    timing = Timing(time.perf_counter() - wall_s, time.process_time() - cpu_s)
-    above_mib = peak_mib(was_reset) - before_mib
+    def timed() -> tuple[dict[str, Array], Timing]:
+        wall_s, cpu_s = time.perf_counter(), time.process_time()
+        gradient = prepared.hypergradient()
+        return gradient, Timing(time.perf_counter() - wall_s, time.process_time() - cpu_s)
+
+    (gradient, timing), above_mib, was_reset = peak_above(timed)
     with gradient_path.open("wb") as file:
         np.savez(file, **gradient)  # type: ignore[arg-type]
     return First(timing, prepared.compile_s, above_mib, was_reset)

@@ -40,13 +40,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.measuring import (
-    give_back_freed_memory,
-    keep_to_one_core,
-    peak_mib,
-    reset_peak,
-    status_mib,
-)
+from benchmarks.measuring import keep_to_one_core, peak_above
 from metaloom.engine.adapters.lora import LoraAdapter
 from metaloom.engine.adapters.model import Structure
 from metaloom.engine.learner import Learner, TaskBatch
@@ -205,17 +199,13 @@ def serve(case: Case, gradient_path: Path) -> None:
         keep_to_one_core()
     model = make_llama(case)
     gradients = by_peft(case, model) if case.way.startswith("PEFT") else by_metaloom(case, model)
-    give_back_freed_memory()
     if is_gpu:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() / 2**20
         found = gradients()
         peak = torch.cuda.max_memory_allocated() / 2**20 - before
     else:
-        was_reset = reset_peak()
-        before = status_mib("VmRSS") if was_reset else peak_mib(was_reset)
-        found = gradients()
-        peak = peak_mib(was_reset) - before
+        found, peak, _ = peak_above(gradients)
     torch.save({name: value.cpu() for name, value in found.items()}, gradient_path)
     del found
     print(json.dumps({"peak_mib": peak}), flush=True)
